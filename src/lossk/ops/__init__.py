@@ -1,0 +1,1 @@
+"""One file per operation: argument checks, a plain torch reference, and dispatch to faster backends."""

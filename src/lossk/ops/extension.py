@@ -1,0 +1,90 @@
+"""The compiled extension `lossk._C`: loaded at first use, and used only after it has reproduced known numbers.
+
+Importing lossk never imports the extension; a machine without it has the torch reference of every op.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from types import ModuleType
+
+import numpy as np
+
+from lossk.errors import BackendError
+from lossk.ops import philox
+
+
+@dataclass(frozen=True)
+class ExtensionStatus:
+    """Whether `backend="cpp"` can run here, and if not why."""
+
+    available: bool
+    reason: str  # "" when available
+    simd: str  # "avx512" | "avx2" | "baseline"; "" when not available
+
+
+def status() -> ExtensionStatus:
+    """Load and test the extension (once per process); never raises."""
+    return _load()[0]
+
+
+def load() -> ModuleType:
+    """The extension module.
+
+    Raises:
+        BackendError: it is missing, fails to import, or fails its self-test; the message says which.
+    """
+    found, module = _load()
+    if module is None:
+        raise BackendError(f'backend "cpp" cannot run here: {found.reason}; available: "torch"')
+    return module
+
+
+@functools.cache
+def _load() -> tuple[ExtensionStatus, ModuleType | None]:
+    try:
+        from lossk import _C
+    except ImportError as error:
+        return ExtensionStatus(False, f"lossk._C does not import ({error})", ""), None
+    try:
+        problem = self_test(_C)
+    except Exception as error:  # whatever a stale or broken build does, the reference still runs
+        problem = f"{type(error).__name__}: {error}"
+    if problem:
+        return ExtensionStatus(False, f"lossk._C fails its self-test ({problem})", ""), None
+    return ExtensionStatus(True, "", _C.simd()), _C
+
+
+def self_test(module: ModuleType) -> str:
+    """Compare a few hundred values with the numpy reference; returns what differs, or ""."""
+    stream = {"seed": 0xDEADBEEF, "chain": 3, "step": 7}
+    count = 64 * 5 + 3  # whole groups and a ragged end
+    words = np.zeros(count, dtype=np.uint32)
+    module.philox_fill(out=words.ctypes.data, count=count, **stream)
+    if not np.array_equal(words, philox.uint32_stream(*stream.values(), 0, count)):
+        return "Philox words differ from the reference"
+
+    xi = np.full(count, np.nan, dtype=np.float32)
+    module.normals(out=xi.ctypes.data, count=count, **stream)
+    expected_xi = philox.normals(*stream.values(), count).numpy()
+    if not np.allclose(xi, expected_xi, rtol=2.5e-7, atol=0.0):  # 2 ulp
+        return "normals differ from the reference"
+
+    w, grad, anchor = np.linspace(-1.0, 1.0, 3 * count, dtype=np.float32).reshape(3, count).copy()
+    expected = w - 0.005 * (30.0 * grad + 2.0 * (w - anchor)) + 0.1 * expected_xi.astype(np.float64)
+    module.sgld_step(
+        w=w.ctypes.data,
+        grad=grad.ctypes.data,
+        anchor=anchor.ctypes.data,
+        square_avg=0,
+        count=count,
+        lr=0.01,
+        n_beta=30.0,
+        localization=2.0,
+        alpha=0.99,
+        stability=0.1,
+        update_square_avg=False,
+        **stream,
+    )
+    return "" if np.allclose(w, expected, rtol=0.0, atol=1e-6) else "sgld_step differs from the reference"

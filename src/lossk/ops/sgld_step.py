@@ -1,0 +1,146 @@
+"""One SGLD step in place: fused drift and counter-based noise.
+
+With D = n_beta * grad + localization * (w - anchor) and xi ~ N(0, 1), element by element:
+
+    plain:    w <- w - (lr/2) D + sqrt(lr) xi
+    RMSprop:  V <- alpha V + (1 - alpha) grad^2,    G = 1 / (sqrt(V) + stability)
+              w <- w - (lr/2) G D + sqrt(lr) sqrt(G) xi
+
+Welling and Teh, "Bayesian learning via stochastic gradient Langevin dynamics", ICML 2011; preconditioned: Li, Chen,
+Carlson, Carin, AAAI 2016. xi is a function of (seed, chain, step, element) alone (see philox.py), so a step does not
+depend on the backend (up to rounding), the number of threads, the number of parameters, or earlier steps.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from lossk.ops import extension, philox
+
+BACKENDS = ("torch", "cpp")
+
+
+def sgld_step(
+    w: Tensor,
+    grad: Tensor,
+    anchor: Tensor,
+    *,
+    lr: float,
+    n_beta: float,
+    localization: float,
+    seed: int,
+    chain: int,
+    step: int,
+    backend: str,
+    square_avg: Tensor | None = None,
+    alpha: float = 0.99,
+    stability: float = 0.1,
+    update_square_avg: bool = True,
+) -> None:
+    """Update w (and square_avg) in place.
+
+    Args:
+        w: [P] float32, contiguous, CPU: the weights, changed.
+        grad: [P] float32: gradient of the minibatch mean loss at w.
+        anchor: [P] float32: the trained weights w*.
+        lr: step size, > 0.
+        n_beta: inverse temperature times n, >= 0.
+        localization: strength of the pull to the anchor, >= 0.
+        seed, chain, step: integers in [0, 2^32); they select the noise.
+        backend: "torch" (the reference) or "cpp".
+        square_avg: [P] float32: V, changed; None for the plain step.
+        alpha: decay of V, in [0, 1).
+        stability: added to sqrt(V), > 0.
+        update_square_avg: False leaves V as it is and only uses it.
+
+    Raises:
+        TypeError, ValueError: a bad argument; nothing has been changed.
+        BackendError: "cpp" cannot run here.
+    """
+    _check(w, grad, anchor, square_avg)
+    _check_number("lr", lr, positive=True)
+    _check_number("n_beta", n_beta, positive=False)
+    _check_number("localization", localization, positive=False)
+    _check_number("stability", stability, positive=True)
+    if not 0.0 <= alpha < 1.0:
+        raise ValueError(f"alpha must be in [0, 1), got {alpha}")
+    for name, value in (("seed", seed), ("chain", chain), ("step", step)):
+        philox.check_uint32(name, value)
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
+
+    if backend == "torch":
+        xi = philox.normals(seed, chain, step, w.numel())
+        with torch.no_grad():
+            sgld_step_reference(
+                w, grad, anchor, xi, lr, n_beta, localization, square_avg, alpha, stability, update_square_avg
+            )
+        return
+
+    extension.load().sgld_step(
+        w=w.data_ptr(),
+        grad=grad.data_ptr(),
+        anchor=anchor.data_ptr(),
+        square_avg=0 if square_avg is None else square_avg.data_ptr(),
+        count=w.numel(),
+        lr=lr,
+        n_beta=n_beta,
+        localization=localization,
+        alpha=alpha,
+        stability=stability,
+        update_square_avg=update_square_avg,
+        seed=seed,
+        chain=chain,
+        step=step,
+        num_threads=torch.get_num_threads(),
+    )
+    # Autograd must know, as after any in-place operation, that tensors it may have saved have changed.
+    changed = [w] if square_avg is None or not update_square_avg else [w, square_avg]
+    torch.autograd.graph.increment_version([t for t in changed if not t.is_inference()])
+
+
+def sgld_step_reference(
+    w: Tensor,
+    grad: Tensor,
+    anchor: Tensor,
+    xi: Tensor,
+    lr: float,
+    n_beta: float,
+    localization: float,
+    square_avg: Tensor | None = None,
+    alpha: float = 0.99,
+    stability: float = 0.1,
+    update_square_avg: bool = True,
+) -> None:
+    """The equations above in plain torch, for given noise xi [P]; any dtype."""
+    drift = n_beta * grad + localization * (w - anchor)
+    if square_avg is None:
+        w.add_(drift, alpha=-lr / 2).add_(xi, alpha=math.sqrt(lr))
+        return
+    if update_square_avg:
+        square_avg.mul_(alpha).addcmul_(grad, grad, value=1 - alpha)
+    gain = 1 / (square_avg.sqrt() + stability)
+    w.addcmul_(gain, drift, value=-lr / 2).addcmul_(gain.sqrt(), xi, value=math.sqrt(lr))
+
+
+def _check(w: Tensor, grad: Tensor, anchor: Tensor, square_avg: Tensor | None) -> None:
+    tensors = {"w": w, "grad": grad, "anchor": anchor}
+    if square_avg is not None:
+        tensors["square_avg"] = square_avg
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+        if tensor.dtype != torch.float32 or tensor.device.type != "cpu":
+            raise ValueError(f"{name} must be float32 on the CPU, got {tensor.dtype} on {tensor.device}")
+        if tensor.dim() != 1 or not tensor.is_contiguous():
+            raise ValueError(f"{name} must be flat and contiguous, got {list(tensor.shape)}, stride {tensor.stride()}")
+        if tensor.numel() != w.numel():
+            raise ValueError(f"{name} must have the {w.numel()} elements of w, got {tensor.numel()}")
+
+
+def _check_number(name: str, value: float, *, positive: bool) -> None:
+    if not math.isfinite(value) or value < 0 or (positive and value == 0):
+        raise ValueError(f"{name} must be finite and {'> 0' if positive else '>= 0'}, got {value}")
