@@ -1,0 +1,29 @@
+"""lossk: the loss kernel of a trained network, and what it says about the data.
+
+kernel = lossk.build_kernel(model, loader)
+index, correlation, noise_floor = kernel.neighbors(k=10)
+"""
+
+from lossk.build import build_kernel, sample_losses
+from lossk.errors import BackendError, DivergedError, LosskError, StoreError
+from lossk.kernel import LossKernel
+from lossk.neighbors import Neighbors
+from lossk.sgld import SGLD
+from lossk.store import open_kernel as open
+from lossk.traces import LossTraces
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "SGLD",
+    "BackendError",
+    "DivergedError",
+    "LossKernel",
+    "LossTraces",
+    "LosskError",
+    "Neighbors",
+    "StoreError",
+    "build_kernel",
+    "open",
+    "sample_losses",
+]

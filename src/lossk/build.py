@@ -1,0 +1,178 @@
+"""`build_kernel` and `sample_losses`: compose the stages. No numerics here."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from lossk.kernel import LossKernel
+from lossk.losses import LossFunction
+from lossk.panel import choose_panel
+from lossk.run import Run, check_integer
+from lossk.runlog import RunLog
+from lossk.sgld import SGLD
+from lossk.store import open_finished
+from lossk.tiles import CENTERINGS, DTYPES, TileAccumulator
+from lossk.timings import Progress
+from lossk.traces import LossTraces
+
+
+def build_kernel(
+    model: nn.Module,
+    loader: Any,
+    *,
+    train: Any = None,
+    loss: str | LossFunction = "cross_entropy",
+    sampler: SGLD | None = None,
+    num_chains: int = 4,
+    num_draws: int = 200,
+    tile: int = 4096,
+    panel: int | None = None,
+    dtype: str = "float32",
+    centering: str = "chain",
+    out: str | Path | None = None,
+    resume: bool = False,
+    backend: str = "auto",
+    device: str | torch.device | None = None,
+    precision: str | None = None,
+    seed: int = 0,
+    progress: bool = True,
+) -> LossKernel:
+    """Build the loss kernel K_ij = Cov(loss_i, loss_j) of a trained model (arXiv 2509.26537).
+
+    Args:
+        model: the trained network; used in eval mode and given back bit-identical, whatever happens.
+        loader: the N probe samples: a DataLoader, a Dataset or a tuple (inputs, targets) of tensors. Row i of the
+            kernel is sample i in dataset order.
+        train: the data that defines the training loss L_n, in the same forms; None is the probe data.
+        loss: "cross_entropy" (class-index targets), "mse", or a callable (model, batch) -> losses [B].
+        sampler: SGLD settings; None is `SGLD()`, which chooses everything by a pilot and says why.
+        num_chains: independent chains from the trained weights.
+        num_draws: draws per chain, at least 2.
+        tile: side of a kernel tile in samples, a multiple of 16.
+        panel: draws per rank-k update; None chooses by memory. Does not change the result beyond rounding.
+        dtype: of the finished tiles, "float32" or "float16"; sums are float32 either way.
+        centering: "chain" (each chain about its own mean) or "pooled" (adds the between-chain term).
+        out: path of a `.lossk` store to write; None keeps the kernel in memory only.
+        resume: continue an interrupted run in `out`, to the bitwise same result.
+        backend: "auto", "torch" or "cpp" for the SGLD step; an explicit one never falls back.
+        device: must be the model's own; None is that.
+        precision: of the forward pass: None (float32), "bf16", "fp16" or (CUDA) "tf32". Weights stay float32.
+        seed: of noise and minibatches, from 0 to 2^32 - 1. The same seed gives the same kernel bitwise.
+        progress: print choices and cost, and show a progress bar, on stderr.
+
+    Returns:
+        A LossKernel, in nats^2.
+
+    Raises:
+        ValueError, TypeError: a bad argument, before sampling starts.
+        MemoryError: the kernel would not fit, before sampling starts.
+        DivergedError: a chain left the neighbourhood of the trained weights.
+        BackendError: an explicit backend cannot run here.
+        StoreError, FileExistsError: `out` is taken, damaged or holds another run.
+    """
+    _check_sizes(tile=tile, panel=panel, dtype=dtype, centering=centering)
+    if resume and out is None:
+        raise ValueError("resume=True needs out=, the store to continue, got None")
+    path = None if out is None else Path(out)
+    if path is not None and path.exists() and not resume:
+        raise FileExistsError(f"out={str(path)!r} exists; pass resume=True to continue it, or another path")
+    with Progress(progress) as bar:
+        run = Run.prepare(model, loader, train, loss, sampler, num_chains, num_draws, backend, device, precision, seed)
+        panel = panel or choose_panel(len(run.probe), num_draws)
+        request = {**run.request(), "tile": tile, "panel": panel, "dtype": dtype, "centering": centering}
+        if path is not None and path.exists():
+            finished = open_finished(path, request)
+            if finished is not None:
+                bar.say(f"{path} is already complete")
+                return finished
+        log = None if path is None else RunLog(path, request, panel=panel, resume=resume)
+        try:
+            with run.task:
+                return _accumulate(run, request, log, bar)
+        finally:
+            if log is not None:
+                log.close()
+
+
+def sample_losses(
+    model: nn.Module,
+    loader: Any,
+    *,
+    train: Any = None,
+    loss: str | LossFunction = "cross_entropy",
+    sampler: SGLD | None = None,
+    num_chains: int = 4,
+    num_draws: int = 200,
+    backend: str = "auto",
+    device: str | torch.device | None = None,
+    precision: str | None = None,
+    seed: int = 0,
+    progress: bool = True,
+) -> LossTraces:
+    """The loss traces themselves, [chain, draw, sample]: for N large and draws few. Arguments as in `build_kernel`."""
+    with Progress(progress) as bar:
+        run = Run.prepare(model, loader, train, loss, sampler, num_chains, num_draws, backend, device, precision, seed)
+        losses = torch.empty(num_chains, num_draws, len(run.probe))
+        panel = choose_panel(len(run.probe), num_draws)
+        with run.task:
+            run.tune(None, bar)
+            run.announce(bar, tile=4096, panel=panel, dtype="float32", on_disk=False, held_traces=True)
+            for part in run.panels(panel, bar, None):
+                losses[part.chain, part.first_draw : part.first_draw + len(part.losses)] = part.losses
+                run.watch.note(part.chain, part.first_draw, part.losses, part.excess)
+        n_beta = run.sampler.n_beta
+        return LossTraces(losses, excess=run.watch.excess, n_beta=n_beta, meta=run.meta(run.request()))
+
+
+def _accumulate(run: Run, request: dict[str, Any], log: RunLog | None, bar: Progress) -> LossKernel:
+    run.tune(log, bar)
+    tile, panel, dtype = request["tile"], request["panel"], request["dtype"]
+    run.announce(bar, tile=tile, panel=panel, dtype=dtype, on_disk=log is not None, held_traces=False)
+    tiles = TileAccumulator(
+        len(run.probe),
+        tile,
+        num_chains=run.num_chains,
+        num_draws=run.num_draws,
+        centering=request["centering"],
+        dtype=dtype,
+    )
+    start = None
+    if log is not None:
+        start = log.last_state()
+        for commit in log.commits:
+            losses = log.read_panel(commit)
+            tiles.update(commit["chain"], losses)
+            run.watch.note(commit["chain"], commit["first_draw"], losses, commit["excess"])
+        if start is not None:
+            bar.say(f"resuming after draw {start.draw} of chain {start.chain}")
+    for part in run.panels(panel, bar, start):
+        with run.timings.measure("update"):
+            tiles.update(part.chain, part.losses)
+        run.watch.note(part.chain, part.first_draw, part.losses, part.excess)
+        if log is not None:
+            with run.timings.measure("store"):
+                log.append(part)
+    with run.timings.measure("update"):
+        blocks, moments = tiles.finalize()
+    dead = float((moments.variance == 0).double().mean())
+    kernel = LossKernel(blocks, moments, diagnostics=run.diagnose(dead))
+    kernel.meta = run.meta(request)
+    if log is not None:
+        log.finish(kernel)
+    return kernel
+
+
+def _check_sizes(*, tile: Any, panel: Any, dtype: Any, centering: Any) -> None:
+    check_integer("tile", tile, 16)
+    if tile % 16:
+        raise ValueError(f"tile must be a positive multiple of 16, got {tile}")
+    if panel is not None:
+        check_integer("panel", panel, 1)
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype must be one of {sorted(DTYPES)}, got {dtype!r}")
+    if centering not in CENTERINGS:
+        raise ValueError(f"centering must be one of {list(CENTERINGS)}, got {centering!r}")

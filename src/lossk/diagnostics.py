@@ -1,0 +1,211 @@
+"""Did the chains sample what they claim to?  R-hat, effective draws, learning coefficient, and a verdict in words."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from lossk.traces import LossTraces
+    from lossk.tune import Pilot
+
+WATCHED = 256  # samples whose own traces are kept for R-hat and ESS, evenly spaced over the probe
+RHAT_LIMIT = 1.1
+NOISE_LIMIT = 1.0
+STEP_LIMIT = 0.25
+BURNIN_LIMIT = 0.9
+ESS_LIMIT = 50.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Diagnostics:
+    """Numbers about a run; None where they cannot be known (a single chain, traces from elsewhere)."""
+
+    rhat: float | None  # rank-normalised split R-hat of the mean probe loss (Vehtari et al. 2021), by ArviZ
+    ess: float | None  # bulk effective sample size of the mean probe loss, over all chains
+    sample_rhat: float | None  # median R-hat over (up to 256) samples' own losses
+    sample_ess: float | None  # median ESS over the same samples
+    llc: float | None  # n_beta (E[L_n(w)] - L_n(w*)), the local learning coefficient
+    llc_se: float | None  # Monte Carlo standard error of llc
+    gradient_noise_ratio: float | None  # minibatch noise over injected noise, worst direction; well below 1 is right
+    discretisation: float | None  # eps a_max / 4, relative excess variance of the stiffest direction
+    burnin_completeness: float | None  # share of its stationary variance that a flat direction has at the first draw
+    dead_share: float  # share of samples whose loss never varied
+    verdict: str  # "good" or what is wrong
+    advice: str  # the number behind the verdict and one change to make
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, plain: Mapping[str, Any]) -> Diagnostics:
+        return cls(**plain)
+
+    def __str__(self) -> str:
+        llc = "unknown" if self.llc is None else f"{self.llc:.2f} +- {_number(self.llc_se)}"
+        return "\n".join(
+            [
+                f"LLC          {llc}",
+                f"R-hat        {_number(self.rhat, 3)} (mean loss), {_number(self.sample_rhat, 3)} (median sample)",
+                f"ESS          {_number(self.ess, 0)} (mean loss), {_number(self.sample_ess, 0)} (median sample)",
+                f"verdict      {self.verdict}: {self.advice}",
+            ]
+        )
+
+
+def _number(value: float | None, digits: int = 2) -> str:
+    return "unknown" if value is None else f"{value:.{digits}f}"
+
+
+class TraceWatch:
+    """What the diagnostics keep of a run: [C, T] mean losses and rises, and the traces of a few samples."""
+
+    def __init__(self, num_chains: int, num_draws: int, num_samples: int) -> None:
+        self.index = watched_samples(num_samples)  # [w]
+        self.mean_loss = torch.full((num_chains, num_draws), torch.nan, dtype=torch.float64)  # nats
+        self.excess = torch.full((num_chains, num_draws), torch.nan, dtype=torch.float64)  # nats
+        self.losses = torch.full((num_chains, num_draws, len(self.index)), torch.nan)  # nats
+
+    def note(self, chain: int, first_draw: int, losses: Tensor, excess: list[float]) -> None:
+        """Take what is wanted of a panel [k, N]."""
+        rows = slice(first_draw, first_draw + len(losses))
+        self.mean_loss[chain, rows] = losses.mean(dim=1, dtype=torch.float64)
+        self.excess[chain, rows] = torch.tensor(excess, dtype=torch.float64)
+        self.losses[chain, rows] = losses[:, self.index]
+
+
+def watched_samples(num_samples: int) -> Tensor:
+    """[w] int64: up to 256 samples, evenly spaced."""
+    return torch.linspace(0, num_samples - 1, min(num_samples, WATCHED)).round().long().unique()
+
+
+def diagnose_traces(traces: LossTraces) -> Diagnostics:
+    """Diagnostics of bare traces."""
+    losses = traces.losses
+    return diagnose(
+        mean_loss=losses.double().mean(dim=2),
+        watched=losses[:, :, watched_samples(traces.num_samples)],
+        dead_share=float((losses == losses[:, :1]).all(dim=1).all(dim=0).double().mean()),
+        excess=traces.excess,
+        n_beta=traces.n_beta,
+        pilot=None,
+        settings=None,
+    )
+
+
+def diagnose(
+    *,
+    mean_loss: Tensor,
+    watched: Tensor,
+    dead_share: float,
+    excess: Tensor | None,
+    n_beta: float | None,
+    pilot: Pilot | None,
+    settings: Mapping[str, Any] | None,
+) -> Diagnostics:
+    """Combine traces and pilot into diagnostics.
+
+    Args:
+        mean_loss: [C, T] mean probe loss of each draw, nats.
+        watched: [C, T, w] losses of some samples.
+        excess: [C, T] rise of the training loss over its value at w*.
+        settings: the resolved sampler's lr, localization and num_burnin_steps.
+    """
+    rhat, ess = _rhat_ess(mean_loss.double().numpy()[..., None])
+    sample_rhat, sample_ess = _rhat_ess(watched.double().numpy())
+    llc = llc_se = None
+    if excess is not None and n_beta is not None:
+        llc = n_beta * float(excess.double().mean())
+        llc_se = n_beta * _mcse(excess.double().numpy())
+    noise = discretisation = completeness = None
+    if settings is not None:
+        retained = 1.0 - float(settings["lr"]) * float(settings["localization"]) / 2.0
+        completeness = 1.0 - retained ** (2 * int(settings["num_burnin_steps"]))
+        if pilot is not None:
+            noise = pilot.noise_ratio(float(settings["lr"]))
+            discretisation = pilot.discretisation(float(settings["lr"]), float(settings["localization"]))
+    numbers: dict[str, Any] = {
+        "rhat": rhat,
+        "ess": ess,
+        "sample_rhat": sample_rhat,
+        "sample_ess": sample_ess,
+        "llc": llc,
+        "llc_se": llc_se,
+        "gradient_noise_ratio": noise,
+        "discretisation": discretisation,
+        "burnin_completeness": completeness,
+        "dead_share": dead_share,
+    }
+    verdict, advice = judge(numbers)
+    return Diagnostics(**numbers, verdict=verdict, advice=advice)
+
+
+def judge(numbers: Mapping[str, Any]) -> tuple[str, str]:
+    """The first thing that is wrong, in order of how much it spoils, with the number behind it and one change."""
+    n = {key: (math.nan if value is None else value) for key, value in numbers.items()}
+    # Comparisons with NaN are false: an unknown number accuses nobody.
+    if n["discretisation"] > STEP_LIMIT:
+        share = 100 * n["discretisation"]
+        return "step too large", f"variance in the stiffest direction is inflated by about {share:.0f} %; lower lr"
+    if n["gradient_noise_ratio"] > NOISE_LIMIT:
+        ratio = n["gradient_noise_ratio"]
+        return "too much noise", (
+            f"minibatch noise is {ratio:.2g} times the injected noise in its worst direction; "
+            "raise batch_size or lower lr"
+        )
+    if n["burnin_completeness"] < BURNIN_LIMIT:
+        share = 100 * n["burnin_completeness"]
+        return "not burned in", (
+            f"flat directions start with {share:.0f} % of their stationary variance; "
+            "raise num_burnin_steps or localization"
+        )
+    if n["dead_share"] > 0.5:
+        share = 100 * n["dead_share"]
+        return "too little signal", f"{share:.0f} % of the samples have a constant loss; lower n_beta or localization"
+    if n["rhat"] > RHAT_LIMIT or n["sample_rhat"] > RHAT_LIMIT:
+        return "chains disagree", (
+            f"R-hat is {n['rhat']:.2f} for the mean loss and {n['sample_rhat']:.2f} for the median sample "
+            f"(limit {RHAT_LIMIT}); raise num_steps_bw_draws or num_burnin_steps"
+        )
+    if n["sample_ess"] < ESS_LIMIT:
+        return "too few draws", (
+            f"the median sample has {n['sample_ess']:.0f} effective draws (limit {ESS_LIMIT:.0f}); raise num_draws"
+        )
+    if math.isnan(n["rhat"]):
+        return "unchecked", "R-hat needs at least 4 draws that vary; raise num_draws"
+    if n["sample_rhat"] <= RHAT_LIMIT and n["sample_ess"] >= ESS_LIMIT:
+        ess = n["sample_ess"]
+        return "good", f"chains agree (R-hat {n['rhat']:.2f}) and the median sample has {ess:.0f} effective draws"
+    return "unchecked", "no watched sample's loss varies enough to be checked"
+
+
+def _rhat_ess(traces: np.ndarray) -> tuple[float | None, float | None]:
+    """Medians of R-hat and bulk ESS over the last axis of [C, T, w]; constant traces are left out."""
+    from arviz_stats.base import array_stats  # slow to import
+
+    varies = np.ptp(traces, axis=(0, 1)) > 0
+    if traces.shape[1] < 4 or not varies.any():
+        return None, None
+    rhat = array_stats.rhat(traces[..., varies], chain_axis=0, draw_axis=1)
+    ess = array_stats.ess(traces[..., varies], chain_axis=0, draw_axis=1)
+    return _median(rhat), _median(ess)
+
+
+def _median(values: np.ndarray) -> float | None:
+    finite = np.asarray(values)[np.isfinite(values)]
+    return float(np.median(finite)) if finite.size else None
+
+
+def _mcse(trace: np.ndarray) -> float:
+    from arviz_stats.base import array_stats
+
+    if trace.shape[1] < 4 or np.ptp(trace) == 0:
+        return math.nan
+    return float(array_stats.mcse(trace[..., None], chain_axis=0, draw_axis=1, method="mean")[0])

@@ -1,0 +1,62 @@
+"""Nearest neighbours in the correlation kernel, with the level that chance alone reaches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from scipy import stats
+from torch import Tensor
+
+from lossk.blocks import Moments
+from lossk.ops.top_correlations import EMPTY, top_correlations, unpack
+
+
+class Neighbors(NamedTuple):
+    """The k most correlated other samples of each sample, best first."""
+
+    index: Tensor  # type: ignore[assignment]  # [N, k] int64; -1 where a sample has fewer than k (dead samples neither have nor are neighbours)
+    correlation: Tensor  # [N, k] float32; 0 where the index is -1
+    noise_floor: Tensor  # [N] float32; what the best of N - 1 unrelated samples would reach
+
+
+def nearest(correlation_tile: Callable[[int, int], Tensor], dead: Tensor, tile: int, k: int) -> Neighbors:
+    """Top-k by streaming over the upper triangle; each tile serves its rows and, transposed, its columns.
+
+    Args:
+        correlation_tile: (i, j) -> [a, b] float32, for i <= j.
+        dead: [N] bool.
+    """
+    num_samples = len(dead)
+    spans = [slice(a, min(a + tile, num_samples)) for a in range(0, num_samples, tile)]
+    keys = torch.full((num_samples, k), EMPTY, dtype=torch.int64)
+    for i, rows in enumerate(spans):
+        for j, columns in list(enumerate(spans))[i:]:
+            block = correlation_tile(i, j).clone()
+            block[dead[rows]] = float("-inf")
+            block[:, dead[columns]] = float("-inf")
+            if i == j:
+                block.fill_diagonal_(float("-inf"))
+            keys[rows] = top_correlations(keys[rows], block, columns.start)
+            if i != j:
+                keys[columns] = top_correlations(keys[columns], block.T, rows.start)
+    index, correlation = unpack(keys)
+    return Neighbors(index, correlation, torch.zeros(num_samples))
+
+
+def noise_floor(moments: Moments, num_alive: int) -> Tensor:
+    """The correlation that the best of `num_alive` unrelated samples reaches, for each sample: [N] float32.
+
+    A null correlation has standard error sqrt((1 + r_i r_j) / ((1 - r_i r_j) T)) with lag-1 autocorrelations r
+    (Bartlett 1935) and T = C (T_c - 1) draws; r_j is taken at its mean over samples. With D = 1 / se^2 effective draws
+    R sqrt(D - 2) / sqrt(1 - R^2) is Student's t with D - 2 degrees of freedom; the floor is its quantile 1 - 1/N.
+    """
+    draws = moments.num_chains * (moments.num_draws - 1)
+    lag1 = moments.lag1.clamp(-0.99, 0.99)
+    product = lag1 * lag1[moments.variance > 0].mean() if num_alive else lag1 * 0.0
+    effective = (draws * (1 - product) / (1 + product)).numpy()
+    freedom = np.maximum(effective - 2.0, 1e-3)
+    t = stats.t.ppf(1.0 - 1.0 / max(num_alive, 2), freedom)
+    return torch.from_numpy(t / np.sqrt(freedom + np.square(t))).float()

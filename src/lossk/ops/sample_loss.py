@@ -1,0 +1,35 @@
+"""Per-sample cross entropy, exact to about 1e-6 relative for losses from 1e-38 upward.
+
+The textbook form, log-sum-exp minus the target logit, cannot represent a loss below about 6e-8 in float32: well
+classified samples come out as rounding noise, and so do their correlations. Measured from the target logit instead,
+
+    d_c = x_c - x_target,   M = max(0, max_{c != target} d_c),
+    loss = M + log1p( sum_{c != target} exp(d_c - M) + expm1(-M) ),
+
+which for a winning target (M = 0) is log1p(sum exp d_c): small losses keep their leading digits.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+
+def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    """Cross entropy of each sample, in nats.
+
+    Args:
+        logits: [B, C] floating point. The differences are formed in float64, so the result is limited only by the
+            precision of the logits themselves.
+        targets: [B] int64, class indices in [0, C).
+
+    Returns:
+        [B] float32, differentiable in the logits.
+    """
+    targets = targets.unsqueeze(1)  # [B, 1]
+    wide = logits.double()
+    gaps = wide - wide.gather(1, targets)
+    gaps = gaps.scatter(1, targets, float("-inf"))  # the target itself is not summed
+    peak = gaps.detach().amax(dim=1, keepdim=True).clamp(min=0.0)
+    others = (gaps - peak).exp().sum(dim=1)
+    peak = peak.squeeze(1)
+    return (peak + (others + (-peak).expm1()).log1p()).float()

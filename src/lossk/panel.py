@@ -1,0 +1,115 @@
+"""Panels: k draws of one chain, as [k, N] losses, from the chain and the probe.  Running statistics over panels."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lossk.data import Samples
+from lossk.errors import DivergedError
+from lossk.probe import first_non_finite, probe_losses
+from lossk.sgld import Chain, ChainState
+from lossk.timings import Progress, Timings
+
+PANEL_BYTES = 128 * 2**20
+
+
+@dataclass(frozen=True)
+class Panel:
+    """Some consecutive draws of one chain."""
+
+    chain: int
+    first_draw: int
+    losses: Tensor  # [k, N] float32, nats; valid until the next panel is asked for
+    excess: list[float]  # [k] L_B(w) - L_B(w*) averaged over each draw's steps, nats
+    state: ChainState  # after the last draw
+
+
+def choose_panel(num_samples: int, num_draws: int) -> int:
+    """Draws per rank-k update: all of a chain's if they fit in 128 MiB, else what does, but at least 16."""
+    fitting = PANEL_BYTES // (4 * num_samples)
+    return min(num_draws, max(16, min(fitting, 512)))
+
+
+def chain_panels(
+    chain: Chain,
+    probe: Samples,
+    *,
+    panel: int,
+    num_draws: int,
+    timings: Timings,
+    progress: Progress,
+    start: ChainState | None = None,
+) -> Iterator[Panel]:
+    """Run one chain and yield its draws a panel at a time (the last one may be shorter)."""
+    buffer = torch.empty(panel, len(probe), dtype=torch.float32)
+    excess: list[float] = []
+    for draw in chain.run(num_draws, start):
+        progress.update()
+        if draw is None:
+            continue
+        row = buffer[len(excess)]
+        with timings.measure("probe"):
+            probe_losses(chain.task, probe, row)
+        bad = first_non_finite(row)
+        if bad is not None:
+            raise DivergedError(
+                f"chain {draw.chain} diverged by step {chain.step}: probe sample {bad} has loss {float(row[bad])}; "
+                f"try lr={float(chain.sampler.lr) / 8:.2g} instead of {float(chain.sampler.lr):.2g}"
+            )
+        excess.append(draw.excess_loss)
+        if len(excess) == panel or draw.draw + 1 == num_draws:
+            yield Panel(draw.chain, draw.draw + 1 - len(excess), buffer[: len(excess)], excess, chain.state())
+            excess = []
+
+
+class ChainStatistics:
+    """Running mean, sum of squared deviations and lag-1 products of each sample over one chain, in float64.
+
+    The lag-1 products are taken about the chain's first draw and moved to its mean at the end:
+    sum (x_t - m)(x_{t+1} - m) = S - (m - c)(A + B) + (T-1)(m - c)^2, with c the first draw.
+    """
+
+    def __init__(self, num_samples: int) -> None:
+        self.count = 0
+        self.mean = torch.zeros(num_samples, dtype=torch.float64)
+        self.m2 = torch.zeros(num_samples, dtype=torch.float64)
+        self._origin = torch.zeros(0, dtype=torch.float64)  # [N] the first draw
+        self._last = torch.zeros(0, dtype=torch.float64)  # [N] the latest draw, from the origin
+        self._products = torch.zeros(num_samples, dtype=torch.float64)  # S
+        self._sum = torch.zeros(num_samples, dtype=torch.float64)  # of all draws, from the origin
+
+    def add(self, panel: Tensor) -> Tensor:
+        """Take in a panel [k, N] float64; returns its centred rows [k+1, N], the last one the step of the mean.
+
+        (P - m_p) and sqrt(t k / (t + k)) (m_p - m): the sum of their outer products is the growth of the co-moment
+        matrix (Chan, Golub and LeVeque 1983).
+        """
+        k, t = len(panel), self.count
+        panel_mean = panel.mean(dim=0)
+        step = panel_mean - self.mean
+        rows = torch.cat([panel - panel_mean, (step * (t * k / (t + k)) ** 0.5).unsqueeze(0)])
+        self.m2 += rows.square().sum(dim=0)
+        self.mean += step * (k / (t + k))
+        self._add_lagged(panel)
+        self.count += k
+        return rows
+
+    def _add_lagged(self, panel: Tensor) -> None:
+        if self.count == 0:
+            self._origin = panel[0].clone()
+        moved = panel - self._origin
+        if self.count > 0:
+            self._products += self._last * moved[0]
+        self._products += (moved[:-1] * moved[1:]).sum(dim=0)
+        self._sum += moved.sum(dim=0)
+        self._last = moved[-1].clone()
+
+    def lag1_products(self) -> Tensor:
+        """[N] float64: sum over t of (x_t - m)(x_{t+1} - m)."""
+        shift = self.mean - self._origin
+        first_and_last = self._sum - self._last + self._sum  # A + B; the first draw is 0 from the origin
+        return self._products - shift * first_and_last + (self.count - 1) * shift.square()

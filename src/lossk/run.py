@@ -1,0 +1,256 @@
+"""One run: the validated inputs of a call, its pilot, its cost, its panels, its diagnostics."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lossk import provenance
+from lossk.backends import resolve_backend
+from lossk.data import Samples, read_samples
+from lossk.diagnostics import Diagnostics, TraceWatch, diagnose
+from lossk.losses import Loss, LossFunction, resolve_loss
+from lossk.panel import Panel, chain_panels
+from lossk.plan import check_memory, make_plan
+from lossk.probe import first_non_finite, probe_losses
+from lossk.runlog import RunLog
+from lossk.sgld import SGLD, Chain, ChainState
+from lossk.task import Task
+from lossk.timings import Progress, Timings
+from lossk.tune import Pilot, choose_settings, run_pilot
+
+
+@dataclass
+class Run:
+    """One call's validated inputs, what the pilot chose, and what is collected along the way."""
+
+    task: Task
+    loss: Loss
+    probe: Samples
+    train: Samples
+    asked: SGLD
+    sampler: SGLD  # as asked for, until `tune` resolves it
+    num_chains: int
+    num_draws: int
+    backend: str
+    seed: int
+    fingerprints: dict[str, str]
+    started: float
+    watch: TraceWatch
+    pilot: Pilot | None = None
+    reasons: list[str] = field(default_factory=list)
+    timings: Timings = field(default_factory=Timings)
+    anchor_losses: Tensor = field(default_factory=lambda: torch.zeros(0))  # [n] float64, losses of `train` at w*
+
+    @classmethod
+    def prepare(
+        cls,
+        model: nn.Module,
+        loader: Any,
+        train: Any,
+        loss: str | LossFunction,
+        sampler: SGLD | None,
+        num_chains: int,
+        num_draws: int,
+        backend: str,
+        device: str | torch.device | None,
+        precision: str | None,
+        seed: int,
+    ) -> Run:
+        started = time.perf_counter()
+        check_integer("num_chains", num_chains, 1)
+        check_integer("num_draws", num_draws, 2)
+        check_integer("seed", seed, 0, 2**32 - 1)
+        if sampler is not None and not isinstance(sampler, SGLD):
+            raise TypeError(f"sampler must be a lossk.SGLD or None, got {type(sampler).__name__}")
+        sampler = sampler or SGLD()
+        resolved_loss = resolve_loss(loss)
+        task = Task(model, resolved_loss, params=sampler.params, device=device, precision=precision)
+        chosen_backend = resolve_backend(backend, task.device)
+        probe = read_samples(loader, "loader")
+        if len(probe) < 2:
+            raise ValueError(f"loader must hold at least 2 samples, got {len(probe)}")
+        own_train = train is not None and train is not loader
+        train_samples = read_samples(train, "train") if own_train else probe
+        fingerprints = {"model": provenance.model_fingerprint(model), "probe": probe.fingerprint()}
+        fingerprints["train"] = train_samples.fingerprint() if own_train else fingerprints["probe"]
+        probe = probe.floats_to_float32().to(task.device)
+        train_samples = train_samples.floats_to_float32().to(task.device) if own_train else probe
+        with task:
+            task.check(probe, "loader")
+            if own_train:
+                task.check(train_samples, "train")
+        return cls(
+            task=task,
+            loss=resolved_loss,
+            probe=probe,
+            train=train_samples,
+            asked=sampler,
+            sampler=sampler,
+            num_chains=num_chains,
+            num_draws=num_draws,
+            backend=chosen_backend,
+            seed=seed,
+            fingerprints=fingerprints,
+            started=started,
+            watch=TraceWatch(num_chains, num_draws, len(probe)),
+        )
+
+    def request(self) -> dict[str, Any]:
+        """What determines the result: saved with it, and compared on resuming."""
+        return {
+            "num_samples": len(self.probe),
+            "num_train": len(self.train),
+            "num_chains": self.num_chains,
+            "num_draws": self.num_draws,
+            "loss": self.loss.name,
+            "sampler": self.asked.to_dict(),
+            "backend": self.backend,
+            "precision": self.task.precision,
+            "seed": self.seed,
+            "num_weights": self.task.num_weights,
+            "fingerprints": self.fingerprints,
+        }
+
+    def tune(self, log: RunLog | None, bar: Progress) -> None:
+        """Losses at w*, the pilot's measurements, and every "auto" filled in (as before, when resuming)."""
+        out = torch.empty(len(self.train))
+        with self.timings.measure("anchor"):
+            probe_losses(self.task, self.train, out)
+        bad = first_non_finite(out)
+        if bad is not None:
+            raise ValueError(f"loss must be finite at the trained weights; training sample {bad} has {float(out[bad])}")
+        self.anchor_losses = out.double()
+        chosen = None if log is None else log.chosen
+        if chosen is not None:
+            self.pilot = Pilot(**chosen["pilot"])
+            self.sampler, self.reasons = SGLD(**chosen["sampler"]), chosen["reasons"]
+            return
+        with self.timings.measure("pilot"):
+            self.pilot = run_pilot(self.task, self.train, self.sampler, seed=self.seed)
+            self.sampler, self.reasons = choose_settings(
+                self.sampler, self.pilot, self.task, num_probe=len(self.probe), num_train=len(self.train)
+            )
+        if log is not None:
+            pilot, sampler = self.pilot.to_dict(), self.sampler.to_dict()
+            log.choose({"pilot": pilot, "sampler": sampler, "reasons": self.reasons})
+
+    def announce(self, bar: Progress, *, tile: int, panel: int, dtype: str, on_disk: bool, held_traces: bool) -> None:
+        """Say what was chosen and what it will cost; refuse what cannot fit."""
+        assert self.pilot is not None
+        n, m = len(self.train), self.sampler.batch_size or len(self.train)
+        bar.say(
+            f"lossk: {len(self.probe)} samples, {self.task.num_weights} weights, {self.num_chains} chains x "
+            f"{self.num_draws} draws, backend {self.backend}"
+        )
+        bar.say(
+            f"pilot: curvature {self.pilot.curvature:.4g}, gradient variance {self.pilot.gradient_variance:.4g} at most "
+            f"({self.pilot.num_samples} of {n} training samples, {self.pilot.method})"
+        )
+        for reason in self.reasons:
+            bar.say(f"  {reason}")
+        lr, localization = float(self.sampler.lr), float(self.sampler.localization)
+        bar.say(
+            f"  expected: discretisation {self.pilot.discretisation(lr, localization):.1%}, "
+            f"gradient-noise ratio {self.pilot.noise_ratio(lr):.2g} (minibatch {min(m, n)})"
+        )
+        per_sample = self.timings.seconds["anchor"] / n
+        plan = make_plan(
+            num_samples=len(self.probe),
+            tile=tile,
+            panel=panel,
+            dtype=dtype,
+            num_chains=self.num_chains,
+            num_draws=self.num_draws,
+            sampler=self.sampler,
+            task=self.task,
+            probe=self.probe,
+            train=self.train,
+            probe_seconds=per_sample * len(self.probe),
+            step_seconds=self._time_a_step(),
+            update_rate=provenance.multiply_add_rate(),
+            on_disk=on_disk,
+            held_traces=held_traces,
+        )
+        bar.say(f"cost: {plan}")
+        check_memory(plan, num_samples=len(self.probe), what="the traces" if held_traces else "the kernel")
+
+    def _chain(self, chain: int, timings: Timings) -> Chain:
+        return Chain(
+            self.task,
+            self.train,
+            self.anchor_losses,
+            self.sampler,
+            chain=chain,
+            seed=self.seed,
+            backend=self.backend,
+            timings=timings,
+        )
+
+    def _time_a_step(self) -> float:
+        """Seconds per step: the quickest of three, from w* and back."""
+        chain, best = self._chain(0, Timings()), float("inf")
+        for _ in range(3):
+            start = time.perf_counter()
+            chain.advance()
+            best = min(best, time.perf_counter() - start)
+        self.task.reset()
+        return best
+
+    def panels(self, panel: int, bar: Progress, start: ChainState | None) -> Iterator[Panel]:
+        """All panels of all chains, one chain after the other, from after `start`."""
+        per_chain = int(self.sampler.num_burnin_steps) + self.num_draws * int(self.sampler.num_steps_bw_draws)
+        first = 0 if start is None else start.chain
+        done = 0 if start is None else first * per_chain + start.step
+        bar.start(self.num_chains * per_chain, done)
+        for chain in range(first, self.num_chains):
+            yield from chain_panels(
+                self._chain(chain, self.timings),
+                self.probe,
+                panel=panel,
+                num_draws=self.num_draws,
+                timings=self.timings,
+                progress=bar,
+                start=start if start is not None and chain == start.chain else None,
+            )
+
+    def diagnose(self, dead_share: float) -> Diagnostics:
+        return diagnose(
+            mean_loss=self.watch.mean_loss,
+            watched=self.watch.losses,
+            dead_share=dead_share,
+            excess=self.watch.excess,
+            n_beta=self.sampler.n_beta,
+            pilot=self.pilot,
+            settings=self.sampler.to_dict(),
+        )
+
+    def meta(self, request: dict[str, Any]) -> dict[str, Any]:
+        """What is kept beside the numbers."""
+        seconds = {stage: round(value, 4) for stage, value in self.timings.seconds.items()}
+        return {
+            "config": request,
+            "sampler": self.sampler.to_dict(),
+            "reasons": self.reasons,
+            "pilot": None if self.pilot is None else self.pilot.to_dict(),
+            "backend": self.backend,
+            "timings": {**seconds, "total": round(time.perf_counter() - self.started, 4)},
+            "peak_rss_bytes": provenance.peak_rss_bytes(),
+            "versions": provenance.versions(),
+            "git_sha": provenance.git_sha(),
+            "mean_loss_trace": self.watch.mean_loss.tolist(),
+            "excess_trace": self.watch.excess.tolist(),
+        }
+
+
+def check_integer(name: str, value: Any, least: int, most: int | None = None) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an integer, got {value!r}")
+    if value < least or (most is not None and value > most):
+        rule = f"at least {least}" if most is None else f"from {least} to {most}"
+        raise ValueError(f"{name} must be {rule}, got {value}")

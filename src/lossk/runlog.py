@@ -1,0 +1,147 @@
+"""The log of a run in progress: panels made durable one by one, so that a killed run goes on bitwise."""
+
+from __future__ import annotations
+
+import fcntl
+import io
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import zarr
+from torch import Tensor
+from zarr.codecs import Crc32cCodec
+
+from lossk.errors import StoreError
+from lossk.kernel import LossKernel
+from lossk.panel import Panel
+from lossk.sgld import ChainState
+from lossk.store import read_commits, read_json, refuse_other_run, replace_file, sync, write_json, write_kernel
+
+
+class RunLog:
+    """An open, locked, unfinished store.
+
+    A panel is committed by writing its losses chunk, then the chain's state, then one line of the commit log, each
+    made durable before the next. Whatever is not followed by its commit line is written again on resuming.
+    """
+
+    def __init__(self, path: Path, request: dict[str, Any], *, panel: int, resume: bool) -> None:
+        self.path, self.panel = path, panel
+        shape = (request["num_chains"], request["num_draws"], request["num_samples"])
+        self.commits: list[dict[str, Any]] = []
+        if path.exists() and resume:
+            self._lock()
+            try:
+                refuse_other_run(path, read_json(path / "config.json"), request)
+            except StoreError:
+                self.close()
+                raise
+            self.commits = read_commits(path)
+            self._trim()
+            self.losses = zarr.open_array(path / "losses", mode="r+")
+            return
+        if path.exists():
+            raise FileExistsError(f"out={str(path)!r} exists; pass resume=True to continue it, or another path")
+        group = zarr.create_group(path, zarr_format=3)
+        self._lock()
+        self.losses = group.create_array(
+            "losses",
+            shape=shape,
+            chunks=(1, panel, shape[2]),
+            dtype="float32",
+            dimension_names=("chain", "draw", "sample"),
+            compressors=[Crc32cCodec()],
+        )
+        write_json(path / "config.json", request)
+
+    def _lock(self) -> None:
+        self._lock_file = (self.path / ".lock").open("w")
+        try:
+            fcntl.flock(self._lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            self._lock_file.close()
+            raise StoreError(f"out={str(self.path)!r} is being written by another process") from error
+
+    def _trim(self) -> None:
+        """Drop a torn last line, so that the next commit starts on a fresh one."""
+        content = "".join(json.dumps(commit) + "\n" for commit in self.commits).encode()
+        replace_file(self.path / "commits.jsonl", content)
+
+    @property
+    def chosen(self) -> dict[str, Any] | None:
+        """The resolved sampler and pilot of the run so far: a resumed run must not choose anew."""
+        return read_json(self.path / "config.json").get("chosen")
+
+    def choose(self, chosen: dict[str, Any]) -> None:
+        write_json(self.path / "config.json", {**read_json(self.path / "config.json"), "chosen": chosen})
+
+    def append(self, panel: Panel) -> None:
+        """Make a panel durable."""
+        k, index = len(panel.losses), panel.first_draw // self.panel
+        self.losses[panel.chain, panel.first_draw : panel.first_draw + k] = panel.losses.numpy()
+        sync(self.path / "losses" / "c" / str(panel.chain) / str(index) / "0")
+        number = len(self.commits)
+        self._save_state(panel.state, number)
+        commit = {
+            "chain": panel.chain,
+            "first_draw": panel.first_draw,
+            "step": panel.state.step,
+            "excess": panel.excess,
+        }
+        with (self.path / "commits.jsonl").open("ab") as log:
+            log.write(json.dumps(commit).encode() + b"\n")
+            log.flush()
+            os.fsync(log.fileno())
+        sync(self.path)
+        self.commits.append(commit)
+        self._state_path(number - 1).unlink(missing_ok=True)
+
+    def _state_path(self, number: int) -> Path:
+        return self.path / f"state-{number}.npz"
+
+    def _save_state(self, state: ChainState, number: int) -> None:
+        arrays = {"weights": state.weights.numpy(force=True)}
+        if state.square_avg is not None:
+            arrays["square_avg"] = state.square_avg.numpy(force=True)
+        content = io.BytesIO()
+        np.savez(content, **arrays)  # type: ignore[arg-type]
+        replace_file(self._state_path(number), content.getvalue())
+
+    def last_state(self) -> ChainState | None:
+        """Where the last committed panel left its chain."""
+        if not self.commits:
+            return None
+        last = self.commits[-1]
+        try:
+            with np.load(self._state_path(len(self.commits) - 1), allow_pickle=False) as saved:
+                arrays = {name: torch.from_numpy(saved[name]) for name in saved.files}
+        except (OSError, ValueError) as error:
+            raise StoreError(f"the state of the last committed panel cannot be read: {error}") from error
+        return ChainState(
+            last["chain"],
+            last["step"],
+            last["first_draw"] + len(last["excess"]),
+            arrays["weights"],
+            arrays.get("square_avg"),
+        )
+
+    def read_panel(self, commit: dict[str, Any]) -> Tensor:
+        """The losses of a committed panel: [k, N] float32."""
+        first = commit["first_draw"]
+        try:
+            rows = self.losses[commit["chain"], first : first + len(commit["excess"])]
+        except ValueError as error:
+            raise StoreError(f"losses of chain {commit['chain']}, draw {first} are damaged: {error}") from error
+        return torch.from_numpy(np.asarray(rows))
+
+    def finish(self, kernel: LossKernel) -> None:
+        """Write the finished kernel into the store, then drop what only a resume needs."""
+        write_kernel(kernel, self.path)
+        self._state_path(len(self.commits) - 1).unlink(missing_ok=True)
+
+    def close(self) -> None:
+        self._lock_file.close()

@@ -1,0 +1,263 @@
+"""The `.lossk` store: a Zarr v3 group that any Zarr reader opens, and the log that makes a run resumable.
+
+    config.json    what was asked for, chosen and measured        losses      [chain, draw, sample] float32, nats
+    mean, variance, scale, lag1  [sample] float64                 chain_mean  [chain, sample] float64
+    tiles          [row, column] float16/32, upper triangle, one chunk per tile: covariance / (scale_i scale_j)
+    factor         [draw, sample] float32, instead of tiles       complete    written last
+    commits.jsonl  one line per durable panel                     state.npz   the chain after the last committed panel
+
+Nothing in a store is executable: JSON, Zarr chunks with checksums, and NumPy arrays read with pickling refused.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import zarr
+from torch import Tensor
+from zarr.codecs import Crc32cCodec
+
+from lossk.blocks import FactorBlocks, Moments, TileBlocks
+from lossk.diagnostics import Diagnostics
+from lossk.errors import StoreError
+from lossk.kernel import LossKernel
+
+FORMAT = 1
+CACHED_TILES = 4
+
+
+def save_kernel(kernel: LossKernel, path: Path, *, overwrite: bool = False) -> None:
+    """Write a finished kernel beside its final name and move it there in one step."""
+    if path.exists() and not overwrite:
+        raise FileExistsError(f"path {str(path)!r} exists; pass overwrite=True to replace it")
+    parts = path.with_name(f".{path.name}.{os.getpid()}.part")
+    shutil.rmtree(parts, ignore_errors=True)
+    try:
+        zarr.create_group(parts, zarr_format=3)
+        write_kernel(kernel, parts)
+        if path.exists():
+            shutil.rmtree(path)
+        parts.rename(path)
+    finally:
+        shutil.rmtree(parts, ignore_errors=True)
+
+
+def write_kernel(kernel: LossKernel, path: Path) -> None:
+    """Write a kernel's arrays and description into an existing group, `complete` last."""
+    group = zarr.open_group(path, mode="r+")
+    moments, blocks = kernel._moments, kernel._blocks
+    for name in ("mean", "variance", "scale", "lag1"):
+        _write_array(group, name, getattr(moments, name), ("sample",))
+    _write_array(group, "chain_mean", moments.chain_mean, ("chain", "sample"))
+    if isinstance(blocks, FactorBlocks):
+        _write_array(group, "factor", blocks.factor, ("draw", "sample"))
+    else:
+        assert isinstance(blocks, TileBlocks)
+        _write_tiles(group, blocks)
+    description = {
+        "format": FORMAT,
+        "kind": blocks.kind,
+        "num_samples": blocks.num_samples,
+        "tile": blocks.tile,
+        "num_chains": moments.num_chains,
+        "num_draws": moments.num_draws,
+        "centering": moments.centering,
+        "freedom": getattr(blocks, "freedom", None),
+        "meta": kernel.meta,
+        "diagnostics": None if kernel.diagnostics is None else kernel.diagnostics.to_dict(),
+    }
+    write_json(path / "config.json", description)
+    _sync_tree(path)
+    _write_array(group, "complete", torch.ones(1, dtype=torch.int8), ("format",))
+    _sync_tree(path / "complete")
+
+
+def _write_array(group: zarr.Group, name: str, values: Tensor, dimensions: tuple[str, ...]) -> None:
+    array = group.create_array(
+        name,
+        shape=tuple(values.shape),
+        dtype=str(values.dtype).removeprefix("torch."),
+        chunks=(*values.shape[:-1], min(values.shape[-1], 2**20)),
+        dimension_names=dimensions,
+        compressors=[Crc32cCodec()],
+        overwrite=True,
+    )
+    array[...] = values.numpy()
+
+
+def _write_tiles(group: zarr.Group, blocks: TileBlocks) -> None:
+    n, side = blocks.num_samples, min(blocks.tile, blocks.num_samples)
+    array = group.create_array(
+        "tiles",
+        shape=(n, n),
+        dtype=str(blocks.dtype).removeprefix("torch."),
+        chunks=(side, side),
+        dimension_names=("row", "column"),
+        compressors=[Crc32cCodec()],
+        overwrite=True,
+    )
+    for (i, j), tile in blocks.tiles.items():
+        rows, columns = i * side, j * side
+        array[rows : rows + tile.shape[0], columns : columns + tile.shape[1]] = tile.cpu().numpy()
+
+
+class _StoredTiles(Mapping[tuple[int, int], Tensor]):
+    """Tiles read from the store when asked for; the latest few are kept."""
+
+    def __init__(self, array: zarr.Array, side: int) -> None:
+        self._array, self._side = array, side
+        self._count = -(-array.shape[0] // side)
+        self._cache: dict[tuple[int, int], Tensor] = {}
+
+    def __getitem__(self, key: tuple[int, int]) -> Tensor:
+        if key not in self._cache:
+            i, j = (k * self._side for k in key)
+            tile = torch.from_numpy(np.asarray(self._array[i : i + self._side, j : j + self._side]))
+            while len(self._cache) >= CACHED_TILES:
+                del self._cache[next(iter(self._cache))]
+            self._cache[key] = tile
+        return self._cache[key]
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        return ((i, j) for i in range(self._count) for j in range(i, self._count))
+
+    def __len__(self) -> int:
+        return self._count * (self._count + 1) // 2
+
+
+def open_kernel(path: str | Path) -> LossKernel:
+    """Open a `.lossk` store for reading; tiles stay on disk until they are asked for.
+
+    Raises:
+        StoreError: no store there, unfinished (with how far it got), or of a newer format.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise StoreError(f"there is no store at {str(path)!r}")
+    try:
+        group = zarr.open_group(path, mode="r")
+    except (FileNotFoundError, ValueError) as error:
+        raise StoreError(f"{str(path)!r} is not a .lossk store: {error}") from error
+    if "complete" not in group:
+        raise StoreError(f"{str(path)!r} is unfinished: {progress_of(path)}; continue it with resume=True")
+    description = read_json(path / "config.json")
+    if description.get("format") != FORMAT:
+        raise StoreError(f"{str(path)!r} has format {description.get('format')}, this version reads {FORMAT}")
+    moments = Moments(
+        **{name: _read(group, name) for name in ("mean", "variance", "scale", "chain_mean", "lag1")},
+        num_chains=description["num_chains"],
+        num_draws=description["num_draws"],
+        centering=description["centering"],
+    )
+    blocks: FactorBlocks | TileBlocks
+    if description["kind"] == "factor":
+        blocks = FactorBlocks(_read(group, "factor"), description["freedom"], description["tile"])
+    else:
+        tile = description["tile"]
+        tiles = _StoredTiles(_array(group, "tiles"), min(tile, description["num_samples"]))
+        blocks = TileBlocks(description["num_samples"], tile, tiles)
+    plain = description["diagnostics"]
+    diagnostics = None if plain is None else Diagnostics.from_dict(plain)
+    return LossKernel(blocks, moments, meta=description["meta"], diagnostics=diagnostics)
+
+
+def open_finished(path: Path, request: Mapping[str, Any]) -> LossKernel | None:
+    """The kernel at `path` if that run is complete; None if it is not.
+
+    Raises:
+        StoreError: complete, but of another request.
+    """
+    if not (path / "complete").exists():
+        return None
+    saved = read_json(path / "config.json")["meta"].get("config", {})
+    refuse_other_run(path, saved, request)
+    return open_kernel(path)
+
+
+def refuse_other_run(path: Path, saved: Mapping[str, Any], request: Mapping[str, Any]) -> None:
+    """Raise StoreError, showing the difference, unless a saved request is this one."""
+    changed = [
+        f"{key}: saved {saved.get(key)!r}, now {request[key]!r}" for key in request if saved.get(key) != request[key]
+    ]
+    if changed:
+        raise StoreError(f"out={str(path)!r} holds another run, not resumed ({'; '.join(changed)})")
+
+
+def _read(group: zarr.Group, name: str) -> Tensor:
+    return torch.from_numpy(np.asarray(_array(group, name)[...]))
+
+
+def _array(group: zarr.Group, name: str) -> zarr.Array:
+    array = group.get(name)
+    if not isinstance(array, zarr.Array):
+        raise StoreError(f"the store's array {name!r} is missing")
+    return array
+
+
+def progress_of(path: Path) -> str:
+    """How far an unfinished store got, in words."""
+    commits = read_commits(path)
+    request = read_json(path / "config.json") if (path / "config.json").exists() else {}
+    if not commits or "num_chains" not in request:
+        return "no draws are saved yet"
+    done = sum(len(c["excess"]) for c in commits)
+    return f"{done} of {request['num_chains'] * request['num_draws']} draws are saved"
+
+
+def read_commits(path: Path) -> list[dict[str, Any]]:
+    """The committed panels, in order; a torn last line is not a commit."""
+    log = path / "commits.jsonl"
+    if not log.exists():
+        return []
+    commits = []
+    for line in log.read_bytes().split(b"\n")[:-1]:  # every committed line ends in a newline
+        try:
+            commits.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return commits
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Replace a JSON file in one step, durably."""
+    replace_file(path, json.dumps(content, indent=1, allow_nan=True).encode() + b"\n")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text())
+    except (OSError, json.JSONDecodeError) as error:
+        raise StoreError(f"{path.name} of {str(path.parent)!r} cannot be read: {error}") from error
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    parts = path.with_name(f".{path.name}.part")
+    with parts.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    parts.replace(path)
+    sync(path.parent)
+
+
+def sync(path: Path) -> None:
+    """fsync a file or a directory."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _sync_tree(path: Path) -> None:
+    for folder, _, files in os.walk(path):
+        for name in files:
+            sync(Path(folder) / name)
+        sync(Path(folder))

@@ -1,0 +1,241 @@
+"""The frozen model: eval mode, one flat float32 weight buffer, and its exact restoration afterwards."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from fnmatch import fnmatchcase
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.parameter import UninitializedParameter
+
+from lossk.data import Samples
+from lossk.losses import Loss, forward, split_batch
+
+AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+PRECISIONS = (None, "bf16", "fp16", "tf32")
+GRADIENT_BATCH = 1024  # samples per backward pass; a larger minibatch is accumulated
+
+
+class Task:
+    """A model prepared for sampling, as a context manager.
+
+    Inside the `with` block every module is in eval mode (batch norm on its running statistics, no dropout), only the
+    selected parameters require grad, and these are views of `flat`: writing `flat` moves the model. Tied weights
+    appear once. Whatever the model's dtype, the chain's weights are a float32 master copy. On leaving, by whatever
+    way, the model gets back its own tensors, modes, flags and gradients, bit for bit.
+
+    Attributes:
+        flat: [P] float32, the sampled weights w.
+        anchor: [P] float32, w*, the weights on entry.
+        grad: [P] float32, where `gradient` leaves the gradient of the minibatch loss.
+    """
+
+    flat: Tensor
+    anchor: Tensor
+    grad: Tensor
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss: Loss,
+        *,
+        params: Sequence[str] | None = None,
+        device: str | torch.device | None = None,
+        precision: str | None = None,
+    ) -> None:
+        self.model = model
+        self.loss = loss
+        self.names, self.sampled = select_parameters(model, params)
+        self.device = torch.device(device) if device is not None else self.sampled[0].device
+        self.num_weights = sum(p.numel() for p in self.sampled)
+        self.precision = precision
+        _check_model(model, self.device)
+        if precision not in PRECISIONS:
+            raise ValueError(f"precision must be one of {PRECISIONS}, got {precision!r}")
+        if precision == "tf32" and self.device.type != "cuda":
+            raise ValueError(f"precision='tf32' needs a CUDA device, got device {str(self.device)!r}")
+
+    def __enter__(self) -> Task:
+        self._snapshot = _Snapshot(self.model)
+        try:
+            self._freeze()
+        except BaseException:
+            self._snapshot.restore()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._snapshot.restore()
+
+    def _freeze(self) -> None:
+        self.model.eval()
+        for parameter in self.model.parameters():
+            parameter.requires_grad_(False)
+            parameter.grad = None
+            if parameter.is_floating_point():
+                parameter.data = parameter.data.float()
+        for module in self.model.modules():
+            for name, buffer in module._buffers.items():
+                if buffer is not None and buffer.is_floating_point():
+                    module._buffers[name] = buffer.float()
+        self.anchor = torch.cat([p.data.reshape(-1) for p in self.sampled])
+        self.flat = self.anchor.clone()
+        self.grad = torch.zeros_like(self.flat)
+        offset = 0
+        for parameter in self.sampled:
+            span = slice(offset, offset + parameter.numel())
+            parameter.requires_grad_(True)
+            parameter.data = self.flat[span].view(parameter.shape)
+            parameter.grad = self.grad[span].view(parameter.shape)
+            offset += parameter.numel()
+
+    @contextlib.contextmanager
+    def autocast(self) -> Iterator[None]:
+        """The forward pass's precision; weights, gradients and losses stay float32."""
+        dtype = AUTOCAST.get(self.precision or "")
+        if dtype is not None:
+            with torch.autocast(self.device.type, dtype):
+                yield
+        elif self.precision == "tf32":
+            before = torch.get_float32_matmul_precision()
+            torch.set_float32_matmul_precision("high")
+            try:
+                yield
+            finally:
+                torch.set_float32_matmul_precision(before)
+        else:
+            yield
+
+    def reset(self) -> None:
+        """Return to w*."""
+        self.flat.copy_(self.anchor)
+
+    def losses(self, batch: Any) -> Tensor:
+        """Losses of a batch at the present weights: [B] float32, nats."""
+        with torch.inference_mode(), self.autocast():
+            return self.loss.per_sample(self.model, batch)
+
+    def gradient(self, samples: Samples, index: Tensor) -> float:
+        """Leave the gradient of the mean loss over `index` in `grad`; return that mean loss.
+
+        Args:
+            index: [m] int64, the minibatch.
+        """
+        self.grad.zero_()
+        total = 0.0
+        for part in index.split(GRADIENT_BATCH):
+            with torch.enable_grad(), self.autocast():
+                share = len(part) / len(index)
+                loss = self.loss.mean(self.model, samples[part]) * share
+                if not loss.requires_grad:
+                    raise ValueError("loss must depend on the sampled parameters, but has no gradient")
+                loss.backward()
+            total += float(loss.detach())
+        return total
+
+    def check(self, samples: Samples, name: str = "loader") -> None:
+        """One small pass at w*: shapes, labels, finiteness, determinism, independence of a loss from its batch.
+
+        Raises:
+            ValueError: naming the argument, the rule and the value.
+        """
+        self.loss.check(samples.tree, None)
+        few = samples[: min(len(samples), 8)]
+        if self.loss.name in ("cross_entropy", "mse"):
+            with torch.inference_mode(), self.autocast():
+                self.loss.check(samples.tree, forward(self.model, split_batch(few)[0]))
+        first, again = self.losses(few), self.losses(few)
+        if not torch.isfinite(first).all():
+            i = int((~torch.isfinite(first)).nonzero()[0])
+            raise ValueError(f"loss must be finite at the trained weights; {name} sample {i} has {float(first[i])}")
+        spread = 1e-3 if self.precision is None else 0.1
+        scale = first.abs().amax()
+        if (first - again).abs().amax() > spread * scale:
+            raise ValueError(
+                "model must be deterministic in eval mode: two passes over the same batch gave different losses"
+            )
+        if len(first) > 1:
+            alone = torch.cat([self.losses(samples[i : i + 1]) for i in range(len(first))])
+            worst = float((first - alone).abs().amax())
+            if worst > spread * float(scale):
+                raise ValueError(
+                    "loss of a sample must not depend on the other samples of its batch, "
+                    f"but evaluating it alone changed it by {worst:.3g} (largest loss {float(scale):.3g})"
+                )
+
+
+class _Snapshot:
+    """Everything about a model that sampling touches, held so that it can be put back exactly."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.modes = [(module, module.training) for module in model.modules()]
+        self.parameters = [(p, p.data, p.requires_grad, p.grad) for p in model.parameters()]
+        self.buffers = [
+            (module, name, buffer, None if buffer is None else buffer.clone())
+            for module in model.modules()
+            for name, buffer in module._buffers.items()
+        ]
+
+    def restore(self) -> None:
+        for parameter, data, requires_grad, grad in self.parameters:
+            parameter.grad = None  # its dtype would have to match while the data changes
+            parameter.data = data
+            parameter.requires_grad_(requires_grad)
+            parameter.grad = grad
+        for module, name, buffer, value in self.buffers:
+            if buffer is not None and value is not None:
+                buffer.data.copy_(value)
+            module._buffers[name] = buffer
+        for module, training in self.modes:
+            module.training = training
+
+
+def select_parameters(model: nn.Module, patterns: Sequence[str] | None) -> tuple[list[str], list[nn.Parameter]]:
+    """Names and parameters to sample: those that require grad, or those whose name matches a pattern; tied ones once.
+
+    Raises:
+        TypeError: `model` is not a Module.
+        ValueError: nothing selected, an uninitialised or a complex parameter, or more than one device.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    every = list(model.named_parameters(remove_duplicate=False))
+    for pattern in patterns or ():
+        if not any(fnmatchcase(name, pattern) for name, _ in every):
+            names = ", ".join(name for name, _ in every[:8])
+            raise ValueError(f"params: pattern {pattern!r} matches no parameter; the model has {names or 'none'}, ...")
+    chosen: dict[int, tuple[str, nn.Parameter]] = {}
+    for name, parameter in every:
+        wanted = parameter.requires_grad if patterns is None else any(fnmatchcase(name, p) for p in patterns)
+        if wanted:
+            chosen.setdefault(id(parameter), (name, parameter))
+    if not chosen:
+        raise ValueError("model must have a parameter that requires grad (or matches params=), got none")
+    for name, parameter in chosen.values():
+        if isinstance(parameter, UninitializedParameter):
+            raise ValueError(f"model parameter {name} is uninitialised; run one forward pass first")
+        if not parameter.is_floating_point():
+            raise ValueError(f"model parameters to sample must be real floating point, {name} is {parameter.dtype}")
+    return [name for name, _ in chosen.values()], [parameter for _, parameter in chosen.values()]
+
+
+def _check_model(model: nn.Module, device: torch.device) -> None:
+    devices = {str(t.device) for t in [*model.parameters(), *model.buffers()]}
+    if len(devices) > 1:
+        raise ValueError(f"model must be on one device, got {sorted(devices)}")
+    if devices and torch.device(next(iter(devices))).type != device.type:
+        raise ValueError(
+            f"device={str(device)!r} but the model is on {devices.pop()!r}; move it first: model.to(device)"
+        )
+    for name, module in model.named_modules():
+        if isinstance(module, _NormBase) and module.running_mean is None and "Instance" not in type(module).__name__:
+            raise ValueError(
+                f"model: batch norm {name!r} keeps no running statistics, so a sample's loss would depend on its batch"
+            )

@@ -1,0 +1,172 @@
+"""Streaming accumulation of the kernel as dense tiles of its upper triangle.
+
+Sample i is divided by s_i, a power of two near its standard deviation, so that tile entries are of order one whatever
+the dynamic range of the losses; multiplying back is exact. s_i is fixed the first time sample i's running variance is
+not zero: until then its deviations, and so all its entries, are exactly zero under any scale. A sample that later
+outgrows its scale 65,536-fold gets a new one, so that no product of scaled entries can overflow.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+import torch
+from torch import Tensor
+
+from lossk.blocks import Moments, TileBlocks, power_of_two_near
+from lossk.kernel import LossKernel
+from lossk.ops.rank_update import rank_update
+from lossk.panel import ChainStatistics
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16}
+CENTERINGS = ("chain", "pooled")
+STRIPE = 4096  # columns centred at a time, which bounds the float64 temporaries
+OUTGROWN = 2.0**16
+
+
+class TileAccumulator:
+    """Accumulates panels into tiles; `finalize` turns the sums into covariances.
+
+    Tiles hold the within-chain co-moments; the between-chain term of `centering="pooled"` is a rank C-1 update from
+    the chain means at the end. Accumulation is in float32 on scaled entries.
+    """
+
+    def __init__(
+        self,
+        num_samples: int,
+        tile: int,
+        *,
+        num_chains: int,
+        num_draws: int,
+        centering: str = "chain",
+        dtype: str = "float32",
+        device: str | torch.device = "cpu",
+    ) -> None:
+        self.num_samples, self.tile = num_samples, tile
+        self.num_chains, self.num_draws = num_chains, num_draws
+        self.centering, self.dtype, self.device = centering, dtype, torch.device(device)
+        self.spans = [slice(a, min(a + tile, num_samples)) for a in range(0, num_samples, tile)]
+        self.tiles = {(i, j): self._zeros(i, j) for i, j in upper_triangle(len(self.spans))}
+        self.scale = torch.zeros(num_samples, dtype=torch.float64)  # [N]; 0 while the sample has never varied
+        self.chain_mean = torch.zeros(num_chains, num_samples, dtype=torch.float64)
+        self.m2 = torch.zeros(num_samples, dtype=torch.float64)  # of the closed chains
+        self.lag1 = torch.zeros(num_samples, dtype=torch.float64)
+        self._current: tuple[int, list[ChainStatistics]] | None = None
+
+    def _zeros(self, i: int, j: int) -> Tensor:
+        rows, columns = self.spans[i], self.spans[j]
+        return torch.zeros(rows.stop - rows.start, columns.stop - columns.start, device=self.device)
+
+    def update(self, chain: int, panel: Tensor) -> None:
+        """Add the next draws of a chain; chains come one after the other.
+
+        Args:
+            panel: [k, N] float32, losses in nats.
+        """
+        assert panel.ndim == 2
+        assert panel.shape[1] == self.num_samples
+        if self._current is None or self._current[0] != chain:
+            self._close_chain()
+            self._current = (chain, [ChainStatistics(s.stop - s.start) for s in self._stripes()])
+        rows = torch.empty(len(panel) + 1, self.num_samples)
+        before = self.scale.clone()
+        for span, statistics in zip(self._stripes(), self._current[1], strict=True):
+            centred = statistics.add(panel[:, span].double())
+            self._fix_scale(span, statistics.m2)
+            rows[:, span] = centred * self._inverse_scale(span)
+        changed = (before > 0) & (before != self.scale)
+        if changed.any():
+            self._multiply(torch.where(changed, before / self.scale, 1.0))
+        self._add_rows(rows)
+
+    def _stripes(self) -> Iterator[slice]:
+        for start in range(0, self.num_samples, STRIPE):
+            yield slice(start, min(start + STRIPE, self.num_samples))
+
+    def _fix_scale(self, span: slice, m2: Tensor) -> None:
+        assert self._current is not None
+        scale = self.scale[span]
+        count = max(s.count for s in self._current[1])
+        deviation = (m2 / max(count - 1, 1)).sqrt()
+        fresh = ((scale == 0) & (m2 > 0)) | ((scale > 0) & (deviation > OUTGROWN * scale))
+        scale[fresh] = power_of_two_near(deviation[fresh])
+
+    def _multiply(self, factor: Tensor) -> None:
+        """Multiply row i and column i of the tiles by factor_i [N], a power of two: exact."""
+        factor = factor.float().to(self.device)
+        for (i, j), tile in self.tiles.items():
+            tile *= factor[self.spans[i]].unsqueeze(1)
+            tile *= factor[self.spans[j]]
+
+    def _inverse_scale(self, span: slice) -> Tensor:
+        scale = self.scale[span]
+        return torch.where(scale > 0, 1.0 / scale, 0.0)
+
+    def _add_rows(self, rows: Tensor) -> None:
+        rows = rows.to(self.device)
+        for (i, j), tile in self.tiles.items():
+            rank_update(tile, rows[:, self.spans[i]], rows[:, self.spans[j]])
+
+    def _close_chain(self) -> None:
+        if self._current is None:
+            return
+        chain, stripes = self._current
+        for span, statistics in zip(self._stripes(), stripes, strict=True):
+            assert statistics.count == self.num_draws
+            self.chain_mean[chain, span] = statistics.mean
+            self.m2[span] += statistics.m2
+            self.lag1[span] += statistics.lag1_products()
+        self._current = None
+
+    def finalize(self) -> tuple[TileBlocks, Moments]:
+        """Turn sums into covariances: the tiles in their stored dtype, and the per-sample moments."""
+        self._close_chain()
+        mean = self.chain_mean.mean(dim=0)
+        within = self.m2
+        lag1 = torch.where(within > 0, self.lag1 / within.clamp(min=torch.finfo(torch.float64).tiny), 0.0)
+        total, freedom = within, self.num_chains * (self.num_draws - 1)
+        if self.centering == "pooled":
+            between = (self.chain_mean - mean) * self.num_draws**0.5  # [C, N]
+            total, freedom = within + between.square().sum(dim=0), self.num_chains * self.num_draws - 1
+            fresh = (self.scale == 0) & (total > 0)
+            self.scale[fresh] = power_of_two_near((total[fresh] / freedom).sqrt())
+            self._add_rows((between * self._inverse_scale(slice(None))).float())
+        variance = total / freedom
+        scale = torch.where(variance > 0, power_of_two_near(variance.sqrt()), 1.0)
+        self._normalise(scale, freedom)
+        moments = Moments(mean, variance, scale, self.chain_mean, lag1, self.num_chains, self.num_draws, self.centering)
+        return TileBlocks(self.num_samples, self.tile, self.tiles), moments
+
+    def _normalise(self, scale: Tensor, freedom: int) -> None:
+        self._multiply(self.scale / scale)  # 0 for a dead sample, whose entries are 0 already
+        stored = DTYPES[self.dtype]
+        for (i, j), tile in self.tiles.items():
+            tile /= freedom
+            if i == j:  # a product A'A need not come out of a GEMM exactly symmetric
+                tile.copy_(tile.triu() + tile.triu(1).T)
+            self.tiles[i, j] = tile.to(stored)
+
+
+def upper_triangle(n: int) -> Iterator[tuple[int, int]]:
+    """Tile indices (i, j), i <= j, row by row."""
+    return ((i, j) for i in range(n) for j in range(i, n))
+
+
+def kernel_from_panels(
+    panels: Iterable[tuple[int, Tensor]],
+    num_samples: int,
+    *,
+    num_chains: int,
+    num_draws: int,
+    tile: int = 4096,
+    centering: str = "chain",
+    dtype: str = "float32",
+) -> LossKernel:
+    """The kernel of an iterable of (chain, losses [k, N]), chains in order: the streaming engine by itself."""
+    accumulator = TileAccumulator(
+        num_samples, tile, num_chains=num_chains, num_draws=num_draws, centering=centering, dtype=dtype
+    )
+    for chain, losses in panels:
+        accumulator.update(chain, losses)
+    blocks, moments = accumulator.finalize()
+    return LossKernel(blocks, moments)

@@ -1,0 +1,61 @@
+"""Where the time of a run goes, and how long the rest of it will take."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import TracebackType
+
+from tqdm import tqdm
+
+
+class Timings:
+    """Seconds spent per stage."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = defaultdict(float)
+
+    @contextmanager
+    def measure(self, stage: str) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[stage] += time.perf_counter() - start
+
+
+class Progress:
+    """A progress bar with an ETA over SGLD steps, and a few lines of text; nothing at all when switched off."""
+
+    def __init__(self, enabled: bool) -> None:
+        self.enabled = enabled
+        self._bar: tqdm | None = None
+
+    def say(self, text: str) -> None:
+        """Print to stderr."""
+        if self.enabled:
+            print(text, file=sys.stderr, flush=True)
+
+    def start(self, total: int, done: int = 0) -> None:
+        """Show the bar, over `total` steps."""
+        if self.enabled:
+            self._bar = tqdm(
+                total=total, initial=done, desc="sampling", unit="step", mininterval=0.5, dynamic_ncols=True
+            )
+
+    def update(self) -> None:
+        """One more step is done."""
+        if self._bar is not None:
+            self._bar.update()
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bar is not None:
+            self._bar.close()
