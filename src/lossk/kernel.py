@@ -253,8 +253,8 @@ class LossKernel:
 
         Returns:
             Neighbors(index [N, k] int64, correlation [N, k] float32, noise_floor [N] float32). A correlation below its
-            row's noise floor is what the best of N unrelated samples would show. Dead samples have no neighbours
-            (index -1) and are nobody's.
+            row's noise floor is what the best of N unrelated samples would show (by chance alone one neighbour per
+            row is expected above it). Dead samples have no neighbours (index -1) and are nobody's.
         """
         if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k < self.num_samples:
             raise ValueError(f"k must be an integer from 1 to N - 1 = {self.num_samples - 1}, got {k!r}")

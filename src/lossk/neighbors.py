@@ -51,7 +51,8 @@ def noise_floor(moments: Moments, num_alive: int) -> Tensor:
 
     A null correlation has standard error sqrt((1 + r_i r_j) / ((1 - r_i r_j) T)) with lag-1 autocorrelations r
     (Bartlett 1935) and T = C (T_c - 1) draws; r_j is taken at its mean over samples. With D = 1 / se^2 effective draws
-    R sqrt(D - 2) / sqrt(1 - R^2) is Student's t with D - 2 degrees of freedom; the floor is its quantile 1 - 1/N.
+    R sqrt(D - 2) / sqrt(1 - R^2) is Student's t with D - 2 degrees of freedom; the floor is its quantile 1 - 1/N, so
+    that among unrelated samples one neighbour per row is expected above it.
     """
     draws = moments.num_chains * (moments.num_draws - 1)
     lag1 = moments.lag1.clamp(-0.99, 0.99)

@@ -1,0 +1,46 @@
+# `make demo` and `make test` need python3 >= 3.11 with venv and pip, a C++ compiler and make; the rest is set up here.
+PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; do \
+	command -v $$p >/dev/null && $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+OUT ?= out
+READY := $(VENV)/.ready
+SOURCES := pyproject.toml CMakeLists.txt constraints.txt $(wildcard csrc/*)
+
+.PHONY: demo fashion test test-slow lint bench doctor clean
+
+demo: $(READY)  ## the loss kernel of a network trained on real digits
+	$(BIN)/lossk demo --out $(OUT) --overwrite
+
+fashion: $(READY)  ## Fashion-MNIST, 10,000 test images (Debian package dataset-fashion-mnist)
+	$(BIN)/lossk run fashion --out $(OUT)/fashion.lossk --overwrite
+
+test: $(READY) lint  ## everything CI runs
+	$(BIN)/python -m pytest
+
+test-slow: $(READY)  ## the minutes-long tests too
+	$(BIN)/python -m pytest -m "slow or not slow"
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(READY)
+	$(BIN)/python -m bench.sgld_step
+
+doctor: $(READY)
+	$(BIN)/lossk doctor
+
+# torch first and by itself: anything else that needs it then takes the build that is there.
+$(READY): $(SOURCES)
+	@test -n "$(PYTHON)" || { echo "lossk needs python3 >= 3.11 (its store format, zarr >= 3.1.3, does)"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install -q -c constraints.txt torch==2.13.0
+	$(PIP) install -q -c constraints.txt scikit-build-core pybind11 cmake ninja
+	$(PIP) install -q -c constraints.txt --no-build-isolation -e ".[dev]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist $(OUT)
