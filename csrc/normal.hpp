@@ -67,12 +67,22 @@ inline void sin_cos_quarter(typename V::F b, typename V::F& sine, typename V::F&
 template <class V>
 inline void box_muller(typename V::U x, typename V::U y, typename V::F& first, typename V::F& second) {
   using F = typename V::F;
-  const F radius = V::sqrt(minus_two_log<V>(V::unit_interval(x)));
+  const F squared = minus_two_log<V>(V::unit_interval(x));
+  const F radius = V::sqrt(squared);
   F sine, cosine;
   sin_cos_quarter<V>(V::quarter_turn(y), sine, cosine);
   V::rotate(y, sine, cosine);
-  first = V::mul(radius, cosine);
-  second = V::mul(radius, sine);
+  if constexpr (V::kSingleArithmetic) {
+    // The rounding of the square root is the largest error left: (squared - radius^2) / (2 radius). To remove most of
+    // it a few bits of 1/radius do. Enumerating every u and every b, the product is then within 2.22 ulp of the truth,
+    // so never more than 2 float32 steps from the correctly rounded value; without this, 2.84.
+    const F rounding = V::mul(V::fms(radius, radius, squared), V::minus_half_inverse(radius));
+    first = V::fma(radius, cosine, V::mul(rounding, cosine));
+    second = V::fma(radius, sine, V::mul(rounding, sine));
+  } else {
+    first = V::mul(radius, cosine);
+    second = V::mul(radius, sine);
+  }
 }
 
 }  // namespace

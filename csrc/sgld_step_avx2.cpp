@@ -11,6 +11,7 @@ struct V {
   using F = __m256;
   using Single = __m256;
   using U = __m256i;
+  static constexpr bool kSingleArithmetic = true;
   static constexpr int kParts = 2;
 
   static F constant(float c) { return _mm256_set1_ps(c); }
@@ -27,6 +28,11 @@ struct V {
   static F sqrt(F a) { return _mm256_sqrt_ps(a); }
   static F as_float(U a) { return _mm256_castsi256_ps(a); }
   static U as_words(F a) { return _mm256_castps_si256(a); }
+
+  // -1/(2a) to within 13 %, for a >= 0 (finite at 0): negating the exponent bits negates the logarithm, roughly.
+  static F minus_half_inverse(F a) {
+    return as_float(_mm256_sub_epi32(_mm256_set1_epi32(static_cast<int>(0xfe7311c7u)), as_words(a)));
+  }
 
   // 64-bit lanes.
   static U zero() { return _mm256_setzero_si256(); }

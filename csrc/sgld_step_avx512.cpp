@@ -10,6 +10,7 @@ struct V {
   using F = __m512;
   using Single = __m512;
   using U = __m512i;
+  static constexpr bool kSingleArithmetic = true;
   static constexpr int kParts = 4;
 
   static F constant(float c) { return _mm512_set1_ps(c); }
@@ -26,6 +27,11 @@ struct V {
   static F sqrt(F a) { return _mm512_sqrt_ps(a); }
   static F as_float(U a) { return _mm512_castsi512_ps(a); }
   static U as_words(F a) { return _mm512_castps_si512(a); }
+
+  // -1/(2a) to within 13 %, for a >= 0 (finite at 0): negating the exponent bits negates the logarithm, roughly.
+  static F minus_half_inverse(F a) {
+    return as_float(_mm512_sub_epi32(_mm512_set1_epi32(static_cast<int>(0xfe7311c7u)), as_words(a)));
+  }
 
   // 64-bit lanes.
   static U zero() { return _mm512_setzero_si512(); }

@@ -14,6 +14,7 @@ struct Scalar {
   using F = double;
   using Single = float;
   using U = std::uint32_t;
+  static constexpr bool kSingleArithmetic = false;
 
   static double constant(float c) { return c; }
   static double add(double a, double b) { return a + b; }
@@ -119,23 +120,25 @@ class PlainGroup {
 
   void philox(std::uint32_t block_low, std::uint32_t x[4][kCounters]) const {
     for (int i = 0; i < kCounters; ++i) {
-      const std::uint64_t p0 = std::uint64_t{kPhiloxM0} * (block_low + static_cast<std::uint32_t>(i));
-      const std::uint32_t x2 = high_word(p0) ^ plan_.round0_x2;
-      const std::uint64_t p1 = std::uint64_t{kPhiloxM1} * x2;
-      x[0][i] = high_word(p1) ^ plan_.round1_x0;
-      x[1][i] = low_word(p1);
-      x[2][i] = low_word(p0) ^ plan_.round1_x2;
-      x[3][i] = 0;  // constant at this point, and part of plan_.key1[2]
-    }
-    for (int r = 2; r < kPhiloxRounds; ++r) {
-      for (int i = 0; i < kCounters; ++i) {
-        const std::uint64_t p0 = std::uint64_t{kPhiloxM0} * x[0][i];
-        const std::uint64_t p1 = std::uint64_t{kPhiloxM1} * x[2][i];
-        x[0][i] = high_word(p1) ^ x[1][i] ^ plan_.key0[r];
-        x[1][i] = low_word(p1);
-        x[2][i] = high_word(p0) ^ x[3][i] ^ plan_.key1[r];
-        x[3][i] = low_word(p0);
+      std::uint64_t p0 = std::uint64_t{kPhiloxM0} * (block_low + static_cast<std::uint32_t>(i));
+      std::uint32_t x2 = high_word(p0) ^ plan_.round0_x2;
+      std::uint64_t p1 = std::uint64_t{kPhiloxM1} * x2;
+      std::uint32_t x0 = high_word(p1) ^ plan_.round1_x0;
+      std::uint32_t x1 = low_word(p1);
+      x2 = low_word(p0) ^ plan_.round1_x2;
+      std::uint32_t x3 = 0;  // constant at this point, and part of plan_.key1[2]
+      for (int r = 2; r < kPhiloxRounds; ++r) {
+        p0 = std::uint64_t{kPhiloxM0} * x0;
+        p1 = std::uint64_t{kPhiloxM1} * x2;
+        x0 = high_word(p1) ^ x1 ^ plan_.key0[r];
+        x2 = high_word(p0) ^ x3 ^ plan_.key1[r];
+        x1 = low_word(p1);
+        x3 = low_word(p0);
       }
+      x[0][i] = x0;
+      x[1][i] = x1;
+      x[2][i] = x2;
+      x[3][i] = x3;
     }
   }
 

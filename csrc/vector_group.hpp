@@ -8,6 +8,7 @@
 #pragma once
 #include "group_loop.hpp"
 #include "normal.hpp"
+#include "twice.hpp"
 
 namespace lossk {
 namespace {
@@ -53,9 +54,8 @@ class VectorGroup {
       F rows[4], xi[4];
       for (int k = 0; k < 4; ++k) rows[k] = V::as_float(V::load_words(words + n * kBatch + k * kLanes));
       transpose(rows);
-      box_muller<V>(V::as_words(rows[0]), V::as_words(rows[1]), xi[0], xi[1]);
-      box_muller<V>(V::as_words(rows[2]), V::as_words(rows[3]), xi[2], xi[3]);
-      transpose(xi);
+      const U x[4] = {V::as_words(rows[0]), V::as_words(rows[1]), V::as_words(rows[2]), V::as_words(rows[3])};
+      transform(x, xi);
       for (int k = 0; k < 4; ++k) V::store(out + n * kBatch + k * kLanes, xi[k]);
     }
   }
@@ -89,40 +89,47 @@ class VectorGroup {
   }
 
  private:
-  // Words x0..x3 of the kLanes counters from block_low on.
+  // Words x0..x3 of the kLanes counters from block_low on. The low and high halves of the packed vectors run side by side.
   void philox(std::uint32_t block_low, U x[4]) const {
-    U low[4], high[4];
+    using W = Twice<V>;
+    const typename W::U m0 = W::wide(V::wide(kPhiloxM0)), m1 = W::wide(V::wide(kPhiloxM1));
     const U counter = V::add_wide(V::wide(block_low), V::counters());
-    philox_wide(counter, low);
-    philox_wide(V::add_wide(counter, V::wide(2 * kParts)), high);
-    for (int k = 0; k < 4; ++k) x[k] = V::pack(low[k], high[k]);
-  }
-
-  void philox_wide(U counter, U x[4]) const {
-    const U m0 = V::wide(kPhiloxM0), m1 = V::wide(kPhiloxM1);
-    U p0 = V::multiply(m0, counter);
-    x[2] = V::exclusive_or(V::high_half(p0), round0_x2_);
-    U p1 = V::multiply(m1, x[2]);
-    x[0] = V::exclusive_or(V::high_half(p1), round1_x0_);
-    x[1] = p1;
-    x[2] = V::exclusive_or(p0, round1_x2_);
-    x[3] = V::zero();  // constant at this point, and part of key1_[2]
+    typename W::U p0 = W::multiply(m0, {counter, V::add_wide(counter, V::wide(2 * kParts))});
+    typename W::U x2 = W::exclusive_or(W::high_half(p0), W::wide(round0_x2_));
+    typename W::U p1 = W::multiply(m1, x2);
+    typename W::U x0 = W::exclusive_or(W::high_half(p1), W::wide(round1_x0_));
+    typename W::U x1 = p1;
+    x2 = W::exclusive_or(p0, W::wide(round1_x2_));
+    typename W::U x3 = W::wide(V::zero());  // constant at this point, and part of key1_[2]
     for (int r = 2; r < kPhiloxRounds; ++r) {
-      p0 = V::multiply(m0, x[0]);
-      p1 = V::multiply(m1, x[2]);
-      x[0] = V::exclusive_or(V::high_half(p1), x[1], key0_[r]);
-      x[2] = V::exclusive_or(V::high_half(p0), x[3], key1_[r]);
-      x[1] = p1;
-      x[3] = p0;
+      p0 = W::multiply(m0, x0);
+      p1 = W::multiply(m1, x2);
+      x0 = W::exclusive_or(W::high_half(p1), x1, W::wide(key0_[r]));
+      x2 = W::exclusive_or(W::high_half(p0), x3, W::wide(key1_[r]));
+      x1 = p1;
+      x3 = p0;
     }
+    x[0] = V::pack(x0.a, x0.b);
+    x[1] = V::pack(x1.a, x1.b);
+    x[2] = V::pack(x2.a, x2.b);
+    x[3] = V::pack(x3.a, x3.b);
   }
 
   // kBatch normals in memory order.
   void noise(std::uint32_t block_low, F xi[4]) const {
     U x[4];
     philox(block_low, x);
-    box_muller<V>(x[0], x[1], xi[0], xi[1]);
-    box_muller<V>(x[2], x[3], xi[2], xi[3]);
+    transform(x, xi);
+  }
+
+  // Words x0..x3 of kLanes counters to kBatch normals in memory order.
+  static void transform(const U x[4], F xi[4]) {
+    typename Twice<V>::F first, second;
+    box_muller<Twice<V>>({x[0], x[2]}, {x[1], x[3]}, first, second);
+    xi[0] = first.a;
+    xi[1] = second.a;
+    xi[2] = first.b;
+    xi[3] = second.b;
     transpose(xi);
   }
 

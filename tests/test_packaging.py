@@ -53,9 +53,7 @@ def fresh_environment(folder: Path) -> Path:
 
 
 @pytest.mark.parametrize("kind", ["wheel", "sdist"])
-def test_installs_and_runs_in_a_fresh_environment(
-    kind: str, distributions: dict[str, Path], tmp_path: Path
-) -> None:
+def test_installs_and_runs_in_a_fresh_environment(kind: str, distributions: dict[str, Path], tmp_path: Path) -> None:
     import json
 
     python = fresh_environment(tmp_path / "venv")

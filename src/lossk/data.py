@@ -37,14 +37,6 @@ class Samples:
     def __getitem__(self, index: slice | Tensor) -> Any:
         return map_tensors(lambda t: t[index], self.tree)
 
-    def to(self, device: torch.device) -> Samples:
-        return Samples(map_tensors(lambda t: t.to(device), self.tree), self.num_samples)
-
-    def floats_to_float32(self) -> Samples:
-        """Floating-point tensors in float32, the precision of the weights' master copy."""
-        cast = map_tensors(lambda t: t.float() if t.is_floating_point() else t, self.tree)
-        return Samples(cast, self.num_samples)
-
     @property
     def nbytes(self) -> int:
         return sum(t.numel() * t.element_size() for t in leaves(self.tree))

@@ -79,8 +79,8 @@ class Run:
         train_samples = read_samples(train, "train") if own_train else probe
         fingerprints = {"model": provenance.model_fingerprint(model), "probe": probe.fingerprint()}
         fingerprints["train"] = train_samples.fingerprint() if own_train else fingerprints["probe"]
-        probe = probe.floats_to_float32().to(task.device)
-        train_samples = train_samples.floats_to_float32().to(task.device) if own_train else probe
+        probe = task.place(probe)
+        train_samples = task.place(train_samples) if own_train else probe
         with task:
             task.check(probe, "loader")
             if own_train:
@@ -149,7 +149,7 @@ class Run:
             f"{self.num_draws} draws, backend {self.backend}"
         )
         bar.say(
-            f"pilot: curvature {self.pilot.curvature:.4g}, gradient variance {self.pilot.gradient_variance:.4g} at most "
+            f"pilot: curvature up to {self.pilot.curvature:.3g}, gradient variance {self.pilot.gradient_variance:.3g} "
             f"({self.pilot.num_samples} of {n} training samples, {self.pilot.method})"
         )
         for reason in self.reasons:

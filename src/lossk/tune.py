@@ -135,7 +135,7 @@ class _Products:
 
     def _gradient(self, scalar: Tensor, create_graph: bool = False) -> Tensor:
         parts = torch.autograd.grad(scalar, self.task.sampled, create_graph=create_graph, materialize_grads=True)
-        return torch.cat([part.reshape(-1) for part in parts])
+        return self.task.flatten(parts)
 
     def _hessian_differences(self, v: Tensor) -> Tensor:
         def gradient(batch: Any, _: Tensor) -> Tensor:
