@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -277,3 +281,14 @@ def test_self_test_notices_a_wrong_build() -> None:
 
     assert extension.self_test(module) == ""
     assert extension.self_test(Wrong) == "normals differ from the reference"  # type: ignore[arg-type]
+
+
+@needs_cpp
+def test_bench_runs(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "bench.sgld_step", "--sizes", "1000", "--seconds", "0.01", "--out", str(tmp_path)]
+    done = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    (record,) = tmp_path.iterdir()
+    ratios = json.loads(record.read_text())["results"]["1000"]["ratios"]
+    assert all(value > 0 for value in ratios.values())
+    assert len(ratios) == 3
