@@ -121,6 +121,7 @@ SGLD_ARGUMENTS: list[tuple[dict[str, Any], tuple[str, ...]]] = [
     ({"n_beta": 0.0}, ("n_beta", r"\b0")),
     ({"n_beta": -5.0}, ("n_beta", "-5")),
     ({"n_beta": float("nan")}, ("n_beta", "nan")),
+    ({"n_beta": "auto"}, ("n_beta", "auto")),
     ({"localization": -1.0}, ("localization", "-1")),
     ({"localization": float("inf")}, ("localization", "inf")),
     ({"batch_size": 0}, ("batch_size", r"\b0\b")),

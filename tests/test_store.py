@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -157,6 +159,33 @@ def test_an_incomplete_store_says_how_far_it_got(build: Build, problem: Any, fai
     assert counts == sorted(counts)
     assert set(counts) <= {0, 3, 6, 9}
     assert counts[-1] == 9
+
+
+def test_killed_at_any_write(
+    build: Build, problem: Any, assert_same_kernel: Same, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The store as it lies on the disk before each of its syncs, from the first to the last: opens as complete with the
+    right numbers or says that it is not, and resumes to the same end."""
+    path, copies, sync = tmp_path / "k.lossk", [], os.fsync
+
+    def copying(descriptor: int) -> None:
+        if path.exists():
+            copies.append(tmp_path / f"{len(copies)}.lossk")
+            shutil.copytree(path, copies[-1])
+        sync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", copying)
+    whole = build(problem.model(), problem.data, out=path)
+    monkeypatch.undo()
+    assert len(copies) >= 8, "one panel, one sync at the least"
+    early, late = copies[:-12], copies[-12:]
+    for copy in [*early[:3], *early[3::5], *late]:
+        try:
+            assert_same_kernel(lossk.open(copy), whole)
+        except lossk.errors.StoreError as error:
+            assert "resume" in str(error), copy.name  # noqa: PT017
+        assert_same_kernel(build(problem.model(), problem.data, out=copy, resume=True), whole)
+        assert_same_kernel(lossk.open(copy), whole)
 
 
 def test_two_writers(build: Build, problem: Any, fail_at: Any, assert_same_kernel: Same, tmp_path: Path) -> None:
