@@ -1,7 +1,8 @@
 // Which kernel runs, and on how many threads.
 #include <algorithm>
+#include <atomic>
 #include <cstring>
-#include <exception>
+#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -12,25 +13,35 @@ namespace {
 
 // Below this, starting a thread costs more than it saves (a step takes about 1 ns per element).
 constexpr std::int64_t kSmall = 128 * 1024;
-// Ranges start on multiples of this many elements: whole groups, and whole pages of aligned arrays.
-constexpr std::int64_t kGrain = 4096;
-static_assert(kGrain % kGroup == 0, "a range must start at a group");
+constexpr std::int64_t kChunk = 32 * 1024;
+static_assert(kChunk % kGroup == 0, "a range must start at a group");
 
+// body(begin, end) over chunks of fixed size, taken by whichever thread is free: after a torch operation its idle
+// workers still spin for a while and hold up one of ours. An element's value depends on its index alone, so neither the
+// number of threads nor who takes which chunk shows in the result.
 template <class Body>
 void parallel_ranges(std::int64_t count, int num_threads, const Body& body) {
-  if (count <= 0) return;
-  const std::int64_t grains = (count + kGrain - 1) / kGrain;
-  const std::int64_t parts = count < kSmall ? 1 : std::min<std::int64_t>(std::max(num_threads, 1), grains);
-  const auto edge = [=](std::int64_t part) { return std::min(count, grains * part / parts * kGrain); };
-  std::vector<std::thread> threads;
-  threads.reserve(static_cast<std::size_t>(parts));
-  std::int64_t started = 1;  // the calling thread takes part 0, and whatever no thread could be started for
-  try {
-    for (; started < parts; ++started) threads.emplace_back([&, started] { body(edge(started), edge(started + 1)); });
-  } catch (const std::exception&) {
-    body(edge(started), count);
+  if (count < kSmall || num_threads == 1) {
+    if (count > 0) body(0, count);
+    return;
   }
-  body(0, edge(1));
+  std::atomic<std::int64_t> next{0};
+  const auto work = [&] {
+    for (;;) {
+      const std::int64_t begin = next.fetch_add(kChunk, std::memory_order_relaxed);
+      if (begin >= count) return;
+      body(begin, std::min(begin + kChunk, count));
+    }
+  };
+  const std::int64_t wanted = std::min<std::int64_t>(num_threads, (count + kChunk - 1) / kChunk);
+  std::vector<std::thread> threads;
+  threads.reserve(static_cast<std::size_t>(wanted));
+  try {
+    while (static_cast<std::int64_t>(threads.size()) + 1 < wanted) threads.emplace_back(work);
+  } catch (const std::system_error&) {
+    // No more threads to be had: those that run share the work.
+  }
+  work();
   for (auto& thread : threads) thread.join();
 }
 

@@ -51,8 +51,7 @@ extern const Kernels kAvx512Kernels;
 // "auto" (the best this CPU has), "avx512", "avx2" or "baseline"; null if it is unknown or cannot run here.
 const Kernels* find_kernels(const char* level);
 
-// The three operations over [0, count), split over threads on multiples of a fixed size: the result does not depend
-// on num_threads.
+// The three operations over [0, count), shared among threads; the result does not depend on num_threads.
 void sgld_step(const Kernels& kernels, const StepArgs& args, std::int64_t count, int num_threads);
 void fill_normals(const Kernels& kernels, const Stream& stream, std::uint64_t first_block, float* out,
                   std::int64_t count, int num_threads);
