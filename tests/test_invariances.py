@@ -187,8 +187,11 @@ def test_global_generators_do_not_matter(build: Build, problem: Any, assert_same
     assert_same_kernel(one, build(problem.model(), problem.data))
 
 
-def test_chains_differ_and_do_not_depend_on_their_number(problem: Any, sgld: Callable[..., lossk.SGLD]) -> None:
-    settings = {"sampler": sgld(), "num_draws": 5, "backend": "torch", "progress": False}
+@pytest.mark.parametrize("batch_size", [4, None])
+def test_chains_differ_and_do_not_depend_on_their_number(
+    problem: Any, sgld: Callable[..., lossk.SGLD], batch_size: int | None
+) -> None:
+    settings = {"sampler": sgld(batch_size=batch_size), "num_draws": 5, "backend": "torch", "progress": False}
     two = np.asarray(lossk.sample_losses(problem.model(), problem.data, num_chains=2, **settings).losses)
     three = np.asarray(lossk.sample_losses(problem.model(), problem.data, num_chains=3, **settings).losses)
     np.testing.assert_array_equal(three[:2], two)

@@ -189,7 +189,7 @@ def linear_on_the_probe(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tenso
 
 def test_minibatches_are_drawn_without_replacement() -> None:
     """S of T3, the gradient noise as large as the injected noise; without it, or with replacement, z fails."""
-    n, m, d, draws, thin, n_beta, gamma = 20, 10, 3, 80, 3, 60.0, 10.0
+    n, m, d, draws, thin, n_beta, gamma = 20, 10, 3, 80, 2, 60.0, 10.0
     rng = np.random.default_rng(21)
     x = rng.standard_normal((n, d)).astype(np.float32).astype(np.float64)
     y = (x @ rng.standard_normal(d) + 1.5 * rng.standard_normal(n)).astype(np.float32).astype(np.float64)
@@ -231,6 +231,44 @@ def test_minibatches_are_drawn_without_replacement() -> None:
     assert np.all(np.abs(z) < 4.5), f"z = {z}"
     assert not oracles.consistent(oracles.z_scores(chains, target(replaced)))
     assert not oracles.consistent(oracles.z_scores(chains, target(oracles.discretised_covariance(a, lr))))
+
+
+@pytest.mark.parametrize(("n", "m"), [(21, 4), (21, 8), (21, 20), (300, 5), (5, 1)])
+def test_minibatches_are_independent_uniform_subsets(n: int, m: int) -> None:
+    """Seen from inside the loss: m distinct samples, each equally often, consecutive ones overlapping by chance only."""
+    seen: list[Tensor] = []
+
+    def loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        inputs, number = batch
+        if torch.is_grad_enabled() and len(number) == m:
+            seen.append(number.long())
+        return half_square(model, (inputs, torch.zeros(len(inputs), 1)))
+
+    chains, draws = 2, 400
+    lossk.sample_losses(
+        nn.Linear(2, 1),
+        (torch.randn(n, 2), torch.arange(n).float()),
+        loss=loss,
+        sampler=lossk.SGLD(
+            lr=1e-4, n_beta=5.0, localization=1.0, batch_size=m, num_burnin_steps=0, num_steps_bw_draws=1
+        ),
+        num_chains=chains,
+        num_draws=draws,
+        backend="torch",
+        progress=False,
+    )
+    steps = chains * draws
+    batches = torch.stack(seen[-steps:]).numpy()  # [chain-major step, m]; the pilot's come before
+    member = np.zeros((steps, n))
+    np.put_along_axis(member, batches, 1.0, axis=1)
+    assert np.all(member.sum(axis=1) == m), "a sample occurs twice in a minibatch"
+    p = m / n
+    z = (member.sum(axis=0) - steps * p) / np.sqrt(steps * p * (1 - p))
+    assert np.abs(z).max() < 4.5
+    overlap = (member[1:] * member[:-1]).sum(axis=1)
+    spread = m * p * (1 - p) * (n - m) / (n - 1)  # the hypergeometric variance
+    assert abs(overlap.mean() - m * p) < 4.5 * np.sqrt(spread / len(overlap)) + 1e-12
+    assert not np.array_equal(member[:draws], member[draws:]), "two chains use the same minibatches"
 
 
 # --- the recursion -----------------------------------------------------------------------------------------------
