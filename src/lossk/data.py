@@ -130,13 +130,13 @@ def _read_loader(loader: DataLoader, name: str) -> Any:
             f"{name} shuffles: its {len(dataset)} samples are read in dataset order, "  # type: ignore[arg-type]
             "so that row i of the kernel is dataset[i]",
             UserWarning,
-            stacklevel=4,
+            stacklevel=2,
         )
     elif not isinstance(sampler, SequentialSampler):
         warnings.warn(
             f"{name} has a sampler of its own: it is read once, and row i of the kernel is the i-th sample it gives",
             UserWarning,
-            stacklevel=4,
+            stacklevel=2,
         )
         return _concatenate(loader, name)
     if isinstance(dataset, TensorDataset) and loader.collate_fn is default_collate:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -42,6 +43,7 @@ class Run:
     fingerprints: dict[str, str]
     started: float
     watch: TraceWatch
+    warnings: list[str]
     pilot: Pilot | None = None
     reasons: list[str] = field(default_factory=list)
     timings: Timings = field(default_factory=Timings)
@@ -72,11 +74,15 @@ class Run:
         resolved_loss = resolve_loss(loss)
         task = Task(model, resolved_loss, params=sampler.params, device=device, precision=precision)
         chosen_backend = resolve_backend(backend, task.device)
-        probe = read_samples(loader, "loader")
+        own_train = train is not None and train is not loader
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            probe = read_samples(loader, "loader")
+            train_samples = read_samples(train, "train") if own_train else probe
+        for warning in caught:  # shown all the same; kept with the result
+            warnings.warn(warning.message, warning.category, stacklevel=3)
         if len(probe) < 2:
             raise ValueError(f"loader must hold at least 2 samples, got {len(probe)}")
-        own_train = train is not None and train is not loader
-        train_samples = read_samples(train, "train") if own_train else probe
         fingerprints = {"model": provenance.model_fingerprint(model), "probe": probe.fingerprint()}
         fingerprints["train"] = train_samples.fingerprint() if own_train else fingerprints["probe"]
         probe = task.place(probe)
@@ -98,6 +104,7 @@ class Run:
             seed=seed,
             fingerprints=fingerprints,
             started=started,
+            warnings=[str(warning.message) for warning in caught],
             watch=TraceWatch(num_chains, num_draws, len(probe)),
         )
 
@@ -243,6 +250,7 @@ class Run:
             "peak_rss_bytes": provenance.peak_rss_bytes(),
             "versions": provenance.versions(),
             "git_sha": provenance.git_sha(),
+            "warnings": self.warnings,
             "mean_loss_trace": self.watch.mean_loss.tolist(),
             "excess_trace": self.watch.excess.tolist(),
         }

@@ -21,6 +21,8 @@ from lossk.panel import Panel
 from lossk.sgld import ChainState
 from lossk.store import read_commits, read_json, refuse_other_run, replace_file, sync, write_json, write_kernel
 
+BEFORE_CONFIG = {"zarr.json", "losses", ".lock", ".config.json.part"}  # what a run killed at its very start leaves
+
 
 class RunLog:
     """An open, locked, unfinished store.
@@ -33,7 +35,9 @@ class RunLog:
         self.path, self.panel = path, panel
         shape = (request["num_chains"], request["num_draws"], request["num_samples"])
         self.commits: list[dict[str, Any]] = []
-        if path.exists() and resume:
+        if path.exists() and not resume:
+            raise FileExistsError(f"out={str(path)!r} exists; pass resume=True to continue it, or another path")
+        if (path / "config.json").exists():
             self._lock()
             try:
                 refuse_other_run(path, read_json(path / "config.json"), request)
@@ -44,9 +48,10 @@ class RunLog:
             self._trim()
             self.losses = zarr.open_array(path / "losses", mode="r+")
             return
-        if path.exists():
-            raise FileExistsError(f"out={str(path)!r} exists; pass resume=True to continue it, or another path")
-        group = zarr.create_group(path, zarr_format=3)
+        foreign = sorted(entry.name for entry in path.glob("*") if entry.name not in BEFORE_CONFIG)
+        if foreign:
+            raise StoreError(f"out={str(path)!r} is not a .lossk store: it holds {foreign[:4]}")
+        group = zarr.open_group(path, mode="a", zarr_format=3)
         self._lock()
         self.losses = group.create_array(
             "losses",
@@ -55,6 +60,7 @@ class RunLog:
             dtype="float32",
             dimension_names=("chain", "draw", "sample"),
             compressors=[Crc32cCodec()],
+            overwrite=True,
         )
         write_json(path / "config.json", request)
 

@@ -56,10 +56,12 @@ class SGLD:
     params: Sequence[str] | None = None
 
     def __post_init__(self) -> None:
-        _check_number("lr", self.lr, above=0.0)
-        _check_number("localization", self.localization, least=0.0)
+        if self.lr != "auto":
+            _check_number("lr", self.lr, "a number or 'auto'", above=0.0)
+        if self.localization != "auto":
+            _check_number("localization", self.localization, "a number or 'auto'", least=0.0)
         if self.n_beta is not None:
-            _check_number("n_beta", self.n_beta, above=0.0)
+            _check_number("n_beta", self.n_beta, "a number or None", above=0.0)
         if self.batch_size is not None:
             _check_integer("batch_size", self.batch_size, 1)
         if self.num_burnin_steps != "auto":
@@ -69,8 +71,8 @@ class SGLD:
         if self.preconditioner not in (None, "rmsprop"):
             raise ValueError(f"preconditioner must be None or 'rmsprop', got {self.preconditioner!r}")
         if self.params is not None:
-            if isinstance(self.params, str):
-                raise TypeError(f"params must be a list of name patterns, got the string {self.params!r}")
+            if isinstance(self.params, str) or not all(isinstance(pattern, str) for pattern in self.params):
+                raise TypeError(f"params must be a list of name patterns, got {self.params!r}")
             object.__setattr__(self, "params", tuple(self.params))
 
     @property
@@ -199,11 +201,9 @@ def explosion_limit(anchor_loss: float, num_weights: int, n_beta: float) -> floa
     return 100.0 * (1.0 + abs(anchor_loss) + num_weights / (2.0 * n_beta))
 
 
-def _check_number(name: str, value: Any, *, above: float | None = None, least: float | None = None) -> None:
-    if value == "auto":
-        return
+def _check_number(name: str, value: Any, kind: str, *, above: float | None = None, least: float | None = None) -> None:
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise TypeError(f"{name} must be a number or 'auto', got {value!r}")
+        raise TypeError(f"{name} must be {kind}, got {value!r}")
     low_enough = value <= above if above is not None else value < (least or 0.0)
     if not math.isfinite(value) or low_enough:
         rule = f"greater than {above:g}" if above is not None else f"at least {least:g}"

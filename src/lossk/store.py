@@ -61,7 +61,10 @@ def write_kernel(kernel: LossKernel, path: Path) -> None:
     else:
         assert isinstance(blocks, TileBlocks)
         _write_tiles(group, blocks)
+    saved = read_json(path / "config.json") if (path / "config.json").exists() else {}
     description = {
+        **kernel.meta.get("config", {}),
+        **saved,
         "format": FORMAT,
         "kind": blocks.kind,
         "num_samples": blocks.num_samples,
@@ -176,8 +179,7 @@ def open_finished(path: Path, request: Mapping[str, Any]) -> LossKernel | None:
     """
     if not (path / "complete").exists():
         return None
-    saved = read_json(path / "config.json")["meta"].get("config", {})
-    refuse_other_run(path, saved, request)
+    refuse_other_run(path, read_json(path / "config.json"), request)
     return open_kernel(path)
 
 

@@ -51,7 +51,12 @@ class Task:
         self.model = model
         self.loss = loss
         self.names, self.sampled = select_parameters(model, params)
-        self.device = torch.device(device) if device is not None else self.sampled[0].device
+        self.device = self.sampled[0].device
+        if device is not None:
+            try:
+                self.device = torch.device(device)
+            except (RuntimeError, TypeError) as error:
+                raise ValueError(f"device must be a torch device, got {device!r}") from error
         self.num_weights = sum(p.numel() for p in self.sampled)
         self.precision = precision
         # On a CPU convolutions run several times faster channels-last; which elements of `flat` are neighbours is free.
@@ -203,6 +208,7 @@ class Task:
                     "loss of a sample must not depend on the other samples of its batch, "
                     f"but evaluating it alone changed it by {worst:.3g} (largest loss {float(scale):.3g})"
                 )
+        self.gradient(samples, torch.arange(len(first)))
 
 
 class _Snapshot:
