@@ -235,7 +235,7 @@ def test_minibatches_are_drawn_without_replacement() -> None:
 
 @pytest.mark.parametrize(("n", "m"), [(21, 4), (21, 8), (21, 20), (300, 5), (5, 1)])
 def test_minibatches_are_independent_uniform_subsets(n: int, m: int) -> None:
-    """Seen from inside the loss: m distinct samples, each equally often, consecutive ones overlapping by chance only."""
+    """Seen from inside the loss: m distinct samples, each equally often, consecutive ones overlap by chance only."""
     seen: list[Tensor] = []
 
     def loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:

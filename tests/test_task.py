@@ -99,12 +99,14 @@ class Snapshot:
 # --- restoring ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("patterns", [None, ["frozen.*", "head"]], ids=str)
 @pytest.mark.parametrize("preconditioner", [None, "rmsprop"])
 def test_restored_after_success(
-    build: Build, problem: Any, mixed: Mixed, sgld: Any, preconditioner: str | None
+    build: Build, problem: Any, mixed: Mixed, sgld: Any, preconditioner: str | None, patterns: list[str] | None
 ) -> None:
+    """Also when a pattern samples frozen parameters and leaves out trainable ones."""
     before = Snapshot(mixed)
-    kernel = build(mixed, problem.data, sampler=sgld(preconditioner=preconditioner))
+    kernel = build(mixed, problem.data, sampler=sgld(preconditioner=preconditioner, params=patterns))
     before.assert_untouched()
     assert np.isfinite(kernel.to_numpy()).all()
     assert not np.asarray(kernel.dead).any()
