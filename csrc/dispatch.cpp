@@ -16,9 +16,9 @@ constexpr std::int64_t kSmall = 128 * 1024;
 constexpr std::int64_t kChunk = 32 * 1024;
 static_assert(kChunk % kGroup == 0, "a range must start at a group");
 
-// body(begin, end) over chunks of fixed size, taken by whichever thread is free: after a torch operation its idle
-// workers still spin for a while and hold up one of ours. An element's value depends on its index alone, so neither the
-// number of threads nor who takes which chunk shows in the result.
+// body(begin, end) over chunks of fixed size, taken by whichever thread is free: another process, or torch's idle
+// workers, which spin for a while after an operation, may hold one up. An element's value depends on its index alone, so
+// neither the number of threads nor who takes which chunk shows in the result.
 template <class Body>
 void parallel_ranges(std::int64_t count, int num_threads, const Body& body) {
   if (count < kSmall || num_threads == 1) {
@@ -34,6 +34,10 @@ void parallel_ranges(std::int64_t count, int num_threads, const Body& body) {
     }
   };
   const std::int64_t wanted = std::min<std::int64_t>(num_threads, (count + kChunk - 1) / kChunk);
+#ifdef _OPENMP
+#pragma omp parallel num_threads(static_cast<int>(wanted))
+  work();
+#else
   std::vector<std::thread> threads;
   threads.reserve(static_cast<std::size_t>(wanted));
   try {
@@ -43,6 +47,7 @@ void parallel_ranges(std::int64_t count, int num_threads, const Body& body) {
   }
   work();
   for (auto& thread : threads) thread.join();
+#endif
 }
 
 }  // namespace

@@ -199,7 +199,7 @@ def test_bad_arguments(module: ModuleType) -> None:
 
 @pytest.fixture(scope="module")
 def noise(module: ModuleType) -> npt.NDArray[np.float64]:
-    return fill_normals(module, 1 << 24, seed=7, chain=0, step=0).astype(np.float64)
+    return fill_normals(module, 1 << 23, seed=7, chain=0, step=0).astype(np.float64)
 
 
 def test_moments(noise: npt.NDArray[np.float64]) -> None:
