@@ -283,6 +283,18 @@ def test_eigsh(kernel: lossk.LossKernel, k: int) -> None:
     assert np.all(np.linalg.norm(K @ vectors - vectors * values, axis=0) <= 1e-4 * exact[0])
 
 
+def test_eigsh_of_many_samples() -> None:
+    """N = 700, too many for a dense solver to be the obvious choice; rank 18, eigenvalues over three decades."""
+    rng = np.random.default_rng(7)
+    directions = np.linalg.qr(rng.standard_normal((700, 18)))[0] * np.geomspace(1, 0.03, 18)
+    losses = (1 + rng.standard_normal((2, 10, 18)) @ directions.T).astype(np.float32)
+    kernel = lossk.LossKernel.from_traces(lossk.LossTraces(losses))
+    values, vectors = (np.asarray(v, dtype=np.float64) for v in kernel.eigsh(4))
+    exact = np.linalg.eigvalsh(oracles.two_pass(losses))[::-1]
+    np.testing.assert_allclose(values, exact[:4], rtol=1e-4)
+    np.testing.assert_allclose(vectors.T @ vectors, np.eye(4), atol=1e-6)
+
+
 @pytest.mark.parametrize("k", [0, -1, N + 1])
 def test_eigsh_of_too_many(kernel: lossk.LossKernel, k: int) -> None:
     with pytest.raises(ValueError, match=rf"k\b.*{k}"):
