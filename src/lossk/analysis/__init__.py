@@ -1,0 +1,1 @@
+"""What a finished kernel says about the data. Reads a kernel, or arrays taken from one; never samples."""

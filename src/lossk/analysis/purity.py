@@ -1,0 +1,51 @@
+"""Class purity: do a sample's nearest neighbours share its label, and how often would they by chance?"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def neighbor_purity(index: Tensor, labels: Tensor) -> Tensor:
+    """Share of each sample's k neighbours that carry its label: [N] float64.
+
+    Args:
+        index: [N, k] integer, as `kernel.neighbors(k).index`; -1 stands for no neighbour and counts as another class,
+            so that samples without neighbours lower the purity instead of vanishing from it.
+        labels: [N] integer.
+    """
+    if index.ndim != 2 or labels.ndim != 1 or len(index) != len(labels):
+        raise ValueError(
+            f"index must be [N, k] and labels [N], got shapes {list(index.shape)} and {list(labels.shape)}"
+        )
+    if index.numel() and not (-1 <= int(index.min()) and int(index.max()) < len(labels)):
+        raise ValueError(
+            f"index must be from -1 to N - 1 = {len(labels) - 1}, got {int(index.min())} to {int(index.max())}"
+        )
+    same = (labels[index.clamp(min=0)] == labels.unsqueeze(1)) & (index >= 0)
+    return same.double().mean(dim=1)
+
+
+def chance_purity(labels: Tensor) -> float:
+    """Expected share of same-label samples among random other samples: sum_c n_c (n_c - 1) / (N (N - 1))."""
+    if labels.ndim != 1 or len(labels) < 2:
+        raise ValueError(f"labels must be [N] with N at least 2, got shape {list(labels.shape)}")
+    counts = torch.unique(labels, return_counts=True)[1].double()
+    return float((counts * (counts - 1)).sum() / (len(labels) * (len(labels) - 1)))
+
+
+def pixel_neighbors(images: Tensor, k: int) -> Tensor:
+    """The k nearest other samples by Euclidean distance of raw inputs: [N, k] int64. Needs scikit-learn."""
+    from sklearn.neighbors import NearestNeighbors
+
+    flat = images.reshape(len(images), -1).numpy()
+    if not 1 <= k < len(flat):
+        raise ValueError(f"k must be from 1 to N - 1 = {len(flat) - 1}, got {k}")
+    # Without an argument kneighbors leaves each sample itself out, also where several inputs are identical.
+    found = NearestNeighbors(n_neighbors=k, algorithm="brute").fit(flat).kneighbors(return_distance=False)
+    return torch.from_numpy(found).long()
+
+
+def share_above_floor(correlation: Tensor, noise_floor: Tensor) -> float:
+    """Share of neighbours whose correlation [N, k] exceeds its row's noise floor [N]."""
+    return float((correlation > noise_floor.unsqueeze(1)).double().mean())

@@ -1,0 +1,197 @@
+"""The command line: a thin shell over the library."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import lossk
+from lossk import provenance
+from lossk.config import RunConfig, load_config, parse_override
+from lossk.errors import LosskError, StoreError
+from lossk.kernel import LossKernel
+from lossk.plan import gigabytes
+from lossk.recipes import RecipeTask, packaged_names
+from lossk.store import open_kernel, progress_of
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry point. Exit status: 0 done, 2 a clear error (one line on stderr), 130 interrupted."""
+    options = build_parser().parse_args(arguments)
+    try:
+        options.run(options)
+    except KeyboardInterrupt:
+        print("lossk: interrupted", file=sys.stderr)
+        return 130
+    except (ValueError, TypeError, OSError, MemoryError, LosskError, ModuleNotFoundError) as error:
+        if options.debug:
+            raise
+        print(f"lossk: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="lossk", description=lossk.__doc__.splitlines()[0] if lossk.__doc__ else None)
+    parser.add_argument("--version", action="version", version=f"lossk {lossk.__version__}")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    demo = commands.add_parser("demo", help="train on real digits, build their kernel, draw it (about a minute)")
+    demo.add_argument("--out", default=".", metavar="DIR", help="folder for demo.lossk, demo.yaml and demo.png")
+    demo.add_argument("--overwrite", action="store_true", help="replace an earlier demo's files")
+    demo.set_defaults(run=run_demo)
+
+    run = commands.add_parser("run", help="run a recipe or a config file")
+    run.add_argument("config", help=f"a YAML file, or a recipe: {', '.join(packaged_names())}")
+    run.add_argument("--out", metavar="STORE", help="path of the store, instead of the config's")
+    run.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="e.g. build.num_draws=50")
+    group = run.add_mutually_exclusive_group()
+    group.add_argument("--overwrite", action="store_true", help="replace what an earlier run wrote")
+    group.add_argument("--resume", action="store_true", help="continue an interrupted run")
+    run.set_defaults(run=run_config)
+
+    info = commands.add_parser("info", help="what a store holds")
+    info.add_argument("store")
+    info.add_argument("--json", action="store_true", help="everything, as JSON")
+    info.set_defaults(run=run_info)
+
+    doctor = commands.add_parser("doctor", help="what is compiled, what passes its self-test, and why not")
+    doctor.set_defaults(run=run_doctor)
+    return parser
+
+
+def run_demo(options: argparse.Namespace) -> None:
+    folder = Path(options.out)
+    config = load_config("digits", {"out": str(folder / "demo.lossk"), "picture": str(folder / "demo.png")})
+    execute(config, overwrite=options.overwrite)
+
+
+def run_config(options: argparse.Namespace) -> None:
+    overrides = dict(parse_override(text) for text in options.set)
+    if options.out is not None:
+        overrides["out"] = options.out
+        if "picture" not in overrides:
+            overrides["picture"] = str(Path(options.out).with_suffix(".png"))
+    execute(load_config(options.config, overrides), overwrite=options.overwrite, resume=options.resume)
+
+
+def execute(config: RunConfig, *, overwrite: bool = False, resume: bool = False) -> LossKernel:
+    """Run a config: its task, its kernel, the printed story, the picture, and the config that replays it."""
+    from lossk.report.summary import K, describe, describe_neighbors
+
+    out, replay = Path(config.out), Path(config.out).with_suffix(".yaml")
+    picture = None if config.picture is None else Path(config.picture)
+    outputs = [path for path in (out, replay, picture) if path is not None]
+    taken = [str(path) for path in outputs if path.exists()]
+    if taken and not (overwrite or resume):
+        raise FileExistsError(f"{', '.join(taken)} exists; pass --overwrite to replace it, or another --out")
+    if overwrite and out.exists():
+        refuse_to_delete(out)
+    for path in outputs:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    if picture is not None:
+        import matplotlib  # noqa: F401 - missing plotting is better known before the work than after it
+
+    task = config.make_task()
+    print(task.notes)
+    if task.held_out_accuracy is not None:
+        print(f"held-out accuracy {task.held_out_accuracy:.2%}")
+    if overwrite and out.exists():
+        shutil.rmtree(out)
+    replay.write_text(config.to_yaml())
+    kernel = lossk.build_kernel(
+        task.model,
+        task.samples,
+        train=task.train,
+        loss=task.loss,
+        sampler=lossk.SGLD(**config.sampler),
+        out=out,
+        resume=resume,
+        **config.build,
+    )
+    print(describe(kernel))
+    neighbors = kernel.neighbors(min(K, kernel.num_samples - 1))
+    print(describe_neighbors(kernel, task, neighbors))
+    if picture is not None and task.labels is not None:
+        from lossk.report.picture import Pictured, draw_picture
+
+        what = Pictured(task.labels, task.class_names, task.images, *captions(kernel, task))
+        draw_picture(kernel, what, picture, neighbors=neighbors)
+    print("wrote " + ", ".join(str(path) for path in outputs if path.exists()))
+    return kernel
+
+
+def captions(kernel: LossKernel, task: RecipeTask) -> tuple[str, str]:
+    """Title and subtitle of the picture."""
+    diagnostics = kernel.diagnostics
+    title = task.notes.splitlines()[0] if task.notes else "Loss kernel"
+    parts = [f"{kernel.num_samples:,} samples", f"{kernel.num_chains} chains x {kernel.num_draws} draws"]
+    if task.held_out_accuracy is not None:
+        parts.append(f"held-out accuracy {task.held_out_accuracy:.1%}")
+    if diagnostics is not None and diagnostics.llc is not None and diagnostics.rhat is not None:
+        parts.append(f"LLC {diagnostics.llc:.1f}")
+        parts.append(f"R-hat {diagnostics.rhat:.2f}")
+        parts.append(f"verdict: {diagnostics.verdict}")
+    return f"Loss kernel of {title}", "   |   ".join(parts)
+
+
+def refuse_to_delete(path: Path) -> None:
+    """--overwrite replaces stores, never a folder that is something else."""
+    if path.is_dir() and (path / "zarr.json").exists():
+        return
+    raise StoreError(f"{str(path)!r} is not a .lossk store; --overwrite will not delete it")
+
+
+def run_info(options: argparse.Namespace) -> None:
+    from lossk.report.summary import describe
+
+    path = Path(options.store)
+    try:
+        kernel = open_kernel(path)
+    except StoreError:
+        if options.json and (path / "config.json").exists():
+            print(json.dumps({"complete": False, "progress": progress_of(path)}))
+            return
+        raise
+    size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+    if options.json:
+        plain = {key: value for key, value in kernel.meta.items() if not key.endswith("_trace")}
+        diagnostics = None if kernel.diagnostics is None else kernel.diagnostics.to_dict()
+        shape = {"num_samples": kernel.num_samples, "num_chains": kernel.num_chains, "num_draws": kernel.num_draws}
+        kind = {"tile": kernel.tile, "dtype": kernel.dtype, "centering": kernel.centering, "bytes": size}
+        print(json.dumps({"complete": True, **shape, **kind, "diagnostics": diagnostics, **plain}, indent=1))
+        return
+    print(f"{path}  {gigabytes(size)}, complete")
+    print(describe(kernel))
+    print(f"tiles        side {kernel.tile}, {kernel.dtype}, centred by {kernel.centering}")
+    for key, value in kernel.meta.get("sampler", {}).items():
+        print(f"  {key:20s} {value}")
+    print(f"made by      {kernel.meta.get('versions', {})}, commit {kernel.meta.get('git_sha')}")
+
+
+def run_doctor(options: argparse.Namespace) -> None:
+    import torch
+
+    from lossk.ops.extension import status
+
+    for package, version in provenance.versions().items():
+        print(f"{package:12s} {version}")
+    extension = status()
+    if extension.available:
+        print(f"backend cpp    ok: self-test passed, SIMD level {extension.simd}")
+    else:
+        print(f"backend cpp    not usable: {extension.reason}")
+    print("backend torch  ok: the reference")
+    print("backend triton, cuda  not in this version")
+    devices = torch.cuda.device_count()
+    print(f"CUDA devices   {devices}" + (f" ({torch.cuda.get_device_name(0)})" if devices else ""))
+    print(f"torch threads  {torch.get_num_threads()}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,121 @@
+"""Run configs: a YAML file that names a task and everything `build_kernel` needs, and replays the run it is beside."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import importlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from lossk.recipes import RecipeTask, packaged_config, packaged_names
+from lossk.sgld import SGLD
+
+BUILD_KEYS = (
+    "num_chains", "num_draws", "tile", "panel", "dtype", "centering", "backend", "device", "precision", "seed",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """A run, replayable.
+
+    Attributes:
+        task: "module:function"; called with `task_args`, returns a `lossk.recipes.RecipeTask`.
+        build: arguments of `lossk.build_kernel`.
+        sampler: arguments of `lossk.SGLD`.
+        out: path of the `.lossk` store.
+        picture: path of a PNG, or None.
+    """
+
+    task: str
+    task_args: Mapping[str, Any] = field(default_factory=dict)
+    build: Mapping[str, Any] = field(default_factory=dict)
+    sampler: Mapping[str, Any] = field(default_factory=dict)
+    out: str = "out.lossk"
+    picture: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.task.count(":") != 1:
+            raise ValueError(f"task must be 'module:function', got {self.task!r}")
+        refuse_unknown("build", self.build, BUILD_KEYS)
+        refuse_unknown("sampler", self.sampler, [f.name for f in dataclasses.fields(SGLD)])
+        SGLD(**self.sampler)
+
+    def to_yaml(self) -> str:
+        """The file that replays this run with `lossk run`."""
+        plain = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        plain = {key: dict(value) if isinstance(value, Mapping) else value for key, value in plain.items()}
+        return yaml.safe_dump(plain, sort_keys=False)
+
+    def make_task(self) -> RecipeTask:
+        """Import the task's function and call it.
+
+        Raises:
+            ValueError: no such module or function, or it does not return a RecipeTask.
+        """
+        module_name, function_name = self.task.split(":")
+        try:
+            function = getattr(importlib.import_module(module_name), function_name)
+        except (ModuleNotFoundError, AttributeError) as error:
+            raise ValueError(f"task {self.task!r} cannot be found: {error}") from error
+        task = function(**self.task_args)
+        if not isinstance(task, RecipeTask):
+            raise ValueError(f"task {self.task!r} must return a lossk.recipes.RecipeTask, got {type(task).__name__}")
+        return task
+
+
+def load_config(name_or_path: str, overrides: Mapping[str, Any] | None = None) -> RunConfig:
+    """Read a packaged recipe's config by its name, or a YAML file.
+
+    Args:
+        overrides: dotted keys ("build.num_draws") to values.
+
+    Raises:
+        ValueError: no such recipe or file, not a mapping, or an unknown key (the nearest known one is named).
+    """
+    path = packaged_config(name_or_path) or Path(name_or_path)
+    if not path.is_file():
+        raise ValueError(f"there is no config file or recipe {name_or_path!r}; recipes: {', '.join(packaged_names())}")
+    try:
+        plain = yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{name_or_path} is not valid YAML: {error}") from error
+    if not isinstance(plain, dict):
+        raise ValueError(f"{name_or_path} must hold a mapping, got {type(plain).__name__}")
+    known = [f.name for f in dataclasses.fields(RunConfig)]
+    for key, value in (overrides or {}).items():
+        head, _, rest = key.partition(".")
+        if rest:
+            plain[head] = {**(plain.get(head) or {}), rest: value}
+        else:
+            plain[head] = value
+    refuse_unknown("config", plain, known)
+    if not isinstance(plain.get("task"), str):
+        raise ValueError(f"{name_or_path} must name its task as 'module:function', got {plain.get('task')!r}")
+    for section in ("task_args", "build", "sampler"):
+        plain[section] = plain.get(section) or {}
+        if not isinstance(plain[section], dict):
+            raise ValueError(f"{section} must hold a mapping, got {type(plain[section]).__name__}")
+    return RunConfig(**plain)
+
+
+def parse_override(text: str) -> tuple[str, Any]:
+    """ "build.num_draws=50" -> ("build.num_draws", 50); the value is read as YAML."""
+    key, equals, value = text.partition("=")
+    if not key or not equals:
+        raise ValueError(f"--set needs key=value, got {text!r}")
+    return key, yaml.safe_load(value)
+
+
+def refuse_unknown(where: str, given: Mapping[str, Any], known: Any) -> None:
+    """Raise ValueError for a key that is not known, naming the nearest one that is."""
+    for key in given:
+        if key not in known:
+            close = difflib.get_close_matches(str(key), known, n=1)
+            hint = f"; did you mean {close[0]!r}?" if close else f"; known are {', '.join(known)}"
+            raise ValueError(f"{where} has no key {key!r}{hint}")

@@ -1,0 +1,244 @@
+"""One picture of a kernel: its correlation matrix sorted by class, a map, and images beside their neighbours.
+
+`picture_data` takes what is drawn out of a kernel; `draw` draws arrays and knows no kernel.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from lossk.kernel import LossKernel
+    from lossk.neighbors import Neighbors
+
+MOST_SAMPLES = 3000  # in the matrix and the map; more are thinned, the same share of every class
+NUM_QUERIES, NUM_NEIGHBOURS = 8, 6
+# Okabe and Ito's eight colours, which colour-blind readers can tell apart, and two more that keep clear of them.
+COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#8C6D31", "#6A3D9A", "#000000", "#A6A600")
+SAME, OTHER = "#0072B2", "#D55E00"
+
+
+@dataclass(frozen=True, kw_only=True)
+class PictureData:
+    """All that is drawn, as arrays. M of the N samples are in the matrix and on the map, sorted by class."""
+
+    title: str
+    subtitle: str
+    num_samples: int
+    correlation: np.ndarray  # [M, M] float32, sorted by class
+    labels: np.ndarray  # [M] int, ascending
+    map_points: np.ndarray  # [M, 2]
+    class_names: Sequence[str]
+    images: np.ndarray  # [N, H, W] in [0, 1]
+    image_labels: np.ndarray  # [N] int
+    queries: np.ndarray  # [q] int, rows of images
+    query_notes: Sequence[str]  # [q], beside each query
+    neighbours: np.ndarray  # [q, k] int, -1 where there is none
+    neighbour_correlation: np.ndarray  # [q, k]
+    noise_floor: np.ndarray  # [q]
+
+
+def picture_data(
+    kernel: LossKernel,
+    neighbours: Neighbors,
+    *,
+    labels: Tensor,
+    images: Tensor,
+    class_names: Sequence[str],
+    title: str,
+    subtitle: str,
+    seed: int = 0,
+) -> PictureData:
+    """Gather what `draw` needs: seconds for the map, and one M x M correlation block (M at most 3,000)."""
+    label_array = labels.numpy()
+    rows = thin(label_array, MOST_SAMPLES, seed)
+    rows = rows[np.argsort(label_array[rows], kind="stable")]
+    correlation = kernel.correlation(torch.from_numpy(rows), torch.from_numpy(rows)).numpy()
+    queries, notes = choose_queries(kernel.variance.numpy(), label_array, neighbours.index.numpy(), class_names, seed)
+    shown = min(NUM_NEIGHBOURS, neighbours.index.shape[1])
+    return PictureData(
+        title=title,
+        subtitle=subtitle,
+        num_samples=kernel.num_samples,
+        correlation=correlation,
+        labels=label_array[rows],
+        map_points=embed(correlation, seed),
+        class_names=class_names,
+        images=images.numpy(),
+        image_labels=label_array,
+        queries=queries,
+        query_notes=notes,
+        neighbours=neighbours.index.numpy()[queries, :shown],
+        neighbour_correlation=neighbours.correlation.numpy()[queries, :shown],
+        noise_floor=neighbours.noise_floor.numpy()[queries],
+    )
+
+
+def thin(labels: np.ndarray, most: int, seed: int) -> np.ndarray:
+    """At most `most` row numbers, the same share of every class: [M] int, ascending."""
+    if len(labels) <= most:
+        return np.arange(len(labels))
+    rng = np.random.default_rng(np.random.SeedSequence(seed))
+    kept = []
+    for label in np.unique(labels):
+        of_class = np.flatnonzero(labels == label)
+        count = max(1, int(len(of_class) * most / len(labels)))
+        kept.append(rng.choice(of_class, size=count, replace=False))
+    return np.sort(np.concatenate(kept))
+
+
+def choose_queries(
+    variance: np.ndarray, labels: np.ndarray, neighbours: np.ndarray, class_names: Sequence[str], seed: int
+) -> tuple[np.ndarray, list[str]]:
+    """Half the queries: the largest self-covariances; the rest: ordinary samples, one from each of other classes."""
+    largest = np.argsort(-variance, kind="stable")[: NUM_QUERIES // 2]
+    rng = np.random.default_rng(np.random.SeedSequence(seed))
+    classes = [label for label in np.unique(labels) if label not in labels[largest]] or list(np.unique(labels))
+    ordinary = []
+    for label in rng.permutation(classes)[: NUM_QUERIES - len(largest)]:
+        of_class = np.flatnonzero((labels == label) & (neighbours[:, 0] >= 0))
+        if len(of_class):
+            ordinary.append(of_class[np.argsort(variance[of_class], kind="stable")[len(of_class) // 2]])
+    queries = np.concatenate([largest, np.array(ordinary, dtype=largest.dtype)])
+    kinds = ["largest\nvariance"] * len(largest) + ["median\nof class"] * len(ordinary)
+    names = [_name(class_names, label) for label in labels[queries]]
+    return queries, [f"{name}\n{kind}" for name, kind in zip(names, kinds, strict=True)]
+
+
+def embed(correlation: np.ndarray, seed: int) -> np.ndarray:
+    """A 2-D map [M, 2] of the distances sqrt(2 (1 - R)): t-SNE (van der Maaten and Hinton 2008), started from PCA."""
+    from sklearn.manifold import TSNE
+
+    distance = np.sqrt(np.clip(2.0 * (1.0 - correlation), 0.0, None))
+    np.fill_diagonal(distance, 0.0)
+    # Principal coordinates keep the large-scale arrangement, which a random start would not.
+    square = distance.astype(np.float64) ** 2
+    centred = -0.5 * (square - square.mean(axis=0) - square.mean(axis=1)[:, None] + square.mean())
+    start = _leading(centred, seed)
+    start *= 1e-4 / max(float(start[:, 0].std()), 1e-30)
+    perplexity = min(30.0, (len(distance) - 1) / 3)
+    tsne = TSNE(metric="precomputed", init=start.astype(np.float32), perplexity=perplexity, random_state=seed)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        return tsne.fit_transform(distance)
+
+
+def _leading(matrix: np.ndarray, seed: int) -> np.ndarray:
+    """Two leading eigenvectors of a symmetric matrix, times the roots of their eigenvalues: [M, 2]."""
+    vectors = np.random.default_rng(np.random.SeedSequence(seed)).standard_normal((len(matrix), 6))
+    for _ in range(30):  # subspace iteration: six vectors make the first two converge fast enough for a start
+        vectors = np.linalg.qr(matrix @ vectors)[0]
+    values, rotation = np.linalg.eigh(vectors.T @ matrix @ vectors)
+    top = np.argsort(-values)[:2]
+    return (vectors @ rotation[:, top]) * np.sqrt(np.clip(values[top], 1e-30, None))
+
+
+def draw(data: PictureData, path: Path) -> None:
+    """Draw and write a PNG, 16 x 9 inches at 150 dots per inch."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(16, 9), dpi=150, facecolor="white")  # not pyplot: no global state, no display
+    FigureCanvasAgg(figure)
+    figure.text(0.02, 0.962, data.title, fontsize=19, fontweight="bold", va="center")
+    figure.text(0.02, 0.922, data.subtitle, fontsize=11.5, color="0.3", va="center")
+    thinned = "" if len(data.labels) == data.num_samples else f" ({len(data.labels):,} of {data.num_samples:,})"
+    _matrix(figure, data, thinned)
+    _map(figure, data, thinned)
+    _neighbours(figure, data)
+    figure.savefig(path)
+
+
+def _matrix(figure: Any, data: PictureData, thinned: str) -> None:
+    axes = figure.add_axes((0.062, 0.20, 0.293, 0.52))
+    off_diagonal = data.correlation[~np.eye(len(data.correlation), dtype=bool)]
+    limit = max(float(np.quantile(np.abs(off_diagonal), 0.98)) if off_diagonal.size else 1.0, 0.05)
+    image = axes.imshow(data.correlation, cmap="RdBu_r", vmin=-limit, vmax=limit, interpolation="antialiased")
+    edges = np.flatnonzero(np.diff(data.labels)) + 0.5
+    for edge in edges:
+        axes.axhline(edge, color="black", linewidth=0.4, alpha=0.6)
+        axes.axvline(edge, color="black", linewidth=0.4, alpha=0.6)
+    bounds = np.concatenate([[-0.5], edges, [len(data.labels) - 0.5]])
+    present = [_name(data.class_names, label) for label in np.unique(data.labels)]
+    long_names = max(map(len, present)) > 3
+    axes.set_yticks((bounds[1:] + bounds[:-1]) / 2, present, fontsize=9)
+    axes.set_xticks((bounds[1:] + bounds[:-1]) / 2, present, fontsize=9, rotation=45 if long_names else 0,
+                    ha="right" if long_names else "center", rotation_mode="anchor" if long_names else "default")  # fmt: skip
+    axes.tick_params(length=0)
+    axes.set_title(f"Correlation of losses, sorted by class{thinned}", fontsize=12, loc="left")
+    bar = figure.colorbar(image, cax=figure.add_axes((0.062, 0.095, 0.293, 0.018)), orientation="horizontal",
+                          extend="both")  # fmt: skip
+    bar.set_label("correlation R (colours saturate beyond the ends)", fontsize=9.5)
+    bar.ax.tick_params(labelsize=9)
+
+
+def _map(figure: Any, data: PictureData, thinned: str) -> None:
+    from matplotlib import patheffects
+
+    axes = figure.add_axes((0.385, 0.20, 0.27, 0.52))
+    classes = np.unique(data.labels)
+    for position, label in enumerate(classes):
+        points, colour = data.map_points[data.labels == label], COLOURS[position % len(COLOURS)]
+        axes.scatter(*points.T, s=7, color=colour, linewidths=0, alpha=0.75, label=_name(data.class_names, label))
+    for position, label in enumerate(classes):
+        x, y = np.median(data.map_points[data.labels == label], axis=0)
+        axes.text(x, y, _name(data.class_names, label), fontsize=12, fontweight="bold", ha="center", va="center",
+                  color=COLOURS[position % len(COLOURS)],
+                  path_effects=[patheffects.withStroke(linewidth=3.5, foreground="white")])  # fmt: skip
+    axes.set(xticks=[], yticks=[])
+    axes.set_title(f"Map (t-SNE of distances $\\sqrt{{2(1-R)}}$){thinned}", fontsize=12, loc="left")
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.03), ncol=min(5, len(classes)), fontsize=9, frameon=False,
+                markerscale=2.2, handletextpad=0.2, columnspacing=1.1)  # fmt: skip
+
+
+def _neighbours(figure: Any, data: PictureData) -> None:
+    rows, columns = data.neighbours.shape
+    left, right, top, bottom = 0.725, 0.985, 0.72, 0.085
+    width, height = (right - left) / (columns + 1.25), (top - bottom) / rows
+    figure.text(0.68, 0.745, "Images and their nearest neighbours", fontsize=12)
+    for row, query in enumerate(data.queries):
+        y = top - (row + 1) * height
+        figure.text(left - 0.003, y + 0.6 * height, data.query_notes[row], fontsize=8.5, ha="right", va="center",
+                    linespacing=1.15)  # fmt: skip
+        _thumbnail(figure, (left, y, width, height), data.images[query], frame="black", text="", faded=False)
+        for column, other in enumerate(data.neighbours[row]):
+            if other < 0:
+                continue
+            correlation = data.neighbour_correlation[row, column]
+            same = data.image_labels[other] == data.image_labels[query]
+            _thumbnail(
+                figure,
+                (left + (column + 1.25) * width, y, width, height),
+                data.images[other],
+                frame=SAME if same else OTHER,
+                text=f"{correlation:.2f}",
+                faded=bool(correlation <= data.noise_floor[row]),
+            )
+    figure.text(0.68, 0.045, "framed blue: same class", fontsize=9.5, color=SAME, fontweight="bold")
+    figure.text(0.785, 0.045, "orange, dashed: another class", fontsize=9.5, color=OTHER, fontweight="bold")
+    figure.text(0.68, 0.02, "below each neighbour its correlation; pale: not above the noise floor", fontsize=9.5)
+
+
+def _thumbnail(
+    figure: Any, box: tuple[float, float, float, float], image: np.ndarray, *, frame: str, text: str, faded: bool
+) -> None:
+    x, y, width, height = box
+    axes = figure.add_axes((x + 0.06 * width, y + 0.26 * height, 0.88 * width, 0.72 * height))
+    alpha = 0.3 if faded else 1.0
+    axes.imshow(image, cmap="gray_r", vmin=0, vmax=1, alpha=alpha)
+    axes.set(xticks=[], yticks=[])
+    for spine in axes.spines.values():
+        spine.set(color=frame, linewidth=2.2, alpha=alpha, linestyle="--" if frame == OTHER else "-")
+    axes.set_xlabel(text, fontsize=8.5, labelpad=2, color="0.55" if faded else "black")
+
+
+def _name(class_names: Sequence[str], label: int) -> str:
+    return class_names[label] if label < len(class_names) else str(label)

@@ -1,0 +1,64 @@
+"""The printed story of a kernel."""
+
+from __future__ import annotations
+
+import torch
+
+from lossk.analysis.purity import chance_purity, class_purity, raw_neighbors
+from lossk.kernel import LossKernel
+from lossk.neighbors import Neighbors
+from lossk.plan import duration, gigabytes
+from lossk.recipes import RecipeTask, predict
+
+K = 10
+
+
+def describe(kernel: LossKernel) -> str:
+    """What a kernel is and how much to trust it."""
+    lines = [repr(kernel)]
+    if kernel.diagnostics is not None:
+        lines.append(str(kernel.diagnostics))
+    seconds = kernel.meta.get("timings", {})
+    if seconds:
+        stages = ("pilot", "gradient", "step", "probe", "update", "store")
+        split = ", ".join(f"{stage} {seconds[stage]:.1f} s" for stage in stages if stage in seconds)
+        lines.append(f"time         {duration(seconds['total'])}: {split}")
+    if "peak_rss_bytes" in kernel.meta:
+        lines.append(f"peak memory  {gigabytes(kernel.meta['peak_rss_bytes'])} (whole process)")
+    return "\n".join(lines)
+
+
+def describe_neighbors(kernel: LossKernel, task: RecipeTask, neighbors: Neighbors) -> str:
+    """Purity of the neighbours beside chance and raw inputs, and the samples of largest variance."""
+    lines = []
+    floor = neighbors.noise_floor.unsqueeze(1)
+    above = float(((neighbors.correlation > floor) & (neighbors.index >= 0)).float().mean())
+    k = neighbors.index.shape[1]
+    if task.labels is not None:
+        purity, chance = class_purity(neighbors.index, task.labels), chance_purity(task.labels)
+        lines.append(f"Of each sample's {k} nearest neighbours, these show the same class:")
+        lines.append(f"  loss kernel  {purity:7.2%}")
+        if task.images is not None:
+            raw = class_purity(raw_neighbors(task.images, k), task.labels)
+            lines.append(f"  raw pixels   {raw:7.2%}")
+            if purity < raw:
+                lines.append("  (raw pixels do better here: this kernel adds nothing to them on this measure)")
+        lines.append(f"  chance       {chance:7.2%}")
+        lines.append("  The losses are computed with the true labels, so the kernel knows them: this says that the")
+        lines.append("  probe resolves the classes, not that it would classify.")
+    lines.append(f"Neighbours above the noise floor: {above:.1%} (unrelated samples: about {1 / k:.0%})")
+    lines.append("Largest self-covariance (losses that move most when the weights are jiggled):")
+    predicted = None if task.labels is None else predict(task.model, _inputs(task))
+    for i in torch.argsort(kernel.variance, descending=True)[:5].tolist():
+        text = f"  sample {i:5d}  loss {float(kernel.mean_loss[i]):7.3f}  std {float(kernel.variance[i]) ** 0.5:6.3f}"
+        if task.labels is not None and predicted is not None:
+            label, guess = int(task.labels[i]), int(predicted[i])
+            verdict = "right" if label == guess else f"predicted {task.class_names[guess]}"
+            seen = "" if task.held_out is None else (" held out" if bool(task.held_out[i]) else " trained on")
+            text += f"  label {task.class_names[label]} ({verdict},{seen})" if seen else f"  label {task.class_names[label]} ({verdict})"
+        lines.append(text)
+    return "\n".join(lines)
+
+
+def _inputs(task: RecipeTask) -> torch.Tensor:
+    return task.samples[0]
