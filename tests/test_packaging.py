@@ -73,6 +73,7 @@ def test_the_archives_hold_what_they_should(distributions: dict[str, Path]) -> N
     assert any(name.startswith("lossk/_C.") for name in wheel)
     assert "lossk/kernels/__init__.py" in wheel
     assert not [name for name in wheel if name.startswith(("tests", "bench", "csrc"))]
-    sdist = tarfile.open(distributions["sdist"]).getnames()
+    with tarfile.open(distributions["sdist"]) as archive:
+        sdist = archive.getnames()
     for needed in ("CMakeLists.txt", "csrc/bindings.cpp", "kernels/__init__.py", "LICENSE", "tests/test_packaging.py"):
         assert any(name.endswith("/" + needed) for name in sdist), needed

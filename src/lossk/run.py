@@ -157,7 +157,7 @@ class Run:
         )
         bar.say(
             f"pilot: curvature up to {self.pilot.curvature:.3g}, gradient variance {self.pilot.gradient_variance:.3g} "
-            f"({self.pilot.num_samples} of {n} training samples, {self.pilot.method})"
+            f"({self.pilot.num_samples} of {n} training samples)"
         )
         for reason in self.reasons:
             bar.say(f"  {reason}")

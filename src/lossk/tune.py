@@ -18,13 +18,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from lossk.data import Samples
-from lossk.minibatches import scale_down
-from lossk.ops.philox import normals, uint32_stream
+from lossk.minibatches import Minibatches
+from lossk.ops.philox import normals
 from lossk.sgld import SGLD
 from lossk.task import Task
 
@@ -41,6 +40,7 @@ PILOT_BATCH = 128
 ITERATIONS = 16
 CONVERGED = 0.02  # relative change between power iterations
 STREAM = 2
+PILOT_CHAIN = 2**32 - 1  # of the counter-based minibatches: no chain of a run has this number
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +52,6 @@ class Pilot:
     n_beta: float
     batch_factor: float  # f: variance of a minibatch mean over the per-sample variance
     num_samples: int  # training samples used
-    method: str  # how Hessian-vector products were made
 
     def discretisation(self, lr: float, localization: float) -> float:
         """eps a_max / 4."""
@@ -74,11 +73,12 @@ def default_n_beta(num_train: int) -> float:
 def run_pilot(task: Task, train: Samples, sampler: SGLD, *, seed: int) -> Pilot:
     """Measure the largest curvature and the largest gradient variance on up to 512 training samples.
 
-    The model's double backward is used where it exists, else central differences of gradients.
+    By power iteration; products are central differences of gradients and losses. Double backward would serve no
+    better: not every operation has one, and some silently give zero.
     """
     n = len(train)
     m = n if sampler.batch_size is None else min(sampler.batch_size, n)
-    subset = _subset(n, seed)
+    subset = Minibatches(n, PILOT_SAMPLES, seed=seed, chain=PILOT_CHAIN)[0]
     batches = [train[part] for part in subset.split(PILOT_BATCH)]
     sizes = [len(part) for part in subset.split(PILOT_BATCH)]
     products = _Products(task, batches, sizes)
@@ -91,15 +91,7 @@ def run_pilot(task: Task, train: Samples, sampler: SGLD, *, seed: int) -> Pilot:
         n_beta=sampler.n_beta if sampler.n_beta is not None else default_n_beta(n),
         batch_factor=(n - m) / (m * (n - 1)) if n > 1 else 0.0,
         num_samples=len(subset),
-        method=products.method,
     )
-
-
-def _subset(n: int, seed: int) -> Tensor:
-    if n <= PILOT_SAMPLES:
-        return torch.arange(n)
-    words = uint32_stream(seed, 0, 1, STREAM, 4 * PILOT_SAMPLES).view(np.uint64)
-    return torch.from_numpy(scale_down(words, n)).unique()[:PILOT_SAMPLES]
 
 
 class _Products:
@@ -108,43 +100,23 @@ class _Products:
     def __init__(self, task: Task, batches: list[Any], sizes: list[int]) -> None:
         self.task, self.batches, self.sizes = task, batches, sizes
         self.total = sum(sizes)
-        self.method = "double backward"
 
     def hessian(self, v: Tensor) -> Tensor:
-        if self.method == "double backward":
-            try:
-                return self._over_batches(self._hessian_double_backward, v)
-            except RuntimeError as error:
-                if "derivative" not in str(error) and "double backward" not in str(error):
-                    raise
-                self.method = "central differences"
-        return self._hessian_differences(v)
+        """H v = (grad L(w + s v) - grad L(w - s v)) / 2s."""
+        step = self._difference_step(v)
+        ahead, behind = (self._at(v, s, self._mean_gradient) for s in (step, -step))
+        return (ahead - behind) / (2 * step)
 
-    def _over_batches(self, product: Callable[[Any, Tensor], Tensor], v: Tensor) -> Tensor:
-        out = torch.zeros_like(v)
+    def _mean_gradient(self) -> Tensor:
+        out = torch.zeros_like(self.task.flat)
         for batch, size in zip(self.batches, self.sizes, strict=True):
-            out += product(batch, v) * (size / self.total)
+            with torch.enable_grad():
+                out += self._gradient(self.task.loss.mean(self.task.model, batch)) * (size / self.total)
         return out
 
-    def _hessian_double_backward(self, batch: Any, v: Tensor) -> Tensor:
-        loss = self.task.loss.mean(self.task.model, batch)
-        gradient = self._gradient(loss, create_graph=True)
-        if not gradient.requires_grad:  # the loss is linear in the weights
-            return torch.zeros_like(v)
-        return self._gradient(gradient @ v)
-
-    def _gradient(self, scalar: Tensor, create_graph: bool = False) -> Tensor:
-        parts = torch.autograd.grad(scalar, self.task.sampled, create_graph=create_graph, materialize_grads=True)
+    def _gradient(self, scalar: Tensor) -> Tensor:
+        parts = torch.autograd.grad(scalar, self.task.sampled, materialize_grads=True)
         return self.task.flatten(parts)
-
-    def _hessian_differences(self, v: Tensor) -> Tensor:
-        def gradient(batch: Any, _: Tensor) -> Tensor:
-            return self._gradient(self.task.loss.mean(self.task.model, batch))
-
-        step = self._difference_step(v)
-        ahead = self._at(v, step, lambda: self._over_batches(gradient, v))
-        behind = self._at(v, -step, lambda: self._over_batches(gradient, v))
-        return (ahead - behind) / (2 * step)
 
     def gradient_covariance(self, v: Tensor) -> Tensor:
         """Cov(g) v = (1/B) sum_i (g_i'v - mean) g_i, the directional derivatives g_i'v by central differences."""
