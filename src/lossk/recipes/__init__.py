@@ -1,0 +1,110 @@
+"""Runnable experiments: each is a config (a .yaml file here) naming a function that returns a `RecipeTask`.
+
+To run your own model, write such a function anywhere importable, copy a packaged .yaml, and point its `task:` at it:
+`lossk run mine.yaml`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from lossk.errors import LosskError
+
+
+class RecipeError(LosskError):
+    """A recipe cannot give what it promises: its data is missing, or its network trained to too low an accuracy."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecipeTask:
+    """What a recipe hands to `lossk.build_kernel`, and what the printed story and the picture need besides."""
+
+    model: nn.Module  # trained
+    samples: Any  # the N probe samples: (inputs, targets) tensors, a Dataset or a DataLoader
+    train: Any = None  # the data that defines L_n; None = the samples
+    loss: Any = "cross_entropy"  # name, or callable loss(model, batch) -> losses [B]
+    labels: Tensor | None = None  # [N] int64
+    images: Tensor | None = None  # [N, H, W] float32 in [0, 1], as shown in the picture
+    class_names: Sequence[str] = ()
+    held_out: Tensor | None = None  # [N] bool: True where the network was not trained on the sample
+    held_out_accuracy: float | None = None  # in [0, 1]
+    notes: str = ""  # one or two lines, printed before the kernel is built
+
+
+def packaged_config(name: str) -> Path | None:
+    """The path of the packaged config called `name` ("digits", "fashion"), or None."""
+    path = Path(__file__).parent / f"{name}.yaml"
+    return path if name in packaged_names() else None
+
+
+def packaged_names() -> list[str]:
+    """Names that `lossk run` accepts in place of a config file."""
+    return sorted(path.stem for path in Path(__file__).parent.glob("*.yaml"))
+
+
+def train_classifier(
+    model: nn.Module,
+    inputs: Tensor,
+    targets: Tensor,
+    *,
+    epochs: int,
+    batch_size: int,
+    lr: float,
+    weight_decay: float,
+    seed: int,
+    each_epoch: Callable[[int, float], None] | None = None,
+) -> None:
+    """Train in place with AdamW and a one-cycle learning rate, and leave the model in eval mode.
+
+    `inputs` [n, ...] float32, `targets` [n] int64. The order of the samples comes from `seed` alone; the caller seeds
+    the initial weights. `each_epoch(epoch, loss)` is told the epoch, from 1, and its mean training loss in nats.
+    """
+    order = np.random.default_rng(np.random.SeedSequence(seed))
+    count = len(targets)
+    steps = math.ceil(count / batch_size) * epochs
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=weight_decay)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=lr, total_steps=steps, pct_start=0.25)
+    model.train()
+    for epoch in range(1, epochs + 1):
+        total = 0.0
+        for rows in torch.from_numpy(order.permutation(count)).split(batch_size):
+            loss = nn.functional.cross_entropy(model(inputs[rows]), targets[rows])
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+            total += loss.item() * len(rows)
+        if each_epoch is not None:
+            each_epoch(epoch, total / count)
+    model.eval()
+
+
+@torch.inference_mode()
+def predict(model: nn.Module, inputs: Tensor, batch_size: int = 1000) -> Tensor:
+    """Predicted classes [N] int64 of a classifier in eval mode; the model's train/eval modes are put back."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        return torch.cat([model(part).argmax(dim=1) for part in inputs.split(batch_size)])
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def require_accuracy(model: nn.Module, inputs: Tensor, targets: Tensor, *, at_least: float, what: str) -> float:
+    """Accuracy on held-out samples; RecipeError when it is below `at_least`, as the kernel would then mislead."""
+    accuracy = (predict(model, inputs) == targets).double().mean().item()
+    if not accuracy >= at_least:
+        raise RecipeError(
+            f"{what}: held-out accuracy is {accuracy:.2%}, below the {at_least:.0%} this recipe promises; "
+            "train longer (task_args: epochs) or change seed"
+        )
+    return accuracy
