@@ -6,6 +6,11 @@ import torch
 from torch import Tensor
 
 
+def class_purity(index: Tensor, labels: Tensor) -> float:
+    """Mean share of each sample's k neighbours that carry its label, in [0, 1]; `neighbor_purity` averaged."""
+    return neighbor_purity(index, labels).mean().item()
+
+
 def neighbor_purity(index: Tensor, labels: Tensor) -> Tensor:
     """Share of each sample's k neighbours that carry its label: [N] float64.
 
@@ -18,7 +23,7 @@ def neighbor_purity(index: Tensor, labels: Tensor) -> Tensor:
         raise ValueError(
             f"index must be [N, k] and labels [N], got shapes {list(index.shape)} and {list(labels.shape)}"
         )
-    if index.numel() and not (-1 <= int(index.min()) and int(index.max()) < len(labels)):
+    if index.numel() and not (int(index.min()) >= -1 and int(index.max()) < len(labels)):
         raise ValueError(
             f"index must be from -1 to N - 1 = {len(labels) - 1}, got {int(index.min())} to {int(index.max())}"
         )
@@ -34,7 +39,7 @@ def chance_purity(labels: Tensor) -> float:
     return float((counts * (counts - 1)).sum() / (len(labels) * (len(labels) - 1)))
 
 
-def pixel_neighbors(images: Tensor, k: int) -> Tensor:
+def raw_neighbors(images: Tensor, k: int) -> Tensor:
     """The k nearest other samples by Euclidean distance of raw inputs: [N, k] int64. Needs scikit-learn."""
     from sklearn.neighbors import NearestNeighbors
 
@@ -44,8 +49,3 @@ def pixel_neighbors(images: Tensor, k: int) -> Tensor:
     # Without an argument kneighbors leaves each sample itself out, also where several inputs are identical.
     found = NearestNeighbors(n_neighbors=k, algorithm="brute").fit(flat).kneighbors(return_distance=False)
     return torch.from_numpy(found).long()
-
-
-def share_above_floor(correlation: Tensor, noise_floor: Tensor) -> float:
-    """Share of neighbours whose correlation [N, k] exceeds its row's noise floor [N]."""
-    return float((correlation > noise_floor.unsqueeze(1)).double().mean())

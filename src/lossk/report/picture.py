@@ -1,6 +1,6 @@
 """One picture of a kernel: its correlation matrix sorted by class, a map, and images beside their neighbours.
 
-`picture_data` takes what is drawn out of a kernel; `draw` draws arrays and knows no kernel.
+`draw_picture` takes what is drawn out of a kernel; `draw` draws arrays and knows no kernel.
 """
 
 from __future__ import annotations
@@ -26,6 +26,17 @@ COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#8
 SAME, OTHER = "#0072B2", "#D55E00"
 
 
+@dataclass(frozen=True)
+class Pictured:
+    """What a picture shows beside the kernel itself."""
+
+    labels: Tensor  # [N] int64
+    class_names: Sequence[str]
+    images: Tensor | None  # [N, H, W] float32 in [0, 1]
+    title: str
+    subtitle: str
+
+
 @dataclass(frozen=True, kw_only=True)
 class PictureData:
     """All that is drawn, as arrays. M of the N samples are in the matrix and on the map, sorted by class."""
@@ -46,39 +57,42 @@ class PictureData:
     noise_floor: np.ndarray  # [q]
 
 
-def picture_data(
-    kernel: LossKernel,
-    neighbours: Neighbors,
-    *,
-    labels: Tensor,
-    images: Tensor,
-    class_names: Sequence[str],
-    title: str,
-    subtitle: str,
-    seed: int = 0,
-) -> PictureData:
-    """Gather what `draw` needs: seconds for the map, and one M x M correlation block (M at most 3,000)."""
-    label_array = labels.numpy()
-    rows = thin(label_array, MOST_SAMPLES, seed)
-    rows = rows[np.argsort(label_array[rows], kind="stable")]
+def draw_picture(kernel: LossKernel, what: Pictured, path: Path, *, neighbors: Neighbors, seed: int = 0) -> None:
+    """Write the picture of a kernel as a PNG. Needs scikit-learn and matplotlib.
+
+    Costs one M x M correlation block (M at most 3,000) and a t-SNE of it, some seconds. Without images the grid of
+    neighbours stays empty.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draw(picture_data(kernel, what, neighbors, seed), path)
+
+
+def picture_data(kernel: LossKernel, what: Pictured, neighbors: Neighbors, seed: int = 0) -> PictureData:
+    """Gather what `draw` needs."""
+    labels, index = what.labels.numpy(), neighbors.index.numpy()
+    rows = thin(labels, MOST_SAMPLES, seed)
+    rows = rows[np.argsort(labels[rows], kind="stable")]
     correlation = kernel.correlation(torch.from_numpy(rows), torch.from_numpy(rows)).numpy()
-    queries, notes = choose_queries(kernel.variance.numpy(), label_array, neighbours.index.numpy(), class_names, seed)
-    shown = min(NUM_NEIGHBOURS, neighbours.index.shape[1])
+    if what.images is None:
+        queries, notes = np.zeros(0, dtype=np.int64), list[str]()
+    else:
+        queries, notes = choose_queries(kernel.variance.numpy(), labels, index, what.class_names, seed)
+    shown = min(NUM_NEIGHBOURS, index.shape[1])
     return PictureData(
-        title=title,
-        subtitle=subtitle,
+        title=what.title,
+        subtitle=what.subtitle,
         num_samples=kernel.num_samples,
         correlation=correlation,
-        labels=label_array[rows],
+        labels=labels[rows],
         map_points=embed(correlation, seed),
-        class_names=class_names,
-        images=images.numpy(),
-        image_labels=label_array,
+        class_names=what.class_names,
+        images=np.zeros((0, 1, 1)) if what.images is None else what.images.numpy(),
+        image_labels=labels,
         queries=queries,
         query_notes=notes,
-        neighbours=neighbours.index.numpy()[queries, :shown],
-        neighbour_correlation=neighbours.correlation.numpy()[queries, :shown],
-        noise_floor=neighbours.noise_floor.numpy()[queries],
+        neighbours=index[queries, :shown],
+        neighbour_correlation=neighbors.correlation.numpy()[queries, :shown],
+        noise_floor=neighbors.noise_floor.numpy()[queries],
     )
 
 
@@ -142,23 +156,24 @@ def _leading(matrix: np.ndarray, seed: int) -> np.ndarray:
 
 
 def draw(data: PictureData, path: Path) -> None:
-    """Draw and write a PNG, 16 x 9 inches at 150 dots per inch."""
+    """Draw and write a PNG, 16 x 7.8 inches at 150 dots per inch."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(16, 9), dpi=150, facecolor="white")  # not pyplot: no global state, no display
+    figure = Figure(figsize=(16, 7.8), dpi=150, facecolor="white")  # not pyplot: no global state, no display
     FigureCanvasAgg(figure)
-    figure.text(0.02, 0.962, data.title, fontsize=19, fontweight="bold", va="center")
-    figure.text(0.02, 0.922, data.subtitle, fontsize=11.5, color="0.3", va="center")
+    figure.text(0.02, 0.952, data.title, fontsize=19, fontweight="bold", va="center")
+    figure.text(0.02, 0.9, data.subtitle, fontsize=11.5, color="0.3", va="center")
     thinned = "" if len(data.labels) == data.num_samples else f" ({len(data.labels):,} of {data.num_samples:,})"
     _matrix(figure, data, thinned)
     _map(figure, data, thinned)
-    _neighbours(figure, data)
+    if len(data.queries):
+        _neighbours(figure, data)
     figure.savefig(path)
 
 
 def _matrix(figure: Any, data: PictureData, thinned: str) -> None:
-    axes = figure.add_axes((0.062, 0.20, 0.293, 0.52))
+    axes = figure.add_axes((0.06, 0.165, 0.325, 0.6667))
     off_diagonal = data.correlation[~np.eye(len(data.correlation), dtype=bool)]
     limit = max(float(np.quantile(np.abs(off_diagonal), 0.98)) if off_diagonal.size else 1.0, 0.05)
     image = axes.imshow(data.correlation, cmap="RdBu_r", vmin=-limit, vmax=limit, interpolation="antialiased")
@@ -168,13 +183,15 @@ def _matrix(figure: Any, data: PictureData, thinned: str) -> None:
         axes.axvline(edge, color="black", linewidth=0.4, alpha=0.6)
     bounds = np.concatenate([[-0.5], edges, [len(data.labels) - 0.5]])
     present = [_name(data.class_names, label) for label in np.unique(data.labels)]
-    long_names = max(map(len, present)) > 3
-    axes.set_yticks((bounds[1:] + bounds[:-1]) / 2, present, fontsize=9)
-    axes.set_xticks((bounds[1:] + bounds[:-1]) / 2, present, fontsize=9, rotation=45 if long_names else 0,
-                    ha="right" if long_names else "center", rotation_mode="anchor" if long_names else "default")  # fmt: skip
+    for set_ticks in (axes.set_xticks, axes.set_yticks):
+        set_ticks((bounds[1:] + bounds[:-1]) / 2, present, fontsize=10)
+    if max(map(len, present)) > 3:
+        for text in axes.get_xticklabels():
+            text.set(rotation=25, ha="right", rotation_mode="anchor", fontsize=8.5)
+        axes.tick_params(axis="y", labelsize=8.5)
     axes.tick_params(length=0)
     axes.set_title(f"Correlation of losses, sorted by class{thinned}", fontsize=12, loc="left")
-    bar = figure.colorbar(image, cax=figure.add_axes((0.062, 0.095, 0.293, 0.018)), orientation="horizontal",
+    bar = figure.colorbar(image, cax=figure.add_axes((0.06, 0.072, 0.325, 0.018)), orientation="horizontal",
                           extend="both")  # fmt: skip
     bar.set_label("correlation R (colours saturate beyond the ends)", fontsize=9.5)
     bar.ax.tick_params(labelsize=9)
@@ -183,16 +200,15 @@ def _matrix(figure: Any, data: PictureData, thinned: str) -> None:
 def _map(figure: Any, data: PictureData, thinned: str) -> None:
     from matplotlib import patheffects
 
-    axes = figure.add_axes((0.385, 0.20, 0.27, 0.52))
+    axes = figure.add_axes((0.4, 0.165, 0.275, 0.6667))
     classes = np.unique(data.labels)
     for position, label in enumerate(classes):
         points, colour = data.map_points[data.labels == label], COLOURS[position % len(COLOURS)]
         axes.scatter(*points.T, s=7, color=colour, linewidths=0, alpha=0.75, label=_name(data.class_names, label))
-    for position, label in enumerate(classes):
+    for label in classes:
         x, y = np.median(data.map_points[data.labels == label], axis=0)
-        axes.text(x, y, _name(data.class_names, label), fontsize=12, fontweight="bold", ha="center", va="center",
-                  color=COLOURS[position % len(COLOURS)],
-                  path_effects=[patheffects.withStroke(linewidth=3.5, foreground="white")])  # fmt: skip
+        axes.text(x, y, _name(data.class_names, label), fontsize=13, fontweight="bold", ha="center", va="center",
+                  path_effects=[patheffects.withStroke(linewidth=4, foreground="white")])  # fmt: skip
     axes.set(xticks=[], yticks=[])
     axes.set_title(f"Map (t-SNE of distances $\\sqrt{{2(1-R)}}$){thinned}", fontsize=12, loc="left")
     axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.03), ncol=min(5, len(classes)), fontsize=9, frameon=False,
@@ -201,9 +217,9 @@ def _map(figure: Any, data: PictureData, thinned: str) -> None:
 
 def _neighbours(figure: Any, data: PictureData) -> None:
     rows, columns = data.neighbours.shape
-    left, right, top, bottom = 0.725, 0.985, 0.72, 0.085
+    left, right, top, bottom = 0.745, 0.992, 0.835, 0.095
     width, height = (right - left) / (columns + 1.25), (top - bottom) / rows
-    figure.text(0.68, 0.745, "Images and their nearest neighbours", fontsize=12)
+    figure.text(0.69, 0.848, "Images and their nearest neighbours", fontsize=12)
     for row, query in enumerate(data.queries):
         y = top - (row + 1) * height
         figure.text(left - 0.003, y + 0.6 * height, data.query_notes[row], fontsize=8.5, ha="right", va="center",
@@ -222,9 +238,9 @@ def _neighbours(figure: Any, data: PictureData) -> None:
                 text=f"{correlation:.2f}",
                 faded=bool(correlation <= data.noise_floor[row]),
             )
-    figure.text(0.68, 0.045, "framed blue: same class", fontsize=9.5, color=SAME, fontweight="bold")
-    figure.text(0.785, 0.045, "orange, dashed: another class", fontsize=9.5, color=OTHER, fontweight="bold")
-    figure.text(0.68, 0.02, "below each neighbour its correlation; pale: not above the noise floor", fontsize=9.5)
+    figure.text(0.69, 0.062, "framed blue: same class", fontsize=9.5, color=SAME, fontweight="bold")
+    figure.text(0.825, 0.062, "orange, dashed: another class", fontsize=9.5, color=OTHER, fontweight="bold")
+    figure.text(0.69, 0.03, "below each neighbour its correlation; pale: not above the noise floor", fontsize=9.5)
 
 
 def _thumbnail(
