@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import argparse
+import fcntl
+import importlib.util
 import json
 import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+
 import lossk
 from lossk import provenance
+from lossk.analysis.purity import chance_purity, class_purity
 from lossk.config import RunConfig, load_config, parse_override
 from lossk.errors import LosskError, StoreError
 from lossk.kernel import LossKernel
+from lossk.neighbors import Neighbors
 from lossk.plan import gigabytes
 from lossk.recipes import RecipeTask, packaged_names
 from lossk.store import open_kernel, progress_of
@@ -67,6 +73,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def run_demo(options: argparse.Namespace) -> None:
     folder = Path(options.out)
+    require_plotting()
     config = load_config("digits", {"out": str(folder / "demo.lossk"), "picture": str(folder / "demo.png")})
     execute(config, overwrite=options.overwrite)
 
@@ -77,25 +84,43 @@ def run_config(options: argparse.Namespace) -> None:
         overrides["out"] = options.out
         if "picture" not in overrides:
             overrides["picture"] = str(Path(options.out).with_suffix(".png"))
-    execute(load_config(options.config, overrides), overwrite=options.overwrite, resume=options.resume)
+    config, source = load_config(options.config, overrides), Path(options.config)
+    if overrides and source.exists() and source.resolve() == Path(config.out).with_suffix(".yaml").resolve():
+        raise ValueError(f"a changed config would be written over {options.config!r} itself; give another --out")
+    execute(config, source=source, overwrite=options.overwrite, resume=options.resume)
 
 
-def execute(config: RunConfig, *, overwrite: bool = False, resume: bool = False) -> LossKernel:
-    """Run a config: its task, its kernel, the printed story, the picture, and the config that replays it."""
+def execute(
+    config: RunConfig, *, source: Path | None = None, overwrite: bool = False, resume: bool = False
+) -> LossKernel:
+    """Run a config: its task, its kernel, the printed story, the picture, and the config that replays it.
+
+    A config that already lies where the replay goes (`source`) is the replay, and stays as it is.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(config.threads or threads)
+    try:
+        return _execute(config, source, overwrite=overwrite, resume=resume)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _execute(config: RunConfig, source: Path | None, *, overwrite: bool, resume: bool) -> LossKernel:
     from lossk.report.summary import K, describe, describe_neighbors
 
     out, replay = Path(config.out), Path(config.out).with_suffix(".yaml")
     picture = None if config.picture is None else Path(config.picture)
-    outputs = [path for path in (out, replay, picture) if path is not None]
+    is_replay = source is not None and source.exists() and source.resolve() == replay.resolve()
+    outputs = [path for path in (out, replay, picture) if path is not None and not (is_replay and path == replay)]
     taken = [str(path) for path in outputs if path.exists()]
     if taken and not (overwrite or resume):
         raise FileExistsError(f"{', '.join(taken)} exists; pass --overwrite to replace it, or another --out")
     if overwrite and out.exists():
         refuse_to_delete(out)
+    if picture is not None:
+        require_plotting()
     for path in outputs:
         path.parent.mkdir(parents=True, exist_ok=True)
-    if picture is not None:
-        import matplotlib  # noqa: F401 - missing plotting is better known before the work than after it
 
     task = config.make_task()
     print(task.notes)
@@ -103,7 +128,8 @@ def execute(config: RunConfig, *, overwrite: bool = False, resume: bool = False)
         print(f"held-out accuracy {task.held_out_accuracy:.2%}")
     if overwrite and out.exists():
         shutil.rmtree(out)
-    replay.write_text(config.to_yaml())
+    if replay in outputs and not (resume and replay.exists()):
+        replay.write_text(config.to_yaml())
     kernel = lossk.build_kernel(
         task.model,
         task.samples,
@@ -120,19 +146,22 @@ def execute(config: RunConfig, *, overwrite: bool = False, resume: bool = False)
     if picture is not None and task.labels is not None:
         from lossk.report.picture import Pictured, draw_picture
 
-        what = Pictured(task.labels, task.class_names, task.images, *captions(kernel, task))
+        what = Pictured(task.labels, task.class_names, task.images, *captions(kernel, task, neighbors))
         draw_picture(kernel, what, picture, neighbors=neighbors)
     print("wrote " + ", ".join(str(path) for path in outputs if path.exists()))
     return kernel
 
 
-def captions(kernel: LossKernel, task: RecipeTask) -> tuple[str, str]:
+def captions(kernel: LossKernel, task: RecipeTask, neighbors: Neighbors) -> tuple[str, str]:
     """Title and subtitle of the picture."""
     diagnostics = kernel.diagnostics
     title = task.notes.splitlines()[0] if task.notes else "Loss kernel"
     parts = [f"{kernel.num_samples:,} samples", f"{kernel.num_chains} chains x {kernel.num_draws} draws"]
     if task.held_out_accuracy is not None:
         parts.append(f"held-out accuracy {task.held_out_accuracy:.1%}")
+    if task.labels is not None:
+        purity, chance = class_purity(neighbors.index, task.labels), chance_purity(task.labels)
+        parts.append(f"{purity:.1%} of {neighbors.index.shape[1]} neighbours in the same class (chance {chance:.1%})")
     if diagnostics is not None and diagnostics.llc is not None and diagnostics.rhat is not None:
         parts.append(f"LLC {diagnostics.llc:.1f}")
         parts.append(f"R-hat {diagnostics.rhat:.2f}")
@@ -142,9 +171,25 @@ def captions(kernel: LossKernel, task: RecipeTask) -> tuple[str, str]:
 
 def refuse_to_delete(path: Path) -> None:
     """--overwrite replaces stores, never a folder that is something else."""
-    if path.is_dir() and (path / "zarr.json").exists():
-        return
-    raise StoreError(f"{str(path)!r} is not a .lossk store; --overwrite will not delete it")
+    if not (path.is_dir() and (path / "zarr.json").exists()):
+        raise StoreError(f"{str(path)!r} is not a .lossk store; --overwrite will not delete it")
+    if (path / ".lock").exists():
+        with (path / ".lock").open() as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise StoreError(f"{str(path)!r} is being written by another process") from error
+
+
+def require_plotting() -> None:
+    """A missing package is better known before the work than after it."""
+    packages = {"sklearn": "scikit-learn", "matplotlib": "matplotlib"}
+    missing = [name for module, name in packages.items() if importlib.util.find_spec(module) is None]
+    if missing:
+        names = " and ".join(missing)
+        raise LosskError(
+            f'the picture needs {names}: pip install "lossk[demo]" (or, with lossk run: --set picture=null)'
+        )
 
 
 def run_info(options: argparse.Namespace) -> None:
@@ -154,10 +199,14 @@ def run_info(options: argparse.Namespace) -> None:
     try:
         kernel = open_kernel(path)
     except StoreError:
-        if options.json and (path / "config.json").exists():
-            print(json.dumps({"complete": False, "progress": progress_of(path)}))
-            return
-        raise
+        if (path / "complete").exists() or not (path / "config.json").exists():
+            raise
+        progress = progress_of(path)
+        if options.json:
+            print(json.dumps({"complete": False, "progress": progress}))
+        else:
+            print(f"{path}  unfinished: {progress}; lossk run {path.with_suffix('.yaml')} --resume continues it")
+        return
     size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
     if options.json:
         plain = {key: value for key, value in kernel.meta.items() if not key.endswith("_trace")}
@@ -175,8 +224,6 @@ def run_info(options: argparse.Namespace) -> None:
 
 
 def run_doctor(options: argparse.Namespace) -> None:
-    import torch
-
     from lossk.ops.extension import status
 
     for package, version in provenance.versions().items():

@@ -5,6 +5,9 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import importlib
+import inspect
+import re
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +16,7 @@ from typing import Any
 import yaml
 
 from lossk.recipes import RecipeTask, packaged_config, packaged_names
+from lossk.run import check_integer
 from lossk.sgld import SGLD
 
 BUILD_KEYS = (
@@ -30,6 +34,7 @@ class RunConfig:
         sampler: arguments of `lossk.SGLD`.
         out: path of the `.lossk` store.
         picture: path of a PNG, or None.
+        threads: torch's threads for this run; None leaves them. Small networks run best, and most repeatably, on one.
     """
 
     task: str
@@ -38,10 +43,15 @@ class RunConfig:
     sampler: Mapping[str, Any] = field(default_factory=dict)
     out: str = "out.lossk"
     picture: str | None = None
+    threads: int | None = None
 
     def __post_init__(self) -> None:
         if self.task.count(":") != 1:
             raise ValueError(f"task must be 'module:function', got {self.task!r}")
+        if self.threads is not None:
+            check_integer("threads", self.threads, 1)
+        if Path(self.out).suffix != ".lossk":
+            raise ValueError(f"out must end in .lossk, got {self.out!r}")
         refuse_unknown("build", self.build, BUILD_KEYS)
         refuse_unknown("sampler", self.sampler, [f.name for f in dataclasses.fields(SGLD)])
         SGLD(**self.sampler)
@@ -53,16 +63,21 @@ class RunConfig:
         return yaml.safe_dump(plain, sort_keys=False)
 
     def make_task(self) -> RecipeTask:
-        """Import the task's function and call it.
+        """Import the task's function and call it. Modules in the current folder can be named.
 
         Raises:
-            ValueError: no such module or function, or it does not return a RecipeTask.
+            ValueError: no such module, function or argument, or it does not return a RecipeTask.
         """
         module_name, function_name = self.task.split(":")
+        if "" not in sys.path:  # an installed command, unlike `python -m`, does not look there
+            sys.path.insert(0, "")
         try:
             function = getattr(importlib.import_module(module_name), function_name)
         except (ModuleNotFoundError, AttributeError) as error:
             raise ValueError(f"task {self.task!r} cannot be found: {error}") from error
+        parameters = inspect.signature(function).parameters
+        if not any(item.kind is item.VAR_KEYWORD for item in parameters.values()):
+            refuse_unknown("task_args", self.task_args, list(parameters))
         task = function(**self.task_args)
         if not isinstance(task, RecipeTask):
             raise ValueError(f"task {self.task!r} must return a lossk.recipes.RecipeTask, got {type(task).__name__}")
@@ -82,7 +97,7 @@ def load_config(name_or_path: str, overrides: Mapping[str, Any] | None = None) -
     if not path.is_file():
         raise ValueError(f"there is no config file or recipe {name_or_path!r}; recipes: {', '.join(packaged_names())}")
     try:
-        plain = yaml.safe_load(path.read_text())
+        plain = parse_yaml(path.read_text())
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{name_or_path} is not valid YAML: {error}") from error
     if not isinstance(plain, dict):
@@ -91,7 +106,10 @@ def load_config(name_or_path: str, overrides: Mapping[str, Any] | None = None) -
     for key, value in (overrides or {}).items():
         head, _, rest = key.partition(".")
         if rest:
-            plain[head] = {**(plain.get(head) or {}), rest: value}
+            section = plain.get(head) or {}
+            if not isinstance(section, dict):
+                raise ValueError(f"--set {key}: {head} holds no mapping")
+            plain[head] = {**section, rest: value}
         else:
             plain[head] = value
     refuse_unknown("config", plain, known)
@@ -109,7 +127,24 @@ def parse_override(text: str) -> tuple[str, Any]:
     key, equals, value = text.partition("=")
     if not key or not equals:
         raise ValueError(f"--set needs key=value, got {text!r}")
-    return key, yaml.safe_load(value)
+    try:
+        return key, parse_yaml(value)
+    except yaml.YAMLError as error:
+        raise ValueError(f"--set {key}: {value!r} is not valid YAML") from error
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe YAML in which 1e-4 is a number (YAML 1.1 calls it text)."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+)
+
+
+def parse_yaml(text: str) -> Any:
+    """Plain data from YAML; nothing executable."""
+    return yaml.load(text, Loader=_Loader)
 
 
 def refuse_unknown(where: str, given: Mapping[str, Any], known: Any) -> None:

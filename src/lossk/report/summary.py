@@ -48,17 +48,15 @@ def describe_neighbors(kernel: LossKernel, task: RecipeTask, neighbors: Neighbor
         lines.append("  probe resolves the classes, not that it would classify.")
     lines.append(f"Neighbours above the noise floor: {above:.1%} (unrelated samples: about {1 / k:.0%})")
     lines.append("Largest self-covariance (losses that move most when the weights are jiggled):")
-    predicted = None if task.labels is None else predict(task.model, _inputs(task))
+    inputs = task.samples[0] if isinstance(task.samples, tuple) else None  # other forms need not be classifiable
+    predicted = None if task.labels is None or inputs is None else predict(task.model, inputs)
     for i in torch.argsort(kernel.variance, descending=True)[:5].tolist():
         text = f"  sample {i:5d}  loss {float(kernel.mean_loss[i]):7.3f}  std {float(kernel.variance[i]) ** 0.5:6.3f}"
         if task.labels is not None and predicted is not None:
             label, guess = int(task.labels[i]), int(predicted[i])
             verdict = "right" if label == guess else f"predicted {task.class_names[guess]}"
-            seen = "" if task.held_out is None else (" held out" if bool(task.held_out[i]) else " trained on")
-            text += f"  label {task.class_names[label]} ({verdict},{seen})" if seen else f"  label {task.class_names[label]} ({verdict})"
+            if task.held_out is not None:
+                verdict += ", held out" if bool(task.held_out[i]) else ", trained on"
+            text += f"  label {task.class_names[label]} ({verdict})"
         lines.append(text)
     return "\n".join(lines)
-
-
-def _inputs(task: RecipeTask) -> torch.Tensor:
-    return task.samples[0]
