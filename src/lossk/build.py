@@ -59,7 +59,7 @@ def build_kernel(
         out: path of a `.lossk` store to write; None keeps the kernel in memory only.
         resume: continue an interrupted run in `out`, to the bitwise same result.
         backend: "auto", "torch" or "cpp" for the SGLD step; an explicit one never falls back.
-        device: must be the model's own; None is that.
+        device: where to run; None is the model's own. The model is back on its own device afterwards.
         precision: of the forward pass: None (float32), "bf16", "fp16" or (CUDA) "tf32". Weights stay float32.
         seed: of noise and minibatches, from 0 to 2^32 - 1. The same seed gives the same kernel bitwise.
         progress: print choices and cost, and show a progress bar, on stderr.

@@ -54,14 +54,14 @@ class Task:
         self.device = self.sampled[0].device
         if device is not None:
             try:
-                self.device = torch.device(device)
-            except (RuntimeError, TypeError) as error:
-                raise ValueError(f"device must be a torch device, got {device!r}") from error
+                self.device = torch.empty(0, device=device).device
+            except (RuntimeError, TypeError, AssertionError) as error:
+                raise ValueError(f"device must be a torch device that is here, got {device!r}: {error}") from error
         self.num_weights = sum(p.numel() for p in self.sampled)
         self.precision = precision
         # On a CPU convolutions run several times faster channels-last; which elements of `flat` are neighbours is free.
         self.channels_last = self.device.type == "cpu" and any(isinstance(m, nn.Conv2d) for m in model.modules())
-        _check_model(model, self.device)
+        _check_model(model)
         if precision not in PRECISIONS:
             raise ValueError(f"precision must be one of {PRECISIONS}, got {precision!r}")
         if precision == "tf32" and self.device.type != "cuda":
@@ -87,11 +87,14 @@ class Task:
             parameter.requires_grad_(False)
             parameter.grad = None
             if parameter.is_floating_point():
-                parameter.data = self.lay_out(parameter.data.float())
+                parameter.data = self.lay_out(parameter.data.to(self.device, torch.float32))
+            else:
+                parameter.data = parameter.data.to(self.device)
         for module in self.model.modules():
             for name, buffer in module._buffers.items():
-                if buffer is not None and buffer.is_floating_point():
-                    module._buffers[name] = buffer.float()
+                if buffer is not None:
+                    dtype = torch.float32 if buffer.is_floating_point() else None
+                    module._buffers[name] = buffer.to(self.device, dtype)
         self.anchor = self.flatten([p.data for p in self.sampled])
         self.flat = self.anchor.clone()
         self.grad = torch.zeros_like(self.flat)
@@ -266,14 +269,10 @@ def select_parameters(model: nn.Module, patterns: Sequence[str] | None) -> tuple
     return [name for name, _ in chosen.values()], [parameter for _, parameter in chosen.values()]
 
 
-def _check_model(model: nn.Module, device: torch.device) -> None:
+def _check_model(model: nn.Module) -> None:
     devices = {str(t.device) for t in [*model.parameters(), *model.buffers()]}
     if len(devices) > 1:
         raise ValueError(f"model must be on one device, got {sorted(devices)}")
-    if devices and torch.device(next(iter(devices))).type != device.type:
-        raise ValueError(
-            f"device={str(device)!r} but the model is on {devices.pop()!r}; move it first: model.to(device)"
-        )
     for name, module in model.named_modules():
         if isinstance(module, _NormBase) and module.running_mean is None and "Instance" not in type(module).__name__:
             raise ValueError(

@@ -43,7 +43,7 @@ def sgld_step(
     """Update w (and square_avg) in place.
 
     Args:
-        w: [P] float32, contiguous, CPU: the weights, changed.
+        w: [P] float32, contiguous (on the CPU for "cpp"): the weights, changed.
         grad: [P] float32: gradient of the minibatch mean loss at w.
         anchor: [P] float32: the trained weights w*.
         lr: step size, > 0.
@@ -60,7 +60,6 @@ def sgld_step(
         TypeError, ValueError: a bad argument; nothing has been changed.
         BackendError: "cpp" cannot run here.
     """
-    _check(w, grad, anchor, square_avg)
     _check_number("lr", lr, positive=True)
     _check_number("n_beta", n_beta, positive=False)
     _check_number("localization", localization, positive=False)
@@ -71,9 +70,10 @@ def sgld_step(
         philox.check_uint32(name, value)
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
+    _check(w, grad, anchor, square_avg, backend)
 
     if backend == "torch":
-        xi = philox.normals(seed, chain, step, w.numel())
+        xi = philox.normals(seed, chain, step, w.numel()).to(w.device)
         with torch.no_grad():
             sgld_step_reference(
                 w, grad, anchor, xi, lr, n_beta, localization, square_avg, alpha, stability, update_square_avg
@@ -126,15 +126,18 @@ def sgld_step_reference(
     w.addcmul_(gain, drift, value=-lr / 2).addcmul_(gain.sqrt(), xi, value=math.sqrt(lr))
 
 
-def _check(w: Tensor, grad: Tensor, anchor: Tensor, square_avg: Tensor | None) -> None:
+def _check(w: Tensor, grad: Tensor, anchor: Tensor, square_avg: Tensor | None, backend: str) -> None:
     tensors = {"w": w, "grad": grad, "anchor": anchor}
     if square_avg is not None:
         tensors["square_avg"] = square_avg
     for name, tensor in tensors.items():
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
-        if tensor.dtype != torch.float32 or tensor.device.type != "cpu":
-            raise ValueError(f"{name} must be float32 on the CPU, got {tensor.dtype} on {tensor.device}")
+        if tensor.dtype != torch.float32:
+            raise ValueError(f"{name} must be float32, got {tensor.dtype}")
+        if tensor.device != w.device or (backend == "cpp" and tensor.device.type != "cpu"):
+            where = "the CPU for backend='cpp'" if backend == "cpp" else f"w's device, {w.device}"
+            raise ValueError(f"{name} must be on {where}, got {tensor.device}")
         if tensor.dim() != 1 or not tensor.is_contiguous():
             raise ValueError(f"{name} must be flat and contiguous, got {list(tensor.shape)}, stride {tensor.stride()}")
         if tensor.numel() != w.numel():
