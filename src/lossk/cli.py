@@ -36,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, TypeError, OSError, MemoryError, LosskError, ModuleNotFoundError) as error:
         if options.debug:
             raise
-        print(f"lossk: {error}", file=sys.stderr)
+        print(f"lossk: {' '.join(str(error).split()) or type(error).__name__}", file=sys.stderr)
         return 2
     return 0
 
@@ -128,18 +128,24 @@ def _execute(config: RunConfig, source: Path | None, *, overwrite: bool, resume:
         print(f"held-out accuracy {task.held_out_accuracy:.2%}")
     if overwrite and out.exists():
         shutil.rmtree(out)
-    if replay in outputs and not (resume and replay.exists()):
+    new_replay = replay in outputs and not (resume and replay.exists())
+    if new_replay:
         replay.write_text(config.to_yaml())
-    kernel = lossk.build_kernel(
-        task.model,
-        task.samples,
-        train=task.train,
-        loss=task.loss,
-        sampler=lossk.SGLD(**config.sampler),
-        out=out,
-        resume=resume,
-        **config.build,
-    )
+    try:
+        kernel = lossk.build_kernel(
+            task.model,
+            task.samples,
+            train=task.train,
+            loss=task.loss,
+            sampler=lossk.SGLD(**config.sampler),
+            out=out,
+            resume=resume,
+            **config.build,
+        )
+    except BaseException:
+        if new_replay and not out.exists():  # nothing to resume: do not stand in the way of the next attempt
+            replay.unlink()
+        raise
     print(describe(kernel))
     neighbors = kernel.neighbors(min(K, kernel.num_samples - 1))
     print(describe_neighbors(kernel, task, neighbors))
