@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 
 from lossk.errors import BackendError
-
-NAMES = ("auto", "torch", "cpp", "triton", "cuda")
+from lossk.settings import BACKENDS, check_choice
 
 
 def resolve_backend(backend: str, device: torch.device) -> str:
@@ -16,8 +15,7 @@ def resolve_backend(backend: str, device: torch.device) -> str:
         ValueError: not a backend's name.
         BackendError: an explicit backend cannot run here; says why and what can.
     """
-    if backend not in NAMES:
-        raise ValueError(f"backend must be one of {list(NAMES)}, got {backend!r}")
+    check_choice("backend", backend, BACKENDS)
     if backend == "torch":
         return backend
     from lossk.ops.extension import status

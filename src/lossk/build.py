@@ -11,11 +11,12 @@ from torch import nn
 from lossk.kernel import LossKernel
 from lossk.losses import LossFunction
 from lossk.panel import choose_panel
-from lossk.run import Run, check_integer
+from lossk.run import Run
 from lossk.runlog import RunLog
+from lossk.settings import check_settings
 from lossk.sgld import SGLD
 from lossk.store import open_finished
-from lossk.tiles import CENTERINGS, DTYPES, TileAccumulator
+from lossk.tiles import TileAccumulator
 from lossk.timings import Progress
 from lossk.traces import LossTraces
 
@@ -74,7 +75,17 @@ def build_kernel(
         BackendError: an explicit backend cannot run here.
         StoreError, FileExistsError: `out` is taken, damaged or holds another run.
     """
-    _check_sizes(tile=tile, panel=panel, dtype=dtype, centering=centering)
+    check_settings(
+        num_chains=num_chains,
+        num_draws=num_draws,
+        tile=tile,
+        panel=panel,
+        dtype=dtype,
+        centering=centering,
+        backend=backend,
+        precision=precision,
+        seed=seed,
+    )
     if resume and out is None:
         raise ValueError("resume=True needs out=, the store to continue, got None")
     path = None if out is None else Path(out)
@@ -114,6 +125,7 @@ def sample_losses(
     progress: bool = True,
 ) -> LossTraces:
     """The loss traces themselves, [chain, draw, sample]: for N large and draws few. Arguments as in `build_kernel`."""
+    check_settings(num_chains=num_chains, num_draws=num_draws, backend=backend, precision=precision, seed=seed)
     with Progress(progress) as bar:
         run = Run.prepare(model, loader, train, loss, sampler, num_chains, num_draws, backend, device, precision, seed)
         losses = torch.empty(num_chains, num_draws, len(run.probe))
@@ -164,15 +176,3 @@ def _accumulate(run: Run, request: dict[str, Any], log: RunLog | None, bar: Prog
     if log is not None:
         log.finish(kernel)
     return kernel
-
-
-def _check_sizes(*, tile: Any, panel: Any, dtype: Any, centering: Any) -> None:
-    check_integer("tile", tile, 16)
-    if tile % 16:
-        raise ValueError(f"tile must be a positive multiple of 16, got {tile}")
-    if panel is not None:
-        check_integer("panel", panel, 1)
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype must be one of {sorted(DTYPES)}, got {dtype!r}")
-    if centering not in CENTERINGS:
-        raise ValueError(f"centering must be one of {list(CENTERINGS)}, got {centering!r}")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import fcntl
 import importlib.util
 import json
 import shutil
@@ -22,7 +21,7 @@ from lossk.kernel import LossKernel
 from lossk.neighbors import Neighbors
 from lossk.plan import gigabytes
 from lossk.recipes import RecipeTask, packaged_names
-from lossk.store import open_kernel, progress_of
+from lossk.store import open_kernel, progress_of, refuse_to_delete
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -173,18 +172,6 @@ def captions(kernel: LossKernel, task: RecipeTask, neighbors: Neighbors) -> tupl
         parts.append(f"R-hat {diagnostics.rhat:.2f}")
         parts.append(f"verdict: {diagnostics.verdict}")
     return f"Loss kernel of {title}", "   |   ".join(parts)
-
-
-def refuse_to_delete(path: Path) -> None:
-    """--overwrite replaces stores, never a folder that is something else."""
-    if not (path.is_dir() and (path / "zarr.json").exists()):
-        raise StoreError(f"{str(path)!r} is not a .lossk store; --overwrite will not delete it")
-    if (path / ".lock").exists():
-        with (path / ".lock").open() as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise StoreError(f"{str(path)!r} is being written by another process") from error
 
 
 def require_plotting() -> None:

@@ -16,7 +16,7 @@ from typing import Any
 import yaml
 
 from lossk.recipes import RecipeTask, packaged_config, packaged_names
-from lossk.run import check_integer
+from lossk.settings import check_integer, check_settings
 from lossk.sgld import SGLD
 
 BUILD_KEYS = (
@@ -55,6 +55,7 @@ class RunConfig:
         refuse_unknown("build", self.build, BUILD_KEYS)
         refuse_unknown("sampler", self.sampler, [f.name for f in dataclasses.fields(SGLD)])
         SGLD(**self.sampler)
+        check_settings(**{key: value for key, value in self.build.items() if key != "device"})
 
     def to_yaml(self) -> str:
         """The file that replays this run with `lossk run`."""

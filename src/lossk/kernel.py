@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lossk.blocks import Blocks, FactorBlocks, Moments, power_of_two_near
 from lossk.neighbors import Neighbors, nearest, noise_floor
+from lossk.settings import CENTERINGS, check_choice
 
 if TYPE_CHECKING:
     from lossk.diagnostics import Diagnostics
@@ -56,8 +57,7 @@ class LossKernel:
 
         losses = traces.losses  # [C, T, N] float32
         num_chains, num_draws, num_samples = losses.shape
-        if centering not in ("chain", "pooled"):
-            raise ValueError(f"centering must be 'chain' or 'pooled', got {centering!r}")
+        check_choice("centering", centering, CENTERINGS)
         chain_mean = losses.double().mean(dim=1)
         mean = chain_mean.mean(dim=0)
         centre = chain_mean if centering == "chain" else mean.expand_as(chain_mean)

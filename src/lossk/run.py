@@ -65,9 +65,6 @@ class Run:
         seed: int,
     ) -> Run:
         started = time.perf_counter()
-        check_integer("num_chains", num_chains, 1)
-        check_integer("num_draws", num_draws, 2)
-        check_integer("seed", seed, 0, 2**32 - 1)
         if sampler is not None and not isinstance(sampler, SGLD):
             raise TypeError(f"sampler must be a lossk.SGLD or None, got {type(sampler).__name__}")
         sampler = sampler or SGLD()
@@ -254,11 +251,3 @@ class Run:
             "mean_loss_trace": self.watch.mean_loss.tolist(),
             "excess_trace": self.watch.excess.tolist(),
         }
-
-
-def check_integer(name: str, value: Any, least: int, most: int | None = None) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an integer, got {value!r}")
-    if value < least or (most is not None and value > most):
-        rule = f"at least {least}" if most is None else f"from {least} to {most}"
-        raise ValueError(f"{name} must be {rule}, got {value}")

@@ -24,6 +24,7 @@ from lossk.data import Samples
 from lossk.errors import DivergedError
 from lossk.minibatches import Minibatches
 from lossk.ops.sgld_step import sgld_step
+from lossk.settings import check_integer
 from lossk.task import Task
 from lossk.timings import Timings
 
@@ -63,11 +64,11 @@ class SGLD:
         if self.n_beta is not None:
             _check_number("n_beta", self.n_beta, "a number or None", above=0.0)
         if self.batch_size is not None:
-            _check_integer("batch_size", self.batch_size, 1)
+            check_integer("batch_size", self.batch_size, 1)
         if self.num_burnin_steps != "auto":
-            _check_integer("num_burnin_steps", self.num_burnin_steps, 0)
+            check_integer("num_burnin_steps", self.num_burnin_steps, 0)
         if self.num_steps_bw_draws != "auto":
-            _check_integer("num_steps_bw_draws", self.num_steps_bw_draws, 1)
+            check_integer("num_steps_bw_draws", self.num_steps_bw_draws, 1)
         if self.preconditioner not in (None, "rmsprop"):
             raise ValueError(f"preconditioner must be None or 'rmsprop', got {self.preconditioner!r}")
         if self.params is not None:
@@ -208,10 +209,3 @@ def _check_number(name: str, value: Any, kind: str, *, above: float | None = Non
     if not math.isfinite(value) or low_enough:
         rule = f"greater than {above:g}" if above is not None else f"at least {least:g}"
         raise ValueError(f"{name} must be finite and {rule}, got {value!r}")
-
-
-def _check_integer(name: str, value: Any, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an integer, got {value!r}")
-    if value < least:
-        raise ValueError(f"{name} must be at least {least}, got {value}")

@@ -11,6 +11,7 @@ Nothing in a store is executable: JSON, Zarr chunks with checksums, and NumPy ar
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
@@ -37,6 +38,7 @@ def save_kernel(kernel: LossKernel, path: Path, *, overwrite: bool = False) -> N
     """Write a finished kernel beside its final name and move it there in one step."""
     if path.exists() and not overwrite:
         raise FileExistsError(f"path {str(path)!r} exists; pass overwrite=True to replace it")
+    refuse_to_delete(path)
     parts = path.with_name(f".{path.name}.{os.getpid()}.part")
     shutil.rmtree(parts, ignore_errors=True)
     try:
@@ -47,6 +49,20 @@ def save_kernel(kernel: LossKernel, path: Path, *, overwrite: bool = False) -> N
         parts.rename(path)
     finally:
         shutil.rmtree(parts, ignore_errors=True)
+
+
+def refuse_to_delete(path: Path) -> None:
+    """Raise StoreError unless a path may be overwritten: nothing is there, or a store that nobody is writing."""
+    if not path.exists():
+        return
+    if not (path.is_dir() and (path / "zarr.json").exists()):
+        raise StoreError(f"{str(path)!r} is not a .lossk store; it will not be overwritten")
+    if (path / ".lock").exists():
+        with (path / ".lock").open() as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise StoreError(f"{str(path)!r} is being written by another process") from error
 
 
 def write_kernel(kernel: LossKernel, path: Path) -> None:

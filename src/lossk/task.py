@@ -15,9 +15,9 @@ from torch.nn.parameter import UninitializedParameter
 
 from lossk.data import Samples, map_tensors
 from lossk.losses import Loss, forward, split_batch
+from lossk.settings import PRECISIONS, check_choice
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
-PRECISIONS = (None, "bf16", "fp16", "tf32")
 GRADIENT_BATCH = 1024  # samples per backward pass; a larger minibatch is accumulated
 
 
@@ -62,8 +62,7 @@ class Task:
         # On a CPU convolutions run several times faster channels-last; which elements of `flat` are neighbours is free.
         self.channels_last = self.device.type == "cpu" and any(isinstance(m, nn.Conv2d) for m in model.modules())
         _check_model(model)
-        if precision not in PRECISIONS:
-            raise ValueError(f"precision must be one of {PRECISIONS}, got {precision!r}")
+        check_choice("precision", precision, PRECISIONS)
         if precision == "tf32" and self.device.type != "cuda":
             raise ValueError(f"precision='tf32' needs a CUDA device, got device {str(self.device)!r}")
 

@@ -19,7 +19,6 @@ from lossk.ops.rank_update import rank_update
 from lossk.panel import ChainStatistics
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16}
-CENTERINGS = ("chain", "pooled")
 STRIPE = 4096  # columns centred at a time, which bounds the float64 temporaries
 OUTGROWN = 2.0**16
 

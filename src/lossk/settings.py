@@ -1,0 +1,52 @@
+"""Checks of the plain settings of a run, before any data is read or network trained."""
+
+from __future__ import annotations
+
+from typing import Any
+
+DTYPES = ("float32", "float16")
+CENTERINGS = ("chain", "pooled")
+BACKENDS = ("auto", "torch", "cpp", "triton", "cuda")
+PRECISIONS = (None, "bf16", "fp16", "tf32")
+
+
+def check_settings(
+    *,
+    num_chains: Any = 4,
+    num_draws: Any = 200,
+    tile: Any = 4096,
+    panel: Any = None,
+    dtype: Any = "float32",
+    centering: Any = "chain",
+    backend: Any = "auto",
+    precision: Any = None,
+    seed: Any = 0,
+) -> None:
+    """Raise ValueError or TypeError, naming the argument, the rule and the value, unless all can be used."""
+    check_integer("num_chains", num_chains, 1)
+    check_integer("num_draws", num_draws, 2)
+    check_integer("seed", seed, 0, 2**32 - 1)
+    check_integer("tile", tile, 16)
+    if tile % 16:
+        raise ValueError(f"tile must be a positive multiple of 16, got {tile}")
+    if panel is not None:
+        check_integer("panel", panel, 1)
+    check_choice("dtype", dtype, DTYPES)
+    check_choice("centering", centering, CENTERINGS)
+    check_choice("backend", backend, BACKENDS)
+    check_choice("precision", precision, PRECISIONS)
+
+
+def check_integer(name: str, value: Any, least: int, most: int | None = None) -> None:
+    """Raise unless `value` is an integer from `least` to `most`."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an integer, got {value!r}")
+    if value < least or (most is not None and value > most):
+        rule = f"at least {least}" if most is None else f"from {least} to {most}"
+        raise ValueError(f"{name} must be {rule}, got {value}")
+
+
+def check_choice(name: str, value: Any, choices: tuple[Any, ...]) -> None:
+    """Raise unless `value` is one of `choices`."""
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {list(choices)}, got {value!r}")
