@@ -274,14 +274,18 @@ def test_minibatches_are_independent_uniform_subsets(n: int, m: int) -> None:
 # --- the recursion -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("preconditioner", [None, "rmsprop", "rmsprop-frozen"])
 @pytest.mark.parametrize("seed", [0, 123456789])
-def test_the_chain_is_the_stated_recursion(seed: int) -> None:
-    """w <- w - (eps/2)(nbeta grad L + gamma (w - w*)) + sqrt(eps) xi in float64 with the same noise, step for step.
+def test_the_chain_is_the_stated_recursion(seed: int, preconditioner: Any) -> None:
+    """w <- w - (eps/2) G (nbeta grad L + gamma (w - w*)) + sqrt(eps G) xi, in float64 with the same noise, each step.
+
+    G = 1, or 1 / (sqrt(V) + 0.1) with V <- 0.99 V + 0.01 grad^2 from 0, frozen from the end of burn-in or not at all.
 
     Draws must fall on steps burn-in + a, + thin, ... with 0 <= a <= thin. Weights of order 1 in float32 drift from
     float64 by about steps x 4 u = 1e-5, and probe losses move by a few times as much: 1e-4 absolute.
     """
     case = CASES[0]
+    lr = case.lr if preconditioner is None else case.lr / 10  # G is at most 10
     burnin, thin, draws, chains = 5, 3, 6, 3
     kept = lossk.sample_losses(
         linear(case.w_star),
@@ -289,12 +293,13 @@ def test_the_chain_is_the_stated_recursion(seed: int) -> None:
         train=(float32(case.x), float32(case.y)),
         loss=case.loss,
         sampler=lossk.SGLD(
-            lr=case.lr,
+            lr=lr,
             n_beta=case.n_beta,
             localization=case.localization,
             batch_size=None,
             num_burnin_steps=burnin,
             num_steps_bw_draws=thin,
+            preconditioner=preconditioner,
         ),
         num_chains=chains,
         num_draws=draws,
@@ -305,11 +310,15 @@ def test_the_chain_is_the_stated_recursion(seed: int) -> None:
     losses = np.asarray(kept.losses, dtype=np.float64)
     for chain in range(chains):
         w = case.w_star[:, 0].copy()
-        path = [w]
+        path, v = [w], np.zeros(4)
         for step in range(burnin + draws * thin + thin):
             grad = case.x.T @ (case.x @ w - case.y[:, 0]) / len(case.x)
             drift = case.n_beta * grad + case.localization * (w - case.w_star[:, 0])
-            w = w - case.lr / 2 * drift + math.sqrt(case.lr) * normals(seed, chain, step, 4).double().numpy()
+            if preconditioner == "rmsprop" or (preconditioner == "rmsprop-frozen" and step < burnin):
+                v = 0.99 * v + 0.01 * grad**2
+            gain = np.ones(4) if preconditioner is None else 1 / (np.sqrt(v) + 0.1)
+            xi = normals(seed, chain, step, 4).double().numpy()
+            w = w - lr / 2 * gain * drift + np.sqrt(lr * gain) * xi
             path.append(w)
         exact = 0.5 * (np.stack(path) @ case.probe.T - case.answer[:, 0]) ** 2  # [step, N], after `step` steps
         starts = [burnin + a for a in range(thin + 1)]

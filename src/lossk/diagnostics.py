@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
+    from lossk.sgld import SGLD
     from lossk.traces import LossTraces
     from lossk.tune import Pilot
 
@@ -96,7 +97,7 @@ def diagnose_traces(traces: LossTraces) -> Diagnostics:
         excess=traces.excess,
         n_beta=traces.n_beta,
         pilot=None,
-        settings=None,
+        sampler=None,
     )
 
 
@@ -108,7 +109,7 @@ def diagnose(
     excess: Tensor | None,
     n_beta: float | None,
     pilot: Pilot | None,
-    settings: Mapping[str, Any] | None,
+    sampler: SGLD | None,
 ) -> Diagnostics:
     """Combine traces and pilot into diagnostics.
 
@@ -116,7 +117,7 @@ def diagnose(
         mean_loss: [C, T] mean probe loss of each draw, nats.
         watched: [C, T, w] losses of some samples.
         excess: [C, T] rise of the training loss over its value at w*.
-        settings: the resolved sampler's lr, localization and num_burnin_steps.
+        sampler: the resolved one.
     """
     rhat, ess = _rhat_ess(mean_loss.double().numpy()[..., None])
     sample_rhat, sample_ess = _rhat_ess(watched.double().numpy())
@@ -125,12 +126,11 @@ def diagnose(
         llc = n_beta * float(excess.double().mean())
         llc_se = n_beta * _mcse(excess.double().numpy())
     noise = discretisation = completeness = None
-    if settings is not None:
-        retained = 1.0 - float(settings["lr"]) * float(settings["localization"]) / 2.0
-        completeness = 1.0 - retained ** (2 * int(settings["num_burnin_steps"]))
+    if sampler is not None:
+        retained = 1.0 - float(sampler.lr) * sampler.gain * float(sampler.localization) / 2.0
+        completeness = 1.0 - retained ** (2 * int(sampler.num_burnin_steps))
         if pilot is not None:
-            noise = pilot.noise_ratio(float(settings["lr"]))
-            discretisation = pilot.discretisation(float(settings["lr"]), float(settings["localization"]))
+            noise, discretisation = pilot.noise_ratio(sampler), pilot.discretisation(sampler)
     numbers: dict[str, Any] = {
         "rhat": rhat,
         "ess": ess,

@@ -158,10 +158,9 @@ class Run:
         )
         for reason in self.reasons:
             bar.say(f"  {reason}")
-        lr, localization = float(self.sampler.lr), float(self.sampler.localization)
         bar.say(
-            f"  expected: discretisation {self.pilot.discretisation(lr, localization):.1%}, "
-            f"gradient-noise ratio {self.pilot.noise_ratio(lr):.2g} (minibatch {min(m, n)})"
+            f"  expected: discretisation {self.pilot.discretisation(self.sampler):.1%}, "
+            f"gradient-noise ratio {self.pilot.noise_ratio(self.sampler):.2g} (minibatch {min(m, n)})"
         )
         per_sample = self.timings.seconds["anchor"] / n
         plan = make_plan(
@@ -231,7 +230,7 @@ class Run:
             excess=self.watch.excess,
             n_beta=self.sampler.n_beta,
             pilot=self.pilot,
-            settings=self.sampler.to_dict(),
+            sampler=self.sampler,
         )
 
     def meta(self, request: dict[str, Any]) -> dict[str, Any]:

@@ -24,9 +24,12 @@ from lossk.data import Samples
 from lossk.errors import DivergedError
 from lossk.minibatches import Minibatches
 from lossk.ops.sgld_step import sgld_step
-from lossk.settings import check_integer
+from lossk.settings import check_choice, check_integer
 from lossk.task import Task
 from lossk.timings import Timings
+
+PRECONDITIONERS = (None, "rmsprop", "rmsprop-frozen")
+ALPHA, STABILITY = 0.99, 0.1  # of the RMSprop preconditioner
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +43,10 @@ class SGLD:
         batch_size: minibatch size; None or at least n is the full gradient.
         num_burnin_steps: steps before the first draw's own steps, per chain, or "auto".
         num_steps_bw_draws: steps from one draw to the next, or "auto".
-        preconditioner: None, or "rmsprop" (alpha 0.99, stability 0.1, no bias correction).
+        preconditioner: None; "rmsprop" (alpha 0.99, stability 0.1, no bias correction; devinterp's convention), whose
+            stationary law is not known in closed form, because it leaves out the correction term for a preconditioner
+            that moves with the weights (Li et al. 2016, eq. 7); or "rmsprop-frozen", the same until the end of burn-in
+            and constant from then on, so that the law is p(w) up to discretisation and minibatch noise.
         params: shell-style patterns of the parameter names to sample; None is every parameter that requires grad.
 
     Raises:
@@ -53,7 +59,7 @@ class SGLD:
     batch_size: int | None = 256
     num_burnin_steps: int | Literal["auto"] = "auto"
     num_steps_bw_draws: int | Literal["auto"] = "auto"
-    preconditioner: Literal["rmsprop"] | None = None
+    preconditioner: Literal["rmsprop", "rmsprop-frozen"] | None = None
     params: Sequence[str] | None = None
 
     def __post_init__(self) -> None:
@@ -69,12 +75,16 @@ class SGLD:
             check_integer("num_burnin_steps", self.num_burnin_steps, 0)
         if self.num_steps_bw_draws != "auto":
             check_integer("num_steps_bw_draws", self.num_steps_bw_draws, 1)
-        if self.preconditioner not in (None, "rmsprop"):
-            raise ValueError(f"preconditioner must be None or 'rmsprop', got {self.preconditioner!r}")
+        check_choice("preconditioner", self.preconditioner, PRECONDITIONERS)
         if self.params is not None:
             if isinstance(self.params, str) or not all(isinstance(pattern, str) for pattern in self.params):
                 raise TypeError(f"params must be a list of name patterns, got {self.params!r}")
             object.__setattr__(self, "params", tuple(self.params))
+
+    @property
+    def gain(self) -> float:
+        """The largest factor by which the preconditioner can multiply a step: 1 / stability, or 1 without one."""
+        return 1.0 if self.preconditioner is None else 1.0 / STABILITY
 
     @property
     def resolved(self) -> bool:
@@ -140,7 +150,7 @@ class Chain:
     def run(self, num_draws: int, start: ChainState | None = None) -> Iterator[Draw | None]:
         """From w* (or from after `start`) to draw number `num_draws`: a Draw at each draw, None at other steps."""
         self.task.reset()
-        if self.sampler.preconditioner == "rmsprop":
+        if self.sampler.preconditioner is not None:
             self.square_avg = torch.zeros_like(self.task.flat)
         if start is not None:
             self.step, self.draw = start.step, start.draw
@@ -159,6 +169,10 @@ class Chain:
             excess += self.advance()
             self.draw += 1
             yield Draw(self.chain, self.draw - 1, excess / steps)
+
+    @property
+    def _frozen(self) -> bool:
+        return self.sampler.preconditioner == "rmsprop-frozen" and self.step >= int(self.sampler.num_burnin_steps)
 
     def advance(self) -> float:
         """One SGLD step; returns L_B(w) - L_B(w*) at the weights before it."""
@@ -180,6 +194,9 @@ class Chain:
                 step=self.step,
                 backend=self.backend,
                 square_avg=self.square_avg,
+                alpha=ALPHA,
+                stability=STABILITY,
+                update_square_avg=not self._frozen,
             )
         self.step += 1
         return loss - float(self.anchor_losses[index].mean())

@@ -53,13 +53,19 @@ class Pilot:
     batch_factor: float  # f: variance of a minibatch mean over the per-sample variance
     num_samples: int  # training samples used
 
-    def discretisation(self, lr: float, localization: float) -> float:
-        """eps a_max / 4."""
+    def discretisation(self, sampler: SGLD) -> float:
+        """eps a_max / 4 of a resolved sampler; with a preconditioner, at its largest gain: an upper bound."""
+        lr, localization = float(sampler.lr) * sampler.gain, float(sampler.localization)
         return lr * (self.n_beta * self.curvature + localization) / 4.0
 
-    def noise_ratio(self, lr: float) -> float:
-        """eps n_beta^2 f lambda_max / 4."""
-        return lr * self.n_beta**2 * self.batch_factor * self.gradient_variance / 4.0
+    def noise_ratio(self, sampler: SGLD) -> float:
+        """eps n_beta^2 f lambda_max / 4, likewise."""
+        return float(sampler.lr) * sampler.gain * self.noise_per_lr
+
+    @property
+    def noise_per_lr(self) -> float:
+        """n_beta^2 f lambda_max / 4."""
+        return self.n_beta**2 * self.batch_factor * self.gradient_variance / 4.0
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -180,7 +186,9 @@ def choose_settings(
     stiff = n_beta * pilot.curvature
     m = num_train if sampler.batch_size is None else min(sampler.batch_size, num_train)
     steps = _steps_worth_a_draw(sampler, num_probe, m)
-    noise_lr = _noise_limited_lr(pilot)
+    # Budgets are kept at the preconditioner's largest gain, which is also what flat directions have: there V is small.
+    gain = sampler.gain
+    noise_lr = NOISE_BUDGET / pilot.noise_per_lr if pilot.noise_per_lr > 0 else math.inf
 
     if sampler.localization == "auto":
         localization, why = _choose_localization(sampler, stiff, noise_lr, steps, task)
@@ -193,15 +201,18 @@ def choose_settings(
         lr = min(step_lr, noise_lr)
         if not math.isfinite(lr):
             raise ValueError("lr='auto' needs a loss with curvature or localization > 0; give lr= as a number")
+        lr /= gain
         if step_lr <= noise_lr:
             why = f"discretisation budget {DISCRETISATION_BUDGET:.0%} at curvature {stiff + localization:.3g}"
         else:
             why = f"gradient-noise budget {NOISE_BUDGET:.2g} (discretisation alone would allow {step_lr:.2g})"
+        if gain != 1.0:
+            why += f", at the preconditioner's largest gain {gain:.3g}"
         reasons.append(f"lr = {lr:.3g}: {why}")
     else:
         lr = float(sampler.lr)
 
-    pull = lr * localization
+    pull = lr * gain * localization
     if pull <= 0 and "auto" in (sampler.num_burnin_steps, sampler.num_steps_bw_draws):
         raise ValueError(
             "num_burnin_steps and num_steps_bw_draws must be numbers when localization is 0: flat directions then have "
@@ -239,11 +250,6 @@ def _steps_worth_a_draw(sampler: SGLD, num_probe: int, batch_size: int) -> int:
     return min(max(round(num_probe / (3 * batch_size)), FEWEST_STEPS), MOST_STEPS)
 
 
-def _noise_limited_lr(pilot: Pilot) -> float:
-    per_lr = pilot.noise_ratio(1.0)
-    return NOISE_BUDGET / per_lr if per_lr > 0 else math.inf
-
-
 def _choose_localization(sampler: SGLD, stiff: float, noise_lr: float, steps: int, task: Task) -> tuple[float, str]:
     """The smallest pull at which flat directions decorrelate within `steps` and weights stay local.
 
@@ -251,7 +257,7 @@ def _choose_localization(sampler: SGLD, stiff: float, noise_lr: float, steps: in
     gamma = 2 / (steps noise_lr) or gamma = stiff / (2 B steps - 1) with B the discretisation budget.
     """
     if sampler.lr != "auto":
-        mixing = 2.0 / (steps * float(sampler.lr))
+        mixing = 2.0 / (steps * float(sampler.lr) * sampler.gain)
     else:
         from_step = stiff / (2 * DISCRETISATION_BUDGET * steps - 1)
         from_noise = 2.0 / (steps * noise_lr) if math.isfinite(noise_lr) else 0.0
