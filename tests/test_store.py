@@ -268,3 +268,13 @@ def test_resume_without_a_store_starts_one(
     """The same command line serves the first run and every restart."""
     one = build(problem.model(), problem.data)
     assert_same_kernel(build(problem.model(), problem.data, out=tmp_path / "new.lossk", resume=True), one)
+
+
+def test_other_zarr_readers_list_it_in_silence(build: Build, problem: Any, tmp_path: Path) -> None:
+    """Listing a finished store warns of nothing (warnings are errors here), though it holds config.json too."""
+    kernel = build(problem.model(), problem.data, out=tmp_path / "k.lossk")
+    kernel.save(tmp_path / "saved.lossk")
+    for name in ("k.lossk", "saved.lossk"):
+        group = zarr.open_group(str(tmp_path / name), mode="r")
+        assert {"tiles", "mean", "scale", "chain_mean", "complete"} <= {key for key, _ in group.members()}
+        assert not (tmp_path / name / ".lock").exists()

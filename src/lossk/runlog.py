@@ -148,6 +148,7 @@ class RunLog:
         """Write the finished kernel into the store, then drop what only a resume needs."""
         write_kernel(kernel, self.path)
         self._state_path(len(self.commits) - 1).unlink(missing_ok=True)
+        (self.path / ".lock").unlink(missing_ok=True)
 
     def close(self) -> None:
         self._lock_file.close()

@@ -15,6 +15,7 @@ import fcntl
 import json
 import os
 import shutil
+import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ import torch
 import zarr
 from torch import Tensor
 from zarr.codecs import Crc32cCodec
+from zarr.errors import ZarrUserWarning
 
 from lossk.blocks import FactorBlocks, Moments, TileBlocks
 from lossk.diagnostics import Diagnostics
@@ -96,6 +98,15 @@ def write_kernel(kernel: LossKernel, path: Path) -> None:
     _sync_tree(path)
     _write_array(group, "complete", torch.ones(1, dtype=torch.int8), ("format",))
     _sync_tree(path / "complete")
+    _consolidate(path)
+
+
+def _consolidate(path: Path) -> None:
+    """List the arrays in the group's own metadata: readers then need not list the folder and warn of config.json."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ZarrUserWarning)  # that the Zarr v3 specification leaves this to the library
+        zarr.consolidate_metadata(path)
+    sync(path / "zarr.json")
 
 
 def _write_array(group: zarr.Group, name: str, values: Tensor, dimensions: tuple[str, ...]) -> None:
