@@ -161,6 +161,50 @@ class LossKernel:
         block = self._correlate(self._blocks.gather(rows, columns), rows, columns)
         return torch.where(rows.unsqueeze(1) == columns, torch.ones(()), block)
 
+    def standard_error(
+        self, rows: Any = slice(None), columns: Any = slice(None), *, correlation: bool = False, method: str = "lag1"
+    ) -> Tensor:
+        """Monte Carlo standard error of a covariance block (or correlation block): [r, c] float32, nats^2 (or 1).
+
+        Args:
+            method: "lag1" from each loss's lag-1 autocorrelation r and D = C (T - 1) draws (Bartlett 1935, for traces
+                near AR(1)): with f = (1 + r_i r_j) / (1 - r_i r_j),
+                se(K_ij)^2 = (K_ii K_jj + K_ij^2) f / D,  se(R_ij) = (1 - R_ij^2) sqrt(f / D).
+                "chains": the spread of the C chains' own kernels over sqrt(C), whatever the traces; needs the factor
+                form, chain centring, and at least 2 chains (and many for a steady answer).
+        """
+        check_choice("method", method, ("lag1", "chains"))
+        rows, columns = self._resolve(rows), self._resolve(columns)
+        if method == "chains":
+            return self._chain_spread(rows, columns, correlation)
+        lag1 = self._moments.lag1.clamp(-0.99, 0.99)
+        product = lag1[rows].unsqueeze(1) * lag1[columns]
+        relative = ((1 + product) / (1 - product) / (self.num_chains * (self.num_draws - 1))).sqrt()
+        if correlation:
+            return ((1 - self.correlation(rows, columns).double().square()) * relative).float()
+        scaled = self._blocks.gather(rows, columns).double()
+        ratio = self._std_over_scale.double()
+        spread = ((ratio[rows].unsqueeze(1) * ratio[columns]).square() + scaled.square()).sqrt() * relative
+        scale = self._moments.scale
+        return (spread * scale[rows].unsqueeze(1) * scale[columns]).float()
+
+    def _chain_spread(self, rows: Tensor, columns: Tensor, correlation: bool) -> Tensor:
+        if not isinstance(self._blocks, FactorBlocks) or self.centering != "chain" or self.num_chains < 2:
+            raise ValueError(
+                "method='chains' needs a kernel from traces (LossKernel.from_traces), centering='chain' and at least "
+                f"2 chains, got {self._blocks.kind}, {self.centering!r}, {self.num_chains}"
+            )
+        parts = self._blocks.factor.double().split(self.num_draws)  # C times [T, N]
+        kernels = torch.stack([part[:, rows].T @ part[:, columns] for part in parts]) / (self.num_draws - 1)
+        if correlation:
+            spread = torch.stack([part.square().sum(dim=0) / (self.num_draws - 1) for part in parts]).sqrt()  # [C, N]
+            size = spread[:, rows].unsqueeze(2) * spread[:, columns].unsqueeze(1)
+            kernels = torch.where(size > 0, kernels / size.clamp(min=torch.finfo(torch.float64).tiny), 0.0)
+        error = kernels.std(dim=0) / self.num_chains**0.5
+        if not correlation:
+            error *= self._moments.scale[rows].unsqueeze(1) * self._moments.scale[columns]
+        return error.float()
+
     def _correlate(self, block: Tensor, rows: Tensor | slice, columns: Tensor | slice) -> Tensor:
         inverse = torch.where(self._std_over_scale > 0, 1.0 / self._std_over_scale, 0.0)
         return (block * inverse[rows].unsqueeze(1) * inverse[columns]).clamp_(-1.0, 1.0)

@@ -1,0 +1,70 @@
+"""Standard errors of kernel entries against the spread of repeated estimates."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+import lossk
+
+
+def correlated_ar1(repeats: int, chains: int, draws: int, r: float, rho: float) -> Tensor:
+    """[repeats, C, T, 2] float64: AR(1) traces of lag-1 autocorrelation r, correlation rho, variances 1, 4."""
+    noise = torch.randn(draws, repeats, chains, 2, dtype=torch.float64)
+    noise[..., 1] = rho * noise[..., 0] + math.sqrt(1 - rho**2) * noise[..., 1]
+    x = torch.zeros_like(noise)
+    x[0] = noise[0]
+    for t in range(1, draws):
+        x[t] = r * x[t - 1] + math.sqrt(1 - r**2) * noise[t]
+    return x.permute(1, 2, 0, 3) * torch.tensor([1.0, 2.0], dtype=torch.float64)
+
+
+@pytest.mark.parametrize("method", ["lag1", "chains"])
+@pytest.mark.parametrize(("r", "rho"), [(0.0, 0.0), (0.0, 0.7), (0.6, 0.0), (0.6, 0.5)])
+def test_standard_errors_match_the_spread_over_repeats(r: float, rho: float, method: str) -> None:
+    """Over 250 repeats of 8 chains x 200 draws: the root mean square error bar within 15 % of the actual spread.
+
+    250 repeats know the spread to 4.5 %; centring by chain and an estimated r cost a few per cent more at r = 0.6.
+    """
+    traces = correlated_ar1(250, 8, 200, r, rho)
+    found: dict[str, list[float]] = {"K": [], "R": [], "K se": [], "R se": []}
+    for repeat in traces:
+        kernel = lossk.LossKernel.from_traces(lossk.LossTraces(repeat))
+        found["K"].append(float(kernel[0, 1]))
+        found["R"].append(float(kernel.correlation(0, 1)))
+        found["K se"].append(float(kernel.standard_error(0, 1, method=method)))
+        found["R se"].append(float(kernel.standard_error(0, 1, correlation=True, method=method)))
+    for name in ("K", "R"):
+        spread = float(torch.tensor(found[name]).std())
+        claimed = float(torch.tensor(found[name + " se"]).square().mean().sqrt())
+        assert 0.85 * spread < claimed < 1.15 * spread, name
+
+
+def test_tiles_and_factor_agree_and_the_diagonal_of_r_has_no_error() -> None:
+    from lossk.tiles import kernel_from_panels
+
+    losses = correlated_ar1(1, 3, 40, 0.5, 0.3)[0].float()
+    factor = lossk.LossKernel.from_traces(lossk.LossTraces(losses))
+    tiles = kernel_from_panels(((c, losses[c]) for c in range(3)), 2, num_chains=3, num_draws=40, tile=16)
+    for correlation in (False, True):
+        a, b = (kernel.standard_error(correlation=correlation) for kernel in (factor, tiles))
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=0.0)
+        assert torch.equal(a, a.T)
+        assert a.shape == (2, 2)
+    assert torch.all(factor.standard_error(correlation=True).diagonal() == 0)
+    with pytest.raises(ValueError, match=r"from_traces.*tiles"):
+        tiles.standard_error(method="chains")
+    with pytest.raises(ValueError, match=r"method.*abacus"):
+        factor.standard_error(method="abacus")
+
+
+def test_dead_samples_have_no_error() -> None:
+    losses = torch.randn(2, 10, 3)
+    losses[..., 1] = 0.25
+    kernel = lossk.LossKernel.from_traces(lossk.LossTraces(losses))
+    assert torch.all(kernel.standard_error()[1] == 0)
+    assert torch.isfinite(kernel.standard_error(correlation=True)).all()
+    assert torch.isfinite(kernel.standard_error(correlation=True, method="chains")).all()
