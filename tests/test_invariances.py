@@ -196,7 +196,7 @@ def test_chains_differ_and_do_not_depend_on_their_number(
     assert not np.allclose(two[0], two[1], rtol=1e-3)
 
 
-@pytest.mark.parametrize("fraction", [0.2, 0.45, 0.6, 0.97])
+@pytest.mark.parametrize("fraction", [0.2, 0.7, 0.78, 0.82, 0.99])
 @pytest.mark.parametrize("batch_size", [4, None])
 @pytest.mark.parametrize("preconditioner", [None, "rmsprop"])
 def test_resume_is_bitwise(
@@ -210,7 +210,8 @@ def test_resume_is_bitwise(
     batch_size: int | None,
     preconditioner: str | None,
 ) -> None:
-    """Stopped in the first chain, near the second's start, inside it and in the last draw."""
+    """Stopped in the pilot (the first 60 % of the calls), in the first chain, on both sides of the second's start, and
+    in the last draw."""
     sampler = sgld(batch_size=batch_size, preconditioner=preconditioner)
     loss = fail_at()
     whole = build(problem.model(), problem.data, loss=loss, sampler=sampler)
@@ -223,7 +224,7 @@ def test_resume_is_bitwise(
     resumed = build(problem.model(), problem.data, loss=loss, sampler=sampler, out=store, resume=True)
     assert_same_kernel(resumed, whole)
     assert_same_kernel(lossk.open(store), whole)
-    if fraction > 0.5:  # the first chain was done: it is not sampled again
+    if fraction > 0.8:  # the first chain was done: it is not sampled again
         assert loss.calls < 0.75 * calls
 
 
@@ -249,7 +250,7 @@ def test_killed_at_any_moment(
     same end."""
     loss, copies = fail_at(), []
     whole = build(problem.model(), problem.data, loss=loss)
-    moments = {int(f * loss.calls) for f in (0.3, 0.5, 0.7, 0.9)}
+    moments = {int(f * loss.calls) for f in (0.7, 0.8, 0.9, 0.97)}  # the checks and the pilot come first
     loss.calls = 0
 
     def copying(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:

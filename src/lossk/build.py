@@ -100,9 +100,14 @@ def build_kernel(
             if finished is not None:
                 bar.say(f"{path} is already complete")
                 return finished
-        log = None if path is None else RunLog(path, request, panel=panel, resume=resume)
+        # A new store is made only once the pilot and the memory plan have passed: a refused run leaves nothing behind.
+        log = RunLog.open(path, request) if path is not None and path.exists() else None
         try:
             with run.task:
+                run.tune(None if log is None else log.chosen)
+                run.announce(bar, tile=tile, panel=panel, dtype=dtype, on_disk=path is not None, held_traces=False)
+                if path is not None and log is None:
+                    log = RunLog.create(path, request, run.chosen())
                 return _accumulate(run, request, log, bar)
         finally:
             if log is not None:
@@ -128,11 +133,11 @@ def sample_losses(
     check_settings(num_chains=num_chains, num_draws=num_draws, backend=backend, precision=precision, seed=seed)
     with Progress(progress) as bar:
         run = Run.prepare(model, loader, train, loss, sampler, num_chains, num_draws, backend, device, precision, seed)
-        losses = torch.empty(num_chains, num_draws, len(run.probe))
         panel = choose_panel(len(run.probe), num_draws)
         with run.task:
-            run.tune(None, bar)
+            run.tune(None)
             run.announce(bar, tile=4096, panel=panel, dtype="float32", on_disk=False, held_traces=True)
+            losses = torch.empty(num_chains, num_draws, len(run.probe))
             for part in run.panels(panel, bar, None):
                 losses[part.chain, part.first_draw : part.first_draw + len(part.losses)] = part.losses
                 run.watch.note(part.chain, part.first_draw, part.losses, part.excess)
@@ -141,16 +146,13 @@ def sample_losses(
 
 
 def _accumulate(run: Run, request: dict[str, Any], log: RunLog | None, bar: Progress) -> LossKernel:
-    run.tune(log, bar)
-    tile, panel, dtype = request["tile"], request["panel"], request["dtype"]
-    run.announce(bar, tile=tile, panel=panel, dtype=dtype, on_disk=log is not None, held_traces=False)
     tiles = TileAccumulator(
         len(run.probe),
-        tile,
+        request["tile"],
         num_chains=run.num_chains,
         num_draws=run.num_draws,
         centering=request["centering"],
-        dtype=dtype,
+        dtype=request["dtype"],
     )
     start = None
     if log is not None:
@@ -161,7 +163,7 @@ def _accumulate(run: Run, request: dict[str, Any], log: RunLog | None, bar: Prog
             run.watch.note(commit["chain"], commit["first_draw"], losses, commit["excess"])
         if start is not None:
             bar.say(f"resuming after draw {start.draw} of chain {start.chain}")
-    for part in run.panels(panel, bar, start):
+    for part in run.panels(request["panel"], bar, start):
         with run.timings.measure("update"):
             tiles.update(part.chain, part.losses)
         run.watch.note(part.chain, part.first_draw, part.losses, part.excess)

@@ -19,7 +19,6 @@ from lossk.losses import Loss, LossFunction, resolve_loss
 from lossk.panel import Panel, chain_panels
 from lossk.plan import check_memory, make_plan
 from lossk.probe import first_non_finite, probe_losses
-from lossk.runlog import RunLog
 from lossk.sgld import SGLD, Chain, ChainState
 from lossk.task import Task
 from lossk.timings import Progress, Timings
@@ -121,8 +120,8 @@ class Run:
             "fingerprints": self.fingerprints,
         }
 
-    def tune(self, log: RunLog | None, bar: Progress) -> None:
-        """Losses at w*, the pilot's measurements, and every "auto" filled in (as before, when resuming)."""
+    def tune(self, chosen: dict[str, Any] | None) -> None:
+        """Losses at w*, the pilot's measurements, and every "auto" filled in (or all as `chosen` before)."""
         out = torch.empty(len(self.train))
         with self.timings.measure("anchor"):
             probe_losses(self.task, self.train, out)
@@ -130,7 +129,6 @@ class Run:
         if bad is not None:
             raise ValueError(f"loss must be finite at the trained weights; training sample {bad} has {float(out[bad])}")
         self.anchor_losses = out.double()
-        chosen = None if log is None else log.chosen
         if chosen is not None:
             self.pilot = Pilot(**chosen["pilot"])
             self.sampler, self.reasons = SGLD(**chosen["sampler"]), chosen["reasons"]
@@ -140,9 +138,11 @@ class Run:
             self.sampler, self.reasons = choose_settings(
                 self.sampler, self.pilot, self.task, num_probe=len(self.probe), num_train=len(self.train)
             )
-        if log is not None:
-            pilot, sampler = self.pilot.to_dict(), self.sampler.to_dict()
-            log.choose({"pilot": pilot, "sampler": sampler, "reasons": self.reasons})
+
+    def chosen(self) -> dict[str, Any]:
+        """What `tune` chose, to be saved: a resumed run must not choose anew."""
+        assert self.pilot is not None
+        return {"pilot": self.pilot.to_dict(), "sampler": self.sampler.to_dict(), "reasons": self.reasons}
 
     def announce(self, bar: Progress, *, tile: int, panel: int, dtype: str, on_disk: bool, held_traces: bool) -> None:
         """Say what was chosen and what it will cost; refuse what cannot fit."""

@@ -31,38 +31,55 @@ class RunLog:
     made durable before the next. Whatever is not followed by its commit line is written again on resuming.
     """
 
-    def __init__(self, path: Path, request: dict[str, Any], *, panel: int, resume: bool) -> None:
+    def __init__(self, path: Path, panel: int) -> None:
         self.path, self.panel = path, panel
-        shape = (request["num_chains"], request["num_draws"], request["num_samples"])
         self.commits: list[dict[str, Any]] = []
-        if path.exists() and not resume:
-            raise FileExistsError(f"out={str(path)!r} exists; pass resume=True to continue it, or another path")
-        if (path / "config.json").exists():
-            self._lock()
-            try:
-                refuse_other_run(path, read_json(path / "config.json"), request)
-            except StoreError:
-                self.close()
-                raise
-            self.commits = read_commits(path)
-            self._trim()
-            self.losses = zarr.open_array(path / "losses", mode="r+")
-            return
+        self.chosen: dict[str, Any] | None = None  # the pilot's choices of the run so far
+        self.losses: zarr.Array
+        self._lock()
+
+    @classmethod
+    def create(cls, path: Path, request: dict[str, Any], chosen: dict[str, Any]) -> RunLog:
+        """A new store. What a run killed at its very start left at `path` is taken over."""
         foreign = sorted(entry.name for entry in path.glob("*") if entry.name not in BEFORE_CONFIG)
         if foreign:
-            raise StoreError(f"out={str(path)!r} is not a .lossk store: it holds {foreign[:4]}")
+            raise StoreError(f"out={str(path)!r} is taken: it holds {foreign[:4]}")
         group = zarr.open_group(path, mode="a", zarr_format=3)
-        self._lock()
-        self.losses = group.create_array(
+        log = cls(path, request["panel"])
+        shape = (request["num_chains"], request["num_draws"], request["num_samples"])
+        log.losses = group.create_array(
             "losses",
             shape=shape,
-            chunks=(1, panel, shape[2]),
+            chunks=(1, log.panel, shape[2]),
             dtype="float32",
             dimension_names=("chain", "draw", "sample"),
             compressors=[Crc32cCodec()],
             overwrite=True,
         )
-        write_json(path / "config.json", request)
+        write_json(path / "config.json", {**request, "chosen": chosen})
+        return log
+
+    @classmethod
+    def open(cls, path: Path, request: dict[str, Any]) -> RunLog | None:
+        """The unfinished store at `path`, or None where a run was killed before it had written its config.
+
+        Raises:
+            StoreError: another run's, being written by another process, or not a store at all.
+        """
+        if not (path / "config.json").exists():
+            return None
+        log = cls(path, request["panel"])
+        try:
+            saved = read_json(path / "config.json")
+            refuse_other_run(path, saved, request)
+            log.chosen = saved["chosen"]
+            log.commits = read_commits(path)
+            log._trim()
+            log.losses = zarr.open_array(path / "losses", mode="r+")
+        except BaseException:
+            log.close()
+            raise
+        return log
 
     def _lock(self) -> None:
         self._lock_file = (self.path / ".lock").open("w")
@@ -76,14 +93,6 @@ class RunLog:
         """Drop a torn last line, so that the next commit starts on a fresh one."""
         content = "".join(json.dumps(commit) + "\n" for commit in self.commits).encode()
         replace_file(self.path / "commits.jsonl", content)
-
-    @property
-    def chosen(self) -> dict[str, Any] | None:
-        """The resolved sampler and pilot of the run so far: a resumed run must not choose anew."""
-        return read_json(self.path / "config.json").get("chosen")
-
-    def choose(self, chosen: dict[str, Any]) -> None:
-        write_json(self.path / "config.json", {**read_json(self.path / "config.json"), "chosen": chosen})
 
     def append(self, panel: Panel) -> None:
         """Make a panel durable."""
