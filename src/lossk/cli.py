@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 import lossk
-from lossk import provenance
+from lossk import cli_tune, provenance
 from lossk.analysis.purity import chance_purity, class_purity
 from lossk.config import RunConfig, load_config, parse_override
 from lossk.errors import LosskError, StoreError
@@ -59,6 +59,8 @@ def build_parser() -> argparse.ArgumentParser:
     group.add_argument("--overwrite", action="store_true", help="replace what an earlier run wrote")
     group.add_argument("--resume", action="store_true", help="continue an interrupted run")
     run.set_defaults(run=run_config)
+
+    cli_tune.add_command(commands, packaged_names())
 
     info = commands.add_parser("info", help="what a store holds")
     info.add_argument("store")
