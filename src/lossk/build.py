@@ -172,8 +172,7 @@ def _accumulate(run: Run, request: dict[str, Any], log: RunLog | None, bar: Prog
                 log.append(part)
     with run.timings.measure("update"):
         blocks, moments = tiles.finalize()
-    dead = float((moments.variance == 0).double().mean())
-    kernel = LossKernel(blocks, moments, diagnostics=run.diagnose(dead))
+    kernel = LossKernel(blocks, moments, diagnostics=run.diagnose(moments, tiles.totals))
     kernel.meta = run.meta(request)
     if log is not None:
         log.finish(kernel)

@@ -6,7 +6,7 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -23,6 +23,14 @@ NOISE_LIMIT = 1.0
 STEP_LIMIT = 0.25
 BURNIN_LIMIT = 0.9
 ESS_LIMIT = 50.0
+FLOOR_LIMIT = 0.6
+
+
+class Estimate(NamedTuple):
+    """A number and its Monte Carlo standard error (NaN where there is one chain only)."""
+
+    value: float
+    se: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +43,11 @@ class Diagnostics:
     sample_ess: float | None  # median ESS over the same samples
     llc: float | None  # n_beta (E[L_n(w)] - L_n(w*)), the local learning coefficient
     llc_se: float | None  # Monte Carlo standard error of llc
+    functional_variance: Estimate | None  # V: sum over the training samples of Var(loss), nats^2; probe = train only
+    singular_fluctuation: Estimate | None  # nu = beta V / 2 with beta = n_beta / n (Watanabe 2009)
+    waic: Estimate | None  # T_n + beta V / n, T_n = -mean log E[exp(-loss)], nats (Watanabe 2010); for log losses
+    wbic: Estimate | None  # n E[L_n(w)], nats; only at n_beta = n / ln n (Watanabe 2013)
+    noise_floor: float | None  # median over samples: the largest correlation that chance alone would show
     gradient_noise_ratio: float | None  # minibatch noise over injected noise, worst direction; well below 1 is right
     discretisation: float | None  # eps a_max / 4, relative excess variance of the stiffest direction
     burnin_completeness: float | None  # share of its stationary variance that a flat direction has at the first draw
@@ -47,15 +60,26 @@ class Diagnostics:
 
     @classmethod
     def from_dict(cls, plain: Mapping[str, Any]) -> Diagnostics:
-        return cls(**plain)
+        pairs = ("functional_variance", "singular_fluctuation", "waic", "wbic")
+        read: dict[str, Any] = {k: Estimate(*v) if k in pairs and v is not None else v for k, v in plain.items()}
+        return cls(**read)
 
     def __str__(self) -> str:
         llc = "unknown" if self.llc is None else f"{self.llc:.2f} +- {_number(self.llc_se)}"
+        criteria = []
+        if self.functional_variance is not None and self.singular_fluctuation is not None and self.waic is not None:
+            v, nu, waic = self.functional_variance, self.singular_fluctuation, self.waic
+            criteria.append(
+                f"WAIC         {waic.value:.4f} +- {_number(waic.se, 4)} per sample, if the loss is a log loss; "
+                f"functional variance {v.value:.3g}, singular fluctuation {nu.value:.2f} +- {_number(nu.se)}"
+            )
         return "\n".join(
             [
                 f"LLC          {llc}",
                 f"R-hat        {_number(self.rhat, 3)} (mean loss), {_number(self.sample_rhat, 3)} (median sample)",
                 f"ESS          {_number(self.ess, 0)} (mean loss), {_number(self.sample_ess, 0)} (median sample)",
+                *criteria,
+                f"noise floor  {_number(self.noise_floor)} (correlation that chance alone would show)",
                 f"verdict      {self.verdict}: {self.advice}",
             ]
         )
@@ -87,18 +111,56 @@ def watched_samples(num_samples: int) -> Tensor:
     return torch.linspace(0, num_samples - 1, min(num_samples, WATCHED)).round().long().unique()
 
 
-def diagnose_traces(traces: LossTraces) -> Diagnostics:
-    """Diagnostics of bare traces."""
+def diagnose_traces(traces: LossTraces, noise_floor: float | None) -> Diagnostics:
+    """Diagnostics of bare traces, which do not say whether their samples are the training samples."""
     losses = traces.losses
     return diagnose(
         mean_loss=losses.double().mean(dim=2),
         watched=losses[:, :, watched_samples(traces.num_samples)],
         dead_share=float((losses == losses[:, :1]).all(dim=1).all(dim=0).double().mean()),
+        noise_floor=noise_floor,
         excess=traces.excess,
         n_beta=traces.n_beta,
+        criteria=None,
         pilot=None,
         sampler=None,
     )
+
+
+@dataclass(frozen=True)
+class Criteria:
+    """Watanabe's information criteria from per-chain totals; standard errors from the spread of the chains."""
+
+    chain_variance: Tensor  # [C] float64, sum over training samples of Var(loss), nats^2
+    chain_log_likelihood: Tensor  # [C] float64, sum over training samples of log E[exp(-loss)]
+    mean_loss: Tensor  # [C] float64, L_n averaged over draws, nats
+    num_train: int
+    n_beta: float
+
+    @property
+    def functional_variance(self) -> Estimate:
+        return _over_chains(self.chain_variance)
+
+    @property
+    def singular_fluctuation(self) -> Estimate:
+        return _over_chains(self.chain_variance * self.n_beta / (2 * self.num_train))
+
+    @property
+    def waic(self) -> Estimate:
+        beta = self.n_beta / self.num_train
+        return _over_chains((beta * self.chain_variance - self.chain_log_likelihood) / self.num_train)
+
+    @property
+    def wbic(self) -> Estimate | None:
+        wanted = self.num_train / math.log(max(self.num_train, 3))
+        if not math.isclose(self.n_beta, wanted, rel_tol=1e-6):
+            return None
+        return _over_chains(self.mean_loss * self.num_train)
+
+
+def _over_chains(values: Tensor) -> Estimate:
+    se = float(values.std()) / len(values) ** 0.5 if len(values) > 1 else math.nan
+    return Estimate(float(values.mean()), se)
 
 
 def diagnose(
@@ -106,8 +168,10 @@ def diagnose(
     mean_loss: Tensor,
     watched: Tensor,
     dead_share: float,
+    noise_floor: float | None,
     excess: Tensor | None,
     n_beta: float | None,
+    criteria: Criteria | None,
     pilot: Pilot | None,
     sampler: SGLD | None,
 ) -> Diagnostics:
@@ -116,7 +180,9 @@ def diagnose(
     Args:
         mean_loss: [C, T] mean probe loss of each draw, nats.
         watched: [C, T, w] losses of some samples.
+        noise_floor: median over samples.
         excess: [C, T] rise of the training loss over its value at w*.
+        criteria: what the information criteria need, where the probe is the training set.
         sampler: the resolved one.
     """
     rhat, ess = _rhat_ess(mean_loss.double().numpy()[..., None])
@@ -132,6 +198,11 @@ def diagnose(
         if pilot is not None:
             noise, discretisation = pilot.noise_ratio(sampler), pilot.discretisation(sampler)
     numbers: dict[str, Any] = {
+        "functional_variance": None if criteria is None else criteria.functional_variance,
+        "singular_fluctuation": None if criteria is None else criteria.singular_fluctuation,
+        "waic": None if criteria is None else criteria.waic,
+        "wbic": None if criteria is None else criteria.wbic,
+        "noise_floor": noise_floor,
         "rhat": rhat,
         "ess": ess,
         "sample_rhat": sample_rhat,
@@ -173,6 +244,11 @@ def judge(numbers: Mapping[str, Any]) -> tuple[str, str]:
         return "chains disagree", (
             f"R-hat is {n['rhat']:.2f} for the mean loss and {n['sample_rhat']:.2f} for the median sample "
             f"(limit {RHAT_LIMIT}); raise num_steps_bw_draws or num_burnin_steps"
+        )
+    if n["noise_floor"] > FLOOR_LIMIT:
+        return "too few draws for these neighbours", (
+            f"chance alone reaches correlations of {n['noise_floor']:.2f} (limit {FLOOR_LIMIT}); "
+            "raise num_draws, or num_steps_bw_draws if draws are autocorrelated"
         )
     if n["sample_ess"] < ESS_LIMIT:
         return "too few draws", (

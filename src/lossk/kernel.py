@@ -13,7 +13,7 @@ from scipy.sparse.linalg import LinearOperator, eigsh
 from torch import Tensor
 
 from lossk.blocks import Blocks, FactorBlocks, Moments, power_of_two_near
-from lossk.neighbors import Neighbors, nearest, noise_floor
+from lossk.neighbors import Neighbors, median_noise_floor, nearest, noise_floor
 from lossk.settings import CENTERINGS, check_choice
 
 if TYPE_CHECKING:
@@ -77,7 +77,9 @@ class LossKernel:
             factor[c * num_draws : (c + 1) * num_draws] = (losses[c].double() - centre[c]) / scale
         lag1 = torch.where(within > 0, products / within.clamp(min=torch.finfo(torch.float64).tiny), 0.0)
         moments = Moments(mean, variance, scale, chain_mean, lag1, num_chains, num_draws, centering)
-        return cls(FactorBlocks(factor, freedom), moments, diagnostics=diagnose_traces(traces))
+        floor = median_noise_floor(moments)
+        diagnostics = diagnose_traces(traces, floor)
+        return cls(FactorBlocks(factor, freedom), moments, meta=traces.meta, diagnostics=diagnostics)
 
     # -- what it is -------------------------------------------------------------------------------------------------
 
@@ -307,8 +309,7 @@ class LossKernel:
         def tile(i: int, j: int) -> Tensor:
             return self._correlate(self._scaled_tile(i, j), spans[i], spans[j])
 
-        alive = self.num_samples - int(self.dead.sum())
-        return nearest(tile, self.dead, self.tile, k)._replace(noise_floor=noise_floor(self._moments, alive))
+        return nearest(tile, self.dead, self.tile, k)._replace(noise_floor=noise_floor(self._moments))
 
     def to_numpy(self, correlation: bool = False) -> np.ndarray:
         """The whole matrix: [N, N] float32. Refuses, with the size, when it would not fit into free memory.

@@ -46,17 +46,25 @@ def nearest(correlation_tile: Callable[[int, int], Tensor], dead: Tensor, tile: 
     return Neighbors(index, correlation, torch.zeros(num_samples))
 
 
-def noise_floor(moments: Moments, num_alive: int) -> Tensor:
-    """The correlation that the best of `num_alive` unrelated samples reaches, for each sample: [N] float32.
+def median_noise_floor(moments: Moments) -> float | None:
+    """The noise floor of the median sample that varies at all."""
+    alive = moments.variance > 0
+    return float(noise_floor(moments)[alive].median()) if alive.any() else None
+
+
+def noise_floor(moments: Moments) -> Tensor:
+    """The correlation that the best of N unrelated samples reaches, for each sample: [N] float32. N counts live ones.
 
     A null correlation has standard error sqrt((1 + r_i r_j) / ((1 - r_i r_j) T)) with lag-1 autocorrelations r
     (Bartlett 1935) and T = C (T_c - 1) draws; r_j is taken at its mean over samples. With D = 1 / se^2 effective draws
     R sqrt(D - 2) / sqrt(1 - R^2) is Student's t with D - 2 degrees of freedom; the floor is its quantile 1 - 1/N, so
     that among unrelated samples one neighbour per row is expected above it.
     """
+    alive = moments.variance > 0
+    num_alive = int(alive.sum())
     draws = moments.num_chains * (moments.num_draws - 1)
     lag1 = moments.lag1.clamp(-0.99, 0.99)
-    product = lag1 * lag1[moments.variance > 0].mean() if num_alive else lag1 * 0.0
+    product = lag1 * lag1[alive].mean() if num_alive else lag1 * 0.0
     effective = (draws * (1 - product) / (1 + product)).numpy()
     freedom = np.maximum(effective - 2.0, 1e-3)
     t = stats.t.ppf(1.0 - 1.0 / max(num_alive, 2), freedom)

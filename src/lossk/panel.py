@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -67,7 +68,7 @@ def chain_panels(
 
 
 class ChainStatistics:
-    """Running mean, sum of squared deviations and lag-1 products of each sample over one chain, in float64.
+    """Running mean, squared deviations, lag-1 products and likelihood of each sample over one chain, in float64.
 
     The lag-1 products are taken about the chain's first draw and moved to its mean at the end:
     sum (x_t - m)(x_{t+1} - m) = S - (m - c)(A + B) + (T-1)(m - c)^2, with c the first draw.
@@ -81,6 +82,7 @@ class ChainStatistics:
         self._last = torch.zeros(0, dtype=torch.float64)  # [N] the latest draw, from the origin
         self._products = torch.zeros(num_samples, dtype=torch.float64)  # S
         self._sum = torch.zeros(num_samples, dtype=torch.float64)  # of all draws, from the origin
+        self._likelihood = torch.zeros(num_samples, dtype=torch.float64)  # sum of exp(-loss), from the origin
 
     def add(self, panel: Tensor) -> Tensor:
         """Take in a panel [k, N] float64; returns its centred rows [k+1, N], the last one the step of the mean.
@@ -106,6 +108,7 @@ class ChainStatistics:
             self._products += self._last * moved[0]
         self._products += (moved[:-1] * moved[1:]).sum(dim=0)
         self._sum += moved.sum(dim=0)
+        self._likelihood += (-moved).exp().sum(dim=0)
         self._last = moved[-1].clone()
 
     def lag1_products(self) -> Tensor:
@@ -113,3 +116,21 @@ class ChainStatistics:
         shift = self.mean - self._origin
         first_and_last = self._sum - self._last + self._sum  # A + B; the first draw is 0 from the origin
         return self._products - shift * first_and_last + (self.count - 1) * shift.square()
+
+    def log_likelihood_sum(self) -> Tensor:
+        """[N] float64: log of the sum over draws of exp(-loss)."""
+        return self._likelihood.log() - self._origin
+
+
+class ChainTotals:
+    """What the information criteria need of each chain, summed over samples: [C] float64."""
+
+    def __init__(self, num_chains: int, num_draws: int) -> None:
+        self.num_draws = num_draws
+        self.variance = torch.zeros(num_chains, dtype=torch.float64)  # nats^2: the functional variance of each chain
+        self.log_likelihood = torch.zeros(num_chains, dtype=torch.float64)  # sum over samples of log E[exp(-loss)]
+
+    def add(self, chain: int, statistics: ChainStatistics) -> None:
+        """Take in some samples of a finished chain."""
+        self.variance[chain] += statistics.m2.sum() / (self.num_draws - 1)
+        self.log_likelihood[chain] += (statistics.log_likelihood_sum() - math.log(self.num_draws)).sum()

@@ -13,10 +13,12 @@ from torch import Tensor, nn
 
 from lossk import provenance
 from lossk.backends import resolve_backend
+from lossk.blocks import Moments
 from lossk.data import Samples, read_samples
-from lossk.diagnostics import Diagnostics, TraceWatch, diagnose
+from lossk.diagnostics import Criteria, Diagnostics, TraceWatch, diagnose
 from lossk.losses import Loss, LossFunction, resolve_loss
-from lossk.panel import Panel, chain_panels
+from lossk.neighbors import median_noise_floor
+from lossk.panel import ChainTotals, Panel, chain_panels
 from lossk.plan import check_memory, make_plan
 from lossk.probe import first_non_finite, probe_losses
 from lossk.sgld import SGLD, Chain, ChainState
@@ -222,13 +224,24 @@ class Run:
                 start=start if start is not None and chain == start.chain else None,
             )
 
-    def diagnose(self, dead_share: float) -> Diagnostics:
+    def diagnose(self, moments: Moments, totals: ChainTotals) -> Diagnostics:
+        criteria = None
+        if self.train is self.probe:
+            criteria = Criteria(
+                totals.variance,
+                totals.log_likelihood,
+                self.watch.mean_loss.mean(dim=1),
+                len(self.train),
+                float(self.sampler.n_beta or 0),
+            )
         return diagnose(
             mean_loss=self.watch.mean_loss,
             watched=self.watch.losses,
-            dead_share=dead_share,
+            dead_share=float((moments.variance == 0).double().mean()),
+            noise_floor=median_noise_floor(moments),
             excess=self.watch.excess,
             n_beta=self.sampler.n_beta,
+            criteria=criteria,
             pilot=self.pilot,
             sampler=self.sampler,
         )

@@ -16,7 +16,7 @@ from torch import Tensor
 from lossk.blocks import Moments, TileBlocks, power_of_two_near
 from lossk.kernel import LossKernel
 from lossk.ops.rank_update import rank_update
-from lossk.panel import ChainStatistics
+from lossk.panel import ChainStatistics, ChainTotals
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16}
 STRIPE = 4096  # columns centred at a time, which bounds the float64 temporaries
@@ -50,6 +50,7 @@ class TileAccumulator:
         self.chain_mean = torch.zeros(num_chains, num_samples, dtype=torch.float64)
         self.m2 = torch.zeros(num_samples, dtype=torch.float64)  # of the closed chains
         self.lag1 = torch.zeros(num_samples, dtype=torch.float64)
+        self.totals = ChainTotals(num_chains, num_draws)
         self._current: tuple[int, list[ChainStatistics]] | None = None
 
     def _zeros(self, i: int, j: int) -> Tensor:
@@ -115,6 +116,7 @@ class TileAccumulator:
             self.chain_mean[chain, span] = statistics.mean
             self.m2[span] += statistics.m2
             self.lag1[span] += statistics.lag1_products()
+            self.totals.add(chain, statistics)
         self._current = None
 
     def finalize(self) -> tuple[TileBlocks, Moments]:
