@@ -33,12 +33,12 @@ CASES: dict[Case, str] = {
     linear.t4: "one weight whose trace is AR(1) with rho = 0.9; T = 50; the pooled row's error is over copies",
     linear.t5: "64 unrelated weights, kernels of 2 chains x 60 draws; exact tails of R given one trace (Imhof 1961)",
     linear.t6: "two tasks of three inputs each, on weights of their own or on all; T1 with T2's covariance",
-    nonlinear.t7: "Bessel functions, with the step's first-order effect by quadrature (5 % to 10 %)",
+    nonlinear.t7: "Bessel functions, with the step's first-order effect by quadrature (up to 5 %)",
     nonlinear.t8: "Gamma law, with the step's effect by quadrature (k = 1: exactly); no localization",
     nonlinear.t8_rank: "n_beta = 100, gamma = 10: quadrature over A's singular values, B integrated exactly",
     nonlinear.t9: "logistic regression in two dimensions, gamma / n_beta = 0.1; exact K by quadrature. The step's "
     "first-order effect on K is taken off the estimate, whose error is projected on the exact n_beta K - IF",
-    nonlinear.t10: "w^4, with other noise; with the same noise the two LLCs agree to rounding",
+    nonlinear.t10: "w^4, T8's chains and new ones; with the same noise the two LLCs agree to rounding",
 }
 
 
@@ -64,7 +64,7 @@ def full(seed: int = 1) -> Size:
 
 
 def quick(seed: int = 1) -> Size:
-    return Size(chains=12, draws=30, seed=seed, long=False)
+    return Size(chains=12, draws=20, seed=seed, long=False)
 
 
 def page(rows: list[Row], size: Size, seconds: float) -> str:

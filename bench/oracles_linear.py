@@ -182,7 +182,7 @@ class Regression:
 
 def t1(size: Size) -> list[Row]:
     """Quadratic losses through build_kernel; eps a_max / 4 = 5 %."""
-    case = Regression.make(0.2, thin=6, burnin=200)
+    case = Regression.make(0.2, thin=6, burnin=100)
     k = of_copies(lossk.build_kernel(**case.arguments(square_loss, size)).to_numpy(), case.copies)
     chains = of_chains(lossk.sample_losses(**case.arguments(square_loss, size)).losses, case.copies)
     return _entries("T1 quadratic losses", k, chains, case.truth(BIASED(case.a, case.lr), size.draws, linear=False))
@@ -214,7 +214,7 @@ def t2(size: Size) -> list[Row]:
 
 def t2_frozen(size: Size) -> list[Row]:
     """RMSprop frozen after burn-in: S = (A - eps/4 A G A)^-1 for each chain's and copy's own G, from a replay of V."""
-    skip = 40  # draws, after which the frozen chain has forgotten the burn-in
+    skip = 20  # draws, after which the frozen chain has forgotten the burn-in
     case = Regression.make(0.25, thin=3, burnin=150)
     case = Regression(**{**case.__dict__, "probe": np.eye(3), "answer": np.zeros(3)})
     longer = Size(size.chains, size.draws + skip, size.seed, size.long)
@@ -260,7 +260,7 @@ def _one_weight(lag1: float, copies: int) -> Regression:
     """One weight whose linear loss is an AR(1) trace with this autocorrelation from step to step."""
     one = np.ones((1, 1))
     return Regression(
-        np.ones((2, 1)), np.zeros(2), one, np.zeros(1), np.zeros(1), 2 * (1 - lag1), thin=1, burnin=150, copies=copies
+        np.ones((2, 1)), np.zeros(2), one, np.zeros(1), np.zeros(1), 2 * (1 - lag1), thin=1, burnin=60, copies=copies
     )
 
 
@@ -272,7 +272,9 @@ def t4(size: Size) -> list[Row]:
     variance = float(BIASED(case.a, case.lr)[0, 0])
     factor = closed.ar1_centring_factor(0.9, 50)
     k = of_copies(lossk.LossKernel.from_traces(traces).to_numpy(), case.copies)[0] / variance
-    out = rows("T4 centring", ["chain-centred / true variance"], [factor], k, of_chains(traces.losses, 64)[:, 0] / variance)
+    out = rows(
+        "T4 centring", ["chain-centred / true variance"], [factor], k, of_chains(traces.losses, 64)[:, 0] / variance
+    )
     # Pooled: [C T sigma^2 - T Var(chain mean)] / (C T - 1); copies are independent, so they give the error.
     draws, total = 50, 50 * size.chains
     pooled = lossk.LossKernel.from_traces(traces, centering="pooled").variance.numpy()[:, None] / variance
@@ -341,7 +343,13 @@ def t6(size: Size) -> list[Row]:
         sign = np.sign(truth[:3, 3:]) if shared else 1.0
         mean = lambda m, sign=sign: (m[..., :3, 3:] * sign).mean(axis=(-2, -1))[..., None]  # noqa: E731
         corr = lambda m: mean(m / np.sqrt(np.einsum("...i,...j->...ij", *2 * [np.einsum("...ii->...i", m)])))  # noqa: E731
-        out += rows(name, ["mean K across tasks" + (", times its true sign" if shared else "")], mean(truth), mean(k), mean(chains))
+        out += rows(
+            name,
+            ["mean K across tasks" + (", times its true sign" if shared else "")],
+            mean(truth),
+            mean(k),
+            mean(chains),
+        )
         if not shared:
             out += rows(name, ["mean R across tasks"], [0.0], corr(k), corr(chains))
     return out
