@@ -9,11 +9,12 @@ from lossk.errors import BackendError, DivergedError, LosskError, StoreError
 from lossk.kernel import LossKernel
 from lossk.neighbors import Neighbors
 from lossk.sgld import SGLD
-from lossk.store import open_kernel as open
+from lossk.store import open_kernel as open  # noqa: F401 - `lossk.open`, see below
 from lossk.traces import LossTraces
 
 __version__ = "0.1.0"
 
+# `open` is public too, but stays out of a star import, where it would hide the built-in.
 __all__ = [
     "SGLD",
     "BackendError",
@@ -24,6 +25,5 @@ __all__ = [
     "Neighbors",
     "StoreError",
     "build_kernel",
-    "open",
     "sample_losses",
 ]
