@@ -8,6 +8,7 @@ from lossk.build import build_kernel, sample_losses
 from lossk.errors import BackendError, DivergedError, LosskError, StoreError
 from lossk.kernel import LossKernel
 from lossk.neighbors import Neighbors
+from lossk.predicted import predicted_labels
 from lossk.sgld import SGLD
 from lossk.store import open_kernel as open  # noqa: F401 - `lossk.open`, see below
 from lossk.traces import LossTraces
@@ -25,5 +26,6 @@ __all__ = [
     "Neighbors",
     "StoreError",
     "build_kernel",
+    "predicted_labels",
     "sample_losses",
 ]

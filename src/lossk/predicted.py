@@ -1,0 +1,42 @@
+"""The model's own predictions as targets: a probe that does not know the true labels."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lossk.data import read_samples
+from lossk.losses import forward, resolve_loss, split_batch
+from lossk.probe import PROBE_BATCH
+from lossk.task import Task
+
+
+def predicted_labels(model: nn.Module, loader: Any) -> tuple[Any, Tensor]:
+    """The same samples with the class the trained model gives each, for `build_kernel(model, predicted_labels(...))`.
+
+    With true labels a misclassified sample's loss is large and moves against its neighbours'; with predicted ones every
+    loss measures how firmly the model holds its own answer.
+
+    Args:
+        model: a classifier with outputs [B, C]; used in eval mode and given back as it was.
+        loader: (inputs, targets) samples, in any form `build_kernel` takes; the targets are not looked at.
+
+    Returns:
+        (inputs, predictions [N] int64), on the CPU or wherever the inputs are.
+
+    Raises:
+        ValueError: batches that are not (inputs, targets), or outputs that are not [B, C].
+    """
+    samples = read_samples(loader)
+    inputs, _ = split_batch(samples.tree)
+    predictions = []
+    with Task(model, resolve_loss("cross_entropy")) as task, torch.inference_mode():
+        placed = task.place(samples)
+        for start in range(0, len(samples), PROBE_BATCH):
+            outputs = forward(model, split_batch(placed[start : start + PROBE_BATCH])[0])
+            if outputs.ndim != 2:
+                raise ValueError(f"model must have outputs of shape [B, C], got {list(outputs.shape)}")
+            predictions.append(outputs.argmax(dim=1).cpu())
+    return inputs, torch.cat(predictions).clone()
