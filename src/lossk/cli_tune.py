@@ -182,8 +182,9 @@ def _row(result: Mapping[str, Any]) -> tuple[str, ...]:
     return (
         f"{sampler['n_beta']:g}", f"{sampler['localization']:g}", f"{sampler['lr']:.2g}",
         str(sampler["num_burnin_steps"]), str(sampler["num_steps_bw_draws"]), result["verdict"],
-        number(value["rhat"], 2), number(value["ess"], 0), number(value["llc"], 1), number(value["llc_se"], 1),
-        number(value["rise"], 3), number(value["gradient_noise_ratio"], 2), number(value["discretisation"], 3),
+        number(value["rhat"], 2), number(value["ess"], 0), number(value["llc"], 3, "g"),
+        number(value["llc_se"], 1, "g"),
+        number(value["rise"], 2, "g"), number(value["gradient_noise_ratio"], 2), number(value["discretisation"], 3),
         number(value["burnin_completeness"], 2), number(value["noise_floor"], 2), number(value["purity"], 3),
         f"{result['seconds_taken']:.1f}",
     )  # fmt: skip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 COLOURS = {
     "good": "#44BB99",
     "too few draws": "#EEDD88",
+    "too few draws for these neighbours": "#BBCC33",
     "chains disagree": "#FFAABB",
     "not burned in": "#99DDFF",
     "too much noise": "#77AADD",
@@ -19,7 +21,7 @@ COLOURS = {
     "unchecked": "#FFFFFF",
     "diverged": "#404040",
 }
-OTHER = "#BBCC33"
+OTHER = "#AAAA00"
 CELL_WIDTH, CELL_HEIGHT = 2.35, 1.12  # inches
 LEFT, RIGHT, TOP, BOTTOM = 1.25, 0.3, 1.15, 1.25
 LEAST_WIDTH = 8.4  # that title and legend fit
@@ -55,18 +57,19 @@ def draw_grid(
     lines = [(title, 0.34, 14, "bold", "black"), *((text, 0.66 + 0.24 * i, 10, "normal", "0.3")
              for i, text in enumerate(subtitles))]  # fmt: skip
     for text, down, size, weight, colour in lines:
-        short = _shortened(text, width, size / 72 * 0.6)
+        short = _shortened(text, width, size / 72 * (0.76 if weight == "bold" else 0.6))
         figure.text(0.2 / width, 1 - down / height, short, fontsize=size, fontweight=weight, color=colour, va="center")
     extent = (CELL_WIDTH * len(columns) / width, CELL_HEIGHT * len(rows) / height)
     axes = figure.add_axes((LEFT / width, BOTTOM / height, *extent))
     for cell in results:
         x, y = columns.index(cell["sampler"]["n_beta"]), rows.index(cell["sampler"]["localization"])
         axes.add_patch(Rectangle((x - 0.5, y - 0.5), 1, 1, facecolor=COLOURS.get(cell["verdict"], OTHER),
-                                 edgecolor="white", linewidth=2))  # fmt: skip
+                                 edgecolor="0.8", linewidth=1))  # fmt: skip
         colour = "white" if cell["verdict"] == "diverged" else "black"
         star = "\N{BLACK STAR} " if cell is recommended else ""
-        axes.text(x, y + 0.31, star + cell["verdict"], fontsize=10, fontweight="bold", color=colour, ha="center",
-                  va="center")  # fmt: skip
+        verdict = star + textwrap.fill(cell["verdict"], 24)
+        letters = 8.5 if "\n" in verdict else 10
+        axes.text(x, y + 0.31, verdict, fontsize=letters, fontweight="bold", color=colour, ha="center", va="center")
         axes.text(x, y - 0.1, cell_text(cell), fontsize=8.5, color=colour, ha="center", va="center", linespacing=1.3)
     if middle["n_beta"] in columns and middle["localization"] in rows:
         corner = (columns.index(middle["n_beta"]) - 0.47, rows.index(middle["localization"]) - 0.47)
@@ -75,8 +78,9 @@ def draw_grid(
     axes.set_xticks(range(len(columns)), [f"{value:g}" for value in columns], fontsize=10)
     axes.set_yticks(range(len(rows)), [f"{value:g}" for value in rows], fontsize=10)
     axes.set_xlabel("n_beta: weight of the training loss", fontsize=10.5)
-    figure.text(0.3 / width, BOTTOM / height + extent[1] / 2, "localization: pull towards the trained weights",
-                fontsize=10.5, rotation=90, ha="center", va="center")  # fmt: skip
+    pull = "localization: pull towards the trained weights" if len(rows) > 2 else "localization"
+    middle_height = BOTTOM / height + extent[1] / 2
+    figure.text(0.3 / width, middle_height, pull, fontsize=10.5, rotation=90, ha="center", va="center")
     axes.tick_params(length=0)
     for spine in axes.spines.values():
         spine.set_visible(False)
@@ -96,14 +100,17 @@ def cell_text(cell: Mapping[str, Any]) -> str:
     third = [f"rise {cell['rise']:.2g} nats"]
     if cell.get("purity") is not None:
         third.append(f"purity {cell['purity']:.0%}")
-    error = "-" if cell["llc_se"] is None or math.isnan(cell["llc_se"]) else f"{cell['llc_se']:.1g}"
     first = f"R-hat {number(cell['rhat'], 2)}   ESS {number(cell['ess'], 0)}"
-    return "\n".join([first, f"LLC {cell['llc']:.3g} ± {error}", "   ".join(third)])
+    return "\n".join(
+        [first, f"LLC {number(cell['llc'], 3, 'g')} ± {number(cell['llc_se'], 1, 'g')}", "   ".join(third)]
+    )
 
 
-def number(value: float | None, digits: int) -> str:
-    """Fixed digits; "-" where unknown."""
-    return "-" if value is None or math.isnan(value) else f"{value:.{digits}f}"
+def number(value: float | None, digits: int, kind: str = "f") -> str:
+    """With so many decimals ("f") or significant digits ("g"); "-" where unknown."""
+    if value is not None and kind == "g" and abs(value) >= 100:
+        return f"{value:.0f}"
+    return "-" if value is None or math.isnan(value) else f"{value:.{digits}{kind}}"
 
 
 def _legend(figure: Any, results: Sequence[Mapping[str, Any]], starred: bool) -> None:
