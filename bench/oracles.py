@@ -19,8 +19,9 @@ import numpy as np
 import torch
 
 from bench import oracles_linear as linear
+from bench import oracles_logistic as logistic
 from bench import oracles_nonlinear as nonlinear
-from bench.oracles_linear import Row, Size
+from bench.oracle_problems import Row, Size
 from lossk import provenance
 
 Case = Callable[[Size], list[Row]]
@@ -36,18 +37,18 @@ CASES: dict[Case, str] = {
     nonlinear.t7: "Bessel functions, with the step's first-order effect by quadrature (up to 5 %)",
     nonlinear.t8: "Gamma law, with the step's effect by quadrature (k = 1: exactly); no localization",
     nonlinear.t8_rank: "n_beta = 100, gamma = 10: quadrature over A's singular values, B integrated exactly",
-    nonlinear.t9: "logistic regression in two dimensions, gamma / n_beta = 0.1; exact K by quadrature. The step's "
+    logistic.t9: "logistic regression in two dimensions, gamma / n_beta = 0.1; exact K by quadrature. The step's "
     "first-order effect on K is taken off the estimate, whose error is projected on the exact n_beta K - IF",
-    nonlinear.t10: "w^4, T8's chains and new ones; with the same noise the two LLCs agree to rounding",
+    nonlinear.t10: "w^4, with other noise; with the same noise the two LLCs agree to rounding",
 }
 
 
 def run(size: Size, say: Callable[[str], None] = print) -> list[Row]:
     """All rows; `say` gets each case's time and worst z."""
     out: list[Row] = []
-    for case in CASES:
+    for number, case in enumerate(CASES):
         start = time.perf_counter()
-        found = case(size)
+        found = case(size.part(number))
         worst = max(abs(row.z) for row in found)
         say(f"{found[0].oracle}: {len(found)} rows, max |z| {worst:.2f}, {time.perf_counter() - start:.1f} s")
         out += found
@@ -75,7 +76,7 @@ def page(rows: list[Row], size: Size, seconds: float) -> str:
         "",
         "The sampler through its public API (`sample_losses`, `build_kernel`, `LossKernel.from_traces`) against laws "
         "known in closed form or by quadrature. z = (estimate - truth) / standard error. Standard errors come from the "
-        "spread over independent chains. The effects of a finite step, of minibatches and of centring are in the truth.",
+        "spread over independent chains. A finite step, minibatches and centring are part of the truth.",
         "",
         f"**{len(rows)} rows, max |z| = {np.abs(z).max():.2f}, root mean square z = {rms(rows):.2f}** "
         "(targets: below 3.5; between 0.7 and 1.3). Rows of one case share their chains.",
@@ -93,7 +94,7 @@ def page(rows: list[Row], size: Size, seconds: float) -> str:
     lines += [f"- **{label(case)}**: {how}." for case, how in CASES.items()]
     lines += [
         "",
-        f"`python -m bench.oracles`, {size.chains} chains x {size.draws} draws (T4, T5 and T7 (100, 1) have their own), "
+        f"`python -m bench.oracles`: {size.chains} chains x {size.draws} draws (T4, T5, T7 (100, 1): their own), "
         f"seed {size.seed}, {seconds:.0f} s on {torch.get_num_threads()} thread of {os.cpu_count()} cores "
         f"({platform.machine()}); {versions}; git {provenance.git_sha() or 'unknown'}.",
         "",
@@ -102,7 +103,7 @@ def page(rows: list[Row], size: Size, seconds: float) -> str:
 
 
 def label(case: Case) -> str:
-    return case.__name__.upper().replace("_", " ")
+    return case.__name__.capitalize().replace("_", " ")
 
 
 def main() -> None:

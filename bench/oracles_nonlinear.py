@@ -1,109 +1,18 @@
-"""T7 to T10: singular and logistic models, whose laws are known by quadrature.
-
-The stationary density of the chain is known to first order in the step: with h = eps / 2 and U the exponent of p,
-rho_h = rho (1 + h (f - E f)), f = |grad U|^2 / 4 - lap U / 2 (it solves div(rho grad f) = 1/2 div(rho grad(|grad U|^2
-/ 2 - lap U)); for a quadratic U it is the first order of T2). Steps are so short that the second order is far below
-the standard errors. The total covariance, within chains plus between chain means, is free of any centring bias.
-"""
+"""T7, T8 and T10: singular models, whose laws are known in closed form or by quadrature."""
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
 from scipy import special
-from torch import Tensor, nn
+from torch import Tensor
 
 import lossk
-from bench.oracles_linear import Array, Copies, Row, Size, float32, of_copies, rows
-
-Points = tuple[Array, Array]  # [P, d] and the exponent's own weights [P]
-
-
-def quadrature(
-    u: Array, square: Array, laplacian: Array, phi: Array, eps: float, base: Any = 1.0
-) -> tuple[Array, Array]:
-    """Mean [q] and covariance [q, q] of phi [q, P] on a grid, for U = u, |grad U|^2 and lap U on its P points.
-
-    base [P]: the grid's own weights. eps = 0 is the exact law.
-    """
-    p = np.exp(-(u - u.min())) * base
-    p /= p.sum()
-    f = square / 4 - laplacian / 2
-    p = p * (1 + eps / 2 * (f - p @ f))
-    mean = phi @ p
-    return mean, (phi * p) @ phi.T - np.outer(mean, mean)
-
-
-def plane(half: tuple[float, float], points: int) -> Array:
-    """[P, 2]: a grid over a rectangle about 0."""
-    axes = [np.linspace(-h, h, points) for h in half]
-    return np.stack(np.meshgrid(*axes, indexing="ij"), -1).reshape(-1, 2)
-
-
-def total_covariance(traces: lossk.LossTraces, copies: int) -> tuple[Array, Array]:
-    """(K [q, q], jackknife pseudo-values [C, q, q]) without centring bias.
-
-    The pooled kernel has expectation [C T sigma^2 - T Var(chain mean)] / (C T - 1); the covariance of the chain means
-    puts back what is missing.
-    """
-    chains, draws, _ = traces.losses.shape
-    pooled = of_copies(lossk.LossKernel.from_traces(traces, centering="pooled").to_numpy(), copies)
-    x = traces.losses.double().numpy().reshape(chains, draws, copies, -1)
-    means = x.mean(axis=1)
-    centred = x - means[:, None]
-    within = np.einsum("ctri,ctrj->cij", centred, centred) / (copies * draws)
-
-    def between(part: Array) -> Array:
-        deviation = part - part.mean(axis=0)
-        return np.einsum("cri,crj->ij", deviation, deviation) / (copies * (len(part) - 1))
-
-    whole = between(means)
-    k = pooled * (chains * draws - 1) / (chains * draws) + whole / chains
-    left_out = np.stack([between(np.delete(means, c, axis=0)) for c in range(chains)])
-    return k, within + chains * whole - (chains - 1) * left_out
-
-
-def sampler(eps: float, n_beta: float, gamma: float, burnin: int, thin: int) -> lossk.SGLD:
-    return lossk.SGLD(
-        lr=eps,
-        n_beta=n_beta,
-        localization=gamma,
-        batch_size=None,
-        num_burnin_steps=burnin,
-        num_steps_bw_draws=thin,
-    )
-
-
-def draw(model: nn.Module, probe: Any, train: Any, loss: Any, settings: lossk.SGLD, size: Size) -> lossk.LossTraces:
-    return lossk.sample_losses(
-        model,
-        probe,
-        train=train,
-        loss=loss,
-        sampler=settings,
-        num_chains=size.chains,
-        num_draws=size.draws,
-        seed=size.seed,
-        progress=False,
-    )
-
-
-def llc_row(oracle: str, name: str, truth: float, traces: lossk.LossTraces, copies: int) -> list[Row]:
-    """kernel.diagnostics.llc of one copy; its error from the chains' own means."""
-    kernel = lossk.LossKernel.from_traces(traces)
-    assert kernel.diagnostics is not None and kernel.diagnostics.llc is not None
-    assert traces.excess is not None and traces.n_beta is not None
-    chains = traces.n_beta * traces.excess.double().numpy().mean(axis=1)[:, None] / copies
-    return rows(oracle, [name], [truth], [kernel.diagnostics.llc / copies], chains)
-
-
-def over_copies(copies: int, columns: Tensor) -> tuple[Tensor, Tensor]:
-    """Probe rows [R q, ...] for every copy, with the copy's number."""
-    return columns.repeat(copies, *[1] * (columns.ndim - 1)), torch.arange(copies).repeat_interleave(len(columns))
+from bench.oracle_laws import draw, llc_row, over_copies, plane, quadrature, sampler, total_covariance
+from bench.oracle_problems import Array, Copies, Row, Size, rows
 
 
 def product_loss(model: Any, batch: Any) -> Tensor:
@@ -118,8 +27,7 @@ def t7(size: Size) -> list[Row]:
     """f = a b x at (kap, gamma) = (100, 10) and, in the full table, (100, 1), which mixes slowly."""
     out = _t7(size, 10.0, 1.5e-3, copies=128, burnin=500, thin=30)
     if size.long:
-        few = Size(size.chains // 2, 60, size.seed + 1, True)
-        out += _t7(few, 1.0, 8e-4, copies=512, burnin=8000, thin=60)
+        out += _t7(size.part(1, chains=size.chains // 2, draws=60), 1.0, 8e-4, copies=512, burnin=8000, thin=60)
     return out
 
 
@@ -177,7 +85,6 @@ def power_law(k: int, n_beta: float, eps: float) -> tuple[float, float]:
 POWERS = {1: 1e-3, 2: 1e-3, 3: 1e-3}  # k: eps at n_beta = 100
 
 
-@functools.lru_cache
 def _powers(k: int, size: Size, scale: float = 1.0, copies: int = 64) -> lossk.LossTraces:
     settings = sampler(POWERS[k], 100.0 / scale, 0.0, 200, 15)
     probe, train = over_copies(copies, torch.zeros(1)), (torch.zeros(2),)
@@ -189,7 +96,7 @@ def t8(size: Size) -> list[Row]:
     out = []
     for k, eps in POWERS.items():
         assert np.allclose(power_law(k, 100.0, 0.0), 1 / (2 * k), rtol=1e-4)
-        traces = _powers(k, Size(size.chains, size.draws, size.seed + k, size.long))
+        traces = _powers(k, size.part(k))
         mean, variance = power_law(k, 100.0, eps)
         if k == 1:  # T2, to all orders
             mean = 0.5 / (1 - eps * 200 / 4)
@@ -243,65 +150,10 @@ def t8_rank(size: Size) -> list[Row]:
     return llc_row("T8 reduced rank (2,2,2,0)", "LLC (limit 1.5)", rank_llc(n_beta, gamma, eps), traces, copies)
 
 
-def logistic_loss(model: Any, batch: Any) -> Tensor:
-    """T9: log(1 + exp(-y x'w)), rows y x; training rows (yx,) summed over copies, probe rows (yx, copy)."""
-    if len(batch) == 1:
-        return nn.functional.softplus(-batch[0] @ model.weight.T).sum(1)
-    return nn.functional.softplus(-(batch[0] * model.weight[batch[1]]).sum(1))
-
-
-def logistic_problem() -> tuple[Array, Array, Array, Array]:
-    """(y x [n, 2], w* [2] the maximum-likelihood fit, the losses' gradients there [n, 2], Hessian of their mean)."""
-    rng = np.random.default_rng(2)
-    x = rng.standard_normal((12, 2))
-    yx = float32(x * np.sign(x @ [1.0, -0.5] + 1.5 * rng.standard_normal(12))[:, None])
-    w = np.zeros(2)
-    for _ in range(50):
-        p = special.expit(-yx @ w)
-        gradients = -p[:, None] * yx
-        hessian = (p * (1 - p) * yx.T) @ yx / len(yx)
-        w = w - np.linalg.solve(hessian, gradients.mean(0))
-    assert np.linalg.norm(w) < 10, "the data are separable"
-    return yx, w, gradients, hessian
-
-
-def t9(size: Size) -> list[Row]:
-    """n_beta K against the influence function at fixed gamma / n_beta: the distance falls as 1 / n_beta."""
-    yx, w_star, gradients, hessian = logistic_problem()
-    ratio, copies, probes = 0.1, 64, 6
-    shape = hessian + ratio * np.eye(2)
-    influence = (gradients @ np.linalg.solve(shape, gradients.T))[:probes, :probes]
-    norm = np.linalg.norm(influence)
-    out = []
-    for number, n_beta in enumerate((30.0, 120.0, 480.0) if size.long else (30.0, 120.0)):
-        eps = 0.1 / (n_beta * np.linalg.eigvalsh(shape)[-1])
-        offset = plane((10 / np.sqrt(n_beta * np.linalg.eigvalsh(shape)[0]),) * 2, 301)
-        margin = (w_star + offset) @ yx.T
-        p = special.expit(-margin)
-        losses = np.logaddexp(0, -margin).T
-        u = n_beta * (losses.mean(0) + ratio / 2 * (offset**2).sum(1))
-        gradient = n_beta * (-p @ yx / len(yx) + ratio * offset)
-        laplacian = n_beta * ((p * (1 - p)) @ (yx**2).sum(1) / len(yx) + 2 * ratio)
-        exact, discrete = (quadrature(u, (gradient**2).sum(1), laplacian, losses[:probes], s)[1] for s in (0.0, eps))
-        distance = n_beta * exact - influence
-        direction = distance / np.linalg.norm(distance)
-        y = torch.tensor(yx).float()
-        settings = sampler(eps, n_beta, n_beta * ratio, 150, 20)
-        part = Size(size.chains, size.draws, size.seed + number, size.long)
-        traces = draw(Copies(w_star, copies), over_copies(copies, y[:probes]), (y,), logistic_loss, settings, part)
-        k, chains = total_covariance(traces, copies)
-        along = lambda m: np.einsum("...ij,ij->...", m, direction)[..., None] / norm  # noqa: E731, B023
-        shift = n_beta * (discrete - exact)
-        name = f"|n_beta K - IF| / |IF|, n_beta = {n_beta:.0f}"
-        truth = [np.linalg.norm(distance) / norm]
-        out += rows("T9 influence limit", [name], truth, along(n_beta * k - shift - influence), along(n_beta * chains))
-    return out
-
-
 def t10(size: Size) -> list[Row]:
     """Twice the loss at half the n_beta, with other noise: the same LLC."""
-    first = _powers(2, Size(size.chains, size.draws, size.seed + 2, size.long))  # T8's
-    second = _powers(2, Size(size.chains, size.draws, size.seed + 9, size.long), 2.0)
+    first = _powers(2, size)
+    second = _powers(2, size.part(1), 2.0)
     one, two = llc_row("", "", 0.0, first, 64)[0], llc_row("", "", 0.0, second, 64)[0]
     return [
         Row(
