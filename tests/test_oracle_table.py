@@ -1,0 +1,58 @@
+"""The table of docs/oracles.md in its quick form: every row within its error, and a wrong law refused."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from bench import oracles as table
+from bench import oracles_linear, oracles_nonlinear
+from bench.oracle_problems import Row
+
+
+def agrees(rows: list[Row], least_rms: float = 0.0) -> bool:
+    """Every |z| below 4.5 and their rms within [least_rms, 1.6]; False for NaN."""
+    return all(abs(row.z) < 4.5 for row in rows) and least_rms <= table.rms(rows) <= 1.6
+
+
+@pytest.fixture(scope="module")
+def rows() -> list[Row]:
+    return table.run(table.quick())
+
+
+def test_every_row_is_within_its_error(rows: list[Row]) -> None:
+    assert agrees(rows, least_rms=0.5), [(row.oracle, row.quantity, row.z) for row in rows]
+    assert len(rows) >= 30
+
+
+def test_page_has_every_row(rows: list[Row]) -> None:
+    text = table.page(rows, table.quick(), 1.0)
+    assert text.count("\n| T") == len(rows)
+    assert "nan" not in text
+
+
+def test_not_a_number_is_refused() -> None:
+    assert not agrees([Row("T0", "x", 1.0, float("nan"), 0.1)])
+    assert not agrees([Row("T0", "x", 1.0, 1.0, float("nan"))])
+    assert agrees([Row("T0", "x", 1.0, 1.1, 0.1)])
+
+
+def test_the_law_without_discretisation_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(oracles_linear, "BIASED", lambda a, lr: np.linalg.inv(a))
+    assert not agrees(oracles_linear.t2(table.quick()))
+
+
+def test_another_exponent_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    law: Any = oracles_nonlinear.singular_model
+    monkeypatch.setattr(oracles_nonlinear, "singular_model", lambda gamma, eps: law(0.7 * gamma if eps else gamma, eps))
+    assert not agrees(oracles_nonlinear.t7(table.quick()))
+
+
+def test_scaling_the_loss_against_n_beta_changes_rounding_only() -> None:
+    assert oracles_nonlinear.same_noise_gap(table.quick()) < 1e-6
