@@ -15,12 +15,11 @@ from lossk.config import RunConfig, load_config, parse_override
 from lossk.errors import LosskError
 from lossk.grid import GridSettings, parse_values, plan_grid, planned_cells, request_of
 from lossk.grid_cell import PlannedCell, read_cell
-from lossk.grid_jobs import open_grid, run_grid
+from lossk.grid_jobs import PICTURE, open_grid, run_grid
 from lossk.plan import duration
 from lossk.report.grid_picture import draw_grid, number
 from lossk.settings import check_integer
 
-PICTURE = "grid.png"
 RISE_LIMIT = 0.5  # nats
 
 

@@ -102,7 +102,6 @@ def run_cell(cell: PlannedCell, grid: Mapping[str, Any], task: RecipeTask, data:
             diagnostics.to_dict(),
             rise=float(excess.mean()),  # of the training loss over its value at w*, nats
             rise_bound=grid["num_weights"] / (2.0 * float(cell.sampler["n_beta"])),  # every direction regular and free
-            noise_floor=float(neighbors.noise_floor.median()),
             purity=None if labels is None else class_purity(neighbors.index, labels),
             chance=None if labels is None else chance_purity(labels),
         )

@@ -24,7 +24,7 @@ from lossk.grid_cell import PlannedCell, grid_data, read_cell, run_cell
 from lossk.store import read_json, refuse_other_run, write_json
 
 POLL_SECONDS = 0.2
-PLAN = "grid.json"
+PLAN, PICTURE = "grid.json", "grid.png"
 
 
 @contextlib.contextmanager
@@ -88,6 +88,7 @@ def _clear(folder: Path) -> None:
             raise StoreError(f"{str(folder)!r} is being worked on by another process")
         for path in folder.glob("n_beta=*"):
             path.unlink()
+        (folder / PICTURE).unlink(missing_ok=True)
         (folder / PLAN).unlink(missing_ok=True)
 
 
