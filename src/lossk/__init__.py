@@ -6,6 +6,7 @@ index, correlation, noise_floor = kernel.neighbors(k=10)
 
 from lossk.build import build_kernel, sample_losses
 from lossk.errors import BackendError, DivergedError, LosskError, StoreError
+from lossk.gaussian import Gaussian
 from lossk.kernel import LossKernel
 from lossk.neighbors import Neighbors
 from lossk.predicted import predicted_labels
@@ -20,6 +21,7 @@ __all__ = [
     "SGLD",
     "BackendError",
     "DivergedError",
+    "Gaussian",
     "LossKernel",
     "LossTraces",
     "LosskError",

@@ -11,10 +11,9 @@ from torch import nn
 from lossk.kernel import LossKernel
 from lossk.losses import LossFunction
 from lossk.panel import choose_panel
-from lossk.run import Run
+from lossk.run import Run, Sampler
 from lossk.runlog import RunLog
 from lossk.settings import check_settings
-from lossk.sgld import SGLD
 from lossk.store import open_finished
 from lossk.tiles import TileAccumulator
 from lossk.timings import Progress
@@ -27,7 +26,7 @@ def build_kernel(
     *,
     train: Any = None,
     loss: str | LossFunction = "cross_entropy",
-    sampler: SGLD | None = None,
+    sampler: Sampler | None = None,
     num_chains: int = 4,
     num_draws: int = 200,
     tile: int = 4096,
@@ -50,7 +49,8 @@ def build_kernel(
             kernel is sample i in dataset order.
         train: the data that defines the training loss L_n, in the same forms; None is the probe data.
         loss: "cross_entropy" (class-index targets), "mse", or a callable (model, batch) -> losses [B].
-        sampler: SGLD settings; None is `SGLD()`, which chooses everything by a pilot and says why.
+        sampler: SGLD settings; None is `SGLD()`, which chooses everything by a pilot and says why. Or, as a control,
+            `Gaussian(sigma=)`: independent draws without gradients.
         num_chains: independent chains from the trained weights.
         num_draws: draws per chain, at least 2.
         tile: side of a kernel tile in samples, a multiple of 16.
@@ -120,7 +120,7 @@ def sample_losses(
     *,
     train: Any = None,
     loss: str | LossFunction = "cross_entropy",
-    sampler: SGLD | None = None,
+    sampler: Sampler | None = None,
     num_chains: int = 4,
     num_draws: int = 200,
     backend: str = "auto",
@@ -141,7 +141,7 @@ def sample_losses(
             for part in run.panels(panel, bar, None):
                 losses[part.chain, part.first_draw : part.first_draw + len(part.losses)] = part.losses
                 run.watch.note(part.chain, part.first_draw, part.losses, part.excess)
-        n_beta = run.sampler.n_beta
+        n_beta = getattr(run.sampler, "n_beta", None)
         return LossTraces(losses, excess=run.watch.excess, n_beta=n_beta, meta=run.meta(run.request()))
 
 

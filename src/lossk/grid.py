@@ -106,6 +106,7 @@ def plan_grid(
         run.tune(None)
         assert run.pilot is not None
         middle = run.sampler
+        assert isinstance(middle, SGLD)
         if float(middle.localization) == 0.0:
             raise ValueError("localization must be greater than 0 or 'auto' in the config of a grid, got 0")
         step_seconds = run._time_a_step()

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lossk.data import Samples
-from lossk.errors import DivergedError
+from lossk.gaussian import GaussianChain
 from lossk.probe import first_non_finite, probe_losses
 from lossk.sgld import Chain, ChainState
 from lossk.timings import Progress, Timings
@@ -36,7 +36,7 @@ def choose_panel(num_samples: int, num_draws: int) -> int:
 
 
 def chain_panels(
-    chain: Chain,
+    chain: Chain | GaussianChain,
     probe: Samples,
     *,
     panel: int,
@@ -57,10 +57,7 @@ def chain_panels(
             probe_losses(chain.task, probe, row)
         bad = first_non_finite(row)
         if bad is not None:
-            raise DivergedError(
-                f"chain {draw.chain} diverged by step {chain.step}: probe sample {bad} has loss {float(row[bad])}; "
-                f"try lr={float(chain.sampler.lr) / 8:.2g} instead of {float(chain.sampler.lr):.2g}"
-            )
+            raise chain.diverged(f"probe sample {bad} has loss {float(row[bad])}")
         excess.append(draw.excess_loss)
         if len(excess) == panel or draw.draw + 1 == num_draws:
             yield Panel(draw.chain, draw.draw + 1 - len(excess), buffer[: len(excess)], excess, chain.state())

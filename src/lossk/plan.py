@@ -7,7 +7,6 @@ from dataclasses import dataclass
 import psutil
 
 from lossk.data import Samples
-from lossk.sgld import SGLD
 from lossk.task import Task
 
 BYTES = {"float32": 4, "float16": 2}
@@ -46,7 +45,7 @@ def make_plan(
     dtype: str,
     num_chains: int,
     num_draws: int,
-    sampler: SGLD,
+    num_steps: int,
     task: Task,
     probe: Samples,
     train: Samples,
@@ -59,14 +58,14 @@ def make_plan(
     """Estimate a run from the measured cost of one probe pass, one step, and the machine's product rate.
 
     Args:
+        num_steps: of one chain.
         update_rate: fused multiply-adds per second of a rank update.
         held_traces: traces are kept in memory instead of tiles.
     """
     draws = num_chains * num_draws
-    steps = num_chains * int(sampler.num_burnin_steps) + draws * int(sampler.num_steps_bw_draws)
     side = -(-num_samples // tile)
     entries = (num_samples * num_samples + num_samples * min(tile, num_samples)) // 2 if side > 1 else num_samples**2
-    sampling = steps * step_seconds + draws * probe_seconds
+    sampling = num_chains * num_steps * step_seconds + draws * probe_seconds
     update = 0.0 if held_traces else entries * draws / update_rate
     traces = 4 * draws * num_samples
     data = probe.nbytes + (0 if train is probe else train.nbytes)

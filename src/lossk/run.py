@@ -16,6 +16,7 @@ from lossk.backends import resolve_backend
 from lossk.blocks import Moments
 from lossk.data import Samples, read_samples
 from lossk.diagnostics import Criteria, Diagnostics, TraceWatch, diagnose
+from lossk.gaussian import Gaussian, GaussianChain
 from lossk.losses import Loss, LossFunction, resolve_loss
 from lossk.neighbors import median_noise_floor
 from lossk.panel import ChainTotals, Panel, chain_panels
@@ -26,6 +27,8 @@ from lossk.task import Task
 from lossk.timings import Progress, Timings
 from lossk.tune import Pilot, choose_settings, run_pilot
 
+Sampler = SGLD | Gaussian
+
 
 @dataclass
 class Run:
@@ -35,8 +38,8 @@ class Run:
     loss: Loss
     probe: Samples
     train: Samples
-    asked: SGLD
-    sampler: SGLD  # as asked for, until `tune` resolves it
+    asked: Sampler
+    sampler: Sampler  # as asked for, until `tune` resolves it
     num_chains: int
     num_draws: int
     backend: str
@@ -57,7 +60,7 @@ class Run:
         loader: Any,
         train: Any,
         loss: str | LossFunction,
-        sampler: SGLD | None,
+        sampler: Sampler | None,
         num_chains: int,
         num_draws: int,
         backend: str,
@@ -66,8 +69,8 @@ class Run:
         seed: int,
     ) -> Run:
         started = time.perf_counter()
-        if sampler is not None and not isinstance(sampler, SGLD):
-            raise TypeError(f"sampler must be a lossk.SGLD or None, got {type(sampler).__name__}")
+        if sampler is not None and not isinstance(sampler, SGLD | Gaussian):
+            raise TypeError(f"sampler must be a lossk.SGLD, a lossk.Gaussian or None, got {type(sampler).__name__}")
         sampler = sampler or SGLD()
         resolved_loss = resolve_loss(loss)
         task = Task(model, resolved_loss, params=sampler.params, device=device, precision=precision)
@@ -115,6 +118,7 @@ class Run:
             "num_draws": self.num_draws,
             "loss": self.loss.name,
             "sampler": self.asked.to_dict(),
+            "sampler_kind": type(self.asked).__name__,
             "backend": self.backend,
             "precision": self.task.precision,
             "seed": self.seed,
@@ -132,8 +136,10 @@ class Run:
             raise ValueError(f"loss must be finite at the trained weights; training sample {bad} has {float(out[bad])}")
         self.anchor_losses = out.double()
         if chosen is not None:
-            self.pilot = Pilot(**chosen["pilot"])
-            self.sampler, self.reasons = SGLD(**chosen["sampler"]), chosen["reasons"]
+            self.pilot = None if chosen["pilot"] is None else Pilot(**chosen["pilot"])
+            self.sampler, self.reasons = type(self.asked)(**chosen["sampler"]), chosen["reasons"]
+            return
+        if isinstance(self.sampler, Gaussian):
             return
         with self.timings.measure("pilot"):
             self.pilot = run_pilot(self.task, self.train, self.sampler, seed=self.seed)
@@ -143,27 +149,27 @@ class Run:
 
     def chosen(self) -> dict[str, Any]:
         """What `tune` chose, to be saved: a resumed run must not choose anew."""
-        assert self.pilot is not None
-        return {"pilot": self.pilot.to_dict(), "sampler": self.sampler.to_dict(), "reasons": self.reasons}
+        pilot = None if self.pilot is None else self.pilot.to_dict()
+        return {"pilot": pilot, "sampler": self.sampler.to_dict(), "reasons": self.reasons}
 
     def announce(self, bar: Progress, *, tile: int, panel: int, dtype: str, on_disk: bool, held_traces: bool) -> None:
         """Say what was chosen and what it will cost; refuse what cannot fit."""
-        assert self.pilot is not None
-        n, m = len(self.train), self.sampler.batch_size or len(self.train)
+        n = len(self.train)
         bar.say(
             f"lossk: {len(self.probe)} samples, {self.task.num_weights} weights, {self.num_chains} chains x "
             f"{self.num_draws} draws, backend {self.backend}"
         )
-        bar.say(
-            f"pilot: curvature up to {self.pilot.curvature:.3g}, gradient variance {self.pilot.gradient_variance:.3g} "
-            f"({self.pilot.num_samples} of {n} training samples)"
-        )
-        for reason in self.reasons:
-            bar.say(f"  {reason}")
-        bar.say(
-            f"  expected: discretisation {self.pilot.discretisation(self.sampler):.1%}, "
-            f"gradient-noise ratio {self.pilot.noise_ratio(self.sampler):.2g} (minibatch {min(m, n)})"
-        )
+        if isinstance(self.sampler, SGLD) and self.pilot is not None:
+            bar.say(
+                f"pilot: curvature up to {self.pilot.curvature:.3g}, gradient variance "
+                f"{self.pilot.gradient_variance:.3g} ({self.pilot.num_samples} of {n} training samples)"
+            )
+            for reason in self.reasons:
+                bar.say(f"  {reason}")
+            bar.say(
+                f"  expected: discretisation {self.pilot.discretisation(self.sampler):.1%}, gradient-noise ratio "
+                f"{self.pilot.noise_ratio(self.sampler):.2g} (minibatch {min(self.sampler.batch_size or n, n)})"
+            )
         per_sample = self.timings.seconds["anchor"] / n
         plan = make_plan(
             num_samples=len(self.probe),
@@ -172,7 +178,7 @@ class Run:
             dtype=dtype,
             num_chains=self.num_chains,
             num_draws=self.num_draws,
-            sampler=self.sampler,
+            num_steps=self.sampler.steps(self.num_draws),
             task=self.task,
             probe=self.probe,
             train=self.train,
@@ -185,7 +191,9 @@ class Run:
         bar.say(f"cost: {plan}")
         check_memory(plan, num_samples=len(self.probe), what="the traces" if held_traces else "the kernel")
 
-    def _chain(self, chain: int, timings: Timings) -> Chain:
+    def _chain(self, chain: int, timings: Timings) -> Chain | GaussianChain:
+        if isinstance(self.sampler, Gaussian):
+            return GaussianChain(self.task, self.sampler, chain=chain, seed=self.seed)
         return Chain(
             self.task,
             self.train,
@@ -209,7 +217,7 @@ class Run:
 
     def panels(self, panel: int, bar: Progress, start: ChainState | None) -> Iterator[Panel]:
         """All panels of all chains, one chain after the other, from after `start`."""
-        per_chain = int(self.sampler.num_burnin_steps) + self.num_draws * int(self.sampler.num_steps_bw_draws)
+        per_chain = self.sampler.steps(self.num_draws)
         first = 0 if start is None else start.chain
         done = 0 if start is None else first * per_chain + start.step
         bar.start(self.num_chains * per_chain, done)
@@ -225,14 +233,14 @@ class Run:
             )
 
     def diagnose(self, moments: Moments, totals: ChainTotals) -> Diagnostics:
-        criteria = None
-        if self.train is self.probe:
+        criteria, sgld = None, self.sampler if isinstance(self.sampler, SGLD) else None
+        if self.train is self.probe and sgld is not None:
             criteria = Criteria(
                 totals.variance,
                 totals.log_likelihood,
                 self.watch.mean_loss.mean(dim=1),
                 len(self.train),
-                float(self.sampler.n_beta or 0),
+                float(sgld.n_beta or 0),
             )
         return diagnose(
             mean_loss=self.watch.mean_loss,
@@ -240,10 +248,10 @@ class Run:
             dead_share=float((moments.variance == 0).double().mean()),
             noise_floor=median_noise_floor(moments),
             excess=self.watch.excess,
-            n_beta=self.sampler.n_beta,
+            n_beta=None if sgld is None else sgld.n_beta,
             criteria=criteria,
             pilot=self.pilot,
-            sampler=self.sampler,
+            sampler=sgld,
         )
 
     def meta(self, request: dict[str, Any]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 DTYPES = ("float32", "float16")
@@ -50,3 +51,22 @@ def check_choice(name: str, value: Any, choices: tuple[Any, ...]) -> None:
     """Raise unless `value` is one of `choices`."""
     if value not in choices:
         raise ValueError(f"{name} must be one of {list(choices)}, got {value!r}")
+
+
+def check_number(name: str, value: Any, kind: str, *, above: float | None = None, least: float | None = None) -> None:
+    """Raise unless `value` is a finite number greater than `above`, or at least `least`."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{name} must be {kind}, got {value!r}")
+    too_low = value <= above if above is not None else value < (least or 0.0)
+    if not math.isfinite(value) or too_low:
+        rule = f"greater than {above:g}" if above is not None else f"at least {least:g}"
+        raise ValueError(f"{name} must be finite and {rule}, got {value!r}")
+
+
+def check_patterns(params: Any) -> tuple[str, ...] | None:
+    """Parameter-name patterns as a tuple."""
+    if params is None:
+        return None
+    if isinstance(params, str) or not all(isinstance(pattern, str) for pattern in params):
+        raise TypeError(f"params must be a list of name patterns, got {params!r}")
+    return tuple(params)

@@ -24,7 +24,7 @@ from lossk.data import Samples
 from lossk.errors import DivergedError
 from lossk.minibatches import Minibatches
 from lossk.ops.sgld_step import sgld_step
-from lossk.settings import check_choice, check_integer
+from lossk.settings import check_choice, check_integer, check_number, check_patterns
 from lossk.task import Task
 from lossk.timings import Timings
 
@@ -64,11 +64,11 @@ class SGLD:
 
     def __post_init__(self) -> None:
         if self.lr != "auto":
-            _check_number("lr", self.lr, "a number or 'auto'", above=0.0)
+            check_number("lr", self.lr, "a number or 'auto'", above=0.0)
         if self.localization != "auto":
-            _check_number("localization", self.localization, "a number or 'auto'", least=0.0)
+            check_number("localization", self.localization, "a number or 'auto'", least=0.0)
         if self.n_beta is not None:
-            _check_number("n_beta", self.n_beta, "a number or None", above=0.0)
+            check_number("n_beta", self.n_beta, "a number or None", above=0.0)
         if self.batch_size is not None:
             check_integer("batch_size", self.batch_size, 1)
         if self.num_burnin_steps != "auto":
@@ -76,10 +76,7 @@ class SGLD:
         if self.num_steps_bw_draws != "auto":
             check_integer("num_steps_bw_draws", self.num_steps_bw_draws, 1)
         check_choice("preconditioner", self.preconditioner, PRECONDITIONERS)
-        if self.params is not None:
-            if isinstance(self.params, str) or not all(isinstance(pattern, str) for pattern in self.params):
-                raise TypeError(f"params must be a list of name patterns, got {self.params!r}")
-            object.__setattr__(self, "params", tuple(self.params))
+        object.__setattr__(self, "params", check_patterns(self.params))
 
     @property
     def gain(self) -> float:
@@ -91,6 +88,10 @@ class SGLD:
         """Whether every setting is a number."""
         automatic = (self.lr, self.localization, self.num_burnin_steps, self.num_steps_bw_draws)
         return "auto" not in automatic and self.n_beta is not None
+
+    def steps(self, num_draws: int) -> int:
+        """Steps of one chain of `num_draws` draws, once resolved."""
+        return int(self.num_burnin_steps) + num_draws * int(self.num_steps_bw_draws)
 
     def to_dict(self) -> dict[str, Any]:
         """A plain, JSON-ready form; `SGLD(**d)` gives it back."""
@@ -180,7 +181,7 @@ class Chain:
             index = self.minibatches[self.step]
             loss = self.task.gradient(self.train, index)
         if not (math.isfinite(loss) and loss < self.limit):
-            raise self._diverged(loss)
+            raise self.diverged(f"minibatch loss {loss:.4g} (limit {self.limit:.4g})")
         with self.timings.measure("step"):
             sgld_step(
                 self.task.flat,
@@ -201,11 +202,12 @@ class Chain:
         self.step += 1
         return loss - float(self.anchor_losses[index].mean())
 
-    def _diverged(self, loss: float) -> DivergedError:
+    def diverged(self, what: str) -> DivergedError:
+        """The error for a loss that left the neighbourhood of w*."""
         lr = float(self.sampler.lr)
         return DivergedError(
-            f"chain {self.chain} diverged at step {self.step}: minibatch loss {loss:.4g} (limit {self.limit:.4g}, "
-            f"mean loss at the trained weights {float(self.anchor_losses.mean()):.4g}); "
+            f"chain {self.chain} diverged at step {self.step}: {what}, "
+            f"mean loss at the trained weights {float(self.anchor_losses.mean()):.4g}; "
             f"try lr={lr / 8:.2g} instead of {lr:.2g}, or a larger localization than {self.sampler.localization:.3g}"
         )
 
@@ -217,12 +219,3 @@ def explosion_limit(anchor_loss: float, num_weights: int, n_beta: float) -> floa
     that, and a hundred times the loss itself plus one, is beyond any chain that still samples it.
     """
     return 100.0 * (1.0 + abs(anchor_loss) + num_weights / (2.0 * n_beta))
-
-
-def _check_number(name: str, value: Any, kind: str, *, above: float | None = None, least: float | None = None) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise TypeError(f"{name} must be {kind}, got {value!r}")
-    low_enough = value <= above if above is not None else value < (least or 0.0)
-    if not math.isfinite(value) or low_enough:
-        rule = f"greater than {above:g}" if above is not None else f"at least {least:g}"
-        raise ValueError(f"{name} must be finite and {rule}, got {value!r}")
