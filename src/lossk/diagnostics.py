@@ -66,6 +66,8 @@ class Diagnostics:
 
     def __str__(self) -> str:
         llc = "unknown" if self.llc is None else f"{self.llc:.2f} +- {_number(self.llc_se)}"
+        if self.llc is not None and self.llc_se is not None and self.llc < -2 * self.llc_se:
+            llc += " (negative: w* is no minimum of the training loss at this scale)"
         criteria = []
         if self.functional_variance is not None and self.singular_fluctuation is not None and self.waic is not None:
             v, nu, waic = self.functional_variance, self.singular_fluctuation, self.waic
@@ -250,9 +252,10 @@ def judge(numbers: Mapping[str, Any]) -> tuple[str, str]:
             f"chance alone reaches correlations of {n['noise_floor']:.2f} (limit {FLOOR_LIMIT}); "
             "raise num_draws, or num_steps_bw_draws if draws are autocorrelated"
         )
-    if n["sample_ess"] < ESS_LIMIT:
+    if n["sample_ess"] < ESS_LIMIT or n["ess"] < ESS_LIMIT:
         return "too few draws", (
-            f"the median sample has {n['sample_ess']:.0f} effective draws (limit {ESS_LIMIT:.0f}); raise num_draws"
+            f"the median sample has {n['sample_ess']:.0f} effective draws and the mean loss {n['ess']:.0f} "
+            f"(limit {ESS_LIMIT:.0f}); raise num_draws, or num_steps_bw_draws if draws are autocorrelated"
         )
     if math.isnan(n["rhat"]):
         return "unchecked", "R-hat needs at least 4 draws that vary; raise num_draws"
