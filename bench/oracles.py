@@ -68,8 +68,8 @@ def quick(seed: int = 1) -> Size:
     return Size(chains=12, draws=20, seed=seed, long=False)
 
 
-def page(rows: list[Row], size: Size, seconds: float) -> str:
-    """The table as Markdown."""
+def page(rows: list[Row], size: Size, seconds: float, sha: str | None = None) -> str:
+    """The table as Markdown; sha: the commit that was run."""
     z = np.array([row.z for row in rows])
     lines = [
         "# Oracles",
@@ -96,7 +96,7 @@ def page(rows: list[Row], size: Size, seconds: float) -> str:
         "",
         f"`python -m bench.oracles`: {size.chains} chains x {size.draws} draws (T4, T5, T7 (100, 1): their own), "
         f"seed {size.seed}, {seconds:.0f} s on {torch.get_num_threads()} thread of {os.cpu_count()} cores "
-        f"({platform.machine()}); {versions}; git {provenance.git_sha() or 'unknown'}.",
+        f"({platform.machine()}); {versions}; git {sha or 'unknown'}.",
         "",
     ]
     return "\n".join(lines)
@@ -115,8 +115,9 @@ def main() -> None:
     torch.set_num_threads(1)
     size = quick(arguments.seed) if arguments.quick else full(arguments.seed)
     start = time.perf_counter()
+    sha = provenance.git_sha()  # now: others may commit while this runs
     rows = run(size)
-    text = page(rows, size, time.perf_counter() - start)
+    text = page(rows, size, time.perf_counter() - start, sha)
     print(text)
     if arguments.out is not None:
         arguments.out.write_text(text)
