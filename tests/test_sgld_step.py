@@ -28,6 +28,11 @@ PHYSICS = {"lr": 1e-3, "n_beta": 40.0, "localization": 7.0}
 needs_cpp = pytest.mark.skipif(not extension.status().available, reason=extension.status().reason or "available")
 
 
+def test_the_extension_is_built_and_passes_its_self_test() -> None:
+    """The tests below are skipped without it; this one is not."""
+    assert extension.status().available, extension.status().reason
+
+
 @pytest.fixture(params=["torch", pytest.param("cpp", marks=needs_cpp)])
 def backend(request: pytest.FixtureRequest) -> str:
     return request.param
