@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -28,6 +28,16 @@ def power_of_two_near(value: Tensor) -> Tensor:
     """The power of two nearest in logarithm, kept within the normal range of float32."""
     tiny = torch.finfo(torch.float64).tiny
     return torch.exp2(value.clamp(min=tiny).log2().round().clamp(-125, 125))
+
+
+def tile_spans(num_samples: int, side: int) -> list[slice]:
+    """The samples of each row (or column) of tiles; the last may be shorter."""
+    return [slice(start, min(start + side, num_samples)) for start in range(0, num_samples, side)]
+
+
+def upper_triangle(n: int) -> Iterator[tuple[int, int]]:
+    """Tile indices (i, j), i <= j, row by row."""
+    return ((i, j) for i in range(n) for j in range(i, n))
 
 
 class Blocks(Protocol):

@@ -12,7 +12,7 @@ import torch
 from scipy.sparse.linalg import LinearOperator, eigsh
 from torch import Tensor
 
-from lossk.blocks import Blocks, FactorBlocks, Moments, power_of_two_near
+from lossk.blocks import Blocks, FactorBlocks, Moments, power_of_two_near, tile_spans, upper_triangle
 from lossk.neighbors import Neighbors, median_noise_floor, nearest, noise_floor
 from lossk.settings import CENTERINGS, check_choice
 
@@ -237,8 +237,7 @@ class LossKernel:
     # -- whole-kernel operations, a tile at a time ------------------------------------------------------------------
 
     def _spans(self) -> list[slice]:
-        n, side = self.num_samples, self.tile
-        return [slice(a, min(a + side, n)) for a in range(0, n, side)]
+        return tile_spans(self.num_samples, self.tile)
 
     def _scaled_tile(self, i: int, j: int) -> Tensor:
         tile = self._blocks.read_tile(i, j)
@@ -250,9 +249,8 @@ class LossKernel:
     def tiles(self) -> Iterator[tuple[int, int, Tensor]]:
         """Iterate (i, j, covariance tile [a, b] float32) over the upper triangle, i <= j."""
         spans, scale = self._spans(), self._moments.scale.float()
-        for i in range(len(spans)):
-            for j in range(i, len(spans)):
-                yield i, j, self._scaled_tile(i, j) * scale[spans[i]].unsqueeze(1) * scale[spans[j]]
+        for i, j in upper_triangle(len(spans)):
+            yield i, j, self._scaled_tile(i, j) * scale[spans[i]].unsqueeze(1) * scale[spans[j]]
 
     def matvec(self, v: Tensor | np.ndarray) -> Tensor:
         """K v for v [N] or [N, m], in float64 and without forming K; the result has v's shape."""
@@ -266,15 +264,14 @@ class LossKernel:
 
     def _scaled_matmul(self, v: Tensor) -> Tensor:
         out, spans = torch.zeros_like(v), self._spans()
-        for i, rows in enumerate(spans):
-            for j, columns in list(enumerate(spans))[i:]:
-                tile = self._scaled_tile(i, j)
-                for start in range(0, len(tile), ROWS_AT_A_TIME):
-                    part = tile[start : start + ROWS_AT_A_TIME].double()
-                    here = slice(rows.start + start, rows.start + start + len(part))
-                    out[here] += part @ v[columns]
-                    if i != j:
-                        out[columns] += part.T @ v[here]
+        for i, j in upper_triangle(len(spans)):
+            rows, columns, tile = spans[i], spans[j], self._scaled_tile(i, j)
+            for start in range(0, len(tile), ROWS_AT_A_TIME):
+                part = tile[start : start + ROWS_AT_A_TIME].double()
+                here = slice(rows.start + start, rows.start + start + len(part))
+                out[here] += part @ v[columns]
+                if i != j:
+                    out[columns] += part.T @ v[here]
         return out
 
     def eigsh(self, k: int = 6) -> tuple[Tensor, Tensor]:
@@ -304,12 +301,8 @@ class LossKernel:
         """
         if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k < self.num_samples:
             raise ValueError(f"k must be an integer from 1 to N - 1 = {self.num_samples - 1}, got {k!r}")
-        spans = self._spans()
-
-        def tile(i: int, j: int) -> Tensor:
-            return self._correlate(self._scaled_tile(i, j), spans[i], spans[j])
-
-        return nearest(tile, self.dead, self.tile, k)._replace(noise_floor=noise_floor(self._moments))
+        found = nearest(self._correlation_tile, self.dead, self.tile, k)
+        return found._replace(noise_floor=noise_floor(self._moments))
 
     def to_numpy(self, correlation: bool = False) -> np.ndarray:
         """The whole matrix: [N, N] float32. Refuses, with the size, when it would not fit into free memory.
@@ -325,17 +318,17 @@ class LossKernel:
                 "read blocks (kernel[rows, columns]) or iterate kernel.tiles()"
             )
         out, spans = np.empty((n, n), dtype=np.float32), self._spans()
-        for i, j, tile in self.tiles() if not correlation else self._correlation_tiles():
+        pairs = upper_triangle(len(spans))
+        tiles = ((i, j, self._correlation_tile(i, j)) for i, j in pairs) if correlation else self.tiles()
+        for i, j, tile in tiles:
             out[spans[i], spans[j]] = tile.numpy()
             out[spans[j], spans[i]] = tile.numpy().T
         np.fill_diagonal(out, 1.0 if correlation else self.variance.float().numpy())
         return out
 
-    def _correlation_tiles(self) -> Iterator[tuple[int, int, Tensor]]:
+    def _correlation_tile(self, i: int, j: int) -> Tensor:
         spans = self._spans()
-        for i in range(len(spans)):
-            for j in range(i, len(spans)):
-                yield i, j, self._correlate(self._scaled_tile(i, j), spans[i], spans[j])
+        return self._correlate(self._scaled_tile(i, j), spans[i], spans[j])
 
     def save(self, path: str | Path, overwrite: bool = False) -> None:
         """Write a `.lossk` store, which `lossk.open` reads. An existing path is refused unless `overwrite`."""

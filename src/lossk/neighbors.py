@@ -10,7 +10,7 @@ import torch
 from scipy import stats
 from torch import Tensor
 
-from lossk.blocks import Moments
+from lossk.blocks import Moments, tile_spans, upper_triangle
 from lossk.ops.top_correlations import EMPTY, top_correlations, unpack
 
 
@@ -30,18 +30,18 @@ def nearest(correlation_tile: Callable[[int, int], Tensor], dead: Tensor, tile: 
         dead: [N] bool.
     """
     num_samples = len(dead)
-    spans = [slice(a, min(a + tile, num_samples)) for a in range(0, num_samples, tile)]
+    spans = tile_spans(num_samples, tile)
     keys = torch.full((num_samples, k), EMPTY, dtype=torch.int64)
-    for i, rows in enumerate(spans):
-        for j, columns in list(enumerate(spans))[i:]:
-            block = correlation_tile(i, j).clone()
-            block[dead[rows]] = float("-inf")
-            block[:, dead[columns]] = float("-inf")
-            if i == j:
-                block.fill_diagonal_(float("-inf"))
-            keys[rows] = top_correlations(keys[rows], block, columns.start)
-            if i != j:
-                keys[columns] = top_correlations(keys[columns], block.T, rows.start)
+    for i, j in upper_triangle(len(spans)):
+        rows, columns = spans[i], spans[j]
+        block = correlation_tile(i, j).clone()
+        block[dead[rows]] = float("-inf")
+        block[:, dead[columns]] = float("-inf")
+        if i == j:
+            block.fill_diagonal_(float("-inf"))
+        keys[rows] = top_correlations(keys[rows], block, columns.start)
+        if i != j:
+            keys[columns] = top_correlations(keys[columns], block.T, rows.start)
     index, correlation = unpack(keys)
     return Neighbors(index, correlation, torch.zeros(num_samples))
 

@@ -17,7 +17,6 @@ class Plan:
     """Estimates: seconds, and bytes of memory beyond what the process already holds."""
 
     seconds: float
-    sampling_seconds: float
     tile_bytes: int
     panel_bytes: int
     weight_bytes: int
@@ -71,7 +70,6 @@ def make_plan(
     data = probe.nbytes + (0 if train is probe else train.nbytes)
     return Plan(
         seconds=sampling + update,
-        sampling_seconds=sampling,
         tile_bytes=traces if held_traces else 4 * entries,
         panel_bytes=8 * (panel + 1) * num_samples + 24 * (panel + 1) * min(num_samples, 4096),
         weight_bytes=4 * 4 * task.num_weights,

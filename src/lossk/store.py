@@ -27,7 +27,7 @@ from torch import Tensor
 from zarr.codecs import Crc32cCodec
 from zarr.errors import ZarrUserWarning
 
-from lossk.blocks import FactorBlocks, Moments, TileBlocks
+from lossk.blocks import FactorBlocks, Moments, TileBlocks, upper_triangle
 from lossk.diagnostics import Diagnostics
 from lossk.errors import StoreError
 from lossk.kernel import LossKernel
@@ -156,7 +156,7 @@ class _StoredTiles(Mapping[tuple[int, int], Tensor]):
         return self._cache[key]
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
-        return ((i, j) for i in range(self._count) for j in range(i, self._count))
+        return upper_triangle(self._count)
 
     def __len__(self) -> int:
         return self._count * (self._count + 1) // 2

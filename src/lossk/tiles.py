@@ -8,12 +8,12 @@ outgrows its scale 65,536-fold gets a new one, so that no product of scaled entr
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
 
-from lossk.blocks import Moments, TileBlocks, power_of_two_near
+from lossk.blocks import Moments, TileBlocks, power_of_two_near, tile_spans, upper_triangle
 from lossk.kernel import LossKernel
 from lossk.ops.rank_update import rank_update
 from lossk.panel import ChainStatistics, ChainTotals
@@ -44,7 +44,7 @@ class TileAccumulator:
         self.num_samples, self.tile = num_samples, tile
         self.num_chains, self.num_draws = num_chains, num_draws
         self.centering, self.dtype, self.device = centering, dtype, torch.device(device)
-        self.spans = [slice(a, min(a + tile, num_samples)) for a in range(0, num_samples, tile)]
+        self.spans = tile_spans(num_samples, tile)
         self.tiles = {(i, j): self._zeros(i, j) for i, j in upper_triangle(len(self.spans))}
         self.scale = torch.zeros(num_samples, dtype=torch.float64)  # [N]; 0 while the sample has never varied
         self.chain_mean = torch.zeros(num_chains, num_samples, dtype=torch.float64)
@@ -79,9 +79,8 @@ class TileAccumulator:
             self._multiply(torch.where(changed, before / self.scale, 1.0))
         self._add_rows(rows)
 
-    def _stripes(self) -> Iterator[slice]:
-        for start in range(0, self.num_samples, STRIPE):
-            yield slice(start, min(start + STRIPE, self.num_samples))
+    def _stripes(self) -> list[slice]:
+        return tile_spans(self.num_samples, STRIPE)
 
     def _fix_scale(self, span: slice, m2: Tensor) -> None:
         assert self._current is not None
@@ -146,11 +145,6 @@ class TileAccumulator:
             if i == j:  # a product A'A need not come out of a GEMM exactly symmetric
                 tile.copy_(tile.triu() + tile.triu(1).T)
             self.tiles[i, j] = tile.to(stored)
-
-
-def upper_triangle(n: int) -> Iterator[tuple[int, int]]:
-    """Tile indices (i, j), i <= j, row by row."""
-    return ((i, j) for i in range(n) for j in range(i, n))
 
 
 def kernel_from_panels(
