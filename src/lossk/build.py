@@ -11,8 +11,9 @@ from torch import nn
 from lossk.kernel import LossKernel
 from lossk.losses import LossFunction
 from lossk.panel import choose_panel
-from lossk.run import Run, Sampler
+from lossk.run import Run
 from lossk.runlog import RunLog
+from lossk.samplers import Sampler
 from lossk.settings import check_settings
 from lossk.store import open_finished
 from lossk.tiles import TileAccumulator
@@ -140,7 +141,7 @@ def sample_losses(
             losses = torch.empty(num_chains, num_draws, len(run.probe))
             for part in run.panels(panel, bar, None):
                 losses[part.chain, part.first_draw : part.first_draw + len(part.losses)] = part.losses
-                run.watch.note(part.chain, part.first_draw, part.losses, part.excess)
+                run.watch.note(part.losses, part.draws)
         n_beta = getattr(run.sampler, "n_beta", None)
         return LossTraces(losses, excess=run.watch.excess, n_beta=n_beta, meta=run.meta(run.request()))
 
@@ -160,13 +161,13 @@ def _accumulate(run: Run, request: dict[str, Any], log: RunLog | None, bar: Prog
         for commit in log.commits:
             losses = log.read_panel(commit)
             tiles.update(commit["chain"], losses)
-            run.watch.note(commit["chain"], commit["first_draw"], losses, commit["excess"])
+            run.watch.note(losses, log.read_draws(commit))
         if start is not None:
             bar.say(f"resuming after draw {start.draw} of chain {start.chain}")
     for part in run.panels(request["panel"], bar, start):
         with run.timings.measure("update"):
             tiles.update(part.chain, part.losses)
-        run.watch.note(part.chain, part.first_draw, part.losses, part.excess)
+        run.watch.note(part.losses, part.draws)
         if log is not None:
             with run.timings.measure("store"):
                 log.append(part)

@@ -22,6 +22,7 @@ from lossk.kernel import LossKernel
 from lossk.neighbors import Neighbors
 from lossk.plan import gigabytes
 from lossk.recipes import RecipeTask, packaged_names
+from lossk.samplers import read_sampler
 from lossk.store import open_kernel, progress_of, refuse_to_delete
 
 
@@ -142,7 +143,7 @@ def _execute(config: RunConfig, source: Path | None, *, overwrite: bool, resume:
             task.samples,
             train=task.train,
             loss=task.loss,
-            sampler=lossk.SGLD(**config.sampler),
+            sampler=read_sampler(config.sampler),
             out=out,
             resume=resume,
             **config.build,

@@ -16,8 +16,8 @@ from typing import Any
 import yaml
 
 from lossk.recipes import RecipeTask, packaged_config, packaged_names
+from lossk.samplers import KINDS, read_sampler
 from lossk.settings import check_integer, check_settings
-from lossk.sgld import SGLD
 
 BUILD_KEYS = (
     "num_chains", "num_draws", "tile", "panel", "dtype", "centering", "backend", "device", "precision", "seed",
@@ -31,7 +31,7 @@ class RunConfig:
     Attributes:
         task: "module:function"; called with `task_args`, returns a `lossk.recipes.RecipeTask`.
         build: arguments of `lossk.build_kernel`.
-        sampler: arguments of `lossk.SGLD`.
+        sampler: arguments of `lossk.SGLD`, or of another sampler named by `kind`: {kind: gaussian, sigma: 0.01}.
         out: path of the `.lossk` store.
         picture: path of a PNG, or None.
         threads: torch's threads for this run; None leaves them. Small networks run best, and most repeatably, on one.
@@ -53,8 +53,10 @@ class RunConfig:
         if Path(self.out).suffix != ".lossk":
             raise ValueError(f"out must end in .lossk, got {self.out!r}")
         refuse_unknown("build", self.build, BUILD_KEYS)
-        refuse_unknown("sampler", self.sampler, [f.name for f in dataclasses.fields(SGLD)])
-        SGLD(**self.sampler)
+        kind = KINDS.get(self.sampler.get("kind", "sgld"))
+        if kind is not None:  # an unknown kind is refused by read_sampler
+            refuse_unknown("sampler", self.sampler, ["kind", *(f.name for f in dataclasses.fields(kind))])
+        read_sampler(self.sampler)
         check_settings(**{key: value for key, value in self.build.items() if key != "device"})
 
     def to_yaml(self) -> str:

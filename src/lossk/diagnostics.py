@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
+    from lossk.chain import Draw
     from lossk.sgld import SGLD
     from lossk.traces import LossTraces
     from lossk.tune import Pilot
@@ -98,13 +99,17 @@ class TraceWatch:
         self.index = watched_samples(num_samples)  # [w]
         self.mean_loss = torch.full((num_chains, num_draws), torch.nan, dtype=torch.float64)  # nats
         self.excess = torch.full((num_chains, num_draws), torch.nan, dtype=torch.float64)  # nats
+        self.distance = torch.full((num_chains, num_draws), torch.nan, dtype=torch.float64)  # |w - w*|
+        self.acceptance = torch.full((num_chains, num_draws), torch.nan, dtype=torch.float64)  # of a Metropolis test
         self.losses = torch.full((num_chains, num_draws, len(self.index)), torch.nan)  # nats
 
-    def note(self, chain: int, first_draw: int, losses: Tensor, excess: list[float]) -> None:
-        """Take what is wanted of a panel [k, N]."""
-        rows = slice(first_draw, first_draw + len(losses))
+    def note(self, losses: Tensor, draws: Sequence[Draw]) -> None:
+        """Take what is wanted of a panel [k, N] of consecutive draws of one chain."""
+        chain, rows = draws[0].chain, slice(draws[0].draw, draws[0].draw + len(draws))
         self.mean_loss[chain, rows] = losses.mean(dim=1, dtype=torch.float64)
-        self.excess[chain, rows] = torch.tensor(excess, dtype=torch.float64)
+        self.excess[chain, rows] = torch.tensor([draw.excess_loss for draw in draws], dtype=torch.float64)
+        self.distance[chain, rows] = torch.tensor([draw.distance for draw in draws], dtype=torch.float64)
+        self.acceptance[chain, rows] = torch.tensor([draw.acceptance for draw in draws], dtype=torch.float64)
         self.losses[chain, rows] = losses[:, self.index]
 
 

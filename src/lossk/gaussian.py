@@ -8,15 +8,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from lossk.chain import Chain, Surroundings
 from lossk.errors import DivergedError
 from lossk.ops.philox import normals
 from lossk.settings import check_number, check_patterns
-from lossk.sgld import ChainState, Draw
-from lossk.task import Task
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,31 +48,21 @@ class Gaussian:
         return plain
 
 
-class GaussianChain:
+class GaussianChain(Chain):
     """One run of independent draws; the draw's number is the step of its counter-based noise."""
 
-    def __init__(self, task: Task, sampler: Gaussian, *, chain: int, seed: int) -> None:
-        self.task, self.sampler, self.chain, self.seed = task, sampler, chain, seed
-        self.step = 0
+    def __init__(self, around: Surroundings, sampler: Gaussian, chain: int) -> None:
+        super().__init__(around, chain)
+        self.sampler = sampler
 
-    def state(self) -> ChainState:
-        return ChainState(self.chain, self.step, self.step, self.task.flat.clone(), None)
-
-    def run(self, num_draws: int, start: ChainState | None = None) -> Iterator[Draw]:
-        """From the first draw (or from after `start`) to draw number `num_draws`."""
-        self.step = 0 if start is None else start.step
-        while self.step < num_draws:
-            self.advance()
-            yield Draw(self.chain, self.step - 1, math.nan)
-
-    def advance(self) -> None:
-        """One draw."""
-        noise = normals(self.seed, self.chain, self.step, self.task.num_weights).to(self.task.device)
+    def advance(self) -> float:
+        """One draw; no loss is evaluated."""
+        noise = normals(self.around.seed, self.chain, self.step, self.task.num_weights).to(self.task.device)
         self.task.flat.copy_(self.task.anchor).add_(noise, alpha=self.sampler.sigma)
         self.step += 1
+        return math.nan
 
     def diverged(self, what: str) -> DivergedError:
-        """The error for a non-finite loss."""
         sigma = self.sampler.sigma
         return DivergedError(
             f"chain {self.chain}, draw {self.step - 1}: {what}; try sigma={sigma / 4:.2g} instead of {sigma:.2g}"

@@ -16,6 +16,7 @@ from typing import Any
 from lossk.config import RunConfig
 from lossk.grid_cell import PlannedCell, grid_data
 from lossk.run import Run
+from lossk.samplers import kind_of, read_sampler
 from lossk.settings import check_integer
 from lossk.sgld import SGLD
 from lossk.tune import choose_settings
@@ -97,7 +98,9 @@ def plan_grid(
     task = config.make_task()
     probe, _, train = grid_data(task, settings.probe)
     build = {key: config.build.get(key) for key in FROM_BUILD}
-    asked = SGLD(**config.sampler)
+    asked = read_sampler(config.sampler)
+    if not isinstance(asked, SGLD):
+        raise ValueError(f"lossk tune needs sampler.kind: sgld in the config, got {kind_of(asked)!r}")
     run = Run.prepare(
         task.model, probe, train, task.loss, asked, settings.num_chains, settings.num_draws,
         build["backend"] or "auto", build["device"], build["precision"], build["seed"] or 0,

@@ -9,10 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lossk.chain import Chain, ChainState, Draw
 from lossk.data import Samples
-from lossk.gaussian import GaussianChain
 from lossk.probe import first_non_finite, probe_losses
-from lossk.sgld import Chain, ChainState
 from lossk.timings import Progress, Timings
 
 PANEL_BYTES = 128 * 2**20
@@ -25,7 +24,7 @@ class Panel:
     chain: int
     first_draw: int
     losses: Tensor  # [k, N] float32, nats; valid until the next panel is asked for
-    excess: list[float]  # [k] L_B(w) - L_B(w*) averaged over each draw's steps, nats
+    draws: list[Draw]  # [k] what the chain says of them
     state: ChainState  # after the last draw
 
 
@@ -36,7 +35,7 @@ def choose_panel(num_samples: int, num_draws: int) -> int:
 
 
 def chain_panels(
-    chain: Chain | GaussianChain,
+    chain: Chain,
     probe: Samples,
     *,
     panel: int,
@@ -47,21 +46,21 @@ def chain_panels(
 ) -> Iterator[Panel]:
     """Run one chain and yield its draws a panel at a time (the last one may be shorter)."""
     buffer = torch.empty(panel, len(probe), dtype=torch.float32)
-    excess: list[float] = []
+    draws: list[Draw] = []
     for draw in chain.run(num_draws, start):
         progress.update()
         if draw is None:
             continue
-        row = buffer[len(excess)]
+        row = buffer[len(draws)]
         with timings.measure("probe"):
             probe_losses(chain.task, probe, row)
         bad = first_non_finite(row)
         if bad is not None:
             raise chain.diverged(f"probe sample {bad} has loss {float(row[bad])}")
-        excess.append(draw.excess_loss)
-        if len(excess) == panel or draw.draw + 1 == num_draws:
-            yield Panel(draw.chain, draw.draw + 1 - len(excess), buffer[: len(excess)], excess, chain.state())
-            excess = []
+        draws.append(draw)
+        if len(draws) == panel or draw.draw + 1 == num_draws:
+            yield Panel(draw.chain, draw.draw + 1 - len(draws), buffer[: len(draws)], draws, chain.state())
+            draws = []
 
 
 class ChainStatistics:

@@ -14,20 +14,20 @@ from torch import Tensor, nn
 from lossk import provenance
 from lossk.backends import resolve_backend
 from lossk.blocks import Moments
+from lossk.chain import Chain, ChainState, Surroundings
 from lossk.data import Samples, read_samples
 from lossk.diagnostics import Criteria, Diagnostics, TraceWatch, diagnose
-from lossk.gaussian import Gaussian, GaussianChain
+from lossk.gaussian import Gaussian
 from lossk.losses import Loss, LossFunction, resolve_loss
 from lossk.neighbors import median_noise_floor
 from lossk.panel import ChainTotals, Panel, chain_panels
 from lossk.plan import check_memory, make_plan
 from lossk.probe import first_non_finite, probe_losses
-from lossk.sgld import SGLD, Chain, ChainState
+from lossk.samplers import KINDS, Sampler, fit, kind_of, make_chain
+from lossk.sgld import SGLD
 from lossk.task import Task
 from lossk.timings import Progress, Timings
 from lossk.tune import Pilot, choose_settings, run_pilot
-
-Sampler = SGLD | Gaussian
 
 
 @dataclass
@@ -50,6 +50,7 @@ class Run:
     warnings: list[str]
     pilot: Pilot | None = None
     reasons: list[str] = field(default_factory=list)
+    fitted: dict[str, Tensor] = field(default_factory=dict)  # what the sampler's chains share
     timings: Timings = field(default_factory=Timings)
     anchor_losses: Tensor = field(default_factory=lambda: torch.zeros(0))  # [n] float64, losses of `train` at w*
 
@@ -69,8 +70,9 @@ class Run:
         seed: int,
     ) -> Run:
         started = time.perf_counter()
-        if sampler is not None and not isinstance(sampler, SGLD | Gaussian):
-            raise TypeError(f"sampler must be a lossk.SGLD, a lossk.Gaussian or None, got {type(sampler).__name__}")
+        if sampler is not None and not isinstance(sampler, Sampler):
+            names = ", ".join(kind.__name__ for kind in KINDS.values())
+            raise TypeError(f"sampler must be a sampler of lossk ({names}) or None, got {type(sampler).__name__}")
         sampler = sampler or SGLD()
         resolved_loss = resolve_loss(loss)
         task = Task(model, resolved_loss, params=sampler.params, device=device, precision=precision)
@@ -118,7 +120,7 @@ class Run:
             "num_draws": self.num_draws,
             "loss": self.loss.name,
             "sampler": self.asked.to_dict(),
-            "sampler_kind": type(self.asked).__name__,
+            "sampler_kind": kind_of(self.asked),
             "backend": self.backend,
             "precision": self.task.precision,
             "seed": self.seed,
@@ -135,6 +137,11 @@ class Run:
         if bad is not None:
             raise ValueError(f"loss must be finite at the trained weights; training sample {bad} has {float(out[bad])}")
         self.anchor_losses = out.double()
+        self._choose(chosen)
+        with self.timings.measure("pilot"):
+            self.fitted = fit(self.sampler, self.task, self.train)
+
+    def _choose(self, chosen: dict[str, Any] | None) -> None:
         if chosen is not None:
             self.pilot = None if chosen["pilot"] is None else Pilot(**chosen["pilot"])
             self.sampler, self.reasons = type(self.asked)(**chosen["sampler"]), chosen["reasons"]
@@ -191,23 +198,16 @@ class Run:
         bar.say(f"cost: {plan}")
         check_memory(plan, num_samples=len(self.probe), what="the traces" if held_traces else "the kernel")
 
-    def _chain(self, chain: int, timings: Timings) -> Chain | GaussianChain:
-        if isinstance(self.sampler, Gaussian):
-            return GaussianChain(self.task, self.sampler, chain=chain, seed=self.seed)
-        return Chain(
-            self.task,
-            self.train,
-            self.anchor_losses,
-            self.sampler,
-            chain=chain,
-            seed=self.seed,
-            backend=self.backend,
-            timings=timings,
+    def _chain(self, chain: int, timings: Timings) -> Chain:
+        around = Surroundings(
+            self.task, self.train, self.anchor_losses, self.seed, self.backend, timings, fitted=self.fitted
         )
+        return make_chain(self.sampler, around, chain)
 
     def _time_a_step(self) -> float:
         """Seconds per step: the quickest of three, from w* and back."""
         chain, best = self._chain(0, Timings()), float("inf")
+        chain.begin()
         for _ in range(3):
             start = time.perf_counter()
             chain.advance()

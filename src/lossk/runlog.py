@@ -15,10 +15,10 @@ import zarr
 from torch import Tensor
 from zarr.codecs import Crc32cCodec
 
+from lossk.chain import ChainState, Draw
 from lossk.errors import StoreError
 from lossk.kernel import LossKernel
 from lossk.panel import Panel
-from lossk.sgld import ChainState
 from lossk.store import read_commits, read_json, refuse_other_run, replace_file, sync, write_json, write_kernel
 
 BEFORE_CONFIG = {"zarr.json", "losses", ".lock", ".config.json.part"}  # what a run killed at its very start leaves
@@ -105,7 +105,9 @@ class RunLog:
             "chain": panel.chain,
             "first_draw": panel.first_draw,
             "step": panel.state.step,
-            "excess": panel.excess,
+            "excess": [draw.excess_loss for draw in panel.draws],
+            "distance": [draw.distance for draw in panel.draws],
+            "acceptance": [draw.acceptance for draw in panel.draws],
         }
         with (self.path / "commits.jsonl").open("ab") as log:
             log.write(json.dumps(commit).encode() + b"\n")
@@ -120,8 +122,7 @@ class RunLog:
 
     def _save_state(self, state: ChainState, number: int) -> None:
         arrays = {"weights": state.weights.numpy(force=True)}
-        if state.square_avg is not None:
-            arrays["square_avg"] = state.square_avg.numpy(force=True)
+        arrays |= {f"memory.{name}": tensor.numpy(force=True) for name, tensor in state.memory.items()}
         content = io.BytesIO()
         np.savez(content, **arrays)  # type: ignore[arg-type]
         replace_file(self._state_path(number), content.getvalue())
@@ -140,9 +141,15 @@ class RunLog:
             last["chain"],
             last["step"],
             last["first_draw"] + len(last["excess"]),
-            arrays["weights"],
-            arrays.get("square_avg"),
+            arrays.pop("weights"),
+            {name.removeprefix("memory."): tensor for name, tensor in arrays.items()},
         )
+
+    def read_draws(self, commit: dict[str, Any]) -> list[Draw]:
+        """What the chain said of a committed panel's draws."""
+        first = commit["first_draw"]
+        columns = zip(commit["excess"], commit["distance"], commit["acceptance"], strict=True)
+        return [Draw(commit["chain"], first + i, *numbers) for i, numbers in enumerate(columns)]
 
     def read_panel(self, commit: dict[str, Any]) -> Tensor:
         """The losses of a committed panel: [k, N] float32."""

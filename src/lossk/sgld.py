@@ -13,20 +13,17 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
 
-from lossk.data import Samples
+from lossk.chain import Chain, Surroundings, explosion_limit
 from lossk.errors import DivergedError
-from lossk.minibatches import Minibatches
+from lossk.force import MinibatchForce
 from lossk.ops.sgld_step import sgld_step
 from lossk.settings import check_choice, check_integer, check_number, check_patterns
-from lossk.task import Task
-from lossk.timings import Timings
 
 PRECONDITIONERS = (None, "rmsprop", "rmsprop-frozen")
 ALPHA, STABILITY = 0.99, 0.1  # of the RMSprop preconditioner
@@ -47,6 +44,9 @@ class SGLD:
             stationary law is not known in closed form, because it leaves out the correction term for a preconditioner
             that moves with the weights (Li et al. 2016, eq. 7); or "rmsprop-frozen", the same until the end of burn-in
             and constant from then on, so that the law is p(w) up to discretisation and minibatch noise.
+        control_variate: take g_B(w) - g_B(w*) + g_n(w*) for the minibatch gradient (Baker et al. 2019, arXiv
+            1706.05439): the same mean, little noise near w*, twice the cost of a step. "auto" lets the pilot decide
+            where lr is "auto" too, and is False where lr is a number.
         params: shell-style patterns of the parameter names to sample; None is every parameter that requires grad.
 
     Raises:
@@ -60,6 +60,7 @@ class SGLD:
     num_burnin_steps: int | Literal["auto"] = "auto"
     num_steps_bw_draws: int | Literal["auto"] = "auto"
     preconditioner: Literal["rmsprop", "rmsprop-frozen"] | None = None
+    control_variate: bool | Literal["auto"] = "auto"
     params: Sequence[str] | None = None
 
     def __post_init__(self) -> None:
@@ -76,6 +77,7 @@ class SGLD:
         if self.num_steps_bw_draws != "auto":
             check_integer("num_steps_bw_draws", self.num_steps_bw_draws, 1)
         check_choice("preconditioner", self.preconditioner, PRECONDITIONERS)
+        check_choice("control_variate", self.control_variate, (True, False, "auto"))
         object.__setattr__(self, "params", check_patterns(self.params))
 
     @property
@@ -86,7 +88,7 @@ class SGLD:
     @property
     def resolved(self) -> bool:
         """Whether every setting is a number."""
-        automatic = (self.lr, self.localization, self.num_burnin_steps, self.num_steps_bw_draws)
+        automatic = (self.lr, self.localization, self.num_burnin_steps, self.num_steps_bw_draws, self.control_variate)
         return "auto" not in automatic and self.n_beta is not None
 
     def steps(self, num_draws: int) -> int:
@@ -100,89 +102,38 @@ class SGLD:
         return plain
 
 
-@dataclass
-class ChainState:
-    """Where a chain stands: enough, with its seed, to go on bitwise."""
+class SGLDChain(Chain):
+    """One SGLD chain from w*."""
 
-    chain: int
-    step: int  # SGLD steps taken, burn-in included
-    draw: int  # draws given
-    weights: Tensor  # [P] float32
-    square_avg: Tensor | None  # [P] float32, RMSprop's running mean square gradient
-
-
-@dataclass(frozen=True)
-class Draw:
-    """One draw of a chain; the weights themselves are in `task.flat`."""
-
-    chain: int
-    draw: int
-    excess_loss: float  # mean over the steps since the last draw of L_B(w) - L_B(w*), nats
-
-
-class Chain:
-    """One SGLD chain from w*. `run` yields after every step; at a draw the draw's weights are in place."""
-
-    def __init__(
-        self,
-        task: Task,
-        train: Samples,
-        anchor_losses: Tensor,
-        sampler: SGLD,
-        *,
-        chain: int,
-        seed: int,
-        backend: str,
-        timings: Timings,
-    ) -> None:
+    def __init__(self, around: Surroundings, sampler: SGLD, chain: int) -> None:
         assert sampler.resolved
-        self.task, self.train, self.sampler = task, train, sampler
-        self.anchor_losses = anchor_losses  # [n] float64, losses at w*: their minibatch mean is a control variate
-        self.chain, self.seed, self.backend, self.timings = chain, seed, backend, timings
-        self.minibatches = Minibatches(len(train), sampler.batch_size, seed=seed, chain=chain)
-        self.step, self.draw = 0, 0
-        self.square_avg: Tensor | None = None
-        self.limit = explosion_limit(float(anchor_losses.mean()), task.num_weights, float(sampler.n_beta or 1))
+        super().__init__(
+            around,
+            chain,
+            num_burnin_steps=int(sampler.num_burnin_steps),
+            num_steps_bw_draws=int(sampler.num_steps_bw_draws),
+        )
+        self.sampler = sampler
+        self.force = MinibatchForce(around, sampler.batch_size, chain, control_variate=bool(sampler.control_variate))
+        self.limit = explosion_limit(
+            float(around.anchor_losses.mean()), self.task.num_weights, float(sampler.n_beta or 1)
+        )
 
-    def state(self) -> ChainState:
-        square_avg = None if self.square_avg is None else self.square_avg.clone()
-        return ChainState(self.chain, self.step, self.draw, self.task.flat.clone(), square_avg)
-
-    def run(self, num_draws: int, start: ChainState | None = None) -> Iterator[Draw | None]:
-        """From w* (or from after `start`) to draw number `num_draws`: a Draw at each draw, None at other steps."""
-        self.task.reset()
+    def begin(self) -> None:
         if self.sampler.preconditioner is not None:
-            self.square_avg = torch.zeros_like(self.task.flat)
-        if start is not None:
-            self.step, self.draw = start.step, start.draw
-            self.task.flat.copy_(start.weights)
-            if start.square_avg is not None:
-                self.square_avg = start.square_avg.clone()
-        while self.step < int(self.sampler.num_burnin_steps):
-            self.advance()
-            yield None
-        steps = int(self.sampler.num_steps_bw_draws)
-        while self.draw < num_draws:
-            excess = 0.0
-            for _ in range(steps - 1):
-                excess += self.advance()
-                yield None
-            excess += self.advance()
-            self.draw += 1
-            yield Draw(self.chain, self.draw - 1, excess / steps)
+            self.memory["square_avg"] = torch.zeros_like(self.task.flat)
 
     @property
     def _frozen(self) -> bool:
-        return self.sampler.preconditioner == "rmsprop-frozen" and self.step >= int(self.sampler.num_burnin_steps)
+        return self.sampler.preconditioner == "rmsprop-frozen" and self.step >= self.num_burnin_steps
 
     def advance(self) -> float:
         """One SGLD step; returns L_B(w) - L_B(w*) at the weights before it."""
-        with self.timings.measure("gradient"):
-            index = self.minibatches[self.step]
-            loss = self.task.gradient(self.train, index)
+        with self.around.timings.measure("gradient"):
+            loss, excess = self.force.gradient(self.step)
         if not (math.isfinite(loss) and loss < self.limit):
             raise self.diverged(f"minibatch loss {loss:.4g} (limit {self.limit:.4g})")
-        with self.timings.measure("step"):
+        with self.around.timings.measure("step"):
             sgld_step(
                 self.task.flat,
                 self.task.grad,
@@ -190,32 +141,22 @@ class Chain:
                 lr=float(self.sampler.lr),
                 n_beta=float(self.sampler.n_beta or 0),
                 localization=float(self.sampler.localization),
-                seed=self.seed,
+                seed=self.around.seed,
                 chain=self.chain,
                 step=self.step,
-                backend=self.backend,
-                square_avg=self.square_avg,
+                backend=self.around.backend,
+                square_avg=self.memory.get("square_avg"),
                 alpha=ALPHA,
                 stability=STABILITY,
                 update_square_avg=not self._frozen,
             )
         self.step += 1
-        return loss - float(self.anchor_losses[index].mean())
+        return excess
 
     def diverged(self, what: str) -> DivergedError:
-        """The error for a loss that left the neighbourhood of w*."""
         lr = float(self.sampler.lr)
         return DivergedError(
             f"chain {self.chain} diverged at step {self.step}: {what}, "
-            f"mean loss at the trained weights {float(self.anchor_losses.mean()):.4g}; "
+            f"mean loss at the trained weights {float(self.around.anchor_losses.mean()):.4g}; "
             f"try lr={lr / 8:.2g} instead of {lr:.2g}, or a larger localization than {self.sampler.localization:.3g}"
         )
-
-
-def explosion_limit(anchor_loss: float, num_weights: int, n_beta: float) -> float:
-    """The minibatch loss above which a chain counts as exploded, in nats.
-
-    A local posterior raises the mean loss by at most about P / (2 n_beta) (every direction regular); a hundred times
-    that, and a hundred times the loss itself plus one, is beyond any chain that still samples it.
-    """
-    return 100.0 * (1.0 + abs(anchor_loss) + num_weights / (2.0 * n_beta))

@@ -239,6 +239,7 @@ def choose_settings(
         localization=localization,
         num_burnin_steps=burnin,
         num_steps_bw_draws=thinning,
+        control_variate=sampler.control_variate is True,
     )
     return resolved, reasons
 

@@ -1,0 +1,122 @@
+"""A chain: what every sampler's chain has in common. It yields after each step; its caller consumes.
+
+A sampler is one file with a settings class and three functions: `fit` (what all its chains share, worked out once),
+and, of its chain, `begin` (the state at w*) and `advance` (one step).
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from lossk.data import Samples
+from lossk.errors import DivergedError
+from lossk.task import Task
+from lossk.timings import Timings
+
+
+@dataclass
+class ChainState:
+    """Where a chain stands: enough, with its seed, to go on bitwise."""
+
+    chain: int
+    step: int  # steps taken, burn-in included
+    draw: int  # draws given
+    weights: Tensor  # [P] float32
+    memory: dict[str, Tensor] = field(default_factory=dict)  # what the sampler remembers besides: momenta, say
+
+
+@dataclass(frozen=True)
+class Draw:
+    """One draw of a chain; the weights themselves are in `task.flat`."""
+
+    chain: int
+    draw: int
+    excess_loss: float  # mean over the steps since the last draw of L_B(w) - L_B(w*), nats; NaN where unknown
+    distance: float  # |w - w*|
+    acceptance: float = math.nan  # that a Metropolis test of a step from here would have, where it was asked for
+
+
+@dataclass(frozen=True)
+class Surroundings:
+    """What the chains of one run share."""
+
+    task: Task
+    train: Samples
+    anchor_losses: Tensor  # [n] float64, losses of `train` at w*
+    seed: int
+    backend: str
+    timings: Timings
+    fitted: Mapping[str, Tensor]  # what the sampler's `fit` returned
+
+
+class Chain(ABC):
+    """One chain from w*. `run` yields after every step; at a draw the draw's weights are in place.
+
+    Args:
+        num_burnin_steps: steps before the first draw's own steps.
+        num_steps_bw_draws: steps of each draw.
+    """
+
+    def __init__(
+        self, around: Surroundings, chain: int, *, num_burnin_steps: int = 0, num_steps_bw_draws: int = 1
+    ) -> None:
+        self.around, self.task, self.chain = around, around.task, chain
+        self.num_burnin_steps, self.num_steps_bw_draws = num_burnin_steps, num_steps_bw_draws
+        self.step, self.draw = 0, 0
+        self.memory: dict[str, Tensor] = {}
+
+    def begin(self) -> None:  # noqa: B027 - most samplers remember nothing but the weights
+        """Fill `memory` as it is at w*, step 0."""
+
+    @abstractmethod
+    def advance(self) -> float:
+        """One step; returns L_B(w) - L_B(w*) at the weights before it (NaN where no loss is evaluated)."""
+
+    @abstractmethod
+    def diverged(self, what: str) -> DivergedError:
+        """The error for a loss that left the neighbourhood of w*, with one change to make."""
+
+    def acceptance(self) -> float:
+        """Of a Metropolis test of a step from the present weights; NaN unless the sampler was asked for it."""
+        return math.nan
+
+    def state(self) -> ChainState:
+        memory = {name: tensor.clone() for name, tensor in self.memory.items()}
+        return ChainState(self.chain, self.step, self.draw, self.task.flat.clone(), memory)
+
+    def run(self, num_draws: int, start: ChainState | None = None) -> Iterator[Draw | None]:
+        """From w* (or from after `start`) to draw number `num_draws`: a Draw at each draw, None at other steps."""
+        self.task.reset()
+        self.begin()
+        if start is not None:
+            self.step, self.draw = start.step, start.draw
+            self.task.flat.copy_(start.weights)
+            self.memory = {name: tensor.to(self.task.device).clone() for name, tensor in start.memory.items()}
+        while self.step < self.num_burnin_steps:
+            self.advance()
+            yield None
+        steps = self.num_steps_bw_draws
+        while self.draw < num_draws:
+            excess = 0.0
+            for _ in range(steps - 1):
+                excess += self.advance()
+                yield None
+            excess += self.advance()
+            self.draw += 1
+            distance = float(torch.linalg.vector_norm(self.task.flat - self.task.anchor))
+            yield Draw(self.chain, self.draw - 1, excess / steps, distance, self.acceptance())
+
+
+def explosion_limit(anchor_loss: float, num_weights: int, n_beta: float) -> float:
+    """The minibatch loss above which a chain counts as exploded, in nats.
+
+    A local posterior raises the mean loss by at most about P / (2 n_beta) (every direction regular); a hundred times
+    that, and a hundred times the loss itself plus one, is beyond any chain that still samples it.
+    """
+    return 100.0 * (1.0 + abs(anchor_loss) + num_weights / (2.0 * n_beta))

@@ -1,0 +1,50 @@
+"""The samplers there are: by name for configs, and from settings to a chain."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from lossk.chain import Chain, Surroundings
+from lossk.data import Samples
+from lossk.force import FULL_GRADIENT, full_gradient
+from lossk.gaussian import Gaussian, GaussianChain
+from lossk.sgld import SGLD, SGLDChain
+from lossk.task import Task
+
+Sampler = SGLD | Gaussian
+KINDS: dict[str, type[Sampler]] = {"sgld": SGLD, "gaussian": Gaussian}
+
+
+def kind_of(sampler: Sampler) -> str:
+    """Its name in a config."""
+    return type(sampler).__name__.lower()
+
+
+def read_sampler(plain: Mapping[str, Any]) -> Sampler:
+    """{"kind": "gaussian", "sigma": 0.01} -> Gaussian(sigma=0.01); without a kind it is SGLD.
+
+    Raises:
+        ValueError, TypeError: an unknown kind, or what the sampler refuses.
+    """
+    settings = dict(plain)
+    kind = settings.pop("kind", "sgld")
+    if kind not in KINDS:
+        raise ValueError(f"sampler.kind must be one of {', '.join(KINDS)}, got {kind!r}")
+    return KINDS[kind](**settings)
+
+
+def fit(sampler: Sampler, task: Task, train: Samples) -> dict[str, Tensor]:
+    """What every chain of a resolved sampler needs and is worked out once, at w*."""
+    if isinstance(sampler, SGLD) and sampler.control_variate:
+        return {FULL_GRADIENT: full_gradient(task, train)}
+    return {}
+
+
+def make_chain(sampler: Sampler, around: Surroundings, chain: int) -> Chain:
+    """Chain number `chain` of a resolved sampler."""
+    if isinstance(sampler, Gaussian):
+        return GaussianChain(around, sampler, chain)
+    return SGLDChain(around, sampler, chain)
