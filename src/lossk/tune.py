@@ -72,7 +72,7 @@ class Pilot:
 
 
 def default_n_beta(num_train: int) -> float:
-    """n / ln n, with n the number of training samples (Watanabe's inverse temperature 1 / ln n)."""
+    """n / ln n, n the number of training samples, or unmasked tokens (Watanabe's inverse temperature 1 / ln n)."""
     return num_train / math.log(max(num_train, 3))
 
 
@@ -94,7 +94,7 @@ def run_pilot(task: Task, train: Samples, sampler: SGLD, *, seed: int) -> Pilot:
     return Pilot(
         curvature=max(curvature, 0.0),
         gradient_variance=max(variance, 0.0),
-        n_beta=sampler.n_beta if sampler.n_beta is not None else default_n_beta(n),
+        n_beta=sampler.n_beta if sampler.n_beta is not None else default_n_beta(task.loss.num_terms(n)),
         batch_factor=(n - m) / (m * (n - 1)) if n > 1 else 0.0,
         num_samples=len(subset),
     )
@@ -182,7 +182,9 @@ def choose_settings(
     reasons: list[str] = []
     n_beta = pilot.n_beta
     if sampler.n_beta is None:
-        reasons.append(f"n_beta = {n_beta:.4g}: n / ln n of the {num_train} training samples")
+        reasons.append(
+            f"n_beta = {n_beta:.4g}: n / ln n of the {task.loss.num_terms(num_train)} training {task.loss.unit}"
+        )
     stiff = n_beta * pilot.curvature
     m = num_train if sampler.batch_size is None else min(sampler.batch_size, num_train)
     steps = _steps_worth_a_draw(sampler, num_probe, m)
