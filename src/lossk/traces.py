@@ -50,7 +50,8 @@ class LossTraces:
         self.tokens = None if tokens is None else self._check_tokens(torch.as_tensor(tokens))
         self.sets = dict(sets or {})
         for name, rows in self.sets.items():
-            if not (isinstance(rows, slice) and rows.step is None and 0 <= rows.start < rows.stop <= self.num_samples):
+            whole = isinstance(rows, slice) and isinstance(rows.start, int) and isinstance(rows.stop, int)
+            if not (whole and rows.step is None and 0 <= rows.start < rows.stop <= self.num_samples):
                 raise ValueError(f"sets: {name!r} must be a slice of the {self.num_samples} columns, got {rows!r}")
 
     def _check_tokens(self, tokens: Tensor) -> Tensor:
