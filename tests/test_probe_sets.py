@@ -144,18 +144,18 @@ def test_tokens_of_several_sets(build: Build, tmp_path: Path) -> None:
     short = torch.randint(0, 5, (2, 1)), torch.tensor([[2], [1]])
     kernel = build(
         model,
-        lossk.ProbeSets(short=short, long=long),
+        lossk.ProbeSets(long=long, short=short),
         train=long,
         loss="token_cross_entropy",
         out=tmp_path / "k.lossk",
     )
-    expected = torch.tensor([[0, 0], [1, 0], [0, 0], [0, 1], [2, 0], [2, 2], [3, 0]])
+    expected = torch.tensor([[0, 0], [0, 1], [2, 0], [2, 2], [3, 0], [0, 0], [1, 0]])
     opened = lossk.open(tmp_path / "k.lossk")
     for each in (kernel, opened):
         assert torch.equal(each.tokens, expected)  # type: ignore[arg-type]
-        assert each.sets == {"short": slice(0, 2), "long": slice(2, 7)}
+        assert each.sets == {"long": slice(0, 5), "short": slice(5, 7)}
     alone = build(model, long, train=long, loss="token_cross_entropy")
-    np.testing.assert_allclose(kernel.mean_loss[2:], alone.mean_loss, rtol=1e-6)
+    np.testing.assert_allclose(kernel.mean_loss[:5], alone.mean_loss, rtol=1e-6)
     assert kernel.meta["config"]["num_train"] == 5
 
 

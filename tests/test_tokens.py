@@ -19,10 +19,14 @@ from torch.nn import functional as F
 import lossk
 import oracles
 from lossk import tune
+from lossk.chain import Surroundings
 from lossk.data import read_samples
+from lossk.force import MinibatchForce
 from lossk.losses import resolve_loss
-from lossk.probe import Probe, prepare_probe
+from lossk.probe import Probe, prepare_probe, probe_losses
+from lossk.samplers import fit
 from lossk.task import Task
+from lossk.timings import Timings
 
 Build = Callable[..., lossk.LossKernel]
 IGNORED = -100
@@ -197,6 +201,27 @@ def test_minibatches_are_unbiased_and_linear(model: TokenModel, loss: str) -> No
     assert abs(by_tokens - full) > 1e-4, "the two estimates must differ here for this test to mean anything"
 
 
+@pytest.mark.parametrize("loss", LOSSES)
+def test_control_variate_gives_the_full_gradient_at_the_trained_weights(model: TokenModel, loss: str) -> None:
+    """Minibatches hold other numbers of tokens, and one sample none: g_B(w*) - g_B(w*) + g_n(w*) all the same."""
+    task, _, train = prepared(model, text(), LOSSES[loss])
+    with task:
+        anchor_losses = torch.empty(11)
+        probe_losses(task, train, anchor_losses)
+        full = task.gradient(train, torch.arange(11)), task.grad.clone()
+        sampler = lossk.SGLD(control_variate=True)
+        around = Surroundings(
+            task, train, anchor_losses.double(), 0, "torch", Timings(), fitted=fit(sampler, task, train)
+        )
+        force = MinibatchForce(around, 3, 0, control_variate=True)
+        for step in range(4):
+            loss_value, excess = force.gradient(step)
+            np.testing.assert_allclose(task.grad, full[1], rtol=1e-3, atol=1e-6 * float(full[1].abs().max()))
+            assert abs(excess) < 1e-5
+            assert abs(loss_value - full[0]) > 1e-3
+    assert float(anchor_losses.double().mean()) == pytest.approx(full[0], rel=1e-5)
+
+
 def test_many_positions_are_passed_in_parts(model: TokenModel) -> None:
     """Longer than one pass takes: the same gradient and the same rows."""
     data = text(num_samples=7, length=1500)
@@ -366,24 +391,37 @@ def test_what_a_callable_returns(build: Build, model: TokenModel, change: Any, m
         build(model, text(), loss=returning(change))
 
 
-def test_a_mask_that_moves_with_the_weights_is_refused(build: Build, model: TokenModel) -> None:
+@pytest.mark.parametrize("kept", ["none but the first position", "all but the last token", "one more token"])
+def test_a_mask_that_moves_with_the_weights_is_refused(build: Build, model: TokenModel, kept: str) -> None:
+    """At w* it is the same at every pass; away from it, another."""
+    at_star = model.head.bias.detach().clone()
+
     def loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         losses, mask = callable_loss(model, batch)
-        return losses, mask & (losses > losses.detach()[mask].mean())
+        if torch.equal(model.head.bias, at_star):  # type: ignore[arg-type,union-attr]
+            return losses, mask
+        if kept == "one more token":
+            return losses.nan_to_num(posinf=1.0), mask | (torch.arange(5) == 4)
+        last = torch.arange(5) < 1 if "first" in kept else ~mask | (mask.cumsum(1) < 5)
+        return losses, mask & last
 
-    data = tuple(t[[0, 1, 2, 5, 6, 7, 8, 9, 10]] for t in text())
-    with pytest.raises(ValueError, match="mask"):
-        build(model, data, loss=loss)
-
-    def only_later(model: nn.Module, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        losses, mask = callable_loss(model, batch)
-        return losses, mask & (torch.arange(5) < (5 if torch.equal(model.head.bias, at_star) else 1))  # type: ignore[arg-type]
-
-    at_star = model.head.bias.detach().clone()
+    inputs, targets = text()
+    targets[10] = 1  # the last sample counts in full
     with pytest.raises(
         ValueError, match="mask must depend on the data only, but that of loader samples 0 to 10 changed"
     ):
-        build(model, text(), loss=only_later)
+        build(model, (inputs, targets), loss=loss)
+
+
+def test_a_mask_of_large_losses_is_refused(build: Build, model: TokenModel) -> None:
+    """A natural mistake: it depends on the weights."""
+
+    def loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        losses, mask = callable_loss(model, batch)
+        return losses, mask & (losses > 1.9)
+
+    with pytest.raises(ValueError, match="mask must depend on the data only"):
+        build(model, text(num_samples=40), loss=loss)
 
 
 def test_per_token_and_per_sample_do_not_mix(build: Build, model: TokenModel) -> None:

@@ -25,7 +25,7 @@ from lossk.data import Samples
 from lossk.minibatches import Minibatches
 from lossk.ops.philox import normals
 from lossk.sgld import SGLD
-from lossk.task import Task
+from lossk.task import Task, fitting_batch
 
 DISCRETISATION_BUDGET = 0.05
 NOISE_BUDGET = 0.25
@@ -85,8 +85,8 @@ def run_pilot(task: Task, train: Samples, sampler: SGLD, *, seed: int) -> Pilot:
     n = len(train)
     m = n if sampler.batch_size is None else min(sampler.batch_size, n)
     subset = Minibatches(n, PILOT_SAMPLES, seed=seed, chain=PILOT_CHAIN)[0]
-    batches = [train[part] for part in subset.split(PILOT_BATCH)]
-    sizes = [len(part) for part in subset.split(PILOT_BATCH)]
+    parts = subset.split(fitting_batch(PILOT_BATCH, task.loss.positions))
+    batches, sizes = [train[part] for part in parts], [len(part) for part in parts]
     products = _Products(task, batches, sizes)
     start = normals(seed, 0, 0, task.num_weights, stream=STREAM).to(task.device)
     curvature = _largest_eigenvalue(products.hessian, start)
