@@ -10,6 +10,7 @@ from lossk.gaussian import Gaussian
 from lossk.kernel import LossKernel
 from lossk.neighbors import Neighbors
 from lossk.predicted import predicted_labels
+from lossk.probe_sets import ProbeSets
 from lossk.sgld import SGLD
 from lossk.store import open_kernel as open  # noqa: F401 - `lossk.open`, see below
 from lossk.traces import LossTraces
@@ -26,6 +27,7 @@ __all__ = [
     "LossTraces",
     "LosskError",
     "Neighbors",
+    "ProbeSets",
     "StoreError",
     "build_kernel",
     "predicted_labels",

@@ -47,9 +47,16 @@ def build_kernel(
     Args:
         model: the trained network; used in eval mode and given back bit-identical, whatever happens.
         loader: the N probe samples: a DataLoader, a Dataset or a tuple (inputs, targets) of tensors. Row i of the
-            kernel is sample i in dataset order.
-        train: the data that defines the training loss L_n, in the same forms; None is the probe data.
-        loss: "cross_entropy" (class-index targets), "mse", or a callable (model, batch) -> losses [B].
+            kernel is sample i in dataset order. Or several sets in one `ProbeSets`, one after the other
+            (`kernel.sets`).
+        train: the data that defines the training loss L_n, in the same forms; None is the probe data, which `ProbeSets`
+            cannot be.
+        loss: "cross_entropy" (class-index targets), "token_cross_entropy" (logits [B, T, C], class indices [B, T], -100
+            where a token does not count), "mse", or a callable (model, batch) -> losses [B], or per token
+            (losses [B, T], mask [B, T] bool), the mask a function of the data alone. The kernel's rows are then the
+            unmasked tokens (`kernel.tokens`), L_n is the mean over the unmasked training tokens, and n in
+            n_beta = n / ln n their number; minibatches stay samples, L_B the sum over their unmasked tokens divided by
+            their number of samples times the mean number of tokens per training sample.
         sampler: SGLD settings; None is `SGLD()`, which chooses everything by a pilot and says why. Or, as a control,
             `Gaussian(sigma=)`: independent draws without gradients.
         num_chains: independent chains from the trained weights.
@@ -143,7 +150,14 @@ def sample_losses(
                 losses[part.chain, part.first_draw : part.first_draw + len(part.losses)] = part.losses
                 run.watch.note(part.losses, part.draws)
         n_beta = getattr(run.sampler, "n_beta", None)
-        return LossTraces(losses, excess=run.watch.excess, n_beta=n_beta, meta=run.meta(run.request()))
+        return LossTraces(
+            losses,
+            excess=run.watch.excess,
+            n_beta=n_beta,
+            meta=run.meta(run.request()),
+            tokens=run.probe.tokens,
+            sets=run.probe.sets,
+        )
 
 
 def _accumulate(run: Run, request: dict[str, Any], log: RunLog | None, bar: Progress) -> LossKernel:
@@ -173,7 +187,13 @@ def _accumulate(run: Run, request: dict[str, Any], log: RunLog | None, bar: Prog
                 log.append(part)
     with run.timings.measure("update"):
         blocks, moments = tiles.finalize()
-    kernel = LossKernel(blocks, moments, diagnostics=run.diagnose(moments, tiles.totals))
+    kernel = LossKernel(
+        blocks,
+        moments,
+        diagnostics=run.diagnose(moments, tiles.totals),
+        tokens=run.probe.tokens,
+        sets=run.probe.sets,
+    )
     kernel.meta = run.meta(request)
     if log is not None:
         log.finish(kernel)

@@ -113,13 +113,15 @@ def plan_grid(
         if float(middle.localization) == 0.0:
             raise ValueError("localization must be greater than 0 or 'auto' in the config of a grid, got 0")
         step_seconds = run._time_a_step()
-        probe_seconds = run.timings.seconds["anchor"] * len(run.probe) / len(run.train)
+        probe_seconds = run.timings.seconds["anchor"] * run.probe.num_samples / len(run.train)
         cells = []
         for strength in _values(n_beta, N_BETA_FACTORS, float(middle.n_beta or 0)):
             pilot = dataclasses.replace(run.pilot, n_beta=strength)
             for pull in _values(localization, LOCALIZATION_FACTORS, float(middle.localization)):
                 chosen = dataclasses.replace(asked, n_beta=strength, localization=pull)
-                chosen, _ = choose_settings(chosen, pilot, run.task, num_probe=len(run.probe), num_train=len(run.train))
+                chosen, _ = choose_settings(
+                    chosen, pilot, run.task, num_probe=run.probe.num_samples, num_train=len(run.train)
+                )
                 cells.append(_fit(chosen, settings, step_seconds, probe_seconds))
     return {
         "request": request_of(config, settings),

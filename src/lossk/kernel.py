@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,11 +38,14 @@ class LossKernel:
         *,
         meta: dict[str, Any] | None = None,
         diagnostics: Diagnostics | None = None,
+        tokens: Tensor | None = None,
+        sets: Mapping[str, slice] | None = None,
     ) -> None:
         self._blocks = blocks
         self._moments = moments
         self.meta = meta or {}
         self.diagnostics = diagnostics
+        self._tokens, self._sets = tokens, dict(sets or {})
         self._std_over_scale = (moments.variance.sqrt() / moments.scale).float()  # [N], 0 for a dead sample
 
     @classmethod
@@ -79,14 +82,34 @@ class LossKernel:
         moments = Moments(mean, variance, scale, chain_mean, lag1, num_chains, num_draws, centering)
         floor = median_noise_floor(moments)
         diagnostics = diagnose_traces(traces, floor)
-        return cls(FactorBlocks(factor, freedom), moments, meta=traces.meta, diagnostics=diagnostics)
+        return cls(
+            FactorBlocks(factor, freedom),
+            moments,
+            meta=traces.meta,
+            diagnostics=diagnostics,
+            tokens=traces.tokens,
+            sets=traces.sets,
+        )
 
     # -- what it is -------------------------------------------------------------------------------------------------
 
     @property
     def num_samples(self) -> int:
-        """N."""
+        """N, the rows: probe samples or, of a loss per token, their unmasked tokens."""
         return self._blocks.num_samples
+
+    @property
+    def tokens(self) -> Tensor | None:
+        """[N, 2] int64: (sample, position) of each row of a loss per token; None of a loss per sample.
+
+        The sample's number is that within its own set, where the probe was several.
+        """
+        return self._tokens
+
+    @property
+    def sets(self) -> dict[str, slice]:
+        """The rows of each probe set of a `ProbeSets`, in order; empty for a single probe."""
+        return dict(self._sets)
 
     @property
     def num_draws(self) -> int:
@@ -132,9 +155,11 @@ class LossKernel:
         return self.num_samples
 
     def __repr__(self) -> str:
+        unit = "samples" if self.tokens is None else "tokens"
+        sets = f", sets {', '.join(self._sets)}" if self._sets else ""
         return (
-            f"LossKernel({self.num_samples} samples, {self.num_chains} chains x {self.num_draws} draws, "
-            f"{self._blocks.kind} in {self.dtype}, {int(self.dead.sum())} dead)"
+            f"LossKernel({self.num_samples} {unit}, {self.num_chains} chains x {self.num_draws} draws, "
+            f"{self._blocks.kind} in {self.dtype}, {int(self.dead.sum())} dead{sets})"
         )
 
     # -- blocks -----------------------------------------------------------------------------------------------------

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from lossk.chain import Chain, ChainState, Draw
-from lossk.data import Samples
-from lossk.probe import first_non_finite, probe_losses
+from lossk.probe import Probe, first_non_finite
 from lossk.timings import Progress, Timings
 
 PANEL_BYTES = 128 * 2**20
@@ -36,7 +35,7 @@ def choose_panel(num_samples: int, num_draws: int) -> int:
 
 def chain_panels(
     chain: Chain,
-    probe: Samples,
+    probe: Probe,
     *,
     panel: int,
     num_draws: int,
@@ -53,10 +52,10 @@ def chain_panels(
             continue
         row = buffer[len(draws)]
         with timings.measure("probe"):
-            probe_losses(chain.task, probe, row)
+            probe.fill(chain.task, row)
         bad = first_non_finite(row)
         if bad is not None:
-            raise chain.diverged(f"probe sample {bad} has loss {float(row[bad])}")
+            raise chain.diverged(f"{probe.describe(bad)} has loss {float(row[bad])}")
         draws.append(draw)
         if len(draws) == panel or draw.draw + 1 == num_draws:
             yield Panel(draw.chain, draw.draw + 1 - len(draws), buffer[: len(draws)], draws, chain.state())

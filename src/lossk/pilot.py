@@ -15,7 +15,7 @@ from lossk.data import Samples
 from lossk.minibatches import Minibatches
 from lossk.ops.philox import normals
 from lossk.sgld import SGLD
-from lossk.task import Task
+from lossk.task import Task, fitting_batch
 
 PILOT_SAMPLES = 512
 PILOT_BATCH = 128
@@ -61,7 +61,7 @@ class Pilot:
 
 
 def default_n_beta(num_train: int) -> float:
-    """n / ln n, with n the number of training samples (Watanabe's inverse temperature 1 / ln n)."""
+    """n / ln n, n the number of training samples, or unmasked tokens (Watanabe's inverse temperature 1 / ln n)."""
     return num_train / math.log(max(num_train, 3))
 
 
@@ -80,7 +80,7 @@ def run_pilot(task: Task, train: Samples, sampler: SGLD, *, seed: int) -> Pilot:
     return Pilot(
         curvature=max(curvature, 0.0),
         gradient_variance=max(variance, 0.0),
-        n_beta=sampler.n_beta if sampler.n_beta is not None else default_n_beta(n),
+        n_beta=sampler.n_beta if sampler.n_beta is not None else default_n_beta(task.loss.num_terms(n)),
         batch_factor=(n - m) / (m * (n - 1)) if n > 1 else 0.0,
         num_samples=products.total,
     )
@@ -99,8 +99,8 @@ class _Products:
     def __init__(self, task: Task, train: Samples, seed: int) -> None:
         subset = Minibatches(len(train), PILOT_SAMPLES, seed=seed, chain=PILOT_CHAIN)[0]
         self.task, self.total = task, len(subset)
-        self.batches = [train[part] for part in subset.split(PILOT_BATCH)]
-        self.sizes = [len(part) for part in subset.split(PILOT_BATCH)]
+        parts = subset.split(fitting_batch(PILOT_BATCH, task.loss.positions))
+        self.batches, self.sizes = [train[part] for part in parts], [len(part) for part in parts]
         self.center = task.flat.clone()  # [P] where the derivatives are taken
 
     def hessian(self, v: Tensor) -> Tensor:

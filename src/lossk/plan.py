@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import psutil
 
 from lossk.data import Samples
+from lossk.probe import Probe
 from lossk.task import Task
 
 BYTES = {"float32": 4, "float16": 2}
@@ -46,7 +47,7 @@ def make_plan(
     num_draws: int,
     num_steps: int,
     task: Task,
-    probe: Samples,
+    probe: Probe,
     train: Samples,
     probe_seconds: float,
     step_seconds: float,
@@ -67,7 +68,7 @@ def make_plan(
     sampling = num_chains * num_steps * step_seconds + draws * probe_seconds
     update = 0.0 if held_traces else entries * draws / update_rate
     traces = 4 * draws * num_samples
-    data = probe.nbytes + (0 if train is probe else train.nbytes)
+    data = probe.nbytes + (0 if probe.holds(train) else train.nbytes)
     return Plan(
         seconds=sampling + update,
         tile_bytes=traces if held_traces else 4 * entries,

@@ -15,15 +15,23 @@ from lossk import provenance
 from lossk.backends import resolve_backend
 from lossk.blocks import Moments
 from lossk.chain import Chain, ChainState, Surroundings
-from lossk.data import Samples, read_samples
+from lossk.data import Samples
 from lossk.diagnostics import Criteria, Diagnostics, TraceWatch, diagnose
 from lossk.gaussian import Gaussian
-from lossk.losses import Loss, LossFunction, resolve_loss
+from lossk.losses import LossFunction, resolve_loss
 from lossk.neighbors import median_noise_floor
 from lossk.panel import ChainTotals, Panel, chain_panels
 from lossk.pilot import Pilot, run_pilot
 from lossk.plan import check_memory, make_plan
-from lossk.probe import first_non_finite, probe_losses
+from lossk.probe import (
+    Probe,
+    first_non_finite,
+    prepare_probe,
+    probe_losses,
+    rows_fingerprint,
+    token_fingerprint,
+)
+from lossk.probe_sets import read_sources
 from lossk.samplers import KINDS, Sampler, fit, kind_of, make_chain
 from lossk.sgld import SGLD
 from lossk.task import Task
@@ -36,8 +44,7 @@ class Run:
     """One call's validated inputs, what the pilot chose, and what is collected along the way."""
 
     task: Task
-    loss: Loss
-    probe: Samples
+    probe: Probe
     train: Samples
     asked: Sampler
     sampler: Sampler  # as asked for, until `tune` resolves it
@@ -75,29 +82,22 @@ class Run:
             names = ", ".join(kind.__name__ for kind in KINDS.values())
             raise TypeError(f"sampler must be a sampler of lossk ({names}) or None, got {type(sampler).__name__}")
         sampler = sampler or SGLD()
-        resolved_loss = resolve_loss(loss)
-        task = Task(model, resolved_loss, params=sampler.params, device=device, precision=precision)
+        task = Task(model, resolve_loss(loss), params=sampler.params, device=device, precision=precision)
         chosen_backend = resolve_backend(backend, task.device)
-        own_train = train is not None and train is not loader
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            probe = read_samples(loader, "loader")
-            train_samples = read_samples(train, "train") if own_train else probe
+            sets, train_samples = read_sources(loader, train)
         for warning in caught:  # shown all the same; kept with the result
             warnings.warn(warning.message, warning.category, stacklevel=3)
-        if len(probe) < 2:
-            raise ValueError(f"loader must hold at least 2 samples, got {len(probe)}")
-        fingerprints = {"model": provenance.model_fingerprint(model), "probe": probe.fingerprint()}
-        fingerprints["train"] = train_samples.fingerprint() if own_train else fingerprints["probe"]
-        probe = task.place(probe)
-        train_samples = task.place(train_samples) if own_train else probe
+        fingerprints = {"model": provenance.model_fingerprint(model), "probe": rows_fingerprint(sets)}
+        lone = sets.get("") is train_samples
+        fingerprints["train"] = fingerprints["probe"] if lone else train_samples.fingerprint()
         with task:
-            task.check(probe, "loader")
-            if own_train:
-                task.check(train_samples, "train")
+            probe, train_samples = prepare_probe(task, sets, train_samples)
+        if probe.tokens is not None:
+            fingerprints["tokens"] = token_fingerprint(probe.tokens)
         return cls(
             task=task,
-            loss=resolved_loss,
             probe=probe,
             train=train_samples,
             asked=sampler,
@@ -112,14 +112,20 @@ class Run:
             watch=TraceWatch(num_chains, num_draws, len(probe)),
         )
 
+    @property
+    def num_train(self) -> int:
+        """n, the terms of the training loss: samples, or unmasked tokens."""
+        return self.task.loss.num_terms(len(self.train))
+
     def request(self) -> dict[str, Any]:
         """What determines the result: saved with it, and compared on resuming."""
         return {
             "num_samples": len(self.probe),
-            "num_train": len(self.train),
+            "num_train": self.num_train,
+            "sets": {name: [rows.start, rows.stop] for name, rows in self.probe.sets.items()} or None,
             "num_chains": self.num_chains,
             "num_draws": self.num_draws,
-            "loss": self.loss.name,
+            "loss": self.task.loss.name,
             "sampler": self.asked.to_dict(),
             "sampler_kind": kind_of(self.asked),
             "backend": self.backend,
@@ -152,7 +158,7 @@ class Run:
         with self.timings.measure("pilot"):
             pilot = run_pilot(self.task, self.train, self.sampler, seed=self.seed)
             self.sampler, self.pilot, self.reasons = settle(
-                self.sampler, pilot, self._around(Timings()), num_probe=len(self.probe)
+                self.sampler, pilot, self._around(Timings()), num_probe=self.probe.num_samples
             )
 
     def chosen(self) -> dict[str, Any]:
@@ -164,8 +170,8 @@ class Run:
         """Say what was chosen and what it will cost; refuse what cannot fit."""
         n = len(self.train)
         bar.say(
-            f"lossk: {len(self.probe)} samples, {self.task.num_weights} weights, {self.num_chains} chains x "
-            f"{self.num_draws} draws, backend {self.backend}"
+            f"lossk: {len(self.probe)} {self.task.loss.unit}, {self.task.num_weights} weights, "
+            f"{self.num_chains} chains x {self.num_draws} draws, backend {self.backend}"
         )
         if isinstance(self.sampler, SGLD) and self.pilot is not None:
             bar.say(
@@ -190,7 +196,7 @@ class Run:
             task=self.task,
             probe=self.probe,
             train=self.train,
-            probe_seconds=per_sample * len(self.probe),
+            probe_seconds=per_sample * self.probe.num_samples,
             step_seconds=self._time_a_step(),
             update_rate=provenance.multiply_add_rate(),
             on_disk=on_disk,
@@ -237,12 +243,12 @@ class Run:
 
     def diagnose(self, moments: Moments, totals: ChainTotals) -> Diagnostics:
         criteria, sgld = None, self.sampler if isinstance(self.sampler, SGLD) else None
-        if self.train is self.probe and sgld is not None:
+        if len(self.probe.parts) == 1 and self.probe.holds(self.train) and sgld is not None:
             criteria = Criteria(
                 totals.variance,
                 totals.log_likelihood,
                 self.watch.mean_loss.mean(dim=1),
-                len(self.train),
+                self.num_train,
                 float(sgld.n_beta or 0),
             )
         return diagnose(

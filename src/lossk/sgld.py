@@ -35,7 +35,8 @@ class SGLD:
 
     Args:
         lr: step size epsilon, or "auto".
-        n_beta: n times the inverse temperature; None is n / ln n with n the number of *training* samples.
+        n_beta: n times the inverse temperature; None is n / ln n with n the number of *training* samples (of a loss per
+            token: of unmasked training tokens).
         localization: gamma, the strength of the pull towards w*, or "auto".
         batch_size: minibatch size; None or at least n is the full gradient.
         num_burnin_steps: steps before the first draw's own steps, per chain, or "auto".

@@ -4,6 +4,7 @@
     mean, variance, scale, lag1  [sample] float64                 chain_mean  [chain, sample] float64
     tiles          [row, column] float16/32, upper triangle, one chunk per tile: covariance / (scale_i scale_j)
     factor         [draw, sample] float32, instead of tiles       complete    written last
+    tokens         [sample, 2] int64, (sample of its set, position) of a loss per token only
     commits.jsonl  one line per durable panel                     state.npz   the chain after the last committed panel
 
 Nothing in a store is executable: JSON, Zarr chunks with checksums, and NumPy arrays read with pickling refused.
@@ -74,6 +75,8 @@ def write_kernel(kernel: LossKernel, path: Path) -> None:
     for name in ("mean", "variance", "scale", "lag1"):
         _write_array(group, name, getattr(moments, name), ("sample",))
     _write_array(group, "chain_mean", moments.chain_mean, ("chain", "sample"))
+    if kernel.tokens is not None:
+        _write_array(group, "tokens", kernel.tokens, ("sample", "index"))
     if isinstance(blocks, FactorBlocks):
         _write_array(group, "factor", blocks.factor, ("draw", "sample"))
     else:
@@ -90,6 +93,7 @@ def write_kernel(kernel: LossKernel, path: Path) -> None:
         "num_chains": moments.num_chains,
         "num_draws": moments.num_draws,
         "centering": moments.centering,
+        "sets": {name: [rows.start, rows.stop] for name, rows in kernel.sets.items()} or None,
         "freedom": getattr(blocks, "freedom", None),
         "meta": kernel.meta,
         "diagnostics": None if kernel.diagnostics is None else kernel.diagnostics.to_dict(),
@@ -195,7 +199,14 @@ def open_kernel(path: str | Path) -> LossKernel:
         blocks = TileBlocks(description["num_samples"], tile, tiles)
     plain = description["diagnostics"]
     diagnostics = None if plain is None else Diagnostics.from_dict(plain)
-    return LossKernel(blocks, moments, meta=description["meta"], diagnostics=diagnostics)
+    return LossKernel(
+        blocks,
+        moments,
+        meta=description["meta"],
+        diagnostics=diagnostics,
+        tokens=_read(group, "tokens") if "tokens" in group else None,
+        sets={name: slice(*ends) for name, ends in (description.get("sets") or {}).items()},
+    )
 
 
 def open_finished(path: Path, request: Mapping[str, Any]) -> LossKernel | None:

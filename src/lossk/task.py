@@ -19,6 +19,7 @@ from lossk.settings import PRECISIONS, check_choice
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 GRADIENT_BATCH = 1024  # samples per backward pass; a larger minibatch is accumulated
+TOKENS_AT_A_TIME = 4096  # positions per pass of a loss per token
 
 
 class Task:
@@ -159,9 +160,14 @@ class Task:
         self.flat.copy_(self.anchor)
 
     def losses(self, batch: Any) -> Tensor:
-        """Losses of a batch at the present weights: [B] float32, nats."""
+        """Each sample's share of the training loss at the present weights: [B] float32, nats."""
         with torch.inference_mode(), self.autocast():
             return self.loss.per_sample(self.model, batch)
+
+    def rows(self, batch: Any) -> tuple[Tensor, Tensor | None]:
+        """A batch's rows of the kernel at the present weights: [R] float32, nats; of a loss per token also its mask."""
+        with torch.inference_mode(), self.autocast():
+            return self.loss.rows(self.model, batch)
 
     def gradient(self, samples: Samples, index: Tensor) -> float:
         """Leave the gradient of the mean loss over `index` in `grad`; return that mean loss.
@@ -171,7 +177,7 @@ class Task:
         """
         self.grad.zero_()
         total = 0.0
-        for part in index.split(GRADIENT_BATCH):
+        for part in index.split(fitting_batch(GRADIENT_BATCH, self.loss.positions)):
             with torch.enable_grad(), self.autocast():
                 share = len(part) / len(index)
                 loss = self.loss.mean(self.model, samples[part]) * share
@@ -181,36 +187,54 @@ class Task:
             total += float(loss.detach())
         return total
 
-    def check(self, samples: Samples, name: str = "loader") -> None:
+    def check(self, samples: Samples, name: str = "loader") -> int | None:
         """One small pass at w*: shapes, labels, finiteness, determinism, independence of a loss from its batch.
+
+        Returns:
+            T, the positions of a loss per token; None of a loss per sample.
 
         Raises:
             ValueError: naming the argument, the rule and the value.
         """
         self.loss.check(samples.tree, None)
         few = samples[: min(len(samples), 8)]
-        if self.loss.name in ("cross_entropy", "mse"):
+        if self.loss.name in ("cross_entropy", "token_cross_entropy", "mse"):
             with torch.inference_mode(), self.autocast():
                 self.loss.check(samples.tree, forward(self.model, split_batch(few)[0]))
-        first, again = self.losses(few), self.losses(few)
+        (first, mask), (again, mask_again) = self.rows(few), self.rows(few)
+        if mask is not None and (mask_again is None or not torch.equal(mask, mask_again)):
+            raise ValueError("loss: the mask must depend on the data only; two passes over the same batch gave two")
         if not torch.isfinite(first).all():
             i = int((~torch.isfinite(first)).nonzero()[0])
-            raise ValueError(f"loss must be finite at the trained weights; {name} sample {i} has {float(first[i])}")
+            where = f"sample {i}" if mask is None else "sample {}, position {}".format(*mask.nonzero()[i].tolist())
+            raise ValueError(f"loss must be finite at the trained weights; {name} {where} has {float(first[i])}")
         spread = 1e-3 if self.precision is None else 0.1
-        scale = first.abs().amax()
-        if (first - again).abs().amax() > spread * scale:
+        scale = float(first.abs().amax()) if len(first) else 0.0
+        if len(first) and float((first - again).abs().amax()) > spread * scale:
             raise ValueError(
                 "model must be deterministic in eval mode: two passes over the same batch gave different losses"
             )
-        if len(first) > 1:
-            alone = torch.cat([self.losses(samples[i : i + 1]) for i in range(len(first))])
+        count = min(len(samples), 8)
+        if count > 1 and len(first):
+            alone = torch.cat([self.rows(samples[i : i + 1])[0] for i in range(count)])
+            if len(alone) != len(first):
+                raise ValueError(
+                    "loss: the mask of a sample must not depend on the other samples of its batch, but evaluating "
+                    f"{count} samples one by one leaves {len(alone)} tokens, together {len(first)}"
+                )
             worst = float((first - alone).abs().amax())
-            if worst > spread * float(scale):
+            if worst > spread * scale:
                 raise ValueError(
                     "loss of a sample must not depend on the other samples of its batch, "
-                    f"but evaluating it alone changed it by {worst:.3g} (largest loss {float(scale):.3g})"
+                    f"but evaluating it alone changed it by {worst:.3g} (largest loss {scale:.3g})"
                 )
-        self.gradient(samples, torch.arange(len(first)))
+        self.gradient(samples, torch.arange(count))
+        return None if mask is None else mask.shape[1]
+
+
+def fitting_batch(most: int, positions: int | None) -> int:
+    """Samples per pass: `most`, or fewer where each of them has many positions."""
+    return most if positions is None else max(1, min(most, TOKENS_AT_A_TIME // max(positions, 1)))
 
 
 class _Snapshot:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -15,9 +16,11 @@ class LossTraces:
     Args:
         losses: [C, T, N] tensor or array, finite, T at least 2. Converted to float32.
         excess: [C, T] rise of the training loss over its value at w* at each draw, if known (for the LLC).
+        tokens: [N, 2] integers, (sample, position) of each column where these are losses of tokens.
+        sets: name -> slice of the columns of one of several probe sets.
 
     Raises:
-        ValueError: another shape, fewer than two draws, or a non-finite entry.
+        ValueError: another shape, fewer than two draws, a non-finite entry, or a set outside the columns.
     """
 
     def __init__(
@@ -27,6 +30,8 @@ class LossTraces:
         excess: Tensor | None = None,
         n_beta: float | None = None,
         meta: dict[str, Any] | None = None,
+        tokens: Tensor | np.ndarray | None = None,
+        sets: Mapping[str, slice] | None = None,
     ) -> None:
         losses = torch.as_tensor(losses)
         if losses.ndim != 3 or 0 in losses.shape:
@@ -42,6 +47,21 @@ class LossTraces:
         self.excess = excess
         self.n_beta = n_beta
         self.meta = meta or {}
+        self.tokens = None if tokens is None else self._check_tokens(torch.as_tensor(tokens))
+        self.sets = dict(sets or {})
+        for name, rows in self.sets.items():
+            whole = isinstance(rows, slice) and isinstance(rows.start, int) and isinstance(rows.stop, int)
+            if not (whole and rows.step is None and 0 <= rows.start < rows.stop <= self.num_samples):
+                raise ValueError(f"sets: {name!r} must be a slice of the {self.num_samples} columns, got {rows!r}")
+
+    def _check_tokens(self, tokens: Tensor) -> Tensor:
+        whole = not (tokens.is_floating_point() or tokens.is_complex() or tokens.dtype == torch.bool)
+        if list(tokens.shape) != [self.num_samples, 2] or not whole:
+            raise ValueError(
+                f"tokens must be integers of shape [{self.num_samples}, 2], (sample, position) of each column, "
+                f"got {tokens.dtype} of shape {list(tokens.shape)}"
+            )
+        return tokens.detach().long().cpu()
 
     @property
     def num_chains(self) -> int:
@@ -55,8 +75,9 @@ class LossTraces:
 
     @property
     def num_samples(self) -> int:
-        """N."""
+        """N, the columns: samples or tokens."""
         return self.losses.shape[2]
 
     def __repr__(self) -> str:
-        return f"LossTraces({self.num_chains} chains x {self.num_draws} draws x {self.num_samples} samples)"
+        unit = "samples" if self.tokens is None else "tokens"
+        return f"LossTraces({self.num_chains} chains x {self.num_draws} draws x {self.num_samples} {unit})"

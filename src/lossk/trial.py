@@ -20,9 +20,10 @@ from lossk.data import Samples
 from lossk.diagnostics import watched_samples
 from lossk.errors import DivergedError
 from lossk.force import FULL_GRADIENT, full_gradient
-from lossk.losses import split_batch
+from lossk.losses import IGNORED, split_batch
 from lossk.pilot import PILOT_CHAIN, Pilot, control_variance
 from lossk.sgld import SGLD, SGLDChain
+from lossk.task import fitting_batch
 from lossk.tune import LAG1_TARGET, NOISE_BUDGET, STEPS_CAP, Limits, choose_settings
 
 RISE_SHARE = 0.05  # of an uninformed predictor's loss
@@ -56,9 +57,10 @@ def rise_bound(name: str, train: Samples) -> tuple[float, str]:
     5 % of what an uninformed constant predictor loses: the entropy of the training labels for cross entropy, the
     variance of the targets for squared error; 0.1 nats for a loss of the caller's own.
     """
-    if name == "cross_entropy":
+    if name in ("cross_entropy", "token_cross_entropy"):
         _, targets = split_batch(train.tree)
-        share = torch.unique(targets, return_counts=True)[1].double() / targets.numel()
+        counts = torch.unique(targets[targets != IGNORED], return_counts=True)[1].double()
+        share = counts / counts.sum()
         return RISE_SHARE * max(float(-(share * share.log()).sum()), 0.1), "5 % of the training labels' entropy"
     if name == "mse":
         _, targets = split_batch(train.tree)
@@ -160,7 +162,7 @@ def run_trial(sampler: SGLD, around: Surroundings) -> tuple[Trial, float | None]
     burnin = min(int(sampler.num_burnin_steps), LONGEST // 2)
     after = min(MEMORIES * math.ceil(2 / pull) if pull > 0 else LONGEST, LONGEST - burnin)
     every = max(1, -(-after // RECORDS))
-    few = train[watched_samples(len(train))]
+    few = [train[part] for part in watched_samples(len(train)).split(fitting_batch(256, task.loss.positions))]
     task.reset()
     chain.begin()
     for _ in range(burnin):
@@ -169,7 +171,7 @@ def run_trial(sampler: SGLD, around: Surroundings) -> tuple[Trial, float | None]
     for step in range(after):
         excess.append(chain.advance())
         if (step + 1) % every == 0:
-            rows.append(task.losses(few).double())
+            rows.append(torch.cat([task.losses(part) for part in few]).double())
     traces = torch.stack(rows)
     if not torch.isfinite(traces).all():
         raise chain.diverged("a training sample has a loss that is not finite")

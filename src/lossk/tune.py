@@ -48,7 +48,9 @@ def choose_settings(
     localization, lr, why_local, why_lr = _choose_law(sampler, pilot, controlled, limits)
     reasons: list[str] = []
     if sampler.n_beta is None:
-        reasons.append(f"n_beta = {pilot.n_beta:.4g}: n / ln n of the {num_train} training samples")
+        reasons.append(
+            f"n_beta = {pilot.n_beta:.4g}: n / ln n of the {task.loss.num_terms(num_train)} training {task.loss.unit}"
+        )
     if sampler.localization == "auto":
         reasons.append(f"localization = {localization:.4g}: {why_local}")
     if sampler.lr == "auto":

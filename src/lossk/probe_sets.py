@@ -1,0 +1,61 @@
+"""Several probe sets in one run: one after the other they are the rows of one kernel."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lossk.data import Samples, read_samples
+from lossk.probe import set_name
+
+
+class ProbeSets:
+    """Named probe sets, for `build_kernel(model, ProbeSets(train=a, test=b), train=a)`.
+
+    The kernel's rows are the sets one after the other, in the order given; `kernel.sets[name]` is the slice of a set's
+    rows, so that `kernel[kernel.sets["test"], kernel.sets["train"]]` is the block between two sets. The sets may differ
+    in length and shape, as long as the model and the loss take each of them.
+
+    Args:
+        sets: each a DataLoader, a Dataset or a tuple (inputs, targets) of tensors. The same object given twice (or also
+            as `train`) is read and held once.
+
+    Raises:
+        ValueError: no set, or one without a name.
+        TypeError: a set that is itself a ProbeSets, or None.
+    """
+
+    def __init__(self, /, **sets: Any) -> None:
+        if not sets:
+            raise ValueError("ProbeSets must hold at least one set, as name=samples, got none")
+        for name, samples in sets.items():
+            if not name:
+                raise ValueError("ProbeSets: a set must have a name, got ''")
+            if samples is None or isinstance(samples, ProbeSets):
+                raise TypeError(
+                    f"ProbeSets: {name} must be a DataLoader, a Dataset or a tuple (inputs, targets) of tensors, "
+                    f"got {type(samples).__name__}"
+                )
+        self.sets: dict[str, Any] = dict(sets)
+
+    def __repr__(self) -> str:
+        return f"ProbeSets({', '.join(self.sets)})"
+
+
+def read_sources(loader: Any, train: Any) -> tuple[dict[str, Samples], Samples]:
+    """Read the probe (a lone one under the name "") and the training data; what is given twice is read once.
+
+    Raises:
+        ValueError: `train` is None where the probe is several sets; what `read_samples` refuses.
+        TypeError: what `read_samples` refuses.
+    """
+    if isinstance(loader, ProbeSets) and train is None:
+        raise ValueError("train must be given with ProbeSets: it says which data the training loss is over, got None")
+    sources = dict(loader.sets) if isinstance(loader, ProbeSets) else {"": loader}
+    read: dict[int, Samples] = {}
+    for name, source in sources.items():
+        if id(source) not in read:
+            read[id(source)] = read_samples(source, set_name(name))
+    if train is not None and id(train) not in read:
+        read[id(train)] = read_samples(train, "train")
+    sets = {name: read[id(source)] for name, source in sources.items()}
+    return sets, read[id(loader if train is None else train)]
