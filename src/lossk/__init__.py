@@ -4,6 +4,7 @@ kernel = lossk.build_kernel(model, loader)
 index, correlation, noise_floor = kernel.neighbors(k=10)
 """
 
+from lossk.baoab import BAOAB
 from lossk.build import build_kernel, sample_losses
 from lossk.errors import BackendError, DivergedError, LosskError, StoreError
 from lossk.gaussian import Gaussian
@@ -18,6 +19,7 @@ __version__ = "0.1.0"
 
 # `open` is public too, but stays out of a star import, where it would hide the built-in.
 __all__ = [
+    "BAOAB",
     "SGLD",
     "BackendError",
     "DivergedError",
