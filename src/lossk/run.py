@@ -252,6 +252,8 @@ class Run:
             criteria=criteria,
             pilot=self.pilot,
             sampler=sgld,
+            acceptance=self.watch.acceptance,
+            distance=self.watch.distance,
         )
 
     def meta(self, request: dict[str, Any]) -> dict[str, Any]:

@@ -12,11 +12,12 @@ from lossk.chain import Chain, Surroundings
 from lossk.data import Samples
 from lossk.force import FULL_GRADIENT, full_gradient
 from lossk.gaussian import Gaussian, GaussianChain
+from lossk.hmc import HMC, HMCChain
 from lossk.sgld import SGLD, SGLDChain
 from lossk.task import Task
 
-Sampler = SGLD | BAOAB | Gaussian
-KINDS: dict[str, type[Sampler]] = {"sgld": SGLD, "baoab": BAOAB, "gaussian": Gaussian}
+Sampler = SGLD | BAOAB | HMC | Gaussian
+KINDS: dict[str, type[Sampler]] = {"sgld": SGLD, "baoab": BAOAB, "hmc": HMC, "gaussian": Gaussian}
 
 
 def kind_of(sampler: Sampler) -> str:
@@ -50,4 +51,6 @@ def make_chain(sampler: Sampler, around: Surroundings, chain: int) -> Chain:
         return GaussianChain(around, sampler, chain)
     if isinstance(sampler, BAOAB):
         return BAOABChain(around, sampler, chain)
+    if isinstance(sampler, HMC):
+        return HMCChain(around, sampler, chain)
     return SGLDChain(around, sampler, chain)
