@@ -3,8 +3,9 @@
     python -m bench.sensitivity --out docs/images/sensitivity.png
 
 One setting of the probe law (n_beta, localization) or of SGLD (lr; its burn-in and spacing stay) is multiplied by a
-factor. Other laws are sampled by lossk.BAOAB, whose automatic settings stay affordable where SGLD's do not. Shown is the correlation of the kernel's entries above the diagonal with those of the default settings (another seed),
-and its ceiling, the geometric mean of the two kernels' reliabilities (halves of their chains, Spearman-Brown).
+factor. Other laws are sampled by lossk.BAOAB, whose automatic settings stay affordable where SGLD's do not. Shown
+is the correlation of the kernel's entries above the diagonal with those of the default settings (another seed), and its
+ceiling, the geometric mean of the two kernels' reliabilities (halves of their chains, Spearman-Brown).
 """
 
 from __future__ import annotations
