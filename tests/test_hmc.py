@@ -38,7 +38,7 @@ def regression() -> tuple[np.ndarray, ...]:
 
 @pytest.mark.parametrize(("stiffness", "leapfrog"), [(1.5, 4), (0.4, 1)], ids=["HMC", "MALA"])
 def test_exact_law_at_any_step(stiffness: float, leapfrog: int) -> None:
-    """T1 with S = A^-1 at steps at which the test refuses half the proposals (HMC) or a twelfth (MALA); a law 10 % wider is refused."""
+    """T1 with S = A^-1 at steps at which half the proposals (HMC) or a twelfth (MALA) are refused, not 10 % wider."""
     x, y, w_star, probe, answer = regression()
     a = oracles.posterior_precision(x, N_BETA, GAMMA)
     copies = 8
