@@ -53,7 +53,7 @@ def test_gaussian_likelihood_is_a_product() -> None:
 
 
 def test_positions_add_up() -> None:
-    """A layer over T independent positions under "mse": C = sum_t E[a_t a_t'] x (2/k) I, k = T o; as a product exact."""
+    """A layer over T independent positions under "mse": C = sum_t E[a_t a_t'] x (2/k) I, k = T o, is a product."""
     positions, out = 4, 2
     x = inputs(3 * positions).view(N, positions, 3)
     task, train = prepared(nn.Linear(3, out, bias=False), (x, torch.zeros(N, positions, out)), "mse")
@@ -191,7 +191,7 @@ def test_draws_have_their_covariance(structure: Any) -> None:
     """4,000 draws of all weights of a network: mean 0 and covariance (n_beta C + gamma)^-1; 20 % more is refused."""
     model, data = net_and_data()
     task, train = prepared(model, data, "cross_entropy")
-    sampler = lossk.Laplace(n_beta=50.0, localization=2.0, structure=structure)
+    sampler = lossk.Laplace(n_beta=2e5, localization=2.0, structure=structure)
     fitted = fit_laplace(sampler, task, train, 7)
     around = Surroundings(task, train, torch.zeros(1), 3, "torch", Timings(), fitted)
     moves = []
@@ -199,7 +199,7 @@ def test_draws_have_their_covariance(structure: Any) -> None:
         moves.append(task.flat - task.anchor)
     found = torch.stack(moves).double().numpy()
     task.reset()
-    truth = exact_covariance(task, train, 50.0, 2.0, structure)
+    truth = exact_covariance(task, train, 2e5, 2.0, structure)
 
     def z(truth: np.ndarray) -> np.ndarray:
         scale = np.sqrt((np.outer(np.diag(truth), np.diag(truth)) + truth**2) / len(found))
