@@ -10,6 +10,7 @@ from lossk.errors import BackendError, DivergedError, LosskError, StoreError
 from lossk.gaussian import Gaussian
 from lossk.hmc import HMC
 from lossk.kernel import LossKernel
+from lossk.laplace import Laplace
 from lossk.neighbors import Neighbors
 from lossk.predicted import predicted_labels
 from lossk.probe_sets import ProbeSets
@@ -27,6 +28,7 @@ __all__ = [
     "BackendError",
     "DivergedError",
     "Gaussian",
+    "Laplace",
     "LossKernel",
     "LossTraces",
     "LosskError",

@@ -145,7 +145,7 @@ class Run:
         self.anchor_losses = out.double()
         self._choose(chosen)
         with self.timings.measure("pilot"):
-            self.fitted = fit(self.sampler, self.task, self.train)
+            self.fitted = fit(self.sampler, self.task, self.train, seed=self.seed)
 
     def _choose(self, chosen: dict[str, Any] | None) -> None:
         if chosen is not None:

@@ -13,11 +13,12 @@ from lossk.data import Samples
 from lossk.force import FULL_GRADIENT, full_gradient
 from lossk.gaussian import Gaussian, GaussianChain
 from lossk.hmc import HMC, HMCChain
+from lossk.laplace import Laplace, LaplaceChain, fit_laplace
 from lossk.sgld import SGLD, SGLDChain
 from lossk.task import Task
 
-Sampler = SGLD | BAOAB | HMC | Gaussian
-KINDS: dict[str, type[Sampler]] = {"sgld": SGLD, "baoab": BAOAB, "hmc": HMC, "gaussian": Gaussian}
+Sampler = SGLD | BAOAB | HMC | Laplace | Gaussian
+KINDS: dict[str, type[Sampler]] = {"sgld": SGLD, "baoab": BAOAB, "hmc": HMC, "laplace": Laplace, "gaussian": Gaussian}
 
 
 def kind_of(sampler: Sampler) -> str:
@@ -38,10 +39,12 @@ def read_sampler(plain: Mapping[str, Any]) -> Sampler:
     return KINDS[kind](**settings)
 
 
-def fit(sampler: Sampler, task: Task, train: Samples) -> dict[str, Tensor]:
+def fit(sampler: Sampler, task: Task, train: Samples, *, seed: int) -> dict[str, Tensor]:
     """What every chain of a resolved sampler needs and is worked out once, at w*."""
     if isinstance(sampler, SGLD | BAOAB) and sampler.control_variate:
         return {FULL_GRADIENT: full_gradient(task, train)}
+    if isinstance(sampler, Laplace):
+        return fit_laplace(sampler, task, train, seed)
     return {}
 
 
@@ -53,4 +56,6 @@ def make_chain(sampler: Sampler, around: Surroundings, chain: int) -> Chain:
         return BAOABChain(around, sampler, chain)
     if isinstance(sampler, HMC):
         return HMCChain(around, sampler, chain)
+    if isinstance(sampler, Laplace):
+        return LaplaceChain(around, sampler, chain)
     return SGLDChain(around, sampler, chain)
