@@ -249,7 +249,7 @@ def test_losses_of_the_peer_keep_their_digits() -> None:
 def test_both_loaders_shuffle_every_sample_once(fast: bool) -> None:
     loader = script.make_loader(torch.arange(10.0).unsqueeze(1), torch.arange(10), 4, fast)
     epochs = [torch.cat([y for _, y in loader]).tolist() for _ in range(2)]
-    assert len(loader) == 3
+    assert (len(loader), loader.batch_size) == (3, 4)
     assert sorted(epochs[0]) == sorted(epochs[1]) == list(range(10))
     assert epochs[0] != epochs[1]
     assert all(torch.equal(x[:, 0].long(), y) for x, y in loader)
@@ -357,9 +357,9 @@ def test_the_page_states_ratios_and_bounds(record: dict[str, Any]) -> None:
         "grid": [result("g", 7.0), result("h", None, likeness={}, **slow)],
     }
     text = page({**record, "networks": {"tiny": found}})
-    assert "| tiny | 2 s | > 45 x: > 90 s | 3.5 x: 7 s |" in text
+    assert "| tiny | 2 s | > 45 x (> 90 s) | 3.5 x (7 s) |" in text
     assert "| 0.1 | diverged | 7 |" in text
     assert "diverged: it did" in text
     assert "not there to be measured" not in text
     found["peer"]["defaults"]["likeness"] = {}
-    assert "| tiny | 2 s | no bound: never: diverged | 3.5 x: 7 s |" in page({**record, "networks": {"tiny": found}})
+    assert "| tiny | 2 s | never: it diverges | 3.5 x (7 s) |" in page({**record, "networks": {"tiny": found}})
