@@ -33,7 +33,8 @@ CASES: dict[Case, str] = {
     linear.t3: "m = 10 of n = 20 without replacement, anchored at the least-squares fit; the linear equation for S",
     linear.t4: "one weight whose trace is AR(1) with rho = 0.9; T = 50; the pooled row's error is over copies",
     linear.t5: "64 unrelated weights, kernels of 2 chains x 60 draws; exact tails of R given one trace (Imhof 1961)",
-    linear.t6: "two tasks of three inputs each, on weights of their own or on all; T1 with T2's covariance",
+    linear.t6: "two tasks of three inputs each, on weights of their own or on all; T1 with T2's covariance. Coupling: "
+    "weights of their own, but minibatches of 4 of 24, w* far off the fit; T3's equation around the posterior mean",
     nonlinear.t7: "Bessel functions, with the step's first-order effect by quadrature (up to 5 %)",
     nonlinear.t8: "Gamma law, with the step's effect by quadrature (k = 1: exactly); no localization",
     nonlinear.t8_rank: "n_beta = 100, gamma = 10: quadrature over A's singular values, B integrated exactly",

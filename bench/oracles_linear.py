@@ -192,4 +192,19 @@ def t6(size: Size) -> list[Row]:
             r = of_copies(kernel.to_numpy(correlation=True), case.copies)
             sd = np.sqrt(np.diag(k))
             out += rows(name, ["mean R across tasks"], [0.0], mean(r), mean(chains / np.outer(sd, sd)))
-    return out
+    return out + _coupled_by_minibatches(half, mask, size.part(2))
+
+
+def _coupled_by_minibatches(half: Regression, mask: Array, size: Size) -> list[Row]:
+    """Disjoint weights, but a minibatch rich in one task is poor in the other: T3 around the posterior mean."""
+    far = {"w_star": half.w_star + np.float64(4.0), "gamma": 30.0}  # mean gradients that do not vanish
+    case = dataclasses.replace(half, x=half.x * mask, probe=half.probe * mask[9:15], thin=4, batch_size=4, **far)
+    k, chains = case.sample(linear_loss, size)
+    mu = closed.posterior_mean(case.x, case.y, case.w_star, case.n_beta, case.gamma)
+    s = closed.minibatch_covariance(case.x, case.y, mu, case.n_beta, case.gamma, case.lr, 4)
+    truth = case.truth(s, size.draws, linear=True)
+    sign = np.sign(truth[:3, 3:])
+    mean = lambda m: (m[..., :3, 3:] * sign).mean(axis=(-2, -1))[..., None]  # noqa: E731
+    return rows(
+        "T6 minibatch coupling", ["mean K across tasks, times its true sign"], mean(truth), mean(k), mean(chains)
+    )

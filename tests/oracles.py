@@ -59,19 +59,19 @@ def lag_covariance(a: Array, lr: float, steps: int) -> Array:
     return discretised_covariance(a, lr) @ np.linalg.matrix_power(np.eye(len(a)) - lr / 2 * a, steps)
 
 
-def minibatch_covariance(x: Array, y: Array, w_star: Array, n_beta: float, gamma: float, lr: float, m: float) -> Array:
-    """T3: stationary covariance with minibatches of m out of n rows without replacement, w* the least-squares fit.
+def minibatch_covariance(x: Array, y: Array, mu: Array, n_beta: float, gamma: float, lr: float, m: float) -> Array:
+    """T3: stationary covariance with minibatches of m out of n rows without replacement, around the posterior mean mu.
 
-    S = B S B' + (eps nbeta/2)^2 f E[(H_i-H) S (H_i-H)] + eps I + (eps^2/4) nbeta^2 f Cov(g),  f = (n-m)/(m(n-1)).
+    S = B S B' + (eps nbeta/2)^2 f E[(H_i-H) S (H_i-H)] + eps I + (eps^2/4) nbeta^2 f Cov(g),  f = (n-m)/(m(n-1)),
+    g at mu, which is w* itself where w* is the least-squares fit.
     """
     n, d = x.shape
     hessians = x[:, :, None] * x[:, None, :]
     h = hessians.mean(0)
-    gradients = (x @ w_star - y)[:, None] * x
-    assert np.allclose(gradients.mean(0), 0, atol=1e-10), "T3 needs a stationary w*"
+    gradients = (x @ mu - y)[:, None] * x
     f = (n - m) / (m * (n - 1))
     b = np.eye(d) - lr / 2 * (n_beta * h + gamma * np.eye(d))
-    noise = lr * np.eye(d) + lr**2 / 4 * n_beta**2 * f * gradients.T @ gradients / n
+    noise = lr * np.eye(d) + lr**2 / 4 * n_beta**2 * f * np.cov(gradients.T, bias=True).reshape(d, d)
     deviations = hessians - h
     multiplicative = sum(np.kron(e, e) for e in deviations) / n
     system = np.eye(d * d) - np.kron(b, b) - (lr * n_beta / 2) ** 2 * f * multiplicative

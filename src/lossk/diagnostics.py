@@ -14,9 +14,9 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from lossk.chain import Draw
+    from lossk.pilot import Pilot
     from lossk.sgld import SGLD
     from lossk.traces import LossTraces
-    from lossk.tune import Pilot
 
 WATCHED = 256  # samples whose own traces are kept for R-hat and ESS, evenly spaced over the probe
 RHAT_LIMIT = 1.1
@@ -25,6 +25,7 @@ STEP_LIMIT = 0.25
 BURNIN_LIMIT = 0.9
 ESS_LIMIT = 50.0
 FLOOR_LIMIT = 0.6
+DRIFT_LIMIT, DRIFT_Z_LIMIT = 0.7, 4.0
 
 
 class Estimate(NamedTuple):
@@ -52,6 +53,8 @@ class Diagnostics:
     gradient_noise_ratio: float | None  # minibatch noise over injected noise, worst direction; well below 1 is right
     discretisation: float | None  # eps a_max / 4, relative excess variance of the stiffest direction
     burnin_completeness: float | None  # share of its stationary variance that a flat direction has at the first draw
+    drift: float | None  # of the mean probe loss, first third of the draws to last, in standard deviations over draws
+    drift_z: float | None  # the same in standard errors
     dead_share: float  # share of samples whose loss never varied
     verdict: str  # "good" or what is wrong
     advice: str  # the number behind the verdict and one change to make
@@ -62,7 +65,8 @@ class Diagnostics:
     @classmethod
     def from_dict(cls, plain: Mapping[str, Any]) -> Diagnostics:
         pairs = ("functional_variance", "singular_fluctuation", "waic", "wbic")
-        read: dict[str, Any] = {k: Estimate(*v) if k in pairs and v is not None else v for k, v in plain.items()}
+        read: dict[str, Any] = {f.name: None for f in dataclasses.fields(cls)}  # an older store knows fewer numbers
+        read |= {k: Estimate(*v) if k in pairs and v is not None else v for k, v in plain.items()}
         return cls(**read)
 
     def __str__(self) -> str:
@@ -194,6 +198,7 @@ def diagnose(
     """
     rhat, ess = _rhat_ess(mean_loss.double().numpy()[..., None])
     sample_rhat, sample_ess = _rhat_ess(watched.double().numpy())
+    drift, drift_z = _drift(mean_loss.double().numpy())
     llc = llc_se = None
     if excess is not None and n_beta is not None:
         llc = n_beta * float(excess.double().mean())
@@ -219,6 +224,8 @@ def diagnose(
         "gradient_noise_ratio": noise,
         "discretisation": discretisation,
         "burnin_completeness": completeness,
+        "drift": drift,
+        "drift_z": drift_z,
         "dead_share": dead_share,
     }
     verdict, advice = judge(numbers)
@@ -243,6 +250,11 @@ def judge(numbers: Mapping[str, Any]) -> tuple[str, str]:
         return "not burned in", (
             f"flat directions start with {share:.0f} % of their stationary variance; "
             "raise num_burnin_steps or localization"
+        )
+    if abs(n["drift"]) > DRIFT_LIMIT and abs(n["drift_z"]) > DRIFT_Z_LIMIT:
+        return "not burned in", (
+            f"the mean loss still moves: by {n['drift']:.1f} standard deviations from the first third of the draws to "
+            "the last; raise num_burnin_steps"
         )
     if n["dead_share"] > 0.5:
         share = 100 * n["dead_share"]
@@ -280,6 +292,18 @@ def _rhat_ess(traces: np.ndarray) -> tuple[float | None, float | None]:
     rhat = array_stats.rhat(traces[..., varies], chain_axis=0, draw_axis=1)
     ess = array_stats.ess(traces[..., varies], chain_axis=0, draw_axis=1)
     return _median(rhat), _median(ess)
+
+
+def _drift(mean_loss: np.ndarray) -> tuple[float | None, float | None]:
+    """How far the mean of [C, T] moves from the first third to the last: in deviations, and in standard errors."""
+    third = mean_loss.shape[1] // 3
+    deviation = float(mean_loss.std())
+    if third < 4 or not deviation > 0:
+        return None, None
+    first, last = mean_loss[:, :third], mean_loss[:, -third:]
+    move = float(last.mean() - first.mean())
+    error = math.hypot(_mcse(first), _mcse(last))
+    return move / deviation, move / error if error > 0 else None
 
 
 def _median(values: np.ndarray) -> float | None:

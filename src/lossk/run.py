@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,6 +21,7 @@ from lossk.gaussian import Gaussian
 from lossk.losses import LossFunction, resolve_loss
 from lossk.neighbors import median_noise_floor
 from lossk.panel import ChainTotals, Panel, chain_panels
+from lossk.pilot import Pilot, run_pilot
 from lossk.plan import check_memory, make_plan
 from lossk.probe import (
     Probe,
@@ -35,7 +36,7 @@ from lossk.samplers import KINDS, Sampler, fit, kind_of, make_chain
 from lossk.sgld import SGLD
 from lossk.task import Task
 from lossk.timings import Progress, Timings
-from lossk.tune import Pilot, choose_settings, run_pilot
+from lossk.trial import settle
 
 
 @dataclass
@@ -155,9 +156,9 @@ class Run:
         if isinstance(self.sampler, Gaussian):
             return
         with self.timings.measure("pilot"):
-            self.pilot = run_pilot(self.task, self.train, self.sampler, seed=self.seed)
-            self.sampler, self.reasons = choose_settings(
-                self.sampler, self.pilot, self.task, num_probe=self.probe.num_samples, num_train=len(self.train)
+            pilot = run_pilot(self.task, self.train, self.sampler, seed=self.seed)
+            self.sampler, self.pilot, self.reasons = settle(
+                self.sampler, pilot, self._around(Timings()), num_probe=self.probe.num_samples
             )
 
     def chosen(self) -> dict[str, Any]:
@@ -177,8 +178,8 @@ class Run:
                 f"pilot: curvature up to {self.pilot.curvature:.3g}, gradient variance "
                 f"{self.pilot.gradient_variance:.3g} ({self.pilot.num_samples} of {n} training samples)"
             )
-            for reason in self.reasons:
-                bar.say(f"  {reason}")
+            for line in as_table(self.reasons):
+                bar.say(line)
             bar.say(
                 f"  expected: discretisation {self.pilot.discretisation(self.sampler):.1%}, gradient-noise ratio "
                 f"{self.pilot.noise_ratio(self.sampler):.2g} (minibatch {min(self.sampler.batch_size or n, n)})"
@@ -204,11 +205,13 @@ class Run:
         bar.say(f"cost: {plan}")
         check_memory(plan, num_samples=len(self.probe), what="the traces" if held_traces else "the kernel")
 
-    def _chain(self, chain: int, timings: Timings) -> Chain:
-        around = Surroundings(
+    def _around(self, timings: Timings) -> Surroundings:
+        return Surroundings(
             self.task, self.train, self.anchor_losses, self.seed, self.backend, timings, fitted=self.fitted
         )
-        return make_chain(self.sampler, around, chain)
+
+    def _chain(self, chain: int, timings: Timings) -> Chain:
+        return make_chain(self.sampler, self._around(timings), chain)
 
     def _time_a_step(self) -> float:
         """Seconds per step: the quickest of three, from w* and back."""
@@ -277,3 +280,10 @@ class Run:
             "mean_loss_trace": self.watch.mean_loss.tolist(),
             "excess_trace": self.watch.excess.tolist(),
         }
+
+
+def as_table(reasons: Sequence[str]) -> list[str]:
+    """Lines "name = value: why" in aligned columns."""
+    split = [(*head.split(" = ", 1), why) for head, _, why in (reason.partition(": ") for reason in reasons)]
+    name, value = (max((len(row[i]) for row in split), default=0) for i in (0, 1))
+    return [f"  {row[0]:{name}} = {row[1]:{value}} : {row[2]}" for row in split]

@@ -1,0 +1,197 @@
+"""The trial chain: its statistics against known traces, and models that no measurement at w* reveals."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import lossk
+import oracles
+from lossk import trial, tune
+
+
+def ar1(rho: float, draws: int, width: int) -> Tensor:
+    x = torch.randn(draws + 200, width, dtype=torch.float64)
+    for t in range(1, len(x)):
+        x[t] = rho * x[t - 1] + math.sqrt(1 - rho**2) * x[t]
+    return x[200:]
+
+
+@pytest.mark.parametrize(("rho", "low", "high"), [(0.0, 1.0, 1.1), (0.5, 2.5, 3.3), (0.8, 7.0, 10.0)])
+def test_autocorrelation_time_of_ar1(rho: float, low: float, high: float) -> None:
+    """(1 + rho) / (1 - rho) = 1, 3, 9; centring and the median lower the longest by up to a fifth."""
+    assert low <= trial.autocorrelation_time(ar1(rho, 200, 64)) <= high
+
+
+def test_autocorrelation_time_leaves_dead_samples_out() -> None:
+    traces = torch.cat([ar1(0.8, 200, 32), torch.full((200, 64), 0.5, dtype=torch.float64)], dim=1)
+    assert trial.autocorrelation_time(traces) > 6.0
+    assert trial.autocorrelation_time(torch.ones(50, 3, dtype=torch.float64)) == 1.0
+
+
+@pytest.mark.parametrize("rho", [0.5, 0.9, 0.99])
+def test_spacing_is_the_cheapest_allowed(rho: float) -> None:
+    memory = (1 + rho) / (1 - rho)
+    for probe_cost in (0.0, 10.0, 1000.0):
+        found = trial.worth_spacing(memory, 1.0, probe_cost)
+        assert rho**found <= tune.LAG1_TARGET
+
+        def cost(s: int, probe_cost: float = probe_cost) -> float:
+            return (s + probe_cost) * (1 + rho**s) / (1 - rho**s)
+
+        assert all(cost(found) <= cost(s) for s in trial.SPACINGS if rho**s <= tune.LAG1_TARGET)
+    assert trial.worth_spacing(memory, 1.0, 1000.0) > trial.worth_spacing(memory, 1.0, 0.0)
+
+
+def test_a_drift_is_seen() -> None:
+    steady = ar1(0.5, 200, 40)
+    moving = steady + torch.linspace(0, 3, 200, dtype=torch.float64).unsqueeze(1)
+    assert abs(trial._drift(steady)[0]) < 4
+    assert trial._drift(steady)[1] <= 0.1
+    assert trial._drift(moving)[0] > 4
+    assert trial._drift(moving)[1] > 0.5
+
+
+class Weights(nn.Module):
+    """Weights without inputs; the loss gives them meaning."""
+
+    def __init__(self, *values: float) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.tensor(values))
+
+
+def per_sample(value: Tensor, batch: tuple[Tensor, Tensor]) -> Tensor:
+    """The same loss for every sample but for its own small slope, so that no sample is dead."""
+    return value + 1e-3 * batch[0].squeeze(1) * value.detach().abs().sqrt()
+
+
+def plain_data() -> tuple[Tensor, Tensor]:
+    return torch.randn(40, 1), torch.zeros(40)
+
+
+def settled(model: nn.Module, data: Any, loss: Any, **changes: Any) -> lossk.LossKernel:
+    return lossk.build_kernel(
+        model, data, loss=loss, sampler=lossk.SGLD(**changes), num_chains=2, num_draws=24, progress=False
+    )
+
+
+def test_a_loss_that_only_grows_further_out_is_held_within_its_bound() -> None:
+    """500 weights without curvature at w* but w^4 beyond: at w* nothing limits the spread; the trial does."""
+
+    def loss(model: Any, batch: tuple[Tensor, Tensor]) -> Tensor:
+        return per_sample(10.0 * (model.w**4).sum() + 0.5 * model.w[0].square(), batch)
+
+    kernel = settled(Weights(*[0.0] * 500), plain_data(), loss)
+    rise = torch.tensor(kernel.meta["excess_trace"]).mean()
+    assert 0 < rise <= 1.3 * trial.RISE_NATS
+    reason = next(line for line in kernel.meta["reasons"] if line.startswith("localization"))
+    assert "rise of the training loss" in reason
+
+
+def test_a_wall_near_the_weights_does_not_make_the_run_diverge() -> None:
+    """Curvature 1 at w*, 10^4 beyond |w| = 0.3: the trial explodes at the pilot's step and is tried with a shorter."""
+
+    def loss(model: Any, batch: tuple[Tensor, Tensor]) -> Tensor:
+        wall = (model.w.abs() - 0.3).clamp(min=0).square().sum()
+        return per_sample(0.5 * model.w.square().sum() + 5e3 * wall, batch)
+
+    kernel = settled(Weights(0.0, 0.0, 0.0), plain_data(), loss)
+    assert torch.isfinite(kernel.variance).all()
+
+
+def test_one_huge_curvature_meets_the_bias_budget() -> None:
+    """L = (1e6 a^2 + b^2 + c^2) / 2: variances within the 5 % budget, 5 standard errors over chains beside it."""
+
+    def loss(model: Any, batch: tuple[Tensor, Tensor]) -> Tensor:
+        scale = torch.tensor([1e3, 1.0, 1.0])
+        return 0.5 * (scale * model.w).square().sum() + (scale * model.w * batch[0]).sum(dim=1)
+
+    data = (torch.eye(3).repeat(16, 1), torch.zeros(48))
+    centred = (torch.cat([data[0], -data[0]]), torch.zeros(96))
+    traces = lossk.sample_losses(
+        Weights(0.0, 0.0, 0.0), centred, loss=loss, sampler=lossk.SGLD(batch_size=None), num_chains=16, num_draws=100,
+        progress=False,
+    )  # fmt: skip
+    sampler = traces.meta["sampler"]
+    scale2 = torch.tensor([1e6, 1.0, 1.0], dtype=torch.float64)
+    a = sampler["n_beta"] * scale2 + sampler["localization"]
+    s = scale2 / a  # Var of scale * w; the quadratic part is shared by all samples
+    truth = s + 0.5 * s.square().sum()
+    by_chain = traces.losses.double().var(dim=1)[:, :3]  # [C, 3]
+    found, error = by_chain.mean(dim=0), by_chain.std(dim=0) / 4
+    assert torch.all(found - truth < tune.DISCRETISATION_BUDGET * truth + 5 * error)
+    assert torch.all(found - truth > -0.1 * truth - 5 * error)  # what chain centring takes at 100 draws
+
+
+@pytest.mark.parametrize("condition", [1.0, 1e4])
+def test_ill_conditioned_regression_has_the_closed_form(condition: float) -> None:
+    """trace K by T1 within the discretisation and noise budgets and 5 standard errors."""
+    x = torch.randn(200, 5, dtype=torch.float64) * torch.logspace(0, -0.5 * math.log10(condition), 5).double()
+    y = x @ torch.ones(5, dtype=torch.float64) + torch.randn(200, dtype=torch.float64)
+    model = nn.Linear(5, 1, bias=False)
+    fit = torch.linalg.lstsq(x, y.unsqueeze(1)).solution
+    with torch.no_grad():
+        model.weight.copy_(fit.T)
+    traces = lossk.sample_losses(
+        model, (x.float(), y.float()), loss=lambda m, b: 0.5 * (m(b[0]).squeeze(1) - b[1]).square(),
+        num_chains=16, num_draws=60, progress=False,
+    )  # fmt: skip
+    chosen = traces.meta["sampler"]
+    a = oracles.posterior_precision(x.numpy(), chosen["n_beta"], chosen["localization"])
+    residual = (y - x @ fit.squeeze(1)).numpy()
+    truth = float(oracles.regression_covariance(x.numpy(), residual, torch.linalg.inv(torch.tensor(a)).numpy()).trace())
+    by_chain = traces.losses.double().var(dim=1).sum(dim=1)  # [C] trace of K
+    found, error = float(by_chain.mean()), float(by_chain.std()) / len(by_chain) ** 0.5
+    assert found - truth < (tune.DISCRETISATION_BUDGET + tune.NOISE_BUDGET) * truth + 5 * error
+    assert found - truth > -0.1 * truth - 5 * error  # what chain centring takes at 60 draws of lag 1 below 1/e
+
+
+def more_models() -> dict[str, tuple[nn.Module, Any, Any]]:
+    x, y = torch.randn(80, 6), torch.randint(0, 3, (80,))
+    saddle = Weights(0.0, 0.0)
+
+    def saddle_loss(model: Any, batch: tuple[Tensor, Tensor]) -> Tensor:
+        a, b = model.w
+        return per_sample(a.square() - b.square() + b**4, batch)
+
+    deep = nn.Sequential(nn.Linear(6, 4, bias=False), nn.Linear(4, 4, bias=False), nn.Linear(4, 3, bias=False))
+    for parameter in deep.parameters():
+        nn.init.zeros_(parameter)
+    return {
+        "saddle": (saddle, plain_data(), saddle_loss),
+        "deep linear at zero": (deep, (x, y), "cross_entropy"),
+        "untrained": (nn.Sequential(nn.Linear(6, 16), nn.GELU(), nn.LayerNorm(16), nn.Linear(16, 3)), (x, y),
+                      "cross_entropy"),
+        "regression network": (nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 2)), (x, 50 * torch.randn(80, 2)),
+                               "mse"),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", list(more_models()))
+def test_no_model_diverges_at_automatic_settings(name: str) -> None:
+    model, data, loss = more_models()[name]
+    before = [p.detach().clone() for p in model.parameters()]
+    kernel = settled(model, data, loss, batch_size=16)
+    assert torch.isfinite(kernel.variance).all()
+    assert not kernel.dead.all()
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+    assert any(line.startswith("trial") for line in kernel.meta["reasons"])
+
+
+def test_a_control_variate_is_chosen_where_noise_would_hold_the_step_back() -> None:
+    """Least squares with large residuals and little curvature: gradients differ, and do so alike at w and w*."""
+    x = torch.randn(3000, 4) * 0.3
+    y = 30 * torch.randn(3000)
+    model = nn.Linear(4, 1, bias=False)
+    with torch.no_grad():
+        model.weight.copy_(torch.linalg.lstsq(x, y.unsqueeze(1)).solution.T)
+    kernel = lossk.build_kernel(
+        model, (x[:50], y[:50]), train=(x, y), loss=lambda m, b: 0.5 * (m(b[0]).squeeze(1) - b[1]).square(),
+        sampler=lossk.SGLD(batch_size=8), num_chains=2, num_draws=12, progress=False,
+    )  # fmt: skip
+    assert kernel.meta["sampler"]["control_variate"] is True
+    assert kernel.diagnostics.gradient_noise_ratio <= tune.NOISE_BUDGET * 1.06
