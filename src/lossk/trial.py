@@ -22,8 +22,8 @@ from lossk.errors import DivergedError
 from lossk.force import FULL_GRADIENT, full_gradient
 from lossk.losses import IGNORED, split_batch
 from lossk.pilot import PILOT_CHAIN, Pilot, control_variance
-from lossk.probe import probe_losses
 from lossk.sgld import SGLD, SGLDChain
+from lossk.task import fitting_batch
 from lossk.tune import LAG1_TARGET, NOISE_BUDGET, STEPS_CAP, Limits, choose_settings
 
 RISE_SHARE = 0.05  # of an uninformed predictor's loss
@@ -59,8 +59,8 @@ def rise_bound(name: str, train: Samples) -> tuple[float, str]:
     """
     if name in ("cross_entropy", "token_cross_entropy"):
         _, targets = split_batch(train.tree)
-        targets = targets[targets != IGNORED]
-        share = torch.unique(targets, return_counts=True)[1].double() / targets.numel()
+        counts = torch.unique(targets[targets != IGNORED], return_counts=True)[1].double()
+        share = counts / counts.sum()
         return RISE_SHARE * max(float(-(share * share.log()).sum()), 0.1), "5 % of the training labels' entropy"
     if name == "mse":
         _, targets = split_batch(train.tree)
@@ -162,8 +162,7 @@ def run_trial(sampler: SGLD, around: Surroundings) -> tuple[Trial, float | None]
     burnin = min(int(sampler.num_burnin_steps), LONGEST // 2)
     after = min(MEMORIES * math.ceil(2 / pull) if pull > 0 else LONGEST, LONGEST - burnin)
     every = max(1, -(-after // RECORDS))
-    index = watched_samples(len(train))
-    few = Samples(train[index], len(index))
+    few = [train[part] for part in watched_samples(len(train)).split(fitting_batch(256, task.loss.positions))]
     task.reset()
     chain.begin()
     for _ in range(burnin):
@@ -172,9 +171,8 @@ def run_trial(sampler: SGLD, around: Surroundings) -> tuple[Trial, float | None]
     for step in range(after):
         excess.append(chain.advance())
         if (step + 1) % every == 0:
-            rows.append(torch.empty(len(few)))
-            probe_losses(task, few, rows[-1])
-    traces = torch.stack(rows).double()
+            rows.append(torch.cat([task.losses(part) for part in few]).double())
+    traces = torch.stack(rows)
     if not torch.isfinite(traces).all():
         raise chain.diverged("a training sample has a loss that is not finite")
     noise = None
