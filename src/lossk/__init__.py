@@ -4,9 +4,11 @@ kernel = lossk.build_kernel(model, loader)
 index, correlation, noise_floor = kernel.neighbors(k=10)
 """
 
+from lossk.baoab import BAOAB
 from lossk.build import build_kernel, sample_losses
 from lossk.errors import BackendError, DivergedError, LosskError, StoreError
 from lossk.gaussian import Gaussian
+from lossk.hmc import HMC
 from lossk.kernel import LossKernel
 from lossk.neighbors import Neighbors
 from lossk.predicted import predicted_labels
@@ -19,6 +21,8 @@ __version__ = "0.1.0"
 
 # `open` is public too, but stays out of a star import, where it would hide the built-in.
 __all__ = [
+    "BAOAB",
+    "HMC",
     "SGLD",
     "BackendError",
     "DivergedError",

@@ -76,7 +76,7 @@ class Chain(ABC):
 
     @abstractmethod
     def advance(self) -> float:
-        """One step; returns L_B(w) - L_B(w*) at the weights before it (NaN where no loss is evaluated)."""
+        """One step; returns L_B(w) - L_B(w*) where its gradient is taken (NaN where no loss is evaluated)."""
 
     @abstractmethod
     def diverged(self, what: str) -> DivergedError:

@@ -55,6 +55,8 @@ class Diagnostics:
     burnin_completeness: float | None  # share of its stationary variance that a flat direction has at the first draw
     drift: float | None  # of the mean probe loss, first third of the draws to last, in standard deviations over draws
     drift_z: float | None  # the same in standard errors
+    acceptance: float | None = None  # of a Metropolis test, mean over draws; of HMC, or of SGLD that measures it
+    distance: float | None = None  # mean over draws of |w - w*|
     dead_share: float  # share of samples whose loss never varied
     verdict: str  # "good" or what is wrong
     advice: str  # the number behind the verdict and one change to make
@@ -80,12 +82,18 @@ class Diagnostics:
                 f"WAIC         {waic.value:.4f} +- {_number(waic.se, 4)} per sample, if the loss is a log loss; "
                 f"functional variance {v.value:.3g}, singular fluctuation {nu.value:.2f} +- {_number(nu.se)}"
             )
+        moves = []
+        if self.distance is not None:
+            moves.append(f"distance     {self.distance:.3g} (mean |w - w*|)")
+        if self.acceptance is not None:
+            moves.append(f"acceptance   {self.acceptance:.3f} (Metropolis test)")
         return "\n".join(
             [
                 f"LLC          {llc}",
                 f"R-hat        {_number(self.rhat, 3)} (mean loss), {_number(self.sample_rhat, 3)} (median sample)",
                 f"ESS          {_number(self.ess, 0)} (mean loss), {_number(self.sample_ess, 0)} (median sample)",
                 *criteria,
+                *moves,
                 f"noise floor  {_number(self.noise_floor)} (correlation that chance alone would show)",
                 f"verdict      {self.verdict}: {self.advice}",
             ]
@@ -185,6 +193,8 @@ def diagnose(
     criteria: Criteria | None,
     pilot: Pilot | None,
     sampler: SGLD | None,
+    acceptance: Tensor | None = None,
+    distance: Tensor | None = None,
 ) -> Diagnostics:
     """Combine traces and pilot into diagnostics.
 
@@ -195,6 +205,8 @@ def diagnose(
         excess: [C, T] rise of the training loss over its value at w*.
         criteria: what the information criteria need, where the probe is the training set.
         sampler: the resolved one.
+        acceptance: [C, T], NaN where it was not asked for.
+        distance: [C, T], |w - w*|.
     """
     rhat, ess = _rhat_ess(mean_loss.double().numpy()[..., None])
     sample_rhat, sample_ess = _rhat_ess(watched.double().numpy())
@@ -226,6 +238,8 @@ def diagnose(
         "burnin_completeness": completeness,
         "drift": drift,
         "drift_z": drift_z,
+        "acceptance": _mean(acceptance),
+        "distance": _mean(distance),
         "dead_share": dead_share,
     }
     verdict, advice = judge(numbers)
@@ -309,6 +323,13 @@ def _drift(mean_loss: np.ndarray) -> tuple[float | None, float | None]:
 def _median(values: np.ndarray) -> float | None:
     finite = np.asarray(values)[np.isfinite(values)]
     return float(np.median(finite)) if finite.size else None
+
+
+def _mean(values: Tensor | None) -> float | None:
+    """The mean, or None where it is unknown at any draw."""
+    if values is None or not torch.isfinite(values).all():
+        return None
+    return float(values.double().mean())
 
 
 def _mcse(trace: np.ndarray) -> float:

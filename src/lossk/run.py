@@ -15,13 +15,13 @@ from lossk import provenance
 from lossk.backends import resolve_backend
 from lossk.blocks import Moments
 from lossk.chain import Chain, ChainState, Surroundings
+from lossk.choose import choose
 from lossk.data import Samples
 from lossk.diagnostics import Criteria, Diagnostics, TraceWatch, diagnose
-from lossk.gaussian import Gaussian
 from lossk.losses import LossFunction, resolve_loss
 from lossk.neighbors import median_noise_floor
 from lossk.panel import ChainTotals, Panel, chain_panels
-from lossk.pilot import Pilot, run_pilot
+from lossk.pilot import Pilot
 from lossk.plan import check_memory, make_plan
 from lossk.probe import (
     Probe,
@@ -36,7 +36,6 @@ from lossk.samplers import KINDS, Sampler, fit, kind_of, make_chain
 from lossk.sgld import SGLD
 from lossk.task import Task
 from lossk.timings import Progress, Timings
-from lossk.trial import settle
 
 
 @dataclass
@@ -153,12 +152,9 @@ class Run:
             self.pilot = None if chosen["pilot"] is None else Pilot(**chosen["pilot"])
             self.sampler, self.reasons = type(self.asked)(**chosen["sampler"]), chosen["reasons"]
             return
-        if isinstance(self.sampler, Gaussian):
-            return
         with self.timings.measure("pilot"):
-            pilot = run_pilot(self.task, self.train, self.sampler, seed=self.seed)
-            self.sampler, self.pilot, self.reasons = settle(
-                self.sampler, pilot, self._around(Timings()), num_probe=self.probe.num_samples
+            self.sampler, self.pilot, self.reasons = choose(
+                self.sampler, self._around(Timings()), num_probe=self.probe.num_samples
             )
 
     def chosen(self) -> dict[str, Any]:
@@ -173,13 +169,14 @@ class Run:
             f"lossk: {len(self.probe)} {self.task.loss.unit}, {self.task.num_weights} weights, "
             f"{self.num_chains} chains x {self.num_draws} draws, backend {self.backend}"
         )
-        if isinstance(self.sampler, SGLD) and self.pilot is not None:
+        if self.pilot is not None:
             bar.say(
                 f"pilot: curvature up to {self.pilot.curvature:.3g}, gradient variance "
                 f"{self.pilot.gradient_variance:.3g} ({self.pilot.num_samples} of {n} training samples)"
             )
-            for line in as_table(self.reasons):
-                bar.say(line)
+        for line in as_table(self.reasons):
+            bar.say(line)
+        if isinstance(self.sampler, SGLD) and self.pilot is not None:
             bar.say(
                 f"  expected: discretisation {self.pilot.discretisation(self.sampler):.1%}, gradient-noise ratio "
                 f"{self.pilot.noise_ratio(self.sampler):.2g} (minibatch {min(self.sampler.batch_size or n, n)})"
@@ -243,13 +240,15 @@ class Run:
 
     def diagnose(self, moments: Moments, totals: ChainTotals) -> Diagnostics:
         criteria, sgld = None, self.sampler if isinstance(self.sampler, SGLD) else None
-        if len(self.probe.parts) == 1 and self.probe.holds(self.train) and sgld is not None:
+        # A chain that evaluates no training loss does not sample p(w): no learning coefficient follows from it.
+        n_beta = getattr(self.sampler, "n_beta", None) if torch.isfinite(self.watch.excess).all() else None
+        if len(self.probe.parts) == 1 and self.probe.holds(self.train) and n_beta is not None:
             criteria = Criteria(
                 totals.variance,
                 totals.log_likelihood,
                 self.watch.mean_loss.mean(dim=1),
                 self.num_train,
-                float(sgld.n_beta or 0),
+                float(n_beta),
             )
         return diagnose(
             mean_loss=self.watch.mean_loss,
@@ -257,10 +256,12 @@ class Run:
             dead_share=float((moments.variance == 0).double().mean()),
             noise_floor=median_noise_floor(moments),
             excess=self.watch.excess,
-            n_beta=None if sgld is None else sgld.n_beta,
+            n_beta=n_beta,
             criteria=criteria,
             pilot=self.pilot,
             sampler=sgld,
+            acceptance=self.watch.acceptance,
+            distance=self.watch.distance,
         )
 
     def meta(self, request: dict[str, Any]) -> dict[str, Any]:

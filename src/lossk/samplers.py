@@ -7,15 +7,17 @@ from typing import Any
 
 from torch import Tensor
 
+from lossk.baoab import BAOAB, BAOABChain
 from lossk.chain import Chain, Surroundings
 from lossk.data import Samples
 from lossk.force import FULL_GRADIENT, full_gradient
 from lossk.gaussian import Gaussian, GaussianChain
+from lossk.hmc import HMC, HMCChain
 from lossk.sgld import SGLD, SGLDChain
 from lossk.task import Task
 
-Sampler = SGLD | Gaussian
-KINDS: dict[str, type[Sampler]] = {"sgld": SGLD, "gaussian": Gaussian}
+Sampler = SGLD | BAOAB | HMC | Gaussian
+KINDS: dict[str, type[Sampler]] = {"sgld": SGLD, "baoab": BAOAB, "hmc": HMC, "gaussian": Gaussian}
 
 
 def kind_of(sampler: Sampler) -> str:
@@ -38,7 +40,7 @@ def read_sampler(plain: Mapping[str, Any]) -> Sampler:
 
 def fit(sampler: Sampler, task: Task, train: Samples) -> dict[str, Tensor]:
     """What every chain of a resolved sampler needs and is worked out once, at w*."""
-    if isinstance(sampler, SGLD) and sampler.control_variate:
+    if isinstance(sampler, SGLD | BAOAB) and sampler.control_variate:
         return {FULL_GRADIENT: full_gradient(task, train)}
     return {}
 
@@ -47,4 +49,8 @@ def make_chain(sampler: Sampler, around: Surroundings, chain: int) -> Chain:
     """Chain number `chain` of a resolved sampler."""
     if isinstance(sampler, Gaussian):
         return GaussianChain(around, sampler, chain)
+    if isinstance(sampler, BAOAB):
+        return BAOABChain(around, sampler, chain)
+    if isinstance(sampler, HMC):
+        return HMCChain(around, sampler, chain)
     return SGLDChain(around, sampler, chain)

@@ -18,10 +18,12 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
 from lossk.chain import Chain, Surroundings, explosion_limit
 from lossk.errors import DivergedError
 from lossk.force import MinibatchForce
+from lossk.metropolis import Energy, mala_acceptance
 from lossk.ops.sgld_step import sgld_step
 from lossk.settings import check_choice, check_integer, check_number, check_patterns
 
@@ -48,6 +50,8 @@ class SGLD:
         control_variate: take g_B(w) - g_B(w*) + g_n(w*) for the minibatch gradient (Baker et al. 2019, arXiv
             1706.05439): the same mean, little noise near w*, twice the cost of a step. "auto" lets the pilot decide
             where lr is "auto" too, and is False where lr is a number.
+        measure_acceptance: also measure, at each draw, the acceptance that a Metropolis test would give a fresh
+            full-batch step of this lr: near 1 where the step is short enough. Two full gradients more per draw.
         params: shell-style patterns of the parameter names to sample; None is every parameter that requires grad.
 
     Raises:
@@ -62,6 +66,7 @@ class SGLD:
     num_steps_bw_draws: int | Literal["auto"] = "auto"
     preconditioner: Literal["rmsprop", "rmsprop-frozen"] | None = None
     control_variate: bool | Literal["auto"] = "auto"
+    measure_acceptance: bool = False
     params: Sequence[str] | None = None
 
     def __post_init__(self) -> None:
@@ -79,6 +84,7 @@ class SGLD:
             check_integer("num_steps_bw_draws", self.num_steps_bw_draws, 1)
         check_choice("preconditioner", self.preconditioner, PRECONDITIONERS)
         check_choice("control_variate", self.control_variate, (True, False, "auto"))
+        check_choice("measure_acceptance", self.measure_acceptance, (True, False))
         object.__setattr__(self, "params", check_patterns(self.params))
 
     @property
@@ -153,6 +159,29 @@ class SGLDChain(Chain):
             )
         self.step += 1
         return excess
+
+    def acceptance(self) -> float:
+        """Of a Metropolis test of a full-batch step with this lr (and preconditioner), where it was asked for."""
+        if not self.sampler.measure_acceptance:
+            return math.nan
+        energy = Energy(
+            self.task,
+            self.around.train,
+            n_beta=float(self.sampler.n_beta or 0),
+            localization=float(self.sampler.localization),
+        )
+        gain: Tensor | float = 1.0
+        if "square_avg" in self.memory:
+            gain = (self.memory["square_avg"].sqrt() + STABILITY).rsqrt()
+        with self.around.timings.measure("acceptance"):
+            return mala_acceptance(
+                energy,
+                lr=float(self.sampler.lr),
+                seed=self.around.seed,
+                chain=self.chain,
+                step=self.step,
+                root_gain=gain,
+            )
 
     def diverged(self, what: str) -> DivergedError:
         lr = float(self.sampler.lr)

@@ -4,9 +4,10 @@ J. K. Salmon, M. A. Moraes, R. O. Dror, D. E. Shaw, "Parallel random numbers: as
 A word depends on nothing but its key and counter: not on threads, backends, array sizes or earlier calls. Here
 
     key     = (seed, chain)
-    counter = (block & 0xffffffff, block >> 32, step, stream)    stream: 0 SGLD noise, 1 minibatches, 2 tuning pilots
+    counter = (block & 0xffffffff, block >> 32, step, stream)
 
-and element e of a flat buffer is word e % 4 of block e // 4.
+with streams 0 a step's noise, 1 minibatches, 2 tuning pilots, 3 first velocities (BAOAB), 4 Metropolis tests,
+5 measured acceptances, 6 labels of a Fisher matrix; and element e of a flat buffer is word e % 4 of block e // 4.
 """
 
 from __future__ import annotations
