@@ -256,7 +256,7 @@ def test_a_row_that_diverges_is_named_by_its_set(build: Build, problem: Any) -> 
 
     a, b = halves(problem)
     b[0][4, 0] = 77
-    with pytest.raises(lossk.DivergedError, match="loader set 'b' sample 4 has loss inf"):
+    with pytest.raises(lossk.DivergedError, match="probe set 'b' sample 4 has loss inf"):
         build(model, lossk.ProbeSets(a=a, b=b), train=a, loss=loss)
 
 

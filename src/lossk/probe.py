@@ -101,9 +101,10 @@ class Probe:
             if row < len(part):
                 break
             row -= len(part)
+        name = "probe" + part.name.removeprefix("loader")
         if part.tokens is None:
-            return f"{part.name} sample {row}"
-        return "{} sample {}, position {}".format(part.name, *part.tokens[row].tolist())
+            return f"{name} sample {row}"
+        return "{} sample {}, position {}".format(name, *part.tokens[row].tolist())
 
 
 def prepare_probe(task: Task, sets: Mapping[str, Samples], train: Samples) -> tuple[Probe, Samples]:
