@@ -4,9 +4,9 @@
 
 Both runs sample one law, the automatic run's (n_beta, localization). The long one has ten times its draws, another
 seed and another sampler: kinetic Langevin dynamics with a short step, wide spacing and small minibatches under a
-control variate. The correlation of the two kernels' entries is put beside its ceiling: what two kernels of these reliabilities
-can correlate at all, where reliability is that of halves of the chains, Spearman-Brown corrected. Then the automatic
-settings with lr x 0.1, 1 and 30 and their verdicts.
+control variate. The correlation of the two kernels' entries is put beside its ceiling: what two kernels of these
+reliabilities can correlate at all, where reliability is that of halves of the chains, Spearman-Brown corrected. Then
+the automatic settings with lr x 0.1, 1 and 30 and their verdicts.
 """
 
 from __future__ import annotations

@@ -107,5 +107,5 @@ def test_bad_sigma(sigma: Any) -> None:
 
 def test_a_cloud_too_wide_is_named() -> None:
     model, data = problem()
-    with pytest.raises(lossk.DivergedError, match=r"chain 0, draw 0: loader sample \d+ has loss inf; try sigma="):
+    with pytest.raises(lossk.DivergedError, match=r"chain 0, draw 0: probe sample \d+ has loss inf; try sigma="):
         lossk.build_kernel(model, data, loss=half_square, sampler=lossk.Gaussian(sigma=1e25), progress=False)
