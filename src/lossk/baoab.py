@@ -13,6 +13,11 @@ Mathematics Research eXpress 2013). The stationary law of w is p(w) ~ exp(-U(w))
 discretisation error of order h^2, which for a quadratic U is zero at every h with h^2 a_max < 4. The closing kick of a
 step and the opening one of the next use the same force.
 
+Low friction is what makes flat modes quick, and what makes minibatch noise count: in its worst direction it adds
+h^2 n_beta^2 Var(g) / (1 - c^2) to the thermostat's noise. The control variate leaves only the noise of the samples' own
+curvatures, which no setting here bounds: with a localization far below the stiffest curvature and few samples in a
+minibatch it can still widen stiff modes several times. Compare with batch_size=None where that is affordable.
+
 Momentum carries flat directions along: they forget in about 2 / (h sqrt(localization)) steps, where SGLD takes
 2 / (lr localization): the square root of the condition number instead of the condition number.
 """
