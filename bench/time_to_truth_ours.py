@@ -37,6 +37,7 @@ VARIANTS: dict[str, Variant] = {
     "lossk SGLD, rmsprop-frozen": lambda law: lossk.SGLD(
         n_beta=law.n_beta, localization=law.localization, preconditioner="rmsprop-frozen"
     ),
+    "lossk BAOAB": lambda law: lossk.BAOAB(n_beta=law.n_beta, localization=law.localization),
 }
 
 
