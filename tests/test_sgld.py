@@ -33,6 +33,7 @@ def test_defaults() -> None:
         "num_steps_bw_draws": "auto",
         "preconditioner": None,
         "control_variate": "auto",
+        "measure_acceptance": False,
         "params": None,
     }
 
