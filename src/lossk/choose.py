@@ -44,7 +44,9 @@ def choose(sampler: Sampler, around: Surroundings, *, num_probe: int) -> tuple[S
     if isinstance(sampler, BAOAB) and sampler.control_variate:
         alike = dataclasses.replace(alike, control_variate=True)
     pilot = run_pilot(task, train, alike, seed=seed)
-    if sampler.localization == "auto":
+    # What a control variate leaves is known only away from w*, where a trial chain goes.
+    unknown_noise = isinstance(sampler, BAOAB) and sampler.control_variate and sampler.step_size == "auto"
+    if sampler.localization == "auto" or (unknown_noise and sampler.localization > 0 and pilot.batch_factor > 0):
         sgld, pilot, whys = settle(alike, pilot, around, num_probe=num_probe)
         sampler = dataclasses.replace(sampler, localization=float(sgld.localization))
         reasons += [why for why in whys if why.startswith("localization")]
@@ -69,6 +71,13 @@ def _praise_of_momentum(sampler: SGLD, pilot: Pilot) -> list[str]:
     return [f"elsewhere = BAOAB: lossk.BAOAB() would forget flat directions in {theirs} gradients, not {ours:.0f}"]
 
 
+def baoab_noise_ratio(sampler: BAOAB, pilot: Pilot) -> float:
+    """Minibatch noise of a step's kicks over the thermostat's, in its worst direction."""
+    h = float(sampler.step_size)
+    lost = 1.0 - math.exp(-2.0 * float(sampler.friction) * h)
+    return 4.0 * h * h * pilot.noise_per_lr(sampler.control_variate, float(sampler.localization)) / lost
+
+
 def _choose_baoab(sampler: BAOAB, pilot: Pilot) -> tuple[BAOAB, list[str]]:
     """h from the largest curvature; friction, burn-in and spacing from the exact linear map (`lossk.modes`)."""
     reasons: list[str] = []
@@ -84,7 +93,7 @@ def _choose_baoab(sampler: BAOAB, pilot: Pilot) -> tuple[BAOAB, list[str]]:
         noise = pilot.noise_per_lr(sampler.control_variate, lowest)
         # Minibatch noise of a kick over the thermostat's: h^2 4 noise / (1 - c^2), with friction about 2 sqrt(gamma).
         if noise > 0 and math.sqrt(lowest) * NOISE_BUDGET / noise < h:
-            h = math.sqrt(lowest) * NOISE_BUDGET / noise
+            h = float(math.sqrt(lowest) * NOISE_BUDGET / noise)
             why = f"gradient-noise budget {NOISE_BUDGET:.2g}"
         reasons.append(f"step_size = {h:.3g}: {why}")
     else:

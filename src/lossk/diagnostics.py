@@ -193,6 +193,7 @@ def diagnose(
     criteria: Criteria | None,
     pilot: Pilot | None,
     sampler: SGLD | None,
+    noise_ratio: float | None = None,
     acceptance: Tensor | None = None,
     distance: Tensor | None = None,
 ) -> Diagnostics:
@@ -205,6 +206,7 @@ def diagnose(
         excess: [C, T] rise of the training loss over its value at w*.
         criteria: what the information criteria need, where the probe is the training set.
         sampler: the resolved one.
+        noise_ratio: minibatch noise over injected noise, of a sampler that is not SGLD.
         acceptance: [C, T], NaN where it was not asked for.
         distance: [C, T], |w - w*|.
     """
@@ -215,7 +217,7 @@ def diagnose(
     if excess is not None and n_beta is not None:
         llc = n_beta * float(excess.double().mean())
         llc_se = n_beta * _mcse(excess.double().numpy())
-    noise = discretisation = completeness = None
+    noise, discretisation, completeness = noise_ratio, None, None
     if sampler is not None:
         retained = 1.0 - float(sampler.lr) * sampler.gain * float(sampler.localization) / 2.0
         completeness = 1.0 - retained ** (2 * int(sampler.num_burnin_steps))
