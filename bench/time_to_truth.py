@@ -63,6 +63,7 @@ def compare(
 ) -> dict[str, Any]:
     """All of one network, as plain data: its law, its reference, and a result per sampler."""
     say(f"{network.name}: {network.what}")
+    ready = None if peer is None else peer(network)  # first: better to fail now than after the reference
     law = find_law(network, seed=seed)
     reference = make_reference(network, law, budget.reference)
     say(
@@ -85,8 +86,8 @@ def compare(
         "reference": {key: value for key, value in vars(reference).items() if key != "entries"},
         "ours": [vars(result) for result in ours],
     }
-    if peer is not None:
-        record["peer"] = compare_peer(peer(network), law, reference, ours[0], budget, say)
+    if ready is not None:
+        record["peer"] = compare_peer(ready, law, reference, ours[0], budget, say)
     return record
 
 
@@ -100,10 +101,10 @@ def compare_peer(
     fewest = int(DEFAULTS["num_draws"])
     settings = at_defaults(law.n_beta, law.localization)
     defaults = peer.measure("defaults, our law", settings, reference, **kept, least_draws=fewest)
-    say(f"  devinterp defaults, our law: {outcome(defaults)}; {defaults.note}")
+    say(f"  devinterp defaults, our law: {outcome(defaults)}")
     kept["seconds"] = 0.0  # its 100 draws, no more: there is no law to reach
     wholly = peer.measure("wholly default", wholly_default(), reference, **kept, least_draws=fewest)
-    say(f"  devinterp wholly default: {outcome(wholly)}; {wholly.note}")
+    say(f"  devinterp wholly default: {outcome(wholly)}")
     points = measure_grid(
         peer, grid(law, peer.method), reference, level=budget.level, short=short, long=long, say=say
     )  # fmt: skip
