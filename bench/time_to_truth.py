@@ -1,6 +1,6 @@
 """Time to truth: seconds until a kernel's entries correlate 0.95 with a long reference run's, lossk and devinterp 1.3.
 
-    python -m bench.time_to_truth [--peer-python PATH] [--out docs/time_to_truth.md] [--record bench/results]
+    python -m bench.time_to_truth [--peer-python PATH] [--out docs/time_to_truth.md] [--record FILE.json]
 
 PATH is a Python that has devinterp 1.3.2; without it the peer is left out. One thread for everyone. How every number
 is made is in the page that it writes.

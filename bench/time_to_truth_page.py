@@ -6,14 +6,18 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-CLOCKS = {"wall": "seconds are the wall's", "cpu": "seconds are the processor's, because the machine had other work"}
+CLOCKS = {
+    "wall": "**Seconds** are the wall's.",
+    "cpu": "**Seconds** are the processor's, not the wall's, because the machine had other work to do.",
+}
 
 HOW = """\
 How it is measured:
 
 - **Same law, same data.** All sample exp(-n_beta L_n(w) - localization/2 |w - w*|^2) with the n_beta and localization
   that lossk's defaults choose for the network, minibatches of 256, from the same trained weights; the kernel is that of
-  the same samples. One thread each, one process after the other; {clock}.
+  the same samples. One thread each, one process after the other.
+- {clock}
 - **The truth** is a long run of lossk's plain SGLD with a quarter of its default step and other noise. Its
   reliability, from two halves of its chains (Spearman-Brown), is stated: a perfect kernel would show the square root
   of it. The correlation is Pearson's, over the entries above the diagonal: of R (the correlation kernel, in which every

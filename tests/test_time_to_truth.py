@@ -306,19 +306,35 @@ def test_only_the_likest_points_run_long_and_only_when_none_is_there() -> None:
 
 
 @pytest.fixture(scope="module")
-def record() -> dict[str, Any]:
-    """A tiny network without the peer, to a level that is within its reach."""
+def tiny() -> Network:
     torch.manual_seed(0)
     x = torch.randn(40, 4)
     y = (x[:, 0] > 0).long() + (x[:, 1] > 0).long()
-    model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3))
-    tiny = Network("tiny", "MLP 4-6-3", model, (x, y), (x[:30], y[:30]))
-    budget = bench.Budget(level=0.9, reference=1.0, ours=2.0)
-    variants = {"lossk default": ours.VARIANTS["lossk default"]}
+    return Network(
+        "tiny", "MLP 4-6-3", nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3)), (x, y), (x[:30], y[:30])
+    )
+
+
+def test_the_law_is_the_defaults_choice(tiny: Network) -> None:
+    law = ours.find_law(tiny)
+    assert law.n_beta == pytest.approx(30 / math.log(30))
+    assert law.sgld.resolved
+    assert (law.sgld.n_beta, law.sgld.localization) == (law.n_beta, law.localization)
+    given = ours.find_law(tiny, lossk.SGLD(n_beta=20.0, localization=60.0))
+    assert (given.n_beta, given.localization) == (20.0, 60.0)
+
+
+@pytest.fixture(scope="module")
+def record(tiny: Network) -> dict[str, Any]:
+    """A tiny network without the peer, at a law that mixes fast, to a level that is within its reach."""
+    settings = {"lr": 4e-3, "batch_size": 16, "num_burnin_steps": 20, "num_steps_bw_draws": 5}
+    law = ours.Law(10.0, 100.0, lossk.SGLD(n_beta=10.0, localization=100.0, **settings))
+    budget = bench.Budget(level=0.8, reference=1.0, ours=2.0)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ours, "REFERENCE_CHAINS", 2)
+        patch.setattr(bench, "find_law", lambda network, seed: law)
+        patch.setattr(ours, "REFERENCE_CHAINS", 4)
         patch.setattr(ours, "NUM_DRAWS", 40)
-        found = bench.compare(tiny, budget, variants=variants, say=lambda text: None)
+        found = bench.compare(tiny, budget, variants={"lossk default": lambda law: law.sgld}, say=lambda text: None)
     machine = {"device": "a CPU", "num_threads": 1, "git_sha": "0123"}
     whole = {
         "environment": machine, "versions": {"torch": "2"}, "budget": vars(budget), "seed": 0, "clock": "wall",
