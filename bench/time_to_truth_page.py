@@ -18,7 +18,7 @@ How it is measured:
   that lossk's defaults choose for the network, minibatches of 256, from the same trained weights; the kernel is that of
   the same samples. One thread each, one process after the other.
 - {clock}
-- **The truth** is a long run of lossk's plain SGLD with a quarter of its default step and other noise. Its
+- **The truth** is a long run of `lossk.BAOAB` at half its automatic step and with other noise. Its
   reliability, from two halves of its chains (Spearman-Brown), is stated: a perfect kernel would show the square root
   of it. The correlation is Pearson's, over the entries above the diagonal: of R (the correlation kernel, in which every
   sample weighs alike) for the headline, of K beside it.
