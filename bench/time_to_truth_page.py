@@ -87,7 +87,7 @@ def _network(name: str, network: Mapping[str, Any]) -> list[str]:
         f"{network['what']}; kernel of {network['num_samples']:,} samples, {network['num_train']:,} training samples; "
         f"n_beta {law['n_beta']:.4g}, localization {law['localization']:.4g}. "
         f"Reference: {reference['num_chains']} chains x {reference['num_draws']} draws, {reference['seconds']:.0f} s, "
-        f"lr {reference['settings']['lr']:.2g}, {reference['settings']['num_steps_bw_draws']} steps between draws, "
+        f"step {reference['settings']['step_size']:.2g}, {reference['settings']['num_steps_bw_draws']} steps a draw, "
         f"reliability of R {reference['reliability']['R']:.4f}, of K {reference['reliability']['K']:.4f}.",
         "",
         "| sampler | lr | chains | steps between draws | seconds (R) | draws per chain | seconds (K) | reached R, K |",
