@@ -31,6 +31,9 @@ def describe(kernel: LossKernel) -> str:
 def describe_neighbors(kernel: LossKernel, task: RecipeTask, neighbors: Neighbors) -> str:
     """Purity of the neighbours beside chance and raw inputs, and the samples of largest variance."""
     lines = []
+    inputs = task.samples[0] if isinstance(task.samples, tuple) else None  # other forms need not be classifiable
+    # Labels need not be what the network is asked for: a network of several tasks is coloured by task.
+    are_targets = task.labels is not None and inputs is not None and torch.equal(task.samples[1], task.labels)
     floor = neighbors.noise_floor.unsqueeze(1)
     above = float(((neighbors.correlation > floor) & (neighbors.index >= 0)).float().mean())
     k = neighbors.index.shape[1]
@@ -44,12 +47,12 @@ def describe_neighbors(kernel: LossKernel, task: RecipeTask, neighbors: Neighbor
             if purity < raw:
                 lines.append("  (raw pixels do better here: this kernel adds nothing to them on this measure)")
         lines.append(f"  chance       {chance:7.2%}")
-        lines.append("  The losses are computed with the true labels, so the kernel knows them: this says that the")
-        lines.append("  probe resolves the classes, not that it would classify.")
+        if are_targets:
+            lines.append("  The losses are computed with the true labels, so the kernel knows them: this says that the")
+            lines.append("  probe resolves the classes, not that it would classify.")
     lines.append(f"Neighbours above the noise floor: {above:.1%} (unrelated samples: about {1 / k:.0%})")
     lines.append("Largest self-covariance (losses that move most when the weights are jiggled):")
-    inputs = task.samples[0] if isinstance(task.samples, tuple) else None  # other forms need not be classifiable
-    predicted = None if task.labels is None or inputs is None else predict(task.model, inputs)
+    predicted = predict(task.model, inputs) if are_targets and inputs is not None else None
     for i in torch.argsort(kernel.variance, descending=True)[:5].tolist():
         text = f"  sample {i:5d}  loss {float(kernel.mean_loss[i]):7.3f}  std {float(kernel.variance[i]) ** 0.5:6.3f}"
         if task.labels is not None and predicted is not None:
