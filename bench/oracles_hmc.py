@@ -95,7 +95,7 @@ def rank_one_llc(n_beta: float, gamma: float, points: int = 50, half: float = 5.
 def t8_rank_hmc(size: Size) -> list[Row]:
     """Reduced-rank regression (2, 2, 2), true rank 1, at finite localization: 2 is the limit."""
     n_beta, gamma, copies = 100.0, 10.0, 32
-    sampler = trajectories(0.45, 8 * n_beta + gamma, n_beta=n_beta, localization=gamma, num_burnin_steps=15)
+    sampler = trajectories(0.45, 8 * n_beta + gamma, n_beta=n_beta, localization=gamma, num_burnin_steps=30)
     probe, train = over_copies(copies, torch.zeros(1)), (torch.zeros(2),)
     w_star = np.array([1.0, 0, 0, 0] * 2)
     traces, _ = exact(Copies(w_star, copies), probe, train, rank_one_loss, sampler, size)
