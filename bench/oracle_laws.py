@@ -73,7 +73,9 @@ def sampler(eps: float, n_beta: float, gamma: float, burnin: int, thin: int) -> 
     )
 
 
-def draw(model: nn.Module, probe: Any, train: Any, loss: Any, settings: lossk.SGLD, size: Size) -> lossk.LossTraces:
+def draw(
+    model: nn.Module, probe: Any, train: Any, loss: Any, settings: lossk.SGLD | lossk.HMC, size: Size
+) -> lossk.LossTraces:
     return lossk.sample_losses(
         model,
         probe,

@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from bench import oracles_hmc as hmc
 from bench import oracles_linear as linear
 from bench import oracles_logistic as logistic
 from bench import oracles_nonlinear as nonlinear
@@ -41,6 +42,8 @@ CASES: dict[Case, str] = {
     logistic.t9: "logistic regression in two dimensions, gamma / n_beta = 0.1; exact K by quadrature. The step's "
     "first-order effect on K is taken off the estimate, whose error is projected on the exact n_beta K - IF",
     nonlinear.t10: "w^4, with other noise; with the same noise the two LLCs agree to rounding",
+    hmc.t7_sharp: "Bessel functions; `HMC`, whose law has no step: trajectories of about 300 leapfrog steps",
+    hmc.t8_rank_hmc: "n_beta = 100, gamma = 10, `HMC`: quadrature over the 2 x 2 matrix A, B integrated exactly",
 }
 
 
