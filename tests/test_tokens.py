@@ -212,7 +212,7 @@ def test_control_variate_gives_the_full_gradient_at_the_trained_weights(model: T
         full = task.gradient(train, torch.arange(11)), task.grad.clone()
         sampler = lossk.SGLD(control_variate=True)
         around = Surroundings(
-            task, train, anchor_losses.double(), 0, "torch", Timings(), fitted=fit(sampler, task, train)
+            task, train, anchor_losses.double(), 0, "torch", Timings(), fitted=fit(sampler, task, train, seed=0)
         )
         force = MinibatchForce(around, 3, 0, control_variate=True)
         for step in range(4):
