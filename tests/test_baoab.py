@@ -205,3 +205,31 @@ def test_a_step_too_long_is_refused_or_named(problem: Any, build: Any) -> None:
         build(problem.model(), problem.data, sampler=baoab(step_size=10.0, batch_size=None), num_draws=200)
     with pytest.raises(ValueError, match="localization is 0"):
         build(problem.model(), problem.data, sampler=lossk.BAOAB(localization=0.0))
+
+
+def test_noise_that_a_control_variate_leaves_holds_the_step_back() -> None:
+    """Curvatures over four decades, a weak pull: at h^2 a_max = 1 the samples' own curvatures heat stiff modes by 70 %.
+
+    The trial chain measures that noise, h is shortened to its budget, and trace K is T1's within budget and error.
+    """
+    rng = np.random.default_rng(5)
+    x, probe = (rng.standard_normal((rows, 20)) * np.geomspace(3, 0.03, 20) for rows in (600, 20))
+    y = x @ rng.standard_normal(20) + 0.5 * rng.standard_normal(600)
+    fit = np.linalg.lstsq(x, y, rcond=None)[0]
+    model = torch.nn.Linear(20, 1, bias=False)
+    with torch.no_grad():
+        model.weight.copy_(torch.tensor(fit)[None])
+    answer = probe @ fit + 0.5
+    traces = lossk.sample_losses(
+        model, (torch.tensor(probe).float(), torch.tensor(answer).float()),
+        train=(torch.tensor(x).float(), torch.tensor(y).float()), loss="mse",
+        sampler=lossk.BAOAB(n_beta=94.0, localization=5.0, batch_size=64), num_chains=4, num_draws=20, progress=False,
+    )  # fmt: skip
+    assert any(reason.startswith("step_size") and "noise budget" in reason for reason in traces.meta["reasons"])
+    a = oracles.posterior_precision(x, 2 * 94.0, 5.0)  # "mse" has no factor 1/2
+    truth = np.trace(4 * oracles.regression_covariance(probe, answer - probe @ fit, np.linalg.inv(a)))
+    by_chain = traces.losses.double().var(dim=1).sum(dim=1)
+    error = float(by_chain.std()) / 2
+    assert float(by_chain.mean()) < 1.25 * truth + 4 * error
+    assert float(by_chain.mean()) > 0.8 * truth - 4 * error
+    assert error < 0.15 * truth
