@@ -3,7 +3,7 @@
     python -m bench.fashion_auto --out docs/fashion_auto.md [--work FOLDER] [--checkpoint FILE]
 
 Both runs sample one law, the automatic run's (n_beta, localization). The long one has ten times its draws, another
-seed and another sampler: kinetic Langevin dynamics with a short step, wide spacing and small minibatches under a
+seed and another sampler: kinetic Langevin dynamics with a short step, wide spacing and minibatches under a
 control variate. The correlation of the two kernels' entries is put beside its ceiling: what two kernels of these
 reliabilities can correlate at all, where reliability is that of halves of the chains, Spearman-Brown corrected. Then
 the automatic settings with lr x 0.1, 1 and 30 and their verdicts.
@@ -103,11 +103,11 @@ def main() -> None:
     by_hand = lossk.BAOAB(
         n_beta=chosen["n_beta"],
         localization=chosen["localization"],
-        step_size=0.7 * a_max**-0.5,
-        friction=1.5 * chosen["localization"] ** 0.5,
+        step_size=0.5 * a_max**-0.5,
+        friction=2.0 * chosen["localization"] ** 0.5,
         num_burnin_steps=60,
-        num_steps_bw_draws=12,
-        batch_size=64,
+        num_steps_bw_draws=8,
+        batch_size=256,
     )
     draws = LONGER * options.num_draws
     long = run("long", by_hand, num_draws=draws, seed=1)
