@@ -3,7 +3,7 @@
     python -m bench.fashion_auto --out docs/fashion_auto.md [--work FOLDER] [--checkpoint FILE]
 
 Both runs sample one law, the automatic run's (n_beta, localization). The long one has ten times its draws, another
-seed and another sampler: kinetic Langevin dynamics with a short step, wide spacing and minibatches under a
+seed and another sampler: kinetic Langevin dynamics with a short step, wide spacing and noise kept low by a
 control variate. The correlation of the two kernels' entries is put beside its ceiling: what two kernels of these
 reliabilities can correlate at all, where reliability is that of halves of the chains, Spearman-Brown corrected. Then
 the automatic settings with lr x 0.1, 1 and 30 and their verdicts.
