@@ -195,3 +195,14 @@ def test_a_control_variate_is_chosen_where_noise_would_hold_the_step_back() -> N
     )  # fmt: skip
     assert kernel.meta["sampler"]["control_variate"] is True
     assert kernel.diagnostics.gradient_noise_ratio <= tune.NOISE_BUDGET * 1.06
+
+
+def test_a_trial_too_short_for_flat_directions_does_not_space_the_draws() -> None:
+    """localization given 2,000 times below the stiffness: they forget in 10,000s of steps, a trial has 2,000."""
+    x = torch.randn(100, 3) * torch.tensor([3.0, 0.3, 0.003])
+    model = nn.Linear(3, 1, bias=False)
+    data = (x, x @ torch.ones(3) + torch.randn(100))
+    kernel = settled(model, data, lambda m, b: 0.5 * (m(b[0]).squeeze(1) - b[1]).square(), localization=0.1,
+                     num_burnin_steps=10)  # fmt: skip
+    assert kernel.meta["sampler"]["num_steps_bw_draws"] == tune.STEPS_CAP
+    assert any("too short a trial" in reason for reason in kernel.meta["reasons"])

@@ -45,6 +45,7 @@ class Trial:
     drift: float  # z of the mean loss between the two halves after burn-in
     drifting: float  # share of samples whose own loss drifts by |z| > 3 between them
     steps: int
+    whole: bool  # long enough to see flat directions forget
 
     @property
     def settled(self) -> bool:
@@ -101,7 +102,7 @@ def settle(sampler: SGLD, pilot: Pilot, around: Surroundings, *, num_probe: int)
             limits = dataclasses.replace(limits, localization=factor * float(chosen.localization))
         elif sampler.lr == "auto" and chosen.control_variate and pilot.noise_ratio(chosen) > 1.05 * NOISE_BUDGET:
             continue
-        elif sampler.num_burnin_steps == "auto" and not trial.settled and limits.burnin < 8:
+        elif sampler.num_burnin_steps == "auto" and trial.whole and not trial.settled and limits.burnin < 8:
             limits = dataclasses.replace(limits, burnin=2 * limits.burnin)
         else:
             break
@@ -115,7 +116,8 @@ def _space(
     sampler: SGLD, chosen: SGLD, reasons: list[str], trial: Trial, around: Surroundings, num_probe: int, bound: str
 ) -> tuple[SGLD, list[str]]:
     """The spacing of the draws, and what else the trial has to say."""
-    if sampler.num_steps_bw_draws == "auto":
+    # A trial cut short has not seen the slowest memories: the spacing that flat directions need then stays.
+    if sampler.num_steps_bw_draws == "auto" and trial.whole:
         n = len(around.train)
         m = n if chosen.batch_size is None else min(chosen.batch_size, n)
         step_cost = 3 * m * (2 if chosen.control_variate else 1)
@@ -127,9 +129,9 @@ def _space(
             f"{num_probe / step_cost:.2g} steps"
         )
     plateau = "has reached its plateau" if trial.settled else "has NOT reached a plateau"
-    reasons.append(
-        f"trial = {trial.steps} steps: training loss rises by {trial.rise:.2g} ({bound}) and {plateau} after burn-in"
-    )
+    if not trial.whole:
+        plateau += " (too short a trial to see flat directions forget)"
+    reasons.append(f"trial = {trial.steps} steps: training loss rises by {trial.rise:.2g} ({bound}) and {plateau}")
     return chosen, reasons
 
 
@@ -160,7 +162,8 @@ def run_trial(sampler: SGLD, around: Surroundings) -> tuple[Trial, float | None]
     chain = SGLDChain(around, sampler, PILOT_CHAIN)
     pull = float(sampler.lr) * sampler.gain * float(sampler.localization)
     burnin = min(int(sampler.num_burnin_steps), LONGEST // 2)
-    after = min(MEMORIES * math.ceil(2 / pull) if pull > 0 else LONGEST, LONGEST - burnin)
+    wanted = MEMORIES * math.ceil(2 / pull) if pull > 0 else math.inf
+    after = int(min(wanted, LONGEST - burnin))
     every = max(1, -(-after // RECORDS))
     few = [train[part] for part in watched_samples(len(train)).split(fitting_batch(256, task.loss.positions))]
     task.reset()
@@ -181,7 +184,7 @@ def run_trial(sampler: SGLD, around: Surroundings) -> tuple[Trial, float | None]
     task.reset()
     memory = every * autocorrelation_time(traces)
     drift, drifting = _drift(traces)
-    return Trial(sum(excess) / len(excess), memory, drift, drifting, burnin + after), noise
+    return Trial(sum(excess) / len(excess), memory, drift, drifting, burnin + after, after == wanted), noise
 
 
 def autocorrelation_time(traces: Tensor) -> float:
