@@ -17,10 +17,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 import lossk
+from bench.time_to_truth_statistics import entries, reliability
 from lossk import provenance
 from lossk.diagnostics import diagnose, watched_samples
 from lossk.pilot import Pilot
@@ -28,28 +28,6 @@ from lossk.recipes import fashion
 
 CHAINS = 4
 LONGER = 10
-
-
-def entries(losses: torch.Tensor) -> dict[str, np.ndarray]:
-    """K and R above the diagonal, from traces [C, T, N]."""
-    matrix = lossk.LossKernel.from_traces(lossk.LossTraces(losses))
-    upper = np.triu_indices(losses.shape[2], 1)
-    return {"K": matrix.to_numpy()[upper], "R": matrix.to_numpy(correlation=True)[upper]}
-
-
-def pearson(a: np.ndarray, b: np.ndarray) -> float:
-    return float(np.corrcoef(a.astype(np.float64), b.astype(np.float64))[0, 1])
-
-
-def reliability(losses: torch.Tensor) -> dict[str, float]:
-    """Of the whole run's entries: the mean correlation of disjoint halves of its chains, r -> 2 r / (1 + r)."""
-    found: dict[str, list[float]] = {"K": [], "R": []}
-    for half in ([0, 1], [0, 2], [0, 3]):
-        rest = [c for c in range(CHAINS) if c not in half]
-        first, second = entries(losses[half]), entries(losses[rest])
-        for name in found:
-            found[name].append(pearson(first[name], second[name]))
-    return {name: 2 * float(np.mean(r)) / (1 + float(np.mean(r))) for name, r in found.items()}
 
 
 def verdict_of(saved: dict[str, Any]) -> tuple[str, str]:
@@ -114,11 +92,11 @@ def main() -> None:
     long_steps = by_hand.steps(draws)
 
     rows = []
-    ours, theirs = entries(auto["losses"]), entries(long["losses"])
     trust = {"auto": reliability(auto["losses"]), "long": reliability(long["losses"])}
+    likeness = entries(auto["losses"]).likeness(entries(long["losses"]))
     for name in ("K", "R"):
         a, b = trust["auto"][name], trust["long"][name]
-        rows.append((name, pearson(ours[name], theirs[name]), (a * b) ** 0.5, a, b))
+        rows.append((name, likeness[name], (a * b) ** 0.5, a, b))
 
     verdicts = [(1.0, *verdict_of(auto))]
     for factor in (0.1, 30.0):

@@ -19,7 +19,8 @@ import matplotlib
 import torch
 
 import lossk
-from bench.fashion_auto import CHAINS, entries, pearson, reliability
+from bench.fashion_auto import CHAINS
+from bench.time_to_truth_statistics import entries, reliability
 from lossk import provenance
 from lossk.grid_cell import choose_probe
 from lossk.recipes import digits
@@ -65,9 +66,9 @@ def main() -> None:
             except lossk.DivergedError as error:
                 point["diverged"] = str(error)
             else:
-                found, trust = entries(traces.losses), reliability(traces.losses)
+                likeness, trust = base_entries.likeness(entries(traces.losses)), reliability(traces.losses)
                 for kind in ("K", "R"):
-                    point[kind] = pearson(base_entries[kind], found[kind])
+                    point[kind] = likeness[kind]
                     point[f"{kind} ceiling"] = max(base_trust[kind] * trust[kind], 0.0) ** 0.5
             points.append(point)
             print(point, flush=True)

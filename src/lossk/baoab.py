@@ -24,11 +24,9 @@ Momentum carries flat directions along: they forget in about 2 / (h sqrt(localiz
 
 from __future__ import annotations
 
-import dataclasses
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 
@@ -37,13 +35,13 @@ from lossk.errors import DivergedError
 from lossk.force import MinibatchForce
 from lossk.ops.philox import normals
 from lossk.ops.sgld_step import sgld_step
-from lossk.settings import check_choice, check_integer, check_number, check_patterns
+from lossk.settings import SteppingSettings, check_automatic, check_choice
 
 STREAM = 3  # of the Philox counter: the first velocities
 
 
 @dataclass(frozen=True, kw_only=True)
-class BAOAB:
+class BAOAB(SteppingSettings):
     """Sampler settings; "auto" values are chosen before sampling, printed, and saved with the result.
 
     Args:
@@ -66,49 +64,13 @@ class BAOAB:
 
     step_size: float | Literal["auto"] = "auto"
     friction: float | Literal["auto"] = "auto"
-    n_beta: float | None = None
-    localization: float | Literal["auto"] = "auto"
-    batch_size: int | None = 256
-    num_burnin_steps: int | Literal["auto"] = "auto"
-    num_steps_bw_draws: int | Literal["auto"] = "auto"
     control_variate: bool = True
-    params: Sequence[str] | None = None
 
     def __post_init__(self) -> None:
-        if self.step_size != "auto":
-            check_number("step_size", self.step_size, "a number or 'auto'", above=0.0)
-        if self.friction != "auto":
-            check_number("friction", self.friction, "a number or 'auto'", above=0.0)
-        if self.n_beta is not None:
-            check_number("n_beta", self.n_beta, "a number or None", above=0.0)
-        if self.localization != "auto":
-            check_number("localization", self.localization, "a number or 'auto'", least=0.0)
-        if self.batch_size is not None:
-            check_integer("batch_size", self.batch_size, 1)
-        if self.num_burnin_steps != "auto":
-            check_integer("num_burnin_steps", self.num_burnin_steps, 0)
-        if self.num_steps_bw_draws != "auto":
-            check_integer("num_steps_bw_draws", self.num_steps_bw_draws, 1)
+        super().__post_init__()
+        check_automatic("step_size", self.step_size, above=0.0)
+        check_automatic("friction", self.friction, above=0.0)
         check_choice("control_variate", self.control_variate, (True, False))
-        object.__setattr__(self, "params", check_patterns(self.params))
-
-    @property
-    def resolved(self) -> bool:
-        """Whether every setting is a number."""
-        automatic = (
-            self.step_size, self.friction, self.localization, self.num_burnin_steps, self.num_steps_bw_draws,
-        )  # fmt: skip
-        return "auto" not in automatic and self.n_beta is not None
-
-    def steps(self, num_draws: int) -> int:
-        """Steps of one chain of `num_draws` draws, once resolved."""
-        return int(self.num_burnin_steps) + num_draws * int(self.num_steps_bw_draws)
-
-    def to_dict(self) -> dict[str, Any]:
-        """A plain, JSON-ready form; `BAOAB(**d)` gives it back."""
-        plain = dataclasses.asdict(self)
-        plain["params"] = None if self.params is None else list(self.params)
-        return plain
 
 
 class BAOABChain(Chain):

@@ -93,8 +93,9 @@ class Chain(ABC):
     def run(self, num_draws: int, start: ChainState | None = None) -> Iterator[Draw | None]:
         """From w* (or from after `start`) to draw number `num_draws`: a Draw at each draw, None at other steps."""
         self.task.reset()
-        self.begin()
-        if start is not None:
+        if start is None:
+            self.begin()
+        else:
             self.step, self.draw = start.step, start.draw
             self.task.flat.copy_(start.weights)
             self.memory = {name: tensor.to(self.task.device).clone() for name, tensor in start.memory.items()}

@@ -35,7 +35,7 @@ def choose(sampler: Sampler, around: Surroundings, *, num_probe: int) -> tuple[S
         n_beta = default_n_beta(terms)
         sampler = dataclasses.replace(sampler, n_beta=n_beta)
         reasons.append(f"n_beta = {n_beta:.4g}: n / ln n of the {terms} training {task.loss.unit}")
-    if "auto" not in sampler.to_dict().values():
+    if not sampler.has_auto:
         return sampler, None, reasons
     alike = SGLD(
         n_beta=sampler.n_beta, localization=sampler.localization, batch_size=getattr(sampler, "batch_size", 256),
@@ -71,8 +71,10 @@ def _praise_of_momentum(sampler: SGLD, pilot: Pilot) -> list[str]:
     return [f"elsewhere = BAOAB: lossk.BAOAB() would forget flat directions in {theirs} gradients, not {ours:.0f}"]
 
 
-def baoab_noise_ratio(sampler: BAOAB, pilot: Pilot) -> float:
-    """Minibatch noise of a step's kicks over the thermostat's, in its worst direction."""
+def momentum_noise_ratio(sampler: Sampler, pilot: Pilot | None) -> float | None:
+    """Minibatch noise of BAOAB's kicks over its thermostat's, in its worst direction; None where there are none."""
+    if not isinstance(sampler, BAOAB) or pilot is None:
+        return None
     h = float(sampler.step_size)
     lost = 1.0 - math.exp(-2.0 * float(sampler.friction) * h)
     return 4.0 * h * h * pilot.noise_per_lr(sampler.control_variate, float(sampler.localization)) / lost

@@ -6,20 +6,17 @@ similarity, K_ij / sigma^2 -> g_i'g_j: the gradient at w* is all that a small is
 
 from __future__ import annotations
 
-import dataclasses
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from lossk.chain import Chain, Surroundings
 from lossk.errors import DivergedError
 from lossk.ops.philox import normals
-from lossk.settings import check_number, check_patterns
+from lossk.settings import SamplerSettings, check_number
 
 
 @dataclass(frozen=True, kw_only=True)
-class Gaussian:
+class Gaussian(SamplerSettings):
     """Draws w* + sigma xi, xi ~ N(0, I).
 
     Args:
@@ -31,21 +28,14 @@ class Gaussian:
     """
 
     sigma: float
-    params: Sequence[str] | None = None
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_number("sigma", self.sigma, "a number", above=0.0)
-        object.__setattr__(self, "params", check_patterns(self.params))
 
     def steps(self, num_draws: int) -> int:
         """Moves of one chain of `num_draws` draws."""
         return num_draws
-
-    def to_dict(self) -> dict[str, Any]:
-        """A plain, JSON-ready form; `Gaussian(**d)` gives it back."""
-        plain = dataclasses.asdict(self)
-        plain["params"] = None if self.params is None else list(self.params)
-        return plain
 
 
 class GaussianChain(Chain):

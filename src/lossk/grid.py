@@ -119,9 +119,7 @@ def plan_grid(
             pilot = dataclasses.replace(run.pilot, n_beta=strength)
             for pull in _values(localization, LOCALIZATION_FACTORS, float(middle.localization)):
                 chosen = dataclasses.replace(asked, n_beta=strength, localization=pull)
-                chosen, _ = choose_settings(
-                    chosen, pilot, run.task, num_probe=run.probe.num_samples, num_train=len(run.train)
-                )
+                chosen, _ = choose_settings(chosen, pilot, run.task, num_train=len(run.train))
                 cells.append(_fit(chosen, settings, step_seconds, probe_seconds))
     return {
         "request": request_of(config, settings),

@@ -11,11 +11,8 @@ and its acceptance falls with the number of weights: for small models.
 
 from __future__ import annotations
 
-import dataclasses
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
@@ -23,13 +20,13 @@ from lossk.chain import Chain, Surroundings
 from lossk.errors import DivergedError
 from lossk.metropolis import Energy, kinetic, probability
 from lossk.ops.philox import normals, uint32_stream
-from lossk.settings import check_integer, check_number, check_patterns
+from lossk.settings import SamplerSettings, check_integer, check_n_beta, check_number
 
 STREAM = 4  # of the Philox counter: the uniform numbers of the tests
 
 
 @dataclass(frozen=True, kw_only=True)
-class HMC:
+class HMC(SamplerSettings):
     """Sampler settings. Aim at an acceptance (`kernel.diagnostics.acceptance`) of 0.6 to 0.9.
 
     Args:
@@ -51,27 +48,19 @@ class HMC:
     n_beta: float | None = None
     num_burnin_steps: int = 0
     num_steps_bw_draws: int = 1
-    params: Sequence[str] | None = None
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_number("step_size", self.step_size, "a number", above=0.0)
         check_number("localization", self.localization, "a number", least=0.0)
         check_integer("num_leapfrog_steps", self.num_leapfrog_steps, 1)
-        if self.n_beta is not None:
-            check_number("n_beta", self.n_beta, "a number or None", above=0.0)
+        check_n_beta(self.n_beta)
         check_integer("num_burnin_steps", self.num_burnin_steps, 0)
         check_integer("num_steps_bw_draws", self.num_steps_bw_draws, 1)
-        object.__setattr__(self, "params", check_patterns(self.params))
 
     def steps(self, num_draws: int) -> int:
         """Trajectories of one chain of `num_draws` draws."""
         return self.num_burnin_steps + num_draws * self.num_steps_bw_draws
-
-    def to_dict(self) -> dict[str, Any]:
-        """A plain, JSON-ready form; `HMC(**d)` gives it back."""
-        plain = dataclasses.asdict(self)
-        plain["params"] = None if self.params is None else list(self.params)
-        return plain
 
 
 class HMCChain(Chain):

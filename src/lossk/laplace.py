@@ -8,11 +8,9 @@ Hessian and w* its minimum; elsewhere it is a law of its own, to be compared wit
 
 from __future__ import annotations
 
-import dataclasses
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -22,14 +20,14 @@ from lossk.data import Samples
 from lossk.errors import DivergedError
 from lossk.fisher import FisherSamples, fisher_diagonal, kronecker_factors, kronecker_layers
 from lossk.ops.philox import normals
-from lossk.settings import check_choice, check_number, check_patterns
+from lossk.settings import SamplerSettings, check_automatic, check_choice, check_n_beta
 from lossk.task import Task
 
 STRUCTURES = ("kronecker", "diagonal")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Laplace:
+class Laplace(SamplerSettings):
     """Sampler settings.
 
     Args:
@@ -46,25 +44,16 @@ class Laplace:
     n_beta: float | None = None
     localization: float | Literal["auto"] = "auto"
     structure: Literal["kronecker", "diagonal"] = "kronecker"
-    params: Sequence[str] | None = None
 
     def __post_init__(self) -> None:
-        if self.n_beta is not None:
-            check_number("n_beta", self.n_beta, "a number or None", above=0.0)
-        if self.localization != "auto":
-            check_number("localization", self.localization, "a number or 'auto'", above=0.0)
+        super().__post_init__()
+        check_n_beta(self.n_beta)
+        check_automatic("localization", self.localization, above=0.0)
         check_choice("structure", self.structure, STRUCTURES)
-        object.__setattr__(self, "params", check_patterns(self.params))
 
     def steps(self, num_draws: int) -> int:
         """Moves of one chain of `num_draws` draws."""
         return num_draws
-
-    def to_dict(self) -> dict[str, Any]:
-        """A plain, JSON-ready form; `Laplace(**d)` gives it back."""
-        plain = dataclasses.asdict(self)
-        plain["params"] = None if self.params is None else list(self.params)
-        return plain
 
 
 def fit_laplace(sampler: Laplace, task: Task, train: Samples, seed: int) -> dict[str, Tensor]:

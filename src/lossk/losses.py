@@ -154,9 +154,13 @@ def _token_mean(model: nn.Module, batch: Any) -> Tensor:
     return total / len(targets)
 
 
+def _are_indices(targets: Tensor, ndim: int) -> bool:
+    return not (targets.is_floating_point() or targets.dtype == torch.bool) and targets.ndim == ndim
+
+
 def _check_classes(samples: Any, outputs: Tensor | None) -> None:
     _, targets = split_batch(samples)
-    if targets.is_floating_point() or targets.dtype == torch.bool or targets.ndim != 1:
+    if not _are_indices(targets, 1):
         raise ValueError(
             "targets must be class indices, integers of shape [N], for loss='cross_entropy', "
             f"got {targets.dtype} of shape {list(targets.shape)}"
@@ -179,7 +183,7 @@ def _check_classes(samples: Any, outputs: Tensor | None) -> None:
 
 def _check_tokens(samples: Any, outputs: Tensor | None) -> None:
     _, targets = split_batch(samples)
-    if targets.is_floating_point() or targets.dtype == torch.bool or targets.ndim != 2:
+    if not _are_indices(targets, 2):
         raise ValueError(
             "targets must be class indices, integers of shape [N, T], -100 where a token does not count, for "
             f"loss='token_cross_entropy', got {targets.dtype} of shape {list(targets.shape)}"

@@ -13,10 +13,9 @@ from torch import Tensor, nn
 
 from lossk import provenance
 from lossk.backends import resolve_backend
-from lossk.baoab import BAOAB
 from lossk.blocks import Moments
 from lossk.chain import Chain, ChainState, Surroundings
-from lossk.choose import baoab_noise_ratio, choose
+from lossk.choose import choose, momentum_noise_ratio
 from lossk.data import Samples
 from lossk.diagnostics import Criteria, Diagnostics, TraceWatch, diagnose
 from lossk.losses import LossFunction, resolve_loss
@@ -261,11 +260,7 @@ class Run:
             criteria=criteria,
             pilot=self.pilot,
             sampler=sgld,
-            noise_ratio=(
-                baoab_noise_ratio(self.sampler, self.pilot)
-                if isinstance(self.sampler, BAOAB) and self.pilot is not None
-                else None
-            ),
+            noise_ratio=momentum_noise_ratio(self.sampler, self.pilot),
             acceptance=self.watch.acceptance,
             distance=self.watch.distance,
         )

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Literal
 
 DTYPES = ("float32", "float16")
 CENTERINGS = ("chain", "pooled")
@@ -70,3 +72,67 @@ def check_patterns(params: Any) -> tuple[str, ...] | None:
     if isinstance(params, str) or not all(isinstance(pattern, str) for pattern in params):
         raise TypeError(f"params must be a list of name patterns, got {params!r}")
     return tuple(params)
+
+
+def check_automatic(name: str, value: Any, *, above: float | None = None, least: float | None = None) -> None:
+    """Raise unless `value` is "auto" or a finite number greater than `above`, or at least `least`."""
+    if value != "auto":
+        check_number(name, value, "a number or 'auto'", above=above, least=least)
+
+
+def check_n_beta(n_beta: Any) -> None:
+    """Raise unless it is None or a number greater than 0."""
+    if n_beta is not None:
+        check_number("n_beta", n_beta, "a number or None", above=0.0)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SamplerSettings:
+    """What the settings of every sampler have in common."""
+
+    params: Sequence[str] | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "params", check_patterns(self.params))
+
+    @property
+    def has_auto(self) -> bool:
+        """Whether anything is left to be chosen, n_beta aside."""
+        return "auto" in self.to_dict().values()
+
+    def to_dict(self) -> dict[str, Any]:
+        """A plain, JSON-ready form; the class gives it back from these as keywords."""
+        plain = dataclasses.asdict(self)
+        plain["params"] = None if self.params is None else list(self.params)
+        return plain
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SteppingSettings(SamplerSettings):
+    """What the settings of the samplers that step by minibatches have in common."""
+
+    n_beta: float | None = None
+    localization: float | Literal["auto"] = "auto"
+    batch_size: int | None = 256
+    num_burnin_steps: int | Literal["auto"] = "auto"
+    num_steps_bw_draws: int | Literal["auto"] = "auto"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_n_beta(self.n_beta)
+        check_automatic("localization", self.localization, least=0.0)
+        if self.batch_size is not None:
+            check_integer("batch_size", self.batch_size, 1)
+        if self.num_burnin_steps != "auto":
+            check_integer("num_burnin_steps", self.num_burnin_steps, 0)
+        if self.num_steps_bw_draws != "auto":
+            check_integer("num_steps_bw_draws", self.num_steps_bw_draws, 1)
+
+    @property
+    def resolved(self) -> bool:
+        """Whether every setting is a number."""
+        return not self.has_auto and self.n_beta is not None
+
+    def steps(self, num_draws: int) -> int:
+        """Steps of one chain of `num_draws` draws, once resolved."""
+        return int(self.num_burnin_steps) + num_draws * int(self.num_steps_bw_draws)

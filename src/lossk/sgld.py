@@ -11,11 +11,9 @@ whose stationary law is, up to discretisation and minibatch noise,
 
 from __future__ import annotations
 
-import dataclasses
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -25,14 +23,14 @@ from lossk.errors import DivergedError
 from lossk.force import MinibatchForce
 from lossk.metropolis import Energy, mala_acceptance
 from lossk.ops.sgld_step import sgld_step
-from lossk.settings import check_choice, check_integer, check_number, check_patterns
+from lossk.settings import SteppingSettings, check_automatic, check_choice
 
 PRECONDITIONERS = (None, "rmsprop", "rmsprop-frozen")
 ALPHA, STABILITY = 0.99, 0.1  # of the RMSprop preconditioner
 
 
 @dataclass(frozen=True, kw_only=True)
-class SGLD:
+class SGLD(SteppingSettings):
     """Sampler settings; "auto" values are chosen by a pilot before sampling, printed, and saved with the result.
 
     Args:
@@ -59,54 +57,21 @@ class SGLD:
     """
 
     lr: float | Literal["auto"] = "auto"
-    n_beta: float | None = None
-    localization: float | Literal["auto"] = "auto"
-    batch_size: int | None = 256
-    num_burnin_steps: int | Literal["auto"] = "auto"
-    num_steps_bw_draws: int | Literal["auto"] = "auto"
     preconditioner: Literal["rmsprop", "rmsprop-frozen"] | None = None
     control_variate: bool | Literal["auto"] = "auto"
     measure_acceptance: bool = False
-    params: Sequence[str] | None = None
 
     def __post_init__(self) -> None:
-        if self.lr != "auto":
-            check_number("lr", self.lr, "a number or 'auto'", above=0.0)
-        if self.localization != "auto":
-            check_number("localization", self.localization, "a number or 'auto'", least=0.0)
-        if self.n_beta is not None:
-            check_number("n_beta", self.n_beta, "a number or None", above=0.0)
-        if self.batch_size is not None:
-            check_integer("batch_size", self.batch_size, 1)
-        if self.num_burnin_steps != "auto":
-            check_integer("num_burnin_steps", self.num_burnin_steps, 0)
-        if self.num_steps_bw_draws != "auto":
-            check_integer("num_steps_bw_draws", self.num_steps_bw_draws, 1)
+        super().__post_init__()
+        check_automatic("lr", self.lr, above=0.0)
         check_choice("preconditioner", self.preconditioner, PRECONDITIONERS)
         check_choice("control_variate", self.control_variate, (True, False, "auto"))
         check_choice("measure_acceptance", self.measure_acceptance, (True, False))
-        object.__setattr__(self, "params", check_patterns(self.params))
 
     @property
     def gain(self) -> float:
         """The largest factor by which the preconditioner can multiply a step: 1 / stability, or 1 without one."""
         return 1.0 if self.preconditioner is None else 1.0 / STABILITY
-
-    @property
-    def resolved(self) -> bool:
-        """Whether every setting is a number."""
-        automatic = (self.lr, self.localization, self.num_burnin_steps, self.num_steps_bw_draws, self.control_variate)
-        return "auto" not in automatic and self.n_beta is not None
-
-    def steps(self, num_draws: int) -> int:
-        """Steps of one chain of `num_draws` draws, once resolved."""
-        return int(self.num_burnin_steps) + num_draws * int(self.num_steps_bw_draws)
-
-    def to_dict(self) -> dict[str, Any]:
-        """A plain, JSON-ready form; `SGLD(**d)` gives it back."""
-        plain = dataclasses.asdict(self)
-        plain["params"] = None if self.params is None else list(self.params)
-        return plain
 
 
 class SGLDChain(Chain):

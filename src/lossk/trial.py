@@ -77,11 +77,11 @@ def settle(sampler: SGLD, pilot: Pilot, around: Surroundings, *, num_probe: int)
     bound, why_bound = rise_bound(task.loss.name, train)
     limits, trial = Limits(), None
     for _ in range(TRIES):
-        chosen, reasons = choose_settings(
-            sampler, pilot, task, num_probe=num_probe, num_train=len(train), limits=limits
-        )
+        chosen, reasons = choose_settings(sampler, pilot, task, num_train=len(train), limits=limits)
         if "auto" not in (sampler.lr, sampler.localization, sampler.num_burnin_steps, sampler.num_steps_bw_draws):
             return chosen, pilot, reasons
+        if chosen.control_variate and FULL_GRADIENT not in around.fitted:
+            around = dataclasses.replace(around, fitted={FULL_GRADIENT: full_gradient(task, train)})
         try:
             trial, noise = run_trial(chosen, around)
         except DivergedError:
@@ -153,12 +153,12 @@ def worth_spacing(memory: float, step_cost: float, probe_cost: float) -> int:
 def run_trial(sampler: SGLD, around: Surroundings) -> tuple[Trial, float | None]:
     """One chain from w* at resolved settings; the noise a control variate leaves at its end, if it has one.
 
+    What the settings need of `fit` must be in `around.fitted`.
+
     Raises:
         DivergedError: it exploded.
     """
     task, train = around.task, around.train
-    if sampler.control_variate and not around.fitted:
-        around = dataclasses.replace(around, fitted={FULL_GRADIENT: full_gradient(task, train)})
     chain = SGLDChain(around, sampler, PILOT_CHAIN)
     pull = float(sampler.lr) * sampler.gain * float(sampler.localization)
     burnin = min(int(sampler.num_burnin_steps), LONGEST // 2)

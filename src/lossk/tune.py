@@ -40,7 +40,7 @@ class Limits:
 
 
 def choose_settings(
-    sampler: SGLD, pilot: Pilot, task: Task, *, num_probe: int, num_train: int, limits: Limits | None = None
+    sampler: SGLD, pilot: Pilot, task: Task, *, num_train: int, limits: Limits | None = None
 ) -> tuple[SGLD, list[str]]:
     """Fill in every "auto"; returns the resolved sampler and one line "name = value: reason" per choice."""
     limits = limits or Limits()
