@@ -43,6 +43,9 @@ CASES: dict[Case, str] = {
     "first-order effect on K is taken off the estimate, whose error is projected on the exact n_beta K - IF",
     nonlinear.t10: "w^4, with other noise; with the same noise the two LLCs agree to rounding",
     hmc.t7_sharp: "Bessel functions; `HMC`, whose law has no step: trajectories of about 300 leapfrog steps",
+    hmc.t7_sharper: "the same with trajectories of about 3,000 leapfrog steps",
+    hmc.t8_rank_zero: "n_beta = 100, gamma = 1, `HMC`: quadrature over A's singular values (a Pfaffian), B integrated "
+    "exactly; for n_beta from 1e6 to 1e36 the quadrature tends to the limit",
     hmc.t8_rank_hmc: "n_beta = 100, gamma = 10, `HMC`: quadrature over the 2 x 2 matrix A, B integrated exactly",
 }
 

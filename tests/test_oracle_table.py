@@ -12,7 +12,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from bench import oracles as table
-from bench import oracles_linear, oracles_nonlinear
+from bench import oracles_hmc, oracles_linear, oracles_nonlinear
 from bench.oracle_problems import Row
 
 
@@ -52,6 +52,20 @@ def test_another_exponent_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     law: Any = oracles_nonlinear.singular_model
     monkeypatch.setattr(oracles_nonlinear, "singular_model", lambda gamma, eps: law(0.7 * gamma if eps else gamma, eps))
     assert not agrees(oracles_nonlinear.t7(table.quick()))
+
+
+RANK_ZERO = {(2, 2, 2): 1.5, (5, 4, 5): 8.0, (4, 3, 8): 6.0, (8, 3, 4): 6.0, (3, 8, 4): 6.0}  # Aoyagi, Watanabe 2005
+
+
+@pytest.mark.parametrize(("shape", "limit"), RANK_ZERO.items())
+def test_reduced_rank_regression_tends_to_its_learning_coefficient(shape: tuple[int, int, int], limit: float) -> None:
+    assert abs(oracles_hmc.rank_zero_llc(shape, 1e24, 1.0) - limit) < 1e-3
+
+
+def test_an_odd_reduced_rank_regression_nears_its_learning_coefficient_with_the_logarithm() -> None:
+    """(5, 3, 5) has multiplicity 2: n_beta L tends to 6.5 - 1 / ln n_beta."""
+    misses = [6.5 - oracles_hmc.rank_zero_llc((5, 3, 5), 10.0**k, 1.0) for k in (24, 48)]
+    np.testing.assert_allclose(misses, [1 / (k * np.log(10.0)) for k in (24, 48)], rtol=0.1)
 
 
 def test_scaling_the_loss_against_n_beta_changes_rounding_only() -> None:
