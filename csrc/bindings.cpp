@@ -29,7 +29,7 @@ void check_sizes(std::int64_t count, int num_threads) {
 template <class T>
 T* pointer(std::uintptr_t address, const char* name, std::int64_t count) {
   if (address == 0 && count > 0) throw std::invalid_argument(std::string(name) + " must not be a null pointer");
-  if (address % alignof(T) != 0) throw std::invalid_argument(std::string(name) + " must be aligned to 4 bytes");
+  if (address % alignof(T) != 0) throw std::invalid_argument(std::string(name) + " must be aligned to its elements");
   return reinterpret_cast<T*>(address);
 }
 
@@ -93,6 +93,26 @@ void philox_fill(std::uintptr_t out, std::int64_t count, std::uint32_t seed, std
   lossk::fill_words(kernels, {seed, chain, step, stream}, first_block, target, count, num_threads);
 }
 
+void sample_loss(std::uintptr_t logits, std::uintptr_t targets, std::uintptr_t out, std::int64_t rows,
+                 std::int64_t classes, std::int64_t stride, int num_threads, const std::string& simd) {
+  const lossk::Kernels& kernels = kernels_for(simd);
+  check_sizes(rows, num_threads);
+  if (classes < 1) throw std::invalid_argument("classes must be >= 1, got " + std::to_string(classes));
+  lossk::LossArgs args{};
+  args.logits = pointer<const float>(logits, "logits", rows);
+  args.targets = pointer<const std::int64_t>(targets, "targets", rows);
+  args.out = pointer<float>(out, "out", rows);
+  args.stride = stride;
+  args.classes = classes;
+  // The kernels index by target: a wrong one must not read elsewhere.
+  for (std::int64_t i = 0; i < rows; ++i)
+    if (args.targets[i] < 0 || args.targets[i] >= classes)
+      throw std::invalid_argument("targets must lie in [0, " + std::to_string(classes) + "), row " +
+                                  std::to_string(i) + " has " + std::to_string(args.targets[i]));
+  const py::gil_scoped_release release;
+  lossk::sample_loss(kernels, args, rows, num_threads);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -107,6 +127,9 @@ PYBIND11_MODULE(_C, m) {
         "first_block"_a = 0, "num_threads"_a = 1, "simd"_a = "auto", "Fill uint32 [count] with the stream's words.");
   m.def("box_muller", &box_muller, py::kw_only(), "words"_a, "out"_a, "count"_a, "num_threads"_a = 1, "simd"_a = "auto",
         "Turn uint32 [count] of words, four per counter, into float32 [count] of normals, as normals() does.");
+  m.def("sample_loss", &sample_loss, py::kw_only(), "logits"_a, "targets"_a, "out"_a, "rows"_a, "classes"_a,
+        "stride"_a, "num_threads"_a = 1, "simd"_a = "auto",
+        "Cross entropy of rows of float32 logits, `stride` elements apart, at int64 targets, into float32 [rows].");
   m.def(
       "simd", [](const std::string& level) {
         const lossk::Kernels* kernels = lossk::find_kernels(level.c_str());

@@ -16,24 +16,25 @@ constexpr std::int64_t kSmall = 128 * 1024;
 constexpr std::int64_t kChunk = 32 * 1024;
 static_assert(kChunk % kGroup == 0, "a range must start at a group");
 
-// body(begin, end) over chunks of fixed size, taken by whichever thread is free: another process, or torch's idle
+// body(begin, end) over chunks of fixed size, `unit` elements to a count, taken by whichever thread is free: another process, or torch's idle
 // workers, which spin for a while after an operation, may hold one up. An element's value depends on its index alone, so
 // neither the number of threads nor who takes which chunk shows in the result.
 template <class Body>
-void parallel_ranges(std::int64_t count, int num_threads, const Body& body) {
-  if (count < kSmall || num_threads == 1) {
+void parallel_ranges(std::int64_t count, int num_threads, const Body& body, std::int64_t unit = 1) {
+  const std::int64_t chunk = std::max<std::int64_t>(kChunk / unit, 1);
+  if (count < kSmall / unit || num_threads == 1) {
     if (count > 0) body(0, count);
     return;
   }
   std::atomic<std::int64_t> next{0};
   const auto work = [&] {
     for (;;) {
-      const std::int64_t begin = next.fetch_add(kChunk, std::memory_order_relaxed);
+      const std::int64_t begin = next.fetch_add(chunk, std::memory_order_relaxed);
       if (begin >= count) return;
-      body(begin, std::min(begin + kChunk, count));
+      body(begin, std::min(begin + chunk, count));
     }
   };
-  const std::int64_t wanted = std::min<std::int64_t>(num_threads, (count + kChunk - 1) / kChunk);
+  const std::int64_t wanted = std::min<std::int64_t>(num_threads, (count + chunk - 1) / chunk);
 #ifdef _OPENMP
 #pragma omp parallel num_threads(static_cast<int>(wanted))
   work();
@@ -88,6 +89,11 @@ void fill_words(const Kernels& kernels, const Stream& stream, std::uint64_t firs
   parallel_ranges(count, num_threads, [&](std::int64_t begin, std::int64_t end) {
     kernels.words(stream, first_block, out, begin, end);
   });
+}
+
+void sample_loss(const Kernels& kernels, const LossArgs& args, std::int64_t rows, int num_threads) {
+  parallel_ranges(
+      rows, num_threads, [&](std::int64_t begin, std::int64_t end) { kernels.losses(args, begin, end); }, args.classes);
 }
 
 }  // namespace lossk

@@ -10,6 +10,7 @@
 #include <cstdint>
 
 #include "philox.hpp"
+#include "sample_loss.hpp"
 
 namespace lossk {
 
@@ -40,6 +41,7 @@ struct Kernels {
   // The Box-Muller stage alone: words[begin, end) to out[begin, end); whole groups only.
   void (*box_muller)(const std::uint32_t* words, float* out, std::int64_t begin, std::int64_t end);
   void (*words)(const Stream&, std::uint64_t first_block, std::uint32_t* out, std::int64_t begin, std::int64_t end);
+  void (*losses)(const LossArgs&, std::int64_t begin, std::int64_t end);  // rows [begin, end)
 };
 
 extern const Kernels kBaselineKernels;
@@ -51,12 +53,13 @@ extern const Kernels kAvx512Kernels;
 // "auto" (the best this CPU has), "avx512", "avx2" or "baseline"; null if it is unknown or cannot run here.
 const Kernels* find_kernels(const char* level);
 
-// The three operations over [0, count), shared among threads; the result does not depend on num_threads.
+// The operations over [0, count), shared among threads; the result does not depend on num_threads.
 void sgld_step(const Kernels& kernels, const StepArgs& args, std::int64_t count, int num_threads);
 void fill_normals(const Kernels& kernels, const Stream& stream, std::uint64_t first_block, float* out,
                   std::int64_t count, int num_threads);
 void box_muller(const Kernels& kernels, const std::uint32_t* words, float* out, std::int64_t count, int num_threads);
 void fill_words(const Kernels& kernels, const Stream& stream, std::uint64_t first_block, std::uint32_t* out,
                 std::int64_t count, int num_threads);
+void sample_loss(const Kernels& kernels, const LossArgs& args, std::int64_t rows, int num_threads);
 
 }  // namespace lossk

@@ -97,5 +97,5 @@ struct V {
 
 namespace lossk {
 const Kernels kAvx2Kernels = {"avx2", step_range<VectorGroup>, normals_range<VectorGroup>,
-                              box_muller_range<VectorGroup>, words_range<VectorGroup>};
+                              box_muller_range<VectorGroup>, words_range<VectorGroup>, loss_range};
 }  // namespace lossk

@@ -89,5 +89,5 @@ struct V {
 
 namespace lossk {
 const Kernels kAvx512Kernels = {"avx512", step_range<VectorGroup>, normals_range<VectorGroup>,
-                                box_muller_range<VectorGroup>, words_range<VectorGroup>};
+                                box_muller_range<VectorGroup>, words_range<VectorGroup>, loss_range};
 }  // namespace lossk

@@ -5,6 +5,7 @@
 #include <cstring>
 
 #include "group_loop.hpp"
+#include "loss_loop.hpp"
 #include "normal.hpp"
 
 namespace lossk {
@@ -148,5 +149,5 @@ class PlainGroup {
 }  // namespace
 
 const Kernels kBaselineKernels = {"baseline", step_range<PlainGroup>, normals_range<PlainGroup>,
-                                  box_muller_range<PlainGroup>, words_range<PlainGroup>};
+                                  box_muller_range<PlainGroup>, words_range<PlainGroup>, loss_range};
 }  // namespace lossk

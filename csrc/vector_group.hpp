@@ -7,6 +7,7 @@
 // with L 128-bit parts, position k of part j holds counter j + L k.
 #pragma once
 #include "group_loop.hpp"
+#include "loss_loop.hpp"
 #include "normal.hpp"
 #include "twice.hpp"
 

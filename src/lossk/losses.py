@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -70,13 +71,14 @@ class Loss:
         return (losses, None) if mask is None else (losses[mask], mask)
 
 
-def resolve_loss(loss: str | LossFunction) -> Loss:
+def resolve_loss(loss: str | LossFunction, backend: str = "torch") -> Loss:
     """Turn the `loss=` argument of the public API into a `Loss`.
 
     Args:
         loss: "cross_entropy" (logits [B, C], class indices [B]), "token_cross_entropy" (logits [B, T, C], class indices
             [B, T], -100 where a token does not count), "mse" (mean over the output's entries of the squared error; no
             factor 1/2), or a callable (model, batch) -> losses [B], or (losses [B, T], mask [B, T] bool).
+        backend: of the cross entropies.
 
     Raises:
         ValueError: an unknown name.
@@ -87,9 +89,9 @@ def resolve_loss(loss: str | LossFunction) -> Loss:
     if not isinstance(loss, str):
         raise TypeError(f"loss must be a name or a callable loss(model, batch), got {type(loss).__name__}")
     if loss == "cross_entropy":
-        return Loss("cross_entropy", _cross_entropy_losses, _check_classes, _cross_entropy_mean)
+        return Loss("cross_entropy", partial(_cross_entropy_losses, backend=backend), _check_classes, _cross_entropy_mean)
     if loss == "token_cross_entropy":
-        return Loss("token_cross_entropy", _token_losses, _check_tokens, _token_mean)
+        return Loss("token_cross_entropy", partial(_token_losses, backend=backend), _check_tokens, _token_mean)
     if loss == "mse":
         return Loss("mse", _mse_losses, _check_regression)
     raise ValueError(
@@ -126,9 +128,9 @@ def split_batch(batch: Any) -> tuple[Any, Tensor]:
     )
 
 
-def _cross_entropy_losses(model: nn.Module, batch: Any) -> Evaluated:
+def _cross_entropy_losses(model: nn.Module, batch: Any, *, backend: str) -> Evaluated:
     inputs, targets = split_batch(batch)
-    return cross_entropy(forward(model, inputs), targets.long()), None
+    return cross_entropy(forward(model, inputs), targets.long(), backend=backend), None
 
 
 def _cross_entropy_mean(model: nn.Module, batch: Any) -> Tensor:
@@ -137,12 +139,13 @@ def _cross_entropy_mean(model: nn.Module, batch: Any) -> Tensor:
     return F.cross_entropy(forward(model, inputs).float(), targets.long())
 
 
-def _token_losses(model: nn.Module, batch: Any) -> Evaluated:
+def _token_losses(model: nn.Module, batch: Any, *, backend: str) -> Evaluated:
     inputs, targets = split_batch(batch)
     mask = targets != IGNORED
     logits, wanted = forward(model, inputs)[mask], targets[mask].long()  # [R, C], [R]
     chunk = max(1, CHUNK // logits.shape[1])
-    parts = [cross_entropy(x, y) for x, y in zip(logits.split(chunk), wanted.split(chunk), strict=True) if len(y)]
+    pairs = zip(logits.split(chunk), wanted.split(chunk), strict=True)
+    parts = [cross_entropy(x, y, backend=backend) for x, y in pairs if len(y)]
     found = torch.cat(parts) if parts else logits.sum(dim=1).float()  # empty, but still of the model's graph
     return found.new_zeros(mask.shape).masked_scatter(mask, found), mask
 

@@ -34,16 +34,19 @@ class Minibatches:
         return torch.from_numpy(self._by_rejection(step))
 
     def _by_sorting(self, step: int) -> np.ndarray:
-        keys = self._words(step, self.num_samples)
-        return np.sort(np.argsort(keys, kind="stable")[: self.batch_size])
+        # The index in the low bits makes the keys distinct, and a sort of plain integers is far quicker than an argsort.
+        low = np.uint64((1 << self.num_samples.bit_length()) - 1)
+        keys = (self._words(step, self.num_samples) & ~low) | np.arange(self.num_samples, dtype=np.uint64)
+        chosen = np.partition(keys, self.batch_size)[: self.batch_size] & low
+        return np.sort(chosen.astype(np.int64))
 
     def _by_rejection(self, step: int) -> np.ndarray:
         count = self.batch_size * 3 // 2 + 32
         while True:
             values = scale_down(self._words(step, count), self.num_samples)  # a larger count only appends words
-            first = np.sort(np.unique(values, return_index=True)[1])[: self.batch_size]
-            if len(first) == self.batch_size:
-                return np.sort(values[first])
+            first = first_occurrences(values)
+            if len(first) >= self.batch_size:
+                return np.sort(values[np.sort(first)[: self.batch_size]])
             count *= 2
 
     def _words(self, step: int, count: int) -> np.ndarray:
@@ -59,6 +62,14 @@ class Minibatches:
             words = philox4x32(counter.reshape(-1, 4), (self.seed, self.chain))
             self._cached = (block, np.ascontiguousarray(words).view(np.uint64).reshape(BLOCK, 2 * calls))
         return self._cached[1][row, :count]
+
+
+def first_occurrences(values: np.ndarray) -> np.ndarray:
+    """The positions at which each distinct value first appears, in order of value: [u] int64, for values < 2^32."""
+    keys = np.sort((values << 32) | np.arange(len(values)))
+    new = np.ones(len(keys), dtype=bool)
+    np.not_equal(keys[1:] >> 32, keys[:-1] >> 32, out=new[1:])
+    return keys[new] & 0xFFFFFFFF
 
 
 def scale_down(words: np.ndarray, n: int) -> np.ndarray:

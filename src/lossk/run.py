@@ -83,6 +83,7 @@ class Run:
         sampler = sampler or SGLD()
         task = Task(model, resolve_loss(loss), params=sampler.params, device=device, precision=precision)
         chosen_backend = resolve_backend(backend, task.device)
+        task.loss = resolve_loss(loss, chosen_backend)
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             sets, train_samples = read_sources(loader, train)

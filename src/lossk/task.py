@@ -98,12 +98,13 @@ class Task:
         self.anchor = self.flatten([p.data for p in self.sampled])
         self.flat = self.anchor.clone()
         self.grad = torch.zeros_like(self.flat)
+        self._parts: list[Tensor] = []  # `grad`, as one view per sampled parameter
         offset = 0
         for parameter in self.sampled:
             span = slice(offset, offset + parameter.numel())
             parameter.requires_grad_(True)
             parameter.data = self._view(self.flat[span], parameter.shape)
-            parameter.grad = self._view(self.grad[span], parameter.shape)
+            self._parts.append(self._view(self.grad[span], parameter.shape))
             offset += parameter.numel()
 
     def place(self, samples: Samples) -> Samples:
@@ -175,15 +176,19 @@ class Task:
         Args:
             index: [m] int64, the minibatch.
         """
-        self.grad.zero_()
         total = 0.0
-        for part in index.split(fitting_batch(GRADIENT_BATCH, self.loss.positions)):
+        parts = index.split(fitting_batch(GRADIENT_BATCH, self.loss.positions))
+        for number, part in enumerate(parts):
             with torch.enable_grad(), self.autocast():
-                share = len(part) / len(index)
-                loss = self.loss.mean(self.model, samples[part]) * share
+                loss = self.loss.mean(self.model, samples[part])
+                if len(parts) > 1:
+                    loss = loss * (len(part) / len(index))
                 if not loss.requires_grad:
                     raise ValueError("loss must depend on the sampled parameters, but has no gradient")
-                loss.backward()
+                gradients = torch.autograd.grad(loss, self.sampled, allow_unused=True, materialize_grads=True)
+            # One pass over the weights: .grad, which autograd adds to, would have to be zeroed, read and written.
+            write = torch._foreach_copy_ if number == 0 else torch._foreach_add_
+            write(self._parts, gradients)
             total += float(loss.detach())
         return total
 

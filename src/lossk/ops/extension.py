@@ -89,4 +89,13 @@ def self_test(module: ModuleType) -> str:
         update_square_avg=False,
         **stream,
     )
-    return "" if np.allclose(w, expected, rtol=0.0, atol=1e-6) else "sgld_step differs from the reference"
+    if not np.allclose(w, expected, rtol=0.0, atol=1e-6):
+        return "sgld_step differs from the reference"
+
+    logits = np.array([[0.0, 40.0, 1.0], [5.0, 5.0, -3.0], [0.0, -9.0, 80.0]], dtype=np.float32)
+    targets, losses = np.array([1, 0, 1]), np.full(3, np.nan, dtype=np.float32)
+    module.sample_loss(
+        logits=logits.ctypes.data, targets=targets.ctypes.data, out=losses.ctypes.data, rows=3, classes=3, stride=3
+    )
+    expected = np.log1p([np.exp(-40.0) + np.exp(-39.0), 1.0 + np.exp(-8.0), 0.0]) + [0.0, 0.0, 89.0]
+    return "" if np.allclose(losses, expected, rtol=1e-6, atol=0.0) else "sample_loss differs from the reference"
