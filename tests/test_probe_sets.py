@@ -14,7 +14,6 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 import lossk
-from lossk.probe import PROBE_BATCH
 
 Build = Callable[..., lossk.LossKernel]
 Same = Callable[[lossk.LossKernel, lossk.LossKernel], None]
@@ -31,7 +30,8 @@ def halves(problem: Any) -> tuple[Data, Data]:
 
 def test_sets_are_their_concatenation(build: Build, problem: Any, assert_same_kernel: Same) -> None:
     """Bitwise: the first set is a whole number of probe batches, so the passes are the same ones."""
-    a = torch.randn(PROBE_BATCH, 4), torch.arange(PROBE_BATCH) % 3
+    whole = lossk.Passes().probe_batch
+    a = torch.randn(whole, 4), torch.arange(whole) % 3
     b = problem.data
     joined = build(problem.model(), tuple(torch.cat(pair) for pair in zip(a, b, strict=True)), train=b)
     kernel = build(problem.model(), lossk.ProbeSets(a=a, b=DataLoader(TensorDataset(*b), batch_size=5)), train=b)

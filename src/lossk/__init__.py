@@ -12,6 +12,7 @@ from lossk.hmc import HMC
 from lossk.kernel import LossKernel
 from lossk.laplace import Laplace
 from lossk.neighbors import Neighbors
+from lossk.passes import Passes
 from lossk.predicted import predicted_labels
 from lossk.probe_sets import ProbeSets
 from lossk.sgld import SGLD
@@ -33,6 +34,7 @@ __all__ = [
     "LossTraces",
     "LosskError",
     "Neighbors",
+    "Passes",
     "ProbeSets",
     "StoreError",
     "build_kernel",

@@ -11,6 +11,7 @@ from torch import nn
 from lossk.kernel import LossKernel
 from lossk.losses import LossFunction
 from lossk.panel import choose_panel
+from lossk.passes import Passes, check_passes
 from lossk.run import Run
 from lossk.runlog import RunLog
 from lossk.samplers import Sampler
@@ -39,6 +40,7 @@ def build_kernel(
     backend: str = "auto",
     device: str | torch.device | None = None,
     precision: str | None = None,
+    passes: Passes | None = None,
     seed: int = 0,
     progress: bool = True,
 ) -> LossKernel:
@@ -70,7 +72,9 @@ def build_kernel(
         backend: "auto", "torch" or "cpp" for the SGLD step; an explicit one never falls back.
         device: where to run; None is the model's own. The model is back on its own device afterwards.
         precision: of the forward pass: None (float32), "bf16", "fp16" or (CUDA) "tf32". Weights stay float32.
-        seed: of noise and minibatches, from 0 to 2^32 - 1. The same seed gives the same kernel bitwise.
+        passes: how forward and backward passes are run; None has a pilot choose (it is printed, and kept in `meta`), or
+            in a run of some seconds takes `Passes()`.
+        seed: of noise and minibatches, from 0 to 2^32 - 1. The same seed and passes give the same kernel bitwise.
         progress: print choices and cost, and show a progress bar, on stderr.
 
     Returns:
@@ -94,6 +98,7 @@ def build_kernel(
         precision=precision,
         seed=seed,
     )
+    check_passes(passes)
     if resume and out is None:
         raise ValueError("resume=True needs out=, the store to continue, got None")
     path = None if out is None else Path(out)
@@ -111,8 +116,10 @@ def build_kernel(
         # A new store is made only once the pilot and the memory plan have passed: a refused run leaves nothing behind.
         log = RunLog.open(path, request) if path is not None and path.exists() else None
         try:
+            chosen = None if log is None else log.chosen
+            run.arrange(passes, chosen)
             with run.task:
-                run.tune(None if log is None else log.chosen)
+                run.tune(chosen)
                 run.announce(bar, tile=tile, panel=panel, dtype=dtype, on_disk=path is not None, held_traces=False)
                 if path is not None and log is None:
                     log = RunLog.create(path, request, run.chosen())
@@ -134,14 +141,17 @@ def sample_losses(
     backend: str = "auto",
     device: str | torch.device | None = None,
     precision: str | None = None,
+    passes: Passes | None = None,
     seed: int = 0,
     progress: bool = True,
 ) -> LossTraces:
     """The loss traces themselves, [chain, draw, sample]: for N large and draws few. Arguments as in `build_kernel`."""
     check_settings(num_chains=num_chains, num_draws=num_draws, backend=backend, precision=precision, seed=seed)
+    check_passes(passes)
     with Progress(progress) as bar:
         run = Run.prepare(model, loader, train, loss, sampler, num_chains, num_draws, backend, device, precision, seed)
         panel = choose_panel(len(run.probe), num_draws)
+        run.arrange(passes, None)
         with run.task:
             run.tune(None)
             run.announce(bar, tile=4096, panel=panel, dtype="float32", on_disk=False, held_traces=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import importlib.util
 import json
 import os
@@ -20,6 +21,7 @@ from lossk.config import RunConfig, load_config, parse_override
 from lossk.errors import LosskError, StoreError
 from lossk.kernel import LossKernel
 from lossk.neighbors import Neighbors
+from lossk.passes import Passes
 from lossk.plan import gigabytes
 from lossk.recipes import RecipeTask, packaged_names
 from lossk.samplers import read_sampler
@@ -144,6 +146,7 @@ def _execute(config: RunConfig, source: Path | None, *, overwrite: bool, resume:
             train=task.train,
             loss=task.loss,
             sampler=read_sampler(config.sampler),
+            passes=None if config.passes is None else Passes(**config.passes),
             out=out,
             resume=resume,
             **config.build,
@@ -152,6 +155,8 @@ def _execute(config: RunConfig, source: Path | None, *, overwrite: bool, resume:
         if new_replay and not out.exists():  # nothing to resume: do not stand in the way of the next attempt
             replay.unlink()
         raise
+    if new_replay:
+        replay.write_text(dataclasses.replace(config, passes=kernel.meta["passes"]).to_yaml())
     print(describe(kernel))
     neighbors = kernel.neighbors(min(K, kernel.num_samples - 1))
     print(describe_neighbors(kernel, task, neighbors))

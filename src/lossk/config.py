@@ -15,6 +15,7 @@ from typing import Any
 
 import yaml
 
+from lossk.passes import Passes
 from lossk.recipes import RecipeTask, packaged_config, packaged_names
 from lossk.samplers import KINDS, read_sampler
 from lossk.settings import check_integer, check_settings
@@ -32,6 +33,7 @@ class RunConfig:
         task: "module:function"; called with `task_args`, returns a `lossk.recipes.RecipeTask`.
         build: arguments of `lossk.build_kernel`.
         sampler: arguments of `lossk.SGLD`, or of another sampler named by `kind`: {kind: gaussian, sigma: 0.01}.
+        passes: arguments of `lossk.Passes`; None leaves them to `build_kernel`, and the replay names what it chose.
         out: path of the `.lossk` store.
         picture: path of a PNG, or None.
         threads: torch's threads for this run; None leaves them. Small networks run best, and most repeatably, on one.
@@ -41,6 +43,7 @@ class RunConfig:
     task_args: Mapping[str, Any] = field(default_factory=dict)
     build: Mapping[str, Any] = field(default_factory=dict)
     sampler: Mapping[str, Any] = field(default_factory=dict)
+    passes: Mapping[str, Any] | None = None
     out: str = "out.lossk"
     picture: str | None = None
     threads: int | None = None
@@ -57,6 +60,9 @@ class RunConfig:
         if kind is not None:  # an unknown kind is refused by read_sampler
             refuse_unknown("sampler", self.sampler, ["kind", *(f.name for f in dataclasses.fields(kind))])
         read_sampler(self.sampler)
+        if self.passes is not None:
+            refuse_unknown("passes", self.passes, [f.name for f in dataclasses.fields(Passes)])
+            Passes(**self.passes)
         check_settings(**{key: value for key, value in self.build.items() if key != "device"})
 
     def to_yaml(self) -> str:
@@ -122,6 +128,8 @@ def load_config(name_or_path: str, overrides: Mapping[str, Any] | None = None) -
         plain[section] = plain.get(section) or {}
         if not isinstance(plain[section], dict):
             raise ValueError(f"{section} must hold a mapping, got {type(plain[section]).__name__}")
+    if plain.get("passes") is not None and not isinstance(plain["passes"], dict):
+        raise ValueError(f"passes must hold a mapping, got {type(plain['passes']).__name__}")
     return RunConfig(**plain)
 
 

@@ -89,7 +89,9 @@ def resolve_loss(loss: str | LossFunction, backend: str = "torch") -> Loss:
     if not isinstance(loss, str):
         raise TypeError(f"loss must be a name or a callable loss(model, batch), got {type(loss).__name__}")
     if loss == "cross_entropy":
-        return Loss("cross_entropy", partial(_cross_entropy_losses, backend=backend), _check_classes, _cross_entropy_mean)
+        return Loss(
+            "cross_entropy", partial(_cross_entropy_losses, backend=backend), _check_classes, _cross_entropy_mean
+        )
     if loss == "token_cross_entropy":
         return Loss("token_cross_entropy", partial(_token_losses, backend=backend), _check_tokens, _token_mean)
     if loss == "mse":

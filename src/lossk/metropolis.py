@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lossk.data import Samples
 from lossk.ops.philox import normals
-from lossk.task import GRADIENT_BATCH, Task
+from lossk.task import Task, fitting_batch
 
 STREAM = 5  # of the Philox counter: proposals whose acceptance is measured and that are never taken
 
@@ -31,11 +31,11 @@ class Energy:
     def gradient(self, out: Tensor) -> float:
         """Write grad U at the present weights into `out` [P] float32; returns L_n(w), nats."""
         task, n, total = self.task, len(self.train), 0.0
-        task.grad.zero_()
-        for part in torch.arange(n).split(GRADIENT_BATCH):
+        parts = torch.arange(n).split(fitting_batch(task.passes.gradient_batch, task.loss.positions))
+        for number, part in enumerate(parts):
             with torch.enable_grad(), task.autocast():
                 losses = task.loss.per_sample(task.model, self.train[part])
-                (losses.sum() / n).backward()
+                task.differentiate(losses.sum() / n, add=number > 0)
             total += float(losses.detach().double().sum())
         torch.sub(task.flat, task.anchor, out=out).mul_(self.localization).add_(task.grad, alpha=self.n_beta)
         return total / n

@@ -34,7 +34,7 @@ class Minibatches:
         return torch.from_numpy(self._by_rejection(step))
 
     def _by_sorting(self, step: int) -> np.ndarray:
-        # The index in the low bits makes the keys distinct, and a sort of plain integers is far quicker than an argsort.
+        # The index in the low bits makes keys distinct, and a partition of plain integers is far quicker than a sort.
         low = np.uint64((1 << self.num_samples.bit_length()) - 1)
         keys = (self._words(step, self.num_samples) & ~low) | np.arange(self.num_samples, dtype=np.uint64)
         chosen = np.partition(keys, self.batch_size)[: self.batch_size] & low

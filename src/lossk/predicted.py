@@ -9,8 +9,9 @@ from torch import Tensor, nn
 
 from lossk.data import read_samples
 from lossk.losses import forward, resolve_loss, split_batch
-from lossk.probe import PROBE_BATCH
 from lossk.task import Task
+
+BATCH = 256
 
 
 def predicted_labels(model: nn.Module, loader: Any) -> tuple[Any, Tensor]:
@@ -34,8 +35,8 @@ def predicted_labels(model: nn.Module, loader: Any) -> tuple[Any, Tensor]:
     predictions = []
     with Task(model, resolve_loss("cross_entropy")) as task, torch.inference_mode():
         placed = task.place(samples)
-        for start in range(0, len(samples), PROBE_BATCH):
-            outputs = forward(model, split_batch(placed[start : start + PROBE_BATCH])[0])
+        for start in range(0, len(samples), BATCH):
+            outputs = forward(model, split_batch(placed[start : start + BATCH])[0])
             if outputs.ndim != 2:
                 raise ValueError(f"model must have outputs of shape [B, C], got {list(outputs.shape)}")
             predictions.append(outputs.argmax(dim=1).cpu())

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -11,9 +12,6 @@ from torch import Tensor
 
 from lossk.data import Samples
 from lossk.task import Task, fitting_batch
-
-# One fixed size: the last bits of a matrix product can depend on the batch size, and runs must repeat bitwise.
-PROBE_BATCH = 256
 
 
 @dataclass(frozen=True)
@@ -34,7 +32,7 @@ class ProbePart:
         Raises:
             ValueError: the loss masks other tokens than it did at the trained weights.
         """
-        batch, row = fitting_batch(PROBE_BATCH, self.positions), 0
+        batch, row = fitting_batch(task.passes.probe_batch, self.positions), 0
         for start in range(0, len(self.samples), batch):
             losses, mask = task.rows(self.samples[start : start + batch])
             if self.tokens is not None and (mask is None or not self._same(mask, start, row)):
@@ -77,6 +75,13 @@ class Probe:
     def nbytes(self) -> int:
         """Of all its data; a set that appears twice is held once."""
         return sum(samples.nbytes for samples in {id(part.samples): part.samples for part in self.parts}.values())
+
+    def with_samples(self, change: Callable[[Samples], Samples]) -> Probe:
+        """The same rows of samples held in another way; a set that appears twice is changed once."""
+        changed = {id(part.samples): part.samples for part in self.parts}
+        changed = {key: change(samples) for key, samples in changed.items()}
+        parts = (dataclasses.replace(part, samples=changed[id(part.samples)]) for part in self.parts)
+        return Probe(tuple(parts), self.sets)
 
     @property
     def tokens(self) -> Tensor | None:
@@ -152,7 +157,7 @@ def _index(task: Task, part: ProbePart) -> ProbePart:
     """With its unmasked tokens, found by one pass over all samples and confirmed by another."""
     if part.positions is None:
         return part
-    batch, found = fitting_batch(PROBE_BATCH, part.positions), []
+    batch, found = fitting_batch(task.passes.probe_batch, part.positions), []
     for start in range(0, len(part.samples), batch):
         _, mask = task.rows(part.samples[start : start + batch])
         if mask is None:
@@ -190,7 +195,7 @@ def probe_losses(task: Task, samples: Samples, out: Tensor) -> None:
     Args:
         out: [n] float32, nats.
     """
-    batch = fitting_batch(PROBE_BATCH, task.loss.positions)
+    batch = fitting_batch(task.passes.probe_batch, task.loss.positions)
     for start in range(0, len(samples), batch):
         out[start : start + batch] = task.losses(samples[start : start + batch])
 

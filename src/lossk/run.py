@@ -21,6 +21,8 @@ from lossk.diagnostics import Criteria, Diagnostics, TraceWatch, diagnose
 from lossk.losses import LossFunction, resolve_loss
 from lossk.neighbors import median_noise_floor
 from lossk.panel import ChainTotals, Panel, chain_panels
+from lossk.passes import Passes
+from lossk.passes_pilot import Load, choose_passes
 from lossk.pilot import Pilot
 from lossk.plan import check_memory, make_plan
 from lossk.probe import (
@@ -33,9 +35,12 @@ from lossk.probe import (
 )
 from lossk.probe_sets import read_sources
 from lossk.samplers import KINDS, Sampler, fit, kind_of, make_chain
+from lossk.settings import SteppingSettings
 from lossk.sgld import SGLD
 from lossk.task import Task
 from lossk.timings import Progress, Timings
+
+USUAL_STEPS = 8  # of a draw, where a pilot has yet to say
 
 
 @dataclass
@@ -57,6 +62,7 @@ class Run:
     warnings: list[str]
     pilot: Pilot | None = None
     reasons: list[str] = field(default_factory=list)
+    passes_reasons: list[str] = field(default_factory=list)
     fitted: dict[str, Tensor] = field(default_factory=dict)  # what the sampler's chains share
     timings: Timings = field(default_factory=Timings)
     anchor_losses: Tensor = field(default_factory=lambda: torch.zeros(0))  # [n] float64, losses of `train` at w*
@@ -135,6 +141,37 @@ class Run:
             "fingerprints": self.fingerprints,
         }
 
+    def arrange(self, passes: Passes | None, chosen: dict[str, Any] | None) -> None:
+        """Settle how the passes are run: as given, as `chosen` before, or by a pilot; before the task is entered."""
+        if chosen is not None:
+            self.task.passes, self.passes_reasons = Passes(**chosen["passes"]), chosen["passes_reasons"]
+            if passes not in (None, self.task.passes):
+                raise ValueError(
+                    f"passes must be those of the run that is resumed, {self.task.passes!r}, got {passes!r}"
+                )
+        elif passes is not None:
+            self.task.passes, self.passes_reasons = passes, []
+        else:
+            with self.timings.measure("pilot"):
+                self.task.passes, self.passes_reasons = choose_passes(
+                    self.task, self.probe.parts[0].samples, self.train, self._load()
+                )
+        if not self.task.channels_last:
+            return
+        before = self.probe
+        placed = {id(part.samples): self.task.place(part.samples) for part in self.probe.parts}
+        self.probe = before.with_samples(lambda samples: placed[id(samples)])
+        self.train = placed.get(id(self.train)) or self.task.place(self.train)
+
+    def _load(self) -> Load:
+        draws, batch = self.num_chains * self.num_draws, getattr(self.asked, "batch_size", None) or len(self.train)
+        if isinstance(self.asked, SteppingSettings):
+            unknown = "auto" in (self.asked.num_burnin_steps, self.asked.num_steps_bw_draws)
+            steps = USUAL_STEPS * draws if unknown else self.num_chains * self.asked.steps(self.num_draws)
+        else:
+            steps = 0
+        return Load(draws, steps, min(batch, len(self.train)))
+
     def tune(self, chosen: dict[str, Any] | None) -> None:
         """Losses at w*, the pilot's measurements, and every "auto" filled in (or all as `chosen` before)."""
         out = torch.empty(len(self.train))
@@ -161,7 +198,13 @@ class Run:
     def chosen(self) -> dict[str, Any]:
         """What `tune` chose, to be saved: a resumed run must not choose anew."""
         pilot = None if self.pilot is None else self.pilot.to_dict()
-        return {"pilot": pilot, "sampler": self.sampler.to_dict(), "reasons": self.reasons}
+        return {
+            "pilot": pilot,
+            "sampler": self.sampler.to_dict(),
+            "reasons": self.reasons,
+            "passes": self.task.passes.to_dict(),
+            "passes_reasons": self.passes_reasons,
+        }
 
     def announce(self, bar: Progress, *, tile: int, panel: int, dtype: str, on_disk: bool, held_traces: bool) -> None:
         """Say what was chosen and what it will cost; refuse what cannot fit."""
@@ -175,7 +218,7 @@ class Run:
                 f"pilot: curvature up to {self.pilot.curvature:.3g}, gradient variance "
                 f"{self.pilot.gradient_variance:.3g} ({self.pilot.num_samples} of {n} training samples)"
             )
-        for line in as_table(self.reasons):
+        for line in as_table([*self.passes_reasons, *self.reasons]):
             bar.say(line)
         if isinstance(self.sampler, SGLD) and self.pilot is not None:
             bar.say(
@@ -273,6 +316,8 @@ class Run:
             "config": request,
             "sampler": self.sampler.to_dict(),
             "reasons": self.reasons,
+            "passes": self.task.passes.to_dict(),
+            "passes_reasons": self.passes_reasons,
             "pilot": None if self.pilot is None else self.pilot.to_dict(),
             "backend": self.backend,
             "timings": {**seconds, "total": round(time.perf_counter() - self.started, 4)},

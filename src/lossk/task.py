@@ -15,10 +15,10 @@ from torch.nn.parameter import UninitializedParameter
 
 from lossk.data import Samples, map_tensors
 from lossk.losses import Loss, forward, split_batch
+from lossk.passes import Passes
 from lossk.settings import PRECISIONS, check_choice
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
-GRADIENT_BATCH = 1024  # samples per backward pass; a larger minibatch is accumulated
 TOKENS_AT_A_TIME = 4096  # positions per pass of a loss per token
 
 
@@ -34,6 +34,7 @@ class Task:
         flat: [P] float32, the sampled weights w.
         anchor: [P] float32, w*, the weights on entry.
         grad: [P] float32, where `gradient` leaves the gradient of the minibatch loss.
+        passes: how the passes are run; to be changed outside the `with` block only.
     """
 
     flat: Tensor
@@ -60,12 +61,18 @@ class Task:
                 raise ValueError(f"device must be a torch device that is here, got {device!r}: {error}") from error
         self.num_weights = sum(p.numel() for p in self.sampled)
         self.precision = precision
-        # On a CPU convolutions run several times faster channels-last; which elements of `flat` are neighbours is free.
-        self.channels_last = self.device.type == "cpu" and any(isinstance(m, nn.Conv2d) for m in model.modules())
+        self.passes = Passes()
+        self._has_convolutions = any(isinstance(module, nn.Conv2d) for module in model.modules())
         _check_model(model)
         check_choice("precision", precision, PRECISIONS)
         if precision == "tf32" and self.device.type != "cuda":
             raise ValueError(f"precision='tf32' needs a CUDA device, got device {str(self.device)!r}")
+
+    @property
+    def channels_last(self) -> bool:
+        """Whether what convolutions read lies channels-last; which elements of `flat` are neighbours is free."""
+        wanted = self.passes.memory_format == "channels_last"
+        return wanted and self._has_convolutions and self.device.type == "cpu"
 
     def __enter__(self) -> Task:
         self._snapshot = _Snapshot(self.model)
@@ -74,6 +81,9 @@ class Task:
         except BaseException:
             self._snapshot.restore()
             raise
+        if self.passes.num_threads is not None:
+            torch.set_num_threads(self.passes.num_threads)
+        self._run_model: Any = torch.compile(self.model) if self.passes.compile else self.model
         return self
 
     def __exit__(
@@ -163,12 +173,12 @@ class Task:
     def losses(self, batch: Any) -> Tensor:
         """Each sample's share of the training loss at the present weights: [B] float32, nats."""
         with torch.inference_mode(), self.autocast():
-            return self.loss.per_sample(self.model, batch)
+            return self.loss.per_sample(self._run_model, batch)
 
     def rows(self, batch: Any) -> tuple[Tensor, Tensor | None]:
         """A batch's rows of the kernel at the present weights: [R] float32, nats; of a loss per token also its mask."""
         with torch.inference_mode(), self.autocast():
-            return self.loss.rows(self.model, batch)
+            return self.loss.rows(self._run_model, batch)
 
     def gradient(self, samples: Samples, index: Tensor) -> float:
         """Leave the gradient of the mean loss over `index` in `grad`; return that mean loss.
@@ -177,20 +187,24 @@ class Task:
             index: [m] int64, the minibatch.
         """
         total = 0.0
-        parts = index.split(fitting_batch(GRADIENT_BATCH, self.loss.positions))
+        parts = index.split(fitting_batch(self.passes.gradient_batch, self.loss.positions))
         for number, part in enumerate(parts):
             with torch.enable_grad(), self.autocast():
-                loss = self.loss.mean(self.model, samples[part])
+                loss = self.loss.mean(self._run_model, samples[part])
                 if len(parts) > 1:
                     loss = loss * (len(part) / len(index))
                 if not loss.requires_grad:
                     raise ValueError("loss must depend on the sampled parameters, but has no gradient")
-                gradients = torch.autograd.grad(loss, self.sampled, allow_unused=True, materialize_grads=True)
-            # One pass over the weights: .grad, which autograd adds to, would have to be zeroed, read and written.
-            write = torch._foreach_copy_ if number == 0 else torch._foreach_add_
-            write(self._parts, gradients)
+                self.differentiate(loss, add=number > 0)
             total += float(loss.detach())
         return total
+
+    def differentiate(self, value: Tensor, *, add: bool) -> None:
+        """Write the gradient of a scalar into `grad`, or add it there."""
+        gradients = torch.autograd.grad(value, self.sampled, allow_unused=True, materialize_grads=True)
+        # One pass over the weights: .grad, which autograd adds to, would have to be zeroed, read and written.
+        write = torch._foreach_add_ if add else torch._foreach_copy_
+        write(self._parts, gradients)
 
     def check(self, samples: Samples, name: str = "loader") -> int | None:
         """One small pass at w*: shapes, labels, finiteness, determinism, independence of a loss from its batch.
@@ -246,6 +260,7 @@ class _Snapshot:
     """Everything about a model that sampling touches, held so that it can be put back exactly."""
 
     def __init__(self, model: nn.Module) -> None:
+        self.num_threads = torch.get_num_threads()
         self.modes = [(module, module.training) for module in model.modules()]
         self.parameters = [(p, p.data, p.requires_grad, p.grad) for p in model.parameters()]
         self.buffers = [
@@ -266,6 +281,8 @@ class _Snapshot:
             module._buffers[name] = buffer
         for module, training in self.modes:
             module.training = training
+        if torch.get_num_threads() != self.num_threads:
+            torch.set_num_threads(self.num_threads)
 
 
 def select_parameters(model: nn.Module, patterns: Sequence[str] | None) -> tuple[list[str], list[nn.Parameter]]:

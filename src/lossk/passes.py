@@ -1,0 +1,61 @@
+"""How forward and backward passes are run: settings that change the time of a result, and its last digits at most."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from lossk.settings import check_choice, check_integer
+
+MEMORY_FORMATS = ("channels_last", "contiguous")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Passes:
+    """Settings of the passes; what a pilot chooses where none are given (`build_kernel(passes=None)`).
+
+    Runs of one seed with the same settings, machine and backend repeat bitwise. `memory_format` also decides which
+    weight receives which random number: two formats are two realisations of the same chain.
+
+    Args:
+        probe_batch: samples per forward pass of the probe.
+        gradient_batch: samples per backward pass at most; a larger minibatch is accumulated over several.
+        memory_format: "channels_last" or "contiguous"; of the data and weights of 2-d convolutions on a CPU.
+        num_threads: torch's threads during the run; None leaves them as they are.
+        compile: pass the model through `torch.compile`, which must be able to compile it.
+
+    Raises:
+        TypeError, ValueError: a bad setting, named.
+    """
+
+    probe_batch: int = 256
+    gradient_batch: int = 1024
+    memory_format: Literal["channels_last", "contiguous"] = "channels_last"
+    num_threads: int | None = None
+    compile: bool = False
+
+    def __post_init__(self) -> None:
+        check_integer("probe_batch", self.probe_batch, 1)
+        check_integer("gradient_batch", self.gradient_batch, 1)
+        check_choice("memory_format", self.memory_format, MEMORY_FORMATS)
+        if self.num_threads is not None:
+            check_integer("num_threads", self.num_threads, 1)
+        check_choice("compile", self.compile, (True, False))
+
+    def to_dict(self) -> dict[str, Any]:
+        """A plain, JSON-ready form; `Passes(**d)` gives it back."""
+        return dataclasses.asdict(self)
+
+    def __str__(self) -> str:
+        threads = "" if self.num_threads is None else f", {self.num_threads} threads"
+        return (
+            f"{self.probe_batch} samples a probe pass, {self.gradient_batch} a gradient pass, {self.memory_format}"
+            f"{threads}{', compiled' if self.compile else ''}"
+        )
+
+
+def check_passes(passes: Any) -> None:
+    """Raise TypeError unless it is a `Passes` or None."""
+    if passes is not None and not isinstance(passes, Passes):
+        raise TypeError(f"passes must be a lossk.Passes or None, got {type(passes).__name__}")

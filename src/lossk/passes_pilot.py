@@ -1,0 +1,163 @@
+"""The pilot of the passes: batch sizes, memory format, threads and compilation, measured on the task."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from lossk.data import Samples
+from lossk.passes import Passes
+from lossk.task import Task, fitting_batch
+
+WORTH = 20.0  # seconds of passes in a run below which measuring does not pay
+SHARE, MOST = 0.03, 30.0  # of the run, and in seconds, that measuring may take
+COMPILE_WORTH = 900.0  # seconds of passes below which compiling, about a minute, is not tried
+FASTER = 0.95  # a change must take at most this share of the time, or the timer's noise would choose
+REPEATS = 3
+BATCHES = (32, 64, 128, 256, 512, 1024, 2048)
+
+Seconds = tuple[float, float]  # per sample of a probe pass and of a gradient
+
+
+@dataclass(frozen=True)
+class Load:
+    """What a run asks of the passes."""
+
+    num_draws: int  # of all chains
+    num_steps: int  # gradients of all chains
+    minibatch: int
+
+
+def choose_passes(task: Task, probe: Samples, train: Samples, load: Load) -> tuple[Passes, list[str]]:
+    """The quickest settings found within a few percent of the run's time, and why; the task is not entered yet.
+
+    Args:
+        probe, train: the data where the passes want it (`Task.place`).
+    """
+    bench = _Bench(task, probe, train, load)
+    try:
+        return bench.search()
+    finally:
+        task.passes = bench.before
+
+
+class _Bench:
+    """Candidates measured so far: seconds per sample of a probe pass and of a gradient."""
+
+    def __init__(self, task: Task, probe: Samples, train: Samples, load: Load) -> None:
+        self.task, self.load = task, load
+        self.before = task.passes
+        self.probe, self.train = probe, train
+        self.weights = (load.num_draws * len(probe), load.num_steps * load.minibatch)  # samples of either pass
+        self.deadline = float("inf")
+        self.first = (0.0, 0.0)  # of the default
+
+    def search(self) -> tuple[Passes, list[str]]:
+        best, seconds = self.before, self.measure(self.before)
+        total = self.total(seconds)
+        if total < WORTH:
+            return best, [f"passes = default: about {total:.2g} s of them, too few for measuring to pay"]
+        self.first = seconds
+        self.deadline = time.perf_counter() + min(SHARE * total, MOST)
+        for candidates in (self.threads, self.formats):
+            for candidate in candidates(best):
+                best, seconds = self.better(best, seconds, candidate)
+        for name, part in (("probe_batch", 0), ("gradient_batch", 1)):
+            for candidate in self.batches(best, name):
+                best, seconds = self.better(best, seconds, candidate, part)
+        if self.total(seconds) > COMPILE_WORTH:
+            best, seconds = self.try_compiling(best, seconds)
+        if best == self.before:
+            return best, [f"passes = default: {best}; nothing else measured was clearly quicker"]
+        gain = self.total(self.first) / self.total(seconds)
+        return best, [f"passes = measured: {best}; {gain:.2f} times as fast as the default"]
+
+    def total(self, seconds: Seconds) -> float:
+        return sum(weight * each for weight, each in zip(self.weights, seconds, strict=True))
+
+    def better(
+        self, best: Passes, seconds: Seconds, candidate: Passes, part: int | None = None
+    ) -> tuple[Passes, Seconds]:
+        """The candidate if it is quicker, twice; `part` names the only pass it concerns."""
+        if candidate == best or time.perf_counter() > self.deadline:
+            return best, seconds
+        found = self.measure(candidate, part)
+        if self.total(_merge(seconds, found, part)) > FASTER * self.total(seconds):
+            return best, seconds
+        # On a machine that others use too, a lucky or an unlucky moment would choose: both again, and the best of each.
+        seconds = _quicker(seconds, _merge(seconds, self.measure(best, part), part))
+        if best == self.before:
+            self.first = seconds
+        found = _quicker(_merge(seconds, found, part), _merge(seconds, self.measure(candidate, part), part))
+        if self.total(found) > FASTER * self.total(seconds):
+            return best, seconds
+        return candidate, found
+
+    def threads(self, best: Passes) -> Iterator[Passes]:
+        if best.num_threads is None and self.task.device.type == "cpu" and torch.get_num_threads() > 1:
+            yield dataclasses.replace(best, num_threads=1)
+
+    def formats(self, best: Passes) -> Iterator[Passes]:
+        if self.task.channels_last:
+            yield dataclasses.replace(best, memory_format="contiguous")
+
+    def batches(self, best: Passes, name: str) -> Iterator[Passes]:
+        most = len(self.probe) if name == "probe_batch" else min(self.load.minibatch, len(self.train))
+        for batch in BATCHES:
+            if batch < most:
+                yield dataclasses.replace(best, **{name: batch})  # type: ignore[arg-type]
+
+    def try_compiling(self, best: Passes, seconds: Seconds) -> tuple[Passes, Seconds]:
+        try:
+            return self.better(best, seconds, dataclasses.replace(best, compile=True))
+        except Exception:  # what a compiler cannot do, whatever it raises, is done without it
+            return best, seconds
+
+    def measure(self, passes: Passes, part: int | None = None) -> Seconds:
+        """Seconds per sample of a probe pass and of a gradient; 0 for one that is not asked for."""
+        self.task.passes = passes
+        with self.task:
+            probe, train = self.task.place(self._some(self.probe)), self.task.place(self._some(self.train))
+            forward = 0.0 if part == 1 else self._time_probe(probe)
+            backward = 0.0 if part == 0 else self._time_gradient(train)
+        return forward, backward
+
+    def _some(self, samples: Samples) -> Samples:
+        count = min(len(samples), 2 * max(*BATCHES, self.load.minibatch))
+        return Samples(samples[:count], count)
+
+    def _time_probe(self, probe: Samples) -> float:
+        batch = min(fitting_batch(self.task.passes.probe_batch, self.task.loss.positions), len(probe))
+        few = probe[:batch]
+        return quickest(lambda: self.task.rows(few)) / batch
+
+    def _time_gradient(self, train: Samples) -> float:
+        if self.weights[1] == 0:
+            return 0.0
+        index = torch.arange(min(self.load.minibatch, len(train)))
+        return quickest(lambda: self.task.gradient(train, index)) / len(index)
+
+
+def quickest(work: Callable[[], Any]) -> float:
+    """Seconds of the quickest of a few calls, after one that does not count."""
+    work()
+    best = float("inf")
+    for _ in range(REPEATS):
+        start = time.perf_counter()
+        work()
+        best = min(best, time.perf_counter() - start)
+    return best
+
+
+def _merge(old: Seconds, new: Seconds, part: int | None) -> Seconds:
+    """The new times of what was measured, the old ones of the rest."""
+    return (old[0] if part == 1 else new[0], old[1] if part == 0 else new[1])
+
+
+def _quicker(a: Seconds, b: Seconds) -> Seconds:
+    return min(a[0], b[0]), min(a[1], b[1])
