@@ -1,0 +1,214 @@
+"""`build_kernel` against bare passes, a plain torch loop and devinterp 1.3.2, taking turns on the same draws.
+
+python -m bench.end_to_end [--quick] [--networks mlp cnn] [--checkpoint CNN.pt] [--peer1-python PYTHON]
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from typing import Any
+
+import torch
+
+import lossk
+from bench import floor as bare
+from bench import plain
+from bench.jobs import MAKERS, Job
+from bench.markdown import seconds, spread, table
+from bench.options import Found, Options, run_alone
+from bench.peers import Peer
+from bench.turns import Turn, column, quantiles, ratio, take_turns
+
+OURS, FLOOR = "lossk", "bare passes"
+PLAIN, TUNED, PEER = "plain torch", "plain torch at the floor's settings", "devinterp 1.3.2"
+METHOD = "SGMCMC.sgld"  # devinterp's own advice; its other one, SGLD, is deprecated
+LOOP = ("gradient", "step", "probe", "update")  # stages that every draw pays for
+TARGETS = {"mlp": {PEER: 1.5}, "cnn": {PEER: 3.0}}
+
+
+def ours(job: Job) -> Callable[[], Turn]:
+    """`build_kernel` as it is called, nothing left to the tuner."""
+    sampler = lossk.SGLD(
+        lr=job.lr,
+        n_beta=job.n_beta,
+        localization=job.localization,
+        batch_size=job.batch_size,
+        num_burnin_steps=0,
+        num_steps_bw_draws=job.num_steps_bw_draws,
+    )
+
+    def turn() -> Turn:
+        start = time.perf_counter()
+        kernel = lossk.build_kernel(
+            job.model,
+            job.probe,
+            train=None if job.train is job.probe else job.train,
+            loss="token_cross_entropy" if job.per_token else "cross_entropy",
+            sampler=sampler,
+            num_chains=job.num_chains,
+            num_draws=job.num_draws,
+            centering="pooled",  # what torch.cov of all draws is
+            progress=False,
+        )
+        taken = time.perf_counter() - start
+        stages = {f"stage {name}": value for name, value in kernel.meta["timings"].items() if name != "total"}
+        loop = sum(stages.get(f"stage {name}", 0.0) for name in LOOP)
+        return {
+            "seconds": taken,
+            "outside the loop": taken - loop,
+            "mean_loss": float(kernel.mean_loss.mean()),
+            "mean_variance": float(kernel.variance.mean()),
+            **stages,
+        }
+
+    return turn
+
+
+def with_threads(turn: Callable[[], Turn], threads: int) -> Callable[[], Turn]:
+    """Whoever was there before may have set another number."""
+
+    def run() -> Turn:
+        torch.set_num_threads(threads)
+        return turn()
+
+    return run
+
+
+def contenders(job: Job, floor: bare.Floor, threads: int) -> dict[str, Callable[[], Turn]]:
+    """Those of this process."""
+    written = plain.as_written(job, threads)
+    return {
+        OURS: with_threads(ours(job), threads),
+        FLOOR: bare.contender(job, floor),
+        PLAIN: plain.contender(job, written, written),
+        TUNED: plain.contender(job, floor.forward, floor.backward),
+    }
+
+
+def compare(job: Job, options: Options, peers: dict[str, Peer]) -> Found:
+    """All turns of one job, their quantiles and ratios."""
+    print(f"{job.name}: searching the floor", file=sys.stderr, flush=True)
+    floor = bare.search(job, options.threads)
+    everyone = contenders(job, floor, options.threads)
+    warm_up(job, floor, options.threads)
+    with contextlib.ExitStack() as stack:
+        entered = {name: stack.enter_context(peer) for name, peer in peers.items()}
+        everyone |= {name: peer.turn for name, peer in entered.items()}
+        turns = take_turns(everyone, job.rounds)
+    torch.set_num_threads(options.threads)
+    times = {name: column(found) for name, found in turns.items()}
+    return {
+        "name": job.name,
+        "what": job.what,
+        "job": job.spec(),
+        "floor": {"forward": asdict(floor.forward), "backward": asdict(floor.backward), "seen": floor.seen},
+        "turns": turns,
+        "seconds": {name: quantiles(found) for name, found in times.items()},
+        "over lossk": {name: ratio(found, times[OURS]) for name, found in times.items() if name != OURS},
+        "lossk over floor": ratio(times[OURS], times[FLOOR]),
+        "versions": {name: peer.versions for name, peer in peers.items()},
+    }
+
+
+def warm_up(job: Job, floor: bare.Floor, threads: int) -> None:
+    """Two draws of one chain by everyone: what torch and lossk load on first use is nobody's time."""
+    few = replace(job, num_chains=1, num_draws=2)
+    for turn in contenders(few, floor, threads).values():
+        turn()
+
+
+def measure(options: Options) -> Found:
+    """Every network asked for."""
+    found = {}
+    for name in options.networks:
+        job = MAKERS[name](options)
+        peers = {}
+        if options.peer1_python:
+            spec = {**job.spec(), "threads": options.threads, "method": METHOD}
+            peers[PEER] = Peer(options.peer1_python, "bench.peer1", spec, job)
+        found[name] = compare(job, options, peers)
+    return found
+
+
+def section(found: Found) -> str:
+    """Of the page."""
+    parts = ["## The whole kernel against the bare passes, plain torch and devinterp 1.3.2"]
+    parts += [one(result, TARGETS.get(name, {})) for name, result in found.items()]
+    parts.append(HOW)
+    return "\n\n".join(parts)
+
+
+def one(result: Found, targets: dict[str, float]) -> str:
+    """One job's table."""
+    job = result["job"]
+    head = (
+        f"### {result['what']}: {job['num_rows']:,} rows, {job['num_chains']} x {job['num_draws']} draws, "
+        f"{job['num_steps_bw_draws']} step(s) of {job['batch_size']} samples a draw, {job['rounds']} rounds"
+    )
+    rows = [[name, *row(result, name, targets)] for name in result["seconds"]]
+    over = result["lossk over floor"]
+    return "\n\n".join(
+        [
+            head,
+            table(["", "time", "over lossk's", "target", "mean loss", "mean variance"], rows),
+            f"lossk / bare passes: **{spread(over)}** (target: at most 1.05). {outside(result)}",
+            f"The floor's passes: forward {describe(result['floor']['forward'])}, "
+            f"backward {describe(result['floor']['backward'])}. "
+            f"Of its time, forward passes are {share(result):.0%}.",
+        ]
+    )
+
+
+def row(result: Found, name: str, targets: dict[str, float]) -> list[str]:
+    turns = result["turns"][name]
+    over = "1" if name == OURS else spread(result["over lossk"][name])
+    target = f"at least {targets[name]:g}" if name in targets else ""
+    figures = [f"{turns[-1][key]:.4g}" if key in turns[-1] else "" for key in ("mean_loss", "mean_variance")]
+    return [spread(result["seconds"][name], "s"), over, target, *figures]
+
+
+def outside(result: Found) -> str:
+    """What lossk does once per call, however many draws there are."""
+    turns = result["turns"][OURS]
+    once = quantiles(column(turns, "outside the loop"))["median"]
+    loop = [turn["seconds"] - turn["outside the loop"] for turn in turns]
+    over = ratio(loop, column(result["turns"][FLOOR]))["median"]
+    return (
+        f"Of lossk's time {seconds(once)} go, once per call, into reading, checking, the losses at w*, pilots and "
+        f"diagnostics; the draws alone are {over:.3g} times the floor."
+    )
+
+
+def share(result: Found) -> float:
+    turns = result["turns"][FLOOR]
+    return sum(column(turns, "forward")) / sum(column(turns))
+
+
+def describe(passes: dict[str, Any]) -> str:
+    form = "channels_last" if passes["channels_last"] else "NCHW / contiguous"
+    return f"{passes['batch']} samples at a time, {form}, {passes['threads']} thread(s)"
+
+
+HOW = f"""Times are medians of whole turns, with the 20 and 80 percentiles; ratios are taken within a round, then their
+median. Everyone gets the same network, data, number of threads, and number of chains, draws and steps, the same lr,
+n_beta, localization and minibatch size; the mean loss and mean variance over all draws show that they sample alike.
+
+- *{OURS}*: `build_kernel` with every setting of SGLD a number, from the call to the finished kernel, pilots included.
+- *{FLOOR}*: as many forward passes over all rows, with their losses, and forward + backward passes of minibatches as
+  the draws need; the fastest of a search over memory format, samples per pass and threads, under `inference_mode`,
+  minibatches sliced and not gathered. No step, no kernel.
+- *{PLAIN}*: an eager loop, in-place updates, losses 1,000 samples at a time, `torch.cov` at the end.
+- *{TUNED}*: the same loop with the memory format, samples per pass and threads of the
+  floor: what lossk is worth to someone who has done that search.
+- *{PEER}*: `sample` with `{METHOD}` and a callback that keeps all losses, 1,000 samples at a time, in a process
+  of its own Python which waits for its turn; minibatches sliced, not collated; `init_loss` given; `torch.cov` at the
+  end. Start, imports and reading of data are not counted. Its losses are plain float32; lossk's are formed in float64
+  from the logits, so that small ones keep their digits."""
+
+
+if __name__ == "__main__":
+    run_alone(measure, section, __doc__)
