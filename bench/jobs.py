@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bench.options import Options
+from bench.options import JOB_COUNTS, Options
 from bench.peers_devinterp import describe
 from lossk.recipes import fashion, train_classifier
 
@@ -120,7 +120,7 @@ def _untrained(num_samples: int) -> tuple[nn.Module, tuple[Tensor, Tensor], tupl
 
 def changed(job: Job, options: Options, counts: dict[str, int]) -> Job:
     """The job with a size's counts, and over them those of the command line."""
-    own = {name: count for name, count in options.changes.items() if name != "num_samples"}
+    own = {name: count for name, count in options.changes.items() if name in JOB_COUNTS}
     return replace(job, **{**counts, **own})
 
 

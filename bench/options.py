@@ -15,6 +15,8 @@ from bench.machine import environment
 
 SIZES = ("full", "quick", "tiny")  # a measurement to quote; a look; a test that it runs
 NETWORKS = ("mlp", "cnn")
+JOB_COUNTS = ("num_chains", "num_draws", "num_steps_bw_draws", "batch_size", "rounds")
+COUNTS = ("num_samples", *JOB_COUNTS, "peer_samples")  # what --set may change
 
 Found = dict[str, Any]  # what a benchmark measured: plain and JSON-ready
 
@@ -29,7 +31,7 @@ class Options:
     peer2_python: str | None = None  # a Python that has devinterp 2.0.1
     checkpoint: Path | None = None  # of the Fashion-MNIST CNN; None trains it, which takes about a minute
     networks: Sequence[str] = NETWORKS
-    changes: dict[str, int] = field(default_factory=dict)  # of `bench.jobs.Job`'s counts, such as num_draws
+    changes: dict[str, int] = field(default_factory=dict)  # of COUNTS
 
     def pick(self, **of_size: Any) -> Any:
         """The value for this run's size: pick(full=..., quick=..., tiny=...)."""
@@ -46,14 +48,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--checkpoint", type=Path, help="weights of the Fashion-MNIST CNN, written if not there")
     parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS))
     parser.add_argument(
-        "--set", nargs="+", default=[], metavar="NAME=COUNT", help="num_samples, num_chains, num_draws, rounds, ..."
+        "--set", nargs="+", type=_change, default=[], metavar="NAME=COUNT", help=f"change {', '.join(COUNTS)}"
     )
 
 
 def read(options: argparse.Namespace) -> Options:
     """Options from a command line with `add_arguments`; sets the number of threads."""
     torch.set_num_threads(options.threads)
-    changes = dict(change.split("=", 1) for change in options.set)
     return Options(
         size="quick" if options.quick else "full",
         threads=options.threads,
@@ -61,8 +62,15 @@ def read(options: argparse.Namespace) -> Options:
         peer2_python=options.peer2_python,
         checkpoint=options.checkpoint,
         networks=options.networks,
-        changes={name: int(count) for name, count in changes.items()},
+        changes=dict(options.set),
     )
+
+
+def _change(text: str) -> tuple[str, int]:
+    name, _, count = text.partition("=")
+    if name not in COUNTS or not count.isdigit() or int(count) == 0:
+        raise argparse.ArgumentTypeError(f"must be NAME=COUNT with NAME one of {', '.join(COUNTS)}, got {text!r}")
+    return name, int(count)
 
 
 def run_alone(measure: Callable[[Options], Found], section: Callable[[Found], str], usage: str | None) -> None:

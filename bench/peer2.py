@@ -97,7 +97,7 @@ def prepare_kernel(spec: dict[str, Any]) -> Run:
         data = xr.Dataset({"loss_all": (dims["loss_all"], losses), "input_ids_all": (dims["input_ids_all"], ids)})
         tree = xr.DataTree(dataset=data)
         watch, start = MemoryWatch(), time.perf_counter()
-        compute_bif(tree, correlation_method="sequence", compute_covariance=True, device="cpu")
+        compute_bif(tree, correlation_method="sequence", compute_covariance=spec["covariance"], device="cpu")
         return {"seconds": time.perf_counter() - start, **watch.bytes()}
 
     kernel(16)

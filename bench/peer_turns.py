@@ -27,7 +27,7 @@ def serve(prepare: Callable[[dict[str, Any]], Run]) -> None:
     spec = json.loads(Path(sys.argv[1]).read_text())
     torch.set_num_threads(spec["threads"])
     run = prepare(spec)
-    found: dict[str, Any] = {"versions": {name: version(name) for name in ("devinterp", "torch", "numpy")}}
-    print(json.dumps(found), file=answers, flush=True)
+    versions = {name: version(name) for name in ("devinterp", "torch", "numpy")}
+    print(json.dumps({"versions": versions}), file=answers, flush=True)
     for _ in sys.stdin:
         print(json.dumps(run()), file=answers, flush=True)
