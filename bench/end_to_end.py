@@ -24,9 +24,9 @@ from bench.peers import Peer
 from bench.turns import Turn, column, quantiles, ratio, take_turns
 
 OURS, FLOOR = "lossk", "bare passes"
+ONCE = "lossk, two draws"  # not a contender: what a call costs however few its draws
 PLAIN, TUNED, PEER = "plain torch", "plain torch at the floor's settings", "devinterp 1.3.2"
 METHOD = "SGMCMC.sgld"  # devinterp's own advice; its other one, SGLD, is deprecated
-LOOP = ("gradient", "step", "probe", "update")  # stages that every draw pays for
 # Over lossk, at least; of the floor: lossk over it, at most.
 TARGETS = {"mlp": {PEER: 1.5, FLOOR: 1.05}, "cnn": {PEER: 3.0, FLOOR: 1.05}}
 
@@ -57,10 +57,8 @@ def ours(job: Job) -> Callable[[], Turn]:
         )
         taken = time.perf_counter() - start
         stages = {f"stage {name}": value for name, value in kernel.meta["timings"].items() if name != "total"}
-        loop = sum(stages.get(f"stage {name}", 0.0) for name in LOOP)
         return {
             "seconds": taken,
-            "outside the loop": taken - loop,
             "mean_loss": float(kernel.mean_loss.mean()),
             "mean_variance": float(kernel.variance.mean()),
             **stages,
@@ -84,10 +82,16 @@ def contenders(job: Job, floor: bare.Floor, threads: int) -> dict[str, Callable[
     written = plain.as_written(job, threads)
     return {
         OURS: with_threads(ours(job), threads),
+        ONCE: with_threads(ours(two_draws(job)), threads),
         FLOOR: bare.contender(job, floor),
         PLAIN: plain.contender(job, written, written),
         TUNED: plain.contender(job, floor.forward, floor.backward),
     }
+
+
+def two_draws(job: Job) -> Job:
+    """The same, of one chain of two draws: the fewest there can be."""
+    return replace(job, num_chains=1, num_draws=2)
 
 
 def compare(job: Job, options: Options, peers: dict[str, Peer]) -> Found:
@@ -109,7 +113,7 @@ def compare(job: Job, options: Options, peers: dict[str, Peer]) -> Found:
         "floor": {"forward": asdict(floor.forward), "backward": asdict(floor.backward), "seen": floor.seen},
         "turns": turns,
         "seconds": {name: quantiles(found) for name, found in times.items()},
-        "over lossk": {name: ratio(found, times[OURS]) for name, found in times.items() if name != OURS},
+        "over lossk": {name: ratio(found, times[OURS]) for name, found in times.items() if name not in (OURS, ONCE)},
         "lossk over floor": ratio(times[OURS], times[FLOOR]),
         "versions": {name: peer.versions for name, peer in peers.items()},
     }
@@ -117,8 +121,7 @@ def compare(job: Job, options: Options, peers: dict[str, Peer]) -> Found:
 
 def warm_up(job: Job, floor: bare.Floor, threads: int) -> None:
     """Two draws of one chain by everyone: what torch and lossk load on first use is nobody's time."""
-    few = replace(job, num_chains=1, num_draws=2)
-    for turn in contenders(few, floor, threads).values():
+    for turn in contenders(two_draws(job), floor, threads).values():
         turn()
 
 
@@ -150,7 +153,7 @@ def one(result: Found, targets: dict[str, float]) -> str:
         f"### {result['what']}: {job['num_rows']:,} rows, {job['num_chains']} x {job['num_draws']} draws, "
         f"{job['num_steps_bw_draws']} step(s) of {job['batch_size']} samples a draw, {job['rounds']} rounds"
     )
-    rows = [[name, *row(result, name, targets)] for name in result["seconds"]]
+    rows = [[name, *row(result, name, targets)] for name in result["seconds"] if name != ONCE]
     over = f"lossk / bare passes: **{spread(result['lossk over floor'])}**"
     if FLOOR in targets:
         over += f" (target: at most {targets[FLOOR]:g})"
@@ -158,7 +161,7 @@ def one(result: Found, targets: dict[str, float]) -> str:
         [
             head,
             table(["", "time", "over lossk's", "target", "mean loss", "mean variance"], rows),
-            f"{over}. {outside(result)}",
+            f"{over}. {further(result)}",
             f"The floor's passes: forward {describe(result['floor']['forward'])}, "
             f"backward {describe(result['floor']['backward'])}. "
             f"Of its time, forward passes are {share(result):.0%}.",
@@ -174,15 +177,16 @@ def row(result: Found, name: str, targets: dict[str, float]) -> list[str]:
     return [spread(result["seconds"][name], "s"), over, target, *figures]
 
 
-def outside(result: Found) -> str:
-    """What lossk does once per call, however many draws there are."""
-    turns = result["turns"][OURS]
-    once = quantiles(column(turns, "outside the loop"))["median"]
-    loop = [turn["seconds"] - turn["outside the loop"] for turn in turns]
-    over = ratio(loop, column(result["turns"][FLOOR]))["median"]
+def further(result: Found) -> str:
+    """What lossk costs per call and what per further draw, from the same call with two draws in all."""
+    turns, draws = result["turns"], result["job"]["num_chains"] * result["job"]["num_draws"]
+    whole, few, floor = (column(turns[name]) for name in (OURS, ONCE, FLOOR))
+    more = [(all_of_them - two) / (draws - 2) for all_of_them, two in zip(whole, few, strict=True)]
+    over = ratio(more, [each / draws for each in floor])
     return (
-        f"Of lossk's time {seconds(once)} go, once per call, into reading, checking, the losses at w*, pilots and "
-        f"diagnostics; the draws alone are {over:.3g} times the floor."
+        f"The same call with two draws in all takes {seconds(quantiles(few)['median'])}: reading, checking, the losses "
+        f"of the training data at w*, pilots, the tiles, diagnostics. A further draw takes {spread(over)} times the "
+        "floor's."
     )
 
 
@@ -201,6 +205,7 @@ median. Everyone gets the same network, data, number of threads, and number of c
 n_beta, localization and minibatch size; the mean loss and mean variance over all draws show that they sample alike.
 
 - *{OURS}*: `build_kernel` with every setting of SGLD a number, from the call to the finished kernel, pilots included.
+  What it does once per call is measured by another call, with two draws, in the same round.
 - *{FLOOR}*: as many forward passes over all rows, with their losses, and forward + backward passes of minibatches as
   the draws need; the fastest of a search over memory format, samples per pass and threads, under `inference_mode`,
   minibatches sliced and not gathered. No step, no kernel.
