@@ -27,8 +27,8 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: $(READY)
-	$(BIN)/python -m bench.sgld_step
+bench: $(READY)  ## docs/bench.md, in an hour or so; BENCH="--quick", BENCH="--peer1-python PYTHON ..." and so on
+	$(BIN)/python -m bench $(BENCH)
 
 doctor: $(READY)
 	$(BIN)/lossk doctor

@@ -20,6 +20,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from bench.markdown import spread, table
+from bench.options import Found, Options
 from lossk.ops import extension
 
 LR, N_BETA, LOCALIZATION = 1e-6, 100.0, 10.0
@@ -90,6 +92,12 @@ def report(count: int, times: dict[str, dict[str, float]]) -> dict[str, float]:
     for name, row in times.items():
         numbers = "".join(f"{row[key]:9.3f}" for key in ("median_ms", "p20_ms", "p80_ms", "min_ms"))
         print(f"  {name:<22}{numbers}        {row['median_ms'] / ours:8.2f} x")
+    return ratios(times)
+
+
+def ratios(times: dict[str, dict[str, float]]) -> dict[str, float]:
+    """Of medians."""
+    ours = times["lossk"]["median_ms"]
     return {
         "expression / lossk": times["torch expression"]["median_ms"] / ours,
         "in place / lossk": times["torch in place"]["median_ms"] / ours,
@@ -113,6 +121,34 @@ def environment(simd: str, num_threads: int) -> dict[str, str | int]:
 
 def _lines(path: str) -> list[str]:
     return Path(path).read_text().splitlines() if Path(path).exists() else []
+
+
+def measure(options: Options) -> Found:
+    """For `python -m bench`: every size, with the fastest instructions there are."""
+    sizes = options.pick(full=(1_000_000, 25_000_000, 100_000_000), quick=(1_000_000, 4_000_000), tiny=(1000,))
+    taken = options.pick(full=15.0, quick=1.0, tiny=0.0)
+    found = {}
+    for count in sizes:
+        times = time_cases(make_cases(count, "auto", options.threads), taken)
+        found[str(count)] = {"times": times, "ratios": ratios(times)}
+    return found
+
+
+def section(found: Found) -> str:
+    """Of the page: times as median (20 to 80 percentile), and what the step is judged by."""
+    rows = []
+    for count, each in found.items():
+        keys = ("median_ms", "p20_ms", "p80_ms")
+        quantiles = [{key[:-3]: one[key] * 1e-3 for key in keys} for one in each["times"].values()]
+        rows.append([f"{int(count):,}", *(spread(one, "s") for one in quantiles)])
+        rows[-1] += [f"{value:.3g}" for value in each["ratios"].values()]
+    first = next(iter(found.values()))
+    head = ["weights", *first["times"], *first["ratios"]]
+    return "\n\n".join(["## One SGLD step", table(head, rows), HOW])
+
+
+HOW = """Targets: expression / lossk at least 8, lossk / floor at most 2. The floor reads the same three arrays and
+writes one, `w.addcmul_(grad, anchor)`. In place; cases take turns."""
 
 
 def main() -> None:
