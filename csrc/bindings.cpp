@@ -106,7 +106,7 @@ void sample_loss(std::uintptr_t logits, std::uintptr_t targets, std::uintptr_t o
   args.classes = classes;
   // The kernels index by target: a wrong one must not read elsewhere.
   for (std::int64_t i = 0; i < rows; ++i)
-    if (args.targets[i] < 0 || args.targets[i] >= classes)
+    if (args.targets[i] != lossk::kIgnored && (args.targets[i] < 0 || args.targets[i] >= classes))
       throw std::invalid_argument("targets must lie in [0, " + std::to_string(classes) + "), row " +
                                   std::to_string(i) + " has " + std::to_string(args.targets[i]));
   const py::gil_scoped_release release;

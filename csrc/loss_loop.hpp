@@ -85,14 +85,19 @@ inline void short_rows(const LossArgs& s, std::int64_t begin, std::int64_t end) 
     const std::int64_t rows = end - first < at_a_time ? end - first : at_a_time;
     for (std::int64_t i = 0; i < rows; ++i) {
       const float* x = s.logits + (first + i) * s.stride;
-      const std::int64_t target = s.targets[first + i];
+      const std::int64_t target = s.targets[first + i] == kIgnored ? 0 : s.targets[first + i];
       const double top = largest(x, s.classes);
       peaks[i] = top - static_cast<double>(x[target]);
       gaps_of(x, top, target, s.classes, gaps + i * s.classes);
     }
     for (std::int64_t i = 0; i < rows * s.classes; ++i) gaps[i] = exp_of(gaps[i]);
-    for (std::int64_t i = 0; i < rows; ++i)
+    for (std::int64_t i = 0; i < rows; ++i) {
+      if (s.targets[first + i] == kIgnored) {
+        s.out[first + i] = 0.0f;
+        continue;
+      }
       s.out[first + i] = finish(sum_of(gaps + i * s.classes, s.classes), peaks[i]);
+    }
   }
 }
 
@@ -101,6 +106,10 @@ inline void long_rows(const LossArgs& s, std::int64_t begin, std::int64_t end) {
   for (std::int64_t row = begin; row < end; ++row) {
     const float* x = s.logits + row * s.stride;
     const std::int64_t target = s.targets[row];
+    if (target == kIgnored) {
+      s.out[row] = 0.0f;
+      continue;
+    }
     const double top = largest(x, s.classes);
     double others = 0.0;
     for (std::int64_t c = 0; c < s.classes; c += kScratch) {

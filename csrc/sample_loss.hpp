@@ -7,9 +7,11 @@
 
 namespace lossk {
 
+constexpr std::int64_t kIgnored = -100;  // a target whose row is skipped: its loss is 0
+
 struct LossArgs {
   const float* logits;          // [rows, classes], rows `stride` elements apart
-  const std::int64_t* targets;  // [rows], in [0, classes)
+  const std::int64_t* targets;  // [rows], in [0, classes), or kIgnored
   float* out;                   // [rows]
   std::int64_t stride;
   std::int64_t classes;  // >= 1

@@ -92,7 +92,7 @@ class FisherSamples:
             self.noise = ((torch.from_numpy(words.astype("float64")) + 0.5) / 2**32)[:, None]
         elif task.loss.name == "mse":
             with torch.inference_mode():
-                k = forward(task.model, split_batch(train[self.index[:1]])[0]).numel()
+                k = forward(task.network, split_batch(train[self.index[:1]])[0]).numel()
             self.noise = normals(seed, SUBSET_CHAIN, 0, m * k, stream=STREAM).view(m, k)
         self.noise = self.noise.to(task.device)
 
@@ -104,8 +104,8 @@ class FisherSamples:
         batch, noise = self.train[self.index[start:stop]], self.noise[start:stop]
         with torch.enable_grad():
             if self.task.loss.name not in ("cross_entropy", "mse"):
-                return self.task.loss.per_sample(self.task.model, batch)
-            outputs = forward(self.task.model, split_batch(batch)[0]).float()
+                return self.task.loss.per_sample(self.task.network, batch)
+            outputs = forward(self.task.network, split_batch(batch)[0]).float()
             if self.task.loss.name == "cross_entropy":
                 below = outputs.detach().double().softmax(dim=1).cumsum(dim=1) < noise
                 labels = below.sum(dim=1).clamp(max=outputs.shape[1] - 1)

@@ -12,13 +12,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lossk.ops.sample_loss import cross_entropy
+from lossk.ops.sample_loss import IGNORED, cross_entropy
 
 # (model, batch) -> losses [B], or (losses [B, T], mask [B, T] bool)
 LossFunction = Callable[[nn.Module, Any], Tensor | tuple[Tensor, Tensor]]
 Evaluated = tuple[Tensor, Tensor | None]  # losses [B] and None, or losses [B, T] and mask [B, T] bool; float32, nats
 
-IGNORED = -100  # the target of a token that does not count, as everywhere in torch
 CHUNK = 2**22  # logits whose exact cross entropy is formed at a time, in float64
 
 
@@ -143,13 +142,11 @@ def _cross_entropy_mean(model: nn.Module, batch: Any) -> Tensor:
 
 def _token_losses(model: nn.Module, batch: Any, *, backend: str) -> Evaluated:
     inputs, targets = split_batch(batch)
-    mask = targets != IGNORED
-    logits, wanted = forward(model, inputs)[mask], targets[mask].long()  # [R, C], [R]
+    logits, wanted = forward(model, inputs).flatten(0, 1), targets.flatten().long()  # [B T, C], [B T]
     chunk = max(1, CHUNK // logits.shape[1])
     pairs = zip(logits.split(chunk), wanted.split(chunk), strict=True)
-    parts = [cross_entropy(x, y, backend=backend) for x, y in pairs if len(y)]
-    found = torch.cat(parts) if parts else logits.sum(dim=1).float()  # empty, but still of the model's graph
-    return found.new_zeros(mask.shape).masked_scatter(mask, found), mask
+    losses = [cross_entropy(x, y, backend=backend) for x, y in pairs]
+    return torch.cat(losses).view(targets.shape), targets != IGNORED
 
 
 def _token_mean(model: nn.Module, batch: Any) -> Tensor:

@@ -34,7 +34,7 @@ class Energy:
         parts = torch.arange(n).split(fitting_batch(task.passes.gradient_batch, task.loss.positions))
         for number, part in enumerate(parts):
             with torch.enable_grad(), task.autocast():
-                losses = task.loss.per_sample(task.model, self.train[part])
+                losses = task.loss.per_sample(task.network, self.train[part])
                 task.differentiate(losses.sum() / n, add=number > 0)
             total += float(losses.detach().double().sum())
         torch.sub(task.flat, task.anchor, out=out).mul_(self.localization).add_(task.grad, alpha=self.n_beta)

@@ -23,6 +23,9 @@ class Passes:
         gradient_batch: samples per backward pass at most; a larger minibatch is accumulated over several.
         memory_format: "channels_last" or "contiguous"; of the data and weights of 2-d convolutions on a CPU.
         num_threads: torch's threads during the run; None leaves them as they are.
+        frozen_prefix: run what lies before the first sampled weight once and keep its activations (named losses only).
+            True cuts the model by itself where it can; a name cuts at that module, whose output must be the model's.
+        prefix_bytes: memory that the activations may take; None is a quarter of what is free. More is not kept.
         compile: pass the model through `torch.compile`, which must be able to compile it.
 
     Raises:
@@ -33,6 +36,8 @@ class Passes:
     gradient_batch: int = 1024
     memory_format: Literal["channels_last", "contiguous"] = "channels_last"
     num_threads: int | None = None
+    frozen_prefix: bool | str = True
+    prefix_bytes: int | None = None
     compile: bool = False
 
     def __post_init__(self) -> None:
@@ -41,6 +46,10 @@ class Passes:
         check_choice("memory_format", self.memory_format, MEMORY_FORMATS)
         if self.num_threads is not None:
             check_integer("num_threads", self.num_threads, 1)
+        if not isinstance(self.frozen_prefix, bool | str):
+            raise TypeError(f"frozen_prefix must be a bool or the name of a module, got {self.frozen_prefix!r}")
+        if self.prefix_bytes is not None:
+            check_integer("prefix_bytes", self.prefix_bytes, 0)
         check_choice("compile", self.compile, (True, False))
 
     def to_dict(self) -> dict[str, Any]:

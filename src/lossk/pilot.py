@@ -113,7 +113,7 @@ class _Products:
         out = torch.zeros_like(self.task.flat)
         for batch, size in zip(self.batches, self.sizes, strict=True):
             with torch.enable_grad():
-                out += self._gradient(self.task.loss.mean(self.task.model, batch)) * (size / self.total)
+                out += self._gradient(self.task.loss.mean(self.task.network, batch)) * (size / self.total)
         return out
 
     def _gradient(self, scalar: Tensor) -> Tensor:
@@ -150,7 +150,7 @@ class _Products:
         out = torch.zeros_like(self.task.flat)
         for batch, weight in zip(self.batches, weights.split(self.sizes), strict=True):
             with torch.enable_grad():
-                losses = self.task.loss.per_sample(self.task.model, batch)
+                losses = self.task.loss.per_sample(self.task.network, batch)
                 out += self._gradient(losses @ weight)
         return out
 

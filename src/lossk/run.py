@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,6 +25,7 @@ from lossk.passes import Passes
 from lossk.passes_pilot import Load, choose_passes
 from lossk.pilot import Pilot
 from lossk.plan import check_memory, make_plan
+from lossk.prefix_cache import cut_prefix
 from lossk.probe import (
     Probe,
     first_non_finite,
@@ -144,24 +145,38 @@ class Run:
     def arrange(self, passes: Passes | None, chosen: dict[str, Any] | None) -> None:
         """Settle how the passes are run: as given, as `chosen` before, or by a pilot; before the task is entered."""
         if chosen is not None:
-            self.task.passes, self.passes_reasons = Passes(**chosen["passes"]), chosen["passes_reasons"]
+            self.task.passes = Passes(**chosen["passes"])
             if passes not in (None, self.task.passes):
                 raise ValueError(
                     f"passes must be those of the run that is resumed, {self.task.passes!r}, got {passes!r}"
                 )
+            self._cut_prefix()
         elif passes is not None:
-            self.task.passes, self.passes_reasons = passes, []
+            self.task.passes = passes
+            self._cut_prefix()
         else:
+            self._cut_prefix()
             with self.timings.measure("pilot"):
-                self.task.passes, self.passes_reasons = choose_passes(
+                self.task.passes, reasons = choose_passes(
                     self.task, self.probe.parts[0].samples, self.train, self._load()
                 )
-        if not self.task.channels_last:
-            return
-        before = self.probe
-        placed = {id(part.samples): self.task.place(part.samples) for part in self.probe.parts}
-        self.probe = before.with_samples(lambda samples: placed[id(samples)])
-        self.train = placed.get(id(self.train)) or self.task.place(self.train)
+            self.passes_reasons += reasons
+        if self.task.channels_last:
+            self._hold(self.task.place)
+
+    def _cut_prefix(self) -> None:
+        """Run what lies before the first sampled weight once, where that is possible and fits."""
+        with self.timings.measure("prefix"):
+            self.task.suffix, change, reasons = cut_prefix(self.task, self.probe, self.train)
+        if change is not None:
+            self._hold(change)
+        self.passes_reasons += reasons
+
+    def _hold(self, change: Callable[[Samples], Samples]) -> None:
+        """Hold all data in another way; what is shared stays shared."""
+        held = {id(samples): samples for samples in (self.train, *(part.samples for part in self.probe.parts))}
+        held = {key: change(samples) for key, samples in held.items()}
+        self.probe, self.train = self.probe.with_samples(lambda samples: held[id(samples)]), held[id(self.train)]
 
     def _load(self) -> Load:
         draws, batch = self.num_chains * self.num_draws, getattr(self.asked, "batch_size", None) or len(self.train)
@@ -203,7 +218,6 @@ class Run:
             "sampler": self.sampler.to_dict(),
             "reasons": self.reasons,
             "passes": self.task.passes.to_dict(),
-            "passes_reasons": self.passes_reasons,
         }
 
     def announce(self, bar: Progress, *, tile: int, panel: int, dtype: str, on_disk: bool, held_traces: bool) -> None:

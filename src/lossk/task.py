@@ -62,11 +62,17 @@ class Task:
         self.num_weights = sum(p.numel() for p in self.sampled)
         self.precision = precision
         self.passes = Passes()
+        self.suffix: nn.Module | None = None  # what the passes run in the model's place, on activations at a cut
         self._has_convolutions = any(isinstance(module, nn.Conv2d) for module in model.modules())
         _check_model(model)
         check_choice("precision", precision, PRECISIONS)
         if precision == "tf32" and self.device.type != "cuda":
             raise ValueError(f"precision='tf32' needs a CUDA device, got device {str(self.device)!r}")
+
+    @property
+    def network(self) -> nn.Module:
+        """What the passes run: the model, or its part after a frozen prefix."""
+        return self.model if self.suffix is None else self.suffix
 
     @property
     def channels_last(self) -> bool:
@@ -83,7 +89,7 @@ class Task:
             raise
         if self.passes.num_threads is not None:
             torch.set_num_threads(self.passes.num_threads)
-        self._run_model: Any = torch.compile(self.model) if self.passes.compile else self.model
+        self._run_model: Any = torch.compile(self.network) if self.passes.compile else self.network
         return self
 
     def __exit__(
@@ -219,7 +225,7 @@ class Task:
         few = samples[: min(len(samples), 8)]
         if self.loss.name in ("cross_entropy", "token_cross_entropy", "mse"):
             with torch.inference_mode(), self.autocast():
-                self.loss.check(samples.tree, forward(self.model, split_batch(few)[0]))
+                self.loss.check(samples.tree, forward(self.network, split_batch(few)[0]))
         (first, mask), (again, mask_again) = self.rows(few), self.rows(few)
         if mask is not None and (mask_again is None or not torch.equal(mask, mask_again)):
             raise ValueError("loss: the mask must depend on the data only; two passes over the same batch gave two")

@@ -16,6 +16,8 @@ from torch import Tensor
 
 from lossk.ops import extension
 
+IGNORED = -100  # the target of a token that does not count, as everywhere in torch
+
 
 def cross_entropy(logits: Tensor, targets: Tensor, *, backend: str = "torch") -> Tensor:
     """Cross entropy of each sample, in nats.
@@ -23,7 +25,7 @@ def cross_entropy(logits: Tensor, targets: Tensor, *, backend: str = "torch") ->
     Args:
         logits: [B, C] floating point. The differences are formed in float64, so the result is limited only by the
             precision of the logits themselves.
-        targets: [B] int64, class indices in [0, C).
+        targets: [B] int64, class indices in [0, C), or -100, whose loss is 0.
         backend: "torch" (the reference) or "cpp" (on the CPU; no temporaries beside the logits). Where a gradient is
             wanted, or the logits are float64, the reference runs whatever the backend.
 
@@ -60,6 +62,8 @@ def _compiled(logits: Tensor, targets: Tensor) -> Tensor:
 
 def cross_entropy_reference(logits: Tensor, targets: Tensor) -> Tensor:
     """The equation above in plain torch: [B] float32."""
+    ignored = targets == IGNORED
+    targets = targets.masked_fill(ignored, 0)
     targets = targets.unsqueeze(1)  # [B, 1]
     wide = logits.double()
     gaps = wide - wide.gather(1, targets)
@@ -67,4 +71,4 @@ def cross_entropy_reference(logits: Tensor, targets: Tensor) -> Tensor:
     peak = gaps.detach().amax(dim=1, keepdim=True).clamp(min=0.0)
     others = (gaps - peak).exp().sum(dim=1)
     peak = peak.squeeze(1)
-    return (peak + (others + (-peak).expm1()).log1p()).float()
+    return (peak + (others + (-peak).expm1()).log1p()).float().masked_fill(ignored, 0.0)
