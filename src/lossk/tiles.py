@@ -21,6 +21,7 @@ from lossk.panel import ChainStatistics, ChainTotals
 DTYPES = {"float32": torch.float32, "float16": torch.float16}
 STRIPE = 4096  # columns centred at a time, which bounds the float64 temporaries
 OUTGROWN = 2.0**16
+BAND = 512  # rows of a diagonal tile updated at a time: fewer repeat less of it, more run nearer the GEMM peak
 
 
 class TileAccumulator:
@@ -104,7 +105,10 @@ class TileAccumulator:
     def _add_rows(self, rows: Tensor) -> None:
         rows = rows.to(self.device)
         for (i, j), tile in self.tiles.items():
-            rank_update(tile, rows[:, self.spans[i]], rows[:, self.spans[j]])
+            if i == j:
+                _update_diagonal(tile, rows[:, self.spans[i]])
+            else:
+                rank_update(tile, rows[:, self.spans[i]], rows[:, self.spans[j]])
 
     def _close_chain(self) -> None:
         if self._current is None:
@@ -142,9 +146,23 @@ class TileAccumulator:
         stored = DTYPES[self.dtype]
         for (i, j), tile in self.tiles.items():
             tile /= freedom
-            if i == j:  # a product A'A need not come out of a GEMM exactly symmetric
-                tile.copy_(tile.triu() + tile.triu(1).T)
+            if i == j:
+                _mirror(tile)
             self.tiles[i, j] = tile.to(stored)
+
+
+def _update_diagonal(tile: Tensor, rows: Tensor) -> None:
+    """Add rows' rows to the upper triangle of a diagonal tile; blocks of the diagonal are done whole."""
+    for span in tile_spans(len(tile), BAND):
+        rank_update(tile[span, span.start :], rows[:, span], rows[:, span.start :])
+
+
+def _mirror(tile: Tensor) -> None:
+    """Copy a diagonal tile's upper triangle to its lower one, in place."""
+    for span in tile_spans(len(tile), BAND):
+        tile[span.stop :, span] = tile[span, span.stop :].T
+        corner = tile[span, span]  # a product A'A need not come out of a GEMM exactly symmetric
+        corner.copy_(corner.triu() + corner.triu(1).T)
 
 
 def kernel_from_panels(
