@@ -18,6 +18,7 @@ from lossk.sgld import SGLD
 from lossk.task import Task, fitting_batch
 
 PILOT_SAMPLES = 512
+FEWER_SAMPLES = 128  # where nothing is chosen by what they say
 PILOT_BATCH = 128
 ITERATIONS = 16
 CONVERGED = 0.02  # relative change between power iterations
@@ -68,12 +69,13 @@ def default_n_beta(num_train: int) -> float:
 def run_pilot(task: Task, train: Samples, sampler: SGLD, *, seed: int) -> Pilot:
     """Measure the largest curvature and the largest gradient variance on up to 512 training samples.
 
-    By power iteration; products are central differences of gradients and losses. Double backward would serve no
+    On 128 where every setting is a number, and only the verdict reads them. By power iteration; products are central differences of gradients and losses. Double backward would serve no
     better: not every operation has one, and some silently give zero.
     """
     n = len(train)
     m = n if sampler.batch_size is None else min(sampler.batch_size, n)
-    products = _Products(task, train, seed)
+    settings = (sampler.lr, sampler.localization, sampler.num_burnin_steps, sampler.num_steps_bw_draws)
+    products = _Products(task, train, seed, PILOT_SAMPLES if "auto" in settings else FEWER_SAMPLES)
     start = normals(seed, 0, 0, task.num_weights, stream=STREAM).to(task.device)
     curvature = _largest_eigenvalue(products.hessian, start)
     variance = _largest_eigenvalue(products.gradient_covariance, start)
@@ -88,7 +90,7 @@ def run_pilot(task: Task, train: Samples, sampler: SGLD, *, seed: int) -> Pilot:
 
 def control_variance(task: Task, train: Samples, *, seed: int) -> float:
     """lambda_max(Cov(g_i(w) - g_i(w*))) over up to 512 training samples, at the present weights w."""
-    products = _Products(task, train, seed)
+    products = _Products(task, train, seed, PILOT_SAMPLES)
     start = normals(seed, 0, 0, task.num_weights, stream=STREAM).to(task.device)
     return max(_largest_eigenvalue(products.controlled_covariance, start), 0.0)
 
@@ -96,8 +98,8 @@ def control_variance(task: Task, train: Samples, *, seed: int) -> float:
 class _Products:
     """Hessian-vector and gradient-covariance-vector products of the mean loss over some batches, on flat vectors."""
 
-    def __init__(self, task: Task, train: Samples, seed: int) -> None:
-        subset = Minibatches(len(train), PILOT_SAMPLES, seed=seed, chain=PILOT_CHAIN)[0]
+    def __init__(self, task: Task, train: Samples, seed: int, most: int) -> None:
+        subset = Minibatches(len(train), most, seed=seed, chain=PILOT_CHAIN)[0]
         self.task, self.total = task, len(subset)
         parts = subset.split(fitting_batch(PILOT_BATCH, task.loss.positions))
         self.batches, self.sizes = [train[part] for part in parts], [len(part) for part in parts]
