@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from lossk.data import Transform
 from lossk.kernel import LossKernel
 from lossk.losses import LossFunction
 from lossk.panel import choose_panel
@@ -28,6 +29,7 @@ def build_kernel(
     *,
     train: Any = None,
     loss: str | LossFunction = "cross_entropy",
+    transform: Transform | None = None,
     sampler: Sampler | None = None,
     num_chains: int = 4,
     num_draws: int = 200,
@@ -59,6 +61,9 @@ def build_kernel(
             unmasked tokens (`kernel.tokens`), L_n is the mean over the unmasked training tokens, and n in
             n_beta = n / ln n their number; minibatches stay samples, L_B the sum over their unmasked tokens divided by
             their number of samples times the mean number of tokens per training sample.
+        transform: what to do with the inputs of a batch before the model is given them, on the device: turning uint8
+            images into normalised floats, say, so that the data stay in memory as they are. Deterministic, and sample
+            by sample. Half-precision inputs are kept as they are too, and widened to float32 batch by batch.
         sampler: SGLD settings; None is `SGLD()`, which chooses everything by a pilot and says why. Or, as a control,
             `Gaussian(sigma=)`: independent draws without gradients.
         num_chains: independent chains from the trained weights.
@@ -105,7 +110,9 @@ def build_kernel(
     if path is not None and path.exists() and not resume:
         raise FileExistsError(f"out={str(path)!r} exists; pass resume=True to continue it, or another path")
     with Progress(progress) as bar:
-        run = Run.prepare(model, loader, train, loss, sampler, num_chains, num_draws, backend, device, precision, seed)
+        run = Run.prepare(
+            model, loader, train, loss, sampler, num_chains, num_draws, backend, device, precision, seed, transform
+        )
         panel = panel or choose_panel(len(run.probe), num_draws)
         request = {**run.request(), "tile": tile, "panel": panel, "dtype": dtype, "centering": centering}
         if path is not None and path.exists():
@@ -135,6 +142,7 @@ def sample_losses(
     *,
     train: Any = None,
     loss: str | LossFunction = "cross_entropy",
+    transform: Transform | None = None,
     sampler: Sampler | None = None,
     num_chains: int = 4,
     num_draws: int = 200,
@@ -149,7 +157,9 @@ def sample_losses(
     check_settings(num_chains=num_chains, num_draws=num_draws, backend=backend, precision=precision, seed=seed)
     check_passes(passes)
     with Progress(progress) as bar:
-        run = Run.prepare(model, loader, train, loss, sampler, num_chains, num_draws, backend, device, precision, seed)
+        run = Run.prepare(
+            model, loader, train, loss, sampler, num_chains, num_draws, backend, device, precision, seed, transform
+        )
         panel = choose_panel(len(run.probe), num_draws)
         run.arrange(passes, None)
         with run.task:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import warnings
 from collections.abc import Callable, Iterable, Mapping
@@ -22,20 +23,58 @@ from torch.utils.data import (
 )
 
 READ_BATCH = 256
+HALVES = (torch.float16, torch.bfloat16)
+
+Transform = Callable[[Any], Any]  # a batch's inputs, as they are held, to what the model is given
+
+
+def _widened(tensor: Tensor) -> Tensor:
+    return tensor.float() if tensor.dtype in HALVES else tensor
 
 
 @dataclass(frozen=True)
 class Samples:
-    """All samples of a data set as one batch: a tree of tensors whose first dimension is the sample."""
+    """All samples of a data set as one batch: a tree of tensors whose first dimension is the sample.
+
+    They are held as they came; a batch of them, `samples[index]`, is what the model is given: half-precision numbers
+    widened to float32, and the inputs passed through `transform`.
+    """
 
     tree: Any
     num_samples: int
+    transform: Transform | None = None
 
     def __len__(self) -> int:
         return self.num_samples
 
     def __getitem__(self, index: slice | Tensor) -> Any:
-        return map_tensors(lambda t: t[index], self.tree)
+        batch = map_tensors(lambda t: _widened(t[index]), self.tree)
+        if self.transform is None:
+            return batch
+        inputs, targets = batch
+        return self.transform(inputs), targets
+
+    def transformed(self, transform: Transform | None, name: str) -> Samples:
+        """The same data with a transform, tried on one batch.
+
+        Raises:
+            ValueError: batches that are not (inputs, targets), or inputs that come out as something else than tensors
+                of as many samples.
+        """
+        if transform is None:
+            return self
+        if not isinstance(self.tree, tuple) or len(self.tree) != 2:
+            raise ValueError(f"transform needs batches (inputs, targets), got another form from {name}")
+        samples = dataclasses.replace(self, transform=transform)
+        few = samples[: min(2, len(self))][0]
+        try:
+            lengths = {len(t) for t in leaves(few)}
+        except (TypeError, AttributeError):
+            lengths = set()
+        if lengths != {min(2, len(self))}:
+            found = f"{list(few.shape)}" if isinstance(few, Tensor) else type(few).__name__
+            raise ValueError(f"transform must return the batch's inputs as tensors of as many samples, got {found}")
+        return samples
 
     @property
     def nbytes(self) -> int:
@@ -47,6 +86,9 @@ class Samples:
         for tensor in leaves(self.tree):
             digest.update(f"{tensor.dtype}{list(tensor.shape)}".encode())
             digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        if self.transform is not None:  # a function has no digest; what it makes of a few samples has
+            few = Samples(self[: min(8, len(self))], min(8, len(self)))
+            digest.update(few.fingerprint().encode())
         return digest.hexdigest()
 
 

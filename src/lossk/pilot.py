@@ -69,8 +69,9 @@ def default_n_beta(num_train: int) -> float:
 def run_pilot(task: Task, train: Samples, sampler: SGLD, *, seed: int) -> Pilot:
     """Measure the largest curvature and the largest gradient variance on up to 512 training samples.
 
-    On 128 where every setting is a number, and only the verdict reads them. By power iteration; products are central differences of gradients and losses. Double backward would serve no
-    better: not every operation has one, and some silently give zero.
+    On 128 where every setting is a number, and only the verdict reads them. By power iteration; products are central
+    differences of gradients and losses. Double backward would serve no better: not every operation has one, and some
+    silently give zero.
     """
     n = len(train)
     m = n if sampler.batch_size is None else min(sampler.batch_size, n)

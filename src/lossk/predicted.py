@@ -7,14 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lossk.data import read_samples
+from lossk.data import Transform, read_samples
 from lossk.losses import forward, resolve_loss, split_batch
 from lossk.task import Task
 
 BATCH = 256
 
 
-def predicted_labels(model: nn.Module, loader: Any) -> tuple[Any, Tensor]:
+def predicted_labels(model: nn.Module, loader: Any, transform: Transform | None = None) -> tuple[Any, Tensor]:
     """The same samples with the class the trained model gives each, for `build_kernel(model, predicted_labels(...))`.
 
     With true labels a misclassified sample's loss is large and moves against its neighbours'; with predicted ones every
@@ -23,6 +23,7 @@ def predicted_labels(model: nn.Module, loader: Any) -> tuple[Any, Tensor]:
     Args:
         model: a classifier with outputs [B, C]; used in eval mode and given back as it was.
         loader: (inputs, targets) samples, in any form `build_kernel` takes; the targets are not looked at.
+        transform: of a batch's inputs, as in `build_kernel`.
 
     Returns:
         (inputs, predictions [N] int64), on the CPU or wherever the inputs are.
@@ -30,7 +31,7 @@ def predicted_labels(model: nn.Module, loader: Any) -> tuple[Any, Tensor]:
     Raises:
         ValueError: batches that are not (inputs, targets), or outputs that are not [B, C].
     """
-    samples = read_samples(loader)
+    samples = read_samples(loader).transformed(transform, "loader")
     inputs, _ = split_batch(samples.tree)
     predictions = []
     with Task(model, resolve_loss("cross_entropy")) as task, torch.inference_mode():

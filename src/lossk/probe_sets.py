@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from lossk.data import Samples, read_samples
+from lossk.data import Samples, Transform, read_samples
 from lossk.probe import set_name
 
 
@@ -41,7 +41,7 @@ class ProbeSets:
         return f"ProbeSets({', '.join(self.sets)})"
 
 
-def read_sources(loader: Any, train: Any) -> tuple[dict[str, Samples], Samples]:
+def read_sources(loader: Any, train: Any, transform: Transform | None = None) -> tuple[dict[str, Samples], Samples]:
     """Read the probe (a lone one under the name "") and the training data; what is given twice is read once.
 
     Raises:
@@ -54,8 +54,8 @@ def read_sources(loader: Any, train: Any) -> tuple[dict[str, Samples], Samples]:
     read: dict[int, Samples] = {}
     for name, source in sources.items():
         if id(source) not in read:
-            read[id(source)] = read_samples(source, set_name(name))
+            read[id(source)] = read_samples(source, set_name(name)).transformed(transform, set_name(name))
     if train is not None and id(train) not in read:
-        read[id(train)] = read_samples(train, "train")
+        read[id(train)] = read_samples(train, "train").transformed(transform, "train")
     sets = {name: read[id(source)] for name, source in sources.items()}
     return sets, read[id(loader if train is None else train)]

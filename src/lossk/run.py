@@ -16,7 +16,7 @@ from lossk.backends import resolve_backend
 from lossk.blocks import Moments
 from lossk.chain import Chain, ChainState, Surroundings
 from lossk.choose import choose, momentum_noise_ratio
-from lossk.data import Samples
+from lossk.data import Samples, Transform
 from lossk.diagnostics import Criteria, Diagnostics, TraceWatch, diagnose
 from lossk.losses import LossFunction, resolve_loss
 from lossk.neighbors import median_noise_floor
@@ -82,6 +82,7 @@ class Run:
         device: str | torch.device | None,
         precision: str | None,
         seed: int,
+        transform: Transform | None = None,
     ) -> Run:
         started = time.perf_counter()
         if sampler is not None and not isinstance(sampler, Sampler):
@@ -93,7 +94,7 @@ class Run:
         task.loss = resolve_loss(loss, chosen_backend)
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            sets, train_samples = read_sources(loader, train)
+            sets, train_samples = read_sources(loader, train, transform)
         for warning in caught:  # shown all the same; kept with the result
             warnings.warn(warning.message, warning.category, stacklevel=3)
         fingerprints = {"model": provenance.model_fingerprint(model), "probe": rows_fingerprint(sets)}

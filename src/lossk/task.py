@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Iterator, Sequence
 from fnmatch import fnmatchcase
 from types import TracebackType
@@ -124,13 +125,12 @@ class Task:
             offset += parameter.numel()
 
     def place(self, samples: Samples) -> Samples:
-        """Samples on the task's device, floating-point ones in float32 like the weights, in the passes' layout."""
+        """Samples on the task's device in the passes' layout and their own dtype (float64 in float32)."""
 
         def placed(tensor: Tensor) -> Tensor:
-            tensor = tensor.to(self.device, torch.float32 if tensor.is_floating_point() else None)
-            return self.lay_out(tensor)
+            return self.lay_out(tensor.to(self.device, torch.float32 if tensor.dtype == torch.float64 else None))
 
-        return Samples(map_tensors(placed, samples.tree), samples.num_samples)
+        return dataclasses.replace(samples, tree=map_tensors(placed, samples.tree))
 
     def lay_out(self, tensor: Tensor) -> Tensor:
         """A tensor in the memory format the passes run fastest in; values and shape stay."""
