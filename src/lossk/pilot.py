@@ -18,7 +18,7 @@ from lossk.sgld import SGLD
 from lossk.task import Task, fitting_batch
 
 PILOT_SAMPLES = 512
-FEWER_SAMPLES = 128  # where nothing is chosen by what they say
+FEWER_SAMPLES, FEWER_ITERATIONS = 64, 8  # where nothing is chosen by what they say
 PILOT_BATCH = 128
 ITERATIONS = 16
 CONVERGED = 0.02  # relative change between power iterations
@@ -69,17 +69,18 @@ def default_n_beta(num_train: int) -> float:
 def run_pilot(task: Task, train: Samples, sampler: SGLD, *, seed: int) -> Pilot:
     """Measure the largest curvature and the largest gradient variance on up to 512 training samples.
 
-    On 128 where every setting is a number, and only the verdict reads them. By power iteration; products are central
+    On 64 where every setting is a number, and only the verdict reads them. By power iteration; products are central
     differences of gradients and losses. Double backward would serve no better: not every operation has one, and some
     silently give zero.
     """
     n = len(train)
     m = n if sampler.batch_size is None else min(sampler.batch_size, n)
     settings = (sampler.lr, sampler.localization, sampler.num_burnin_steps, sampler.num_steps_bw_draws)
-    products = _Products(task, train, seed, PILOT_SAMPLES if "auto" in settings else FEWER_SAMPLES)
+    most, iterations = (PILOT_SAMPLES, ITERATIONS) if "auto" in settings else (FEWER_SAMPLES, FEWER_ITERATIONS)
+    products = _Products(task, train, seed, most)
     start = normals(seed, 0, 0, task.num_weights, stream=STREAM).to(task.device)
-    curvature = _largest_eigenvalue(products.hessian, start)
-    variance = _largest_eigenvalue(products.gradient_covariance, start)
+    curvature = _largest_eigenvalue(products.hessian, start, iterations)
+    variance = _largest_eigenvalue(products.gradient_covariance, start, iterations)
     return Pilot(
         curvature=max(curvature, 0.0),
         gradient_variance=max(variance, 0.0),
@@ -172,18 +173,18 @@ class _Products:
             self.task.flat.copy_(self.center)
 
 
-def _largest_eigenvalue(product: Callable[[Tensor], Tensor], start: Tensor) -> float:
+def _largest_eigenvalue(product: Callable[[Tensor], Tensor], start: Tensor, iterations: int = ITERATIONS) -> float:
     """The algebraically largest eigenvalue of a symmetric operator, by power iteration (shifted if need be)."""
-    value = _power_iteration(product, start)
+    value = _power_iteration(product, start, iterations)
     if value >= 0:
         return value
     shift = abs(value)  # the dominant eigenvalue is negative: iterate on A + |value| I
-    return _power_iteration(lambda v: product(v) + shift * v, start) - shift
+    return _power_iteration(lambda v: product(v) + shift * v, start, iterations) - shift
 
 
-def _power_iteration(product: Callable[[Tensor], Tensor], start: Tensor) -> float:
+def _power_iteration(product: Callable[[Tensor], Tensor], start: Tensor, iterations: int) -> float:
     v, value = start / start.norm(), 0.0
-    for _ in range(ITERATIONS):
+    for _ in range(iterations):
         image = product(v)
         before, value = value, float(v @ image)
         norm = float(image.norm())
