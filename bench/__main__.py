@@ -22,10 +22,12 @@ from bench import (
     language,
     memory,
     options,
+    prefix,
     profiling,
     rank_update,
     sample_loss,
     sgld_step,
+    stacking,
 )
 from bench.machine import ROOT, environment
 from bench.options import Found
@@ -34,6 +36,8 @@ from bench.options import Found
 PARTS: dict[str, ModuleType] = {
     "end_to_end": end_to_end,
     "language": language,
+    "prefix": prefix,
+    "stacking": stacking,
     "profiling": profiling,
     "memory": memory,
     "growth": growth,
