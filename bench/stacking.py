@@ -105,7 +105,7 @@ def section(found: Found) -> str:
             "## Several chains at once",
             table(["stacked / one after the other", "losses of all samples", "gradient of a minibatch"], rows),
             f"Time of {CHAINS} chains' passes with their weights stacked (`torch.func.vmap`) over that of {CHAINS} "
-            "bare passes, at the floor's settings. Above 1, stacking costs time; lossk runs chains one after the other.",
+            "bare passes, at the floor's settings. Above 1, stacking costs time; lossk runs one after the other.",
         ]
     )
 
