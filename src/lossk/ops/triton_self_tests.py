@@ -1,0 +1,43 @@
+"""One small problem per Triton kernel, compared with the reference: a function per op, named as the op.
+
+Each returns what differs, or "". Written so that NaN and zeros fail.
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from lossk.ops.sample_loss import cross_entropy
+
+
+def sample_loss(module: ModuleType, device: torch.device) -> str:
+    """Losses from 1e-35 to 100 over one and over several blocks of columns."""
+    for num_classes in (5, 4099):
+        logits, targets = _classification(6, num_classes)
+        out = torch.full((6,), float("nan"), device=device)
+        module.sample_loss(logits.to(device), targets.to(device), out, -100)
+        if not _close(out, cross_entropy(logits, targets), 1e-6):
+            return f"losses of {num_classes} classes differ from the reference"
+    return ""
+
+
+def _classification(batch: int, num_classes: int) -> tuple[Tensor, Tensor]:
+    """Logits [B, C] whose targets win by up to 80 or lose by up to 100, and the targets [B]."""
+    logits = _waves(batch, num_classes)
+    targets = (torch.arange(batch) * 7919) % num_classes
+    logits[torch.arange(batch), targets] = torch.linspace(-100.0, 80.0, batch)
+    return logits, targets
+
+
+def _waves(*shape: int) -> Tensor:
+    """Numbers in [-1, 1] without pattern, and without a random generator."""
+    count = int(torch.tensor(shape).prod())
+    return (torch.arange(count, dtype=torch.float64) ** 1.5).sin().float().reshape(shape)
+
+
+def _close(got: Tensor, expected: Tensor, relative: float) -> bool:
+    expected = expected.double()
+    return bool(((got.cpu().double() - expected).abs() <= relative * expected.abs()).all())
