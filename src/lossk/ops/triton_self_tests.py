@@ -10,7 +10,9 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from lossk.ops import philox
 from lossk.ops.sample_loss import cross_entropy
+from lossk.ops.sgld_step import sgld_step_reference
 
 
 def sample_loss(module: ModuleType, device: torch.device) -> str:
@@ -21,6 +23,25 @@ def sample_loss(module: ModuleType, device: torch.device) -> str:
         module.sample_loss(logits.to(device), targets.to(device), out, -100)
         if not _close(out, cross_entropy(logits, targets), 1e-6):
             return f"losses of {num_classes} classes differ from the reference"
+    return ""
+
+
+def sgld_step(module: ModuleType, device: torch.device) -> str:
+    """A plain and an RMSprop step of some ragged thousands of elements, with the reference's noise."""
+    count, key = 2051, {"seed": 0xDEADBEEF, "chain": 3, "step": 7}
+    physics = {"lr": 0.01, "n_beta": 30.0, "localization": 2.0, "alpha": 0.9, "stability": 0.1}
+    w, grad, anchor, square = _waves(4, count)
+    xi = philox.normals(key["seed"], key["chain"], key["step"], count).double()
+    for square_avg in (None, square.square()):
+        v = None if square_avg is None else square_avg.double()
+        expected = w.double()
+        sgld_step_reference(expected, grad.double(), anchor.double(), xi, square_avg=v, **physics)
+        got = w.clone().to(device)
+        got_v = None if square_avg is None else square_avg.clone().to(device)
+        module.sgld_step(got, grad.to(device), anchor.to(device), got_v, **physics, **key, update_square_avg=True)
+        same_v = v is None or got_v is None or bool(((got_v.cpu() - v).abs() <= 1e-6).all())
+        if not (same_v and bool(((got.cpu() - expected).abs() <= 2e-6).all())):
+            return f"a {'plain' if v is None else 'RMSprop'} step differs from the reference"
     return ""
 
 
