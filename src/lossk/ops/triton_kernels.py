@@ -16,7 +16,7 @@ import torch
 
 from lossk.errors import BackendError
 
-OPS = ("sample_loss", "sgld_step")
+OPS = ("rank_update", "sample_loss", "sgld_step")
 
 
 @dataclass(frozen=True)

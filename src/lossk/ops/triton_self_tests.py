@@ -6,13 +6,35 @@ Each returns what differs, or "". Written so that NaN and zeros fail.
 from __future__ import annotations
 
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lossk.ops import philox
+from lossk.ops.rank_update import HALF, rank_update_triangle_reference
 from lossk.ops.sample_loss import cross_entropy
 from lossk.ops.sgld_step import sgld_step_reference
+
+
+def rank_update(module: ModuleType, device: torch.device) -> str:
+    """A rectangle of several blocks and a triangle centred at the load, in every precision, ragged and not."""
+    for precision, slack in (("fp32", 1e-5), ("tf32", 3e-3), ("tf32x3", 1e-5), ("fp16", 3e-3), ("bf16", 3e-2)):
+        for side in (144, 131):
+            panel = _waves(17, side)
+            scaling = torch.stack([0.5 * panel[0], 1e-9 * panel[1], 2.0 + panel[2], panel[3]])
+            rows = panel.to(HALF.get(precision, torch.float32))
+            out = torch.full((2, side, side), 0.25, device=device)
+            left, right = rows.to(device), rows[:, : side - 16].to(device)
+            module.rank_update(out[0, :, : side - 16], left, right, triangle=False, precision=precision, scaling=None)
+            panel, scaling = panel.to(device), scaling.to(device)
+            module.rank_update(out[1], panel, panel, triangle=True, precision=precision, scaling=scaling)
+            expected = torch.full((2, side, side), 0.25, device=device)
+            expected[0, :, : side - 16] += left.float().T @ right.float()
+            rank_update_triangle_reference(expected[1], panel, scaling)
+            if not bool(((out - expected).abs() <= slack * 17 * 4).all()):
+                return f"{precision} products of {side} columns differ from the reference"
+    return ""
 
 
 def sample_loss(module: ModuleType, device: torch.device) -> str:
@@ -28,8 +50,9 @@ def sample_loss(module: ModuleType, device: torch.device) -> str:
 
 def sgld_step(module: ModuleType, device: torch.device) -> str:
     """A plain and an RMSprop step of some ragged thousands of elements, with the reference's noise."""
-    count, key = 2051, {"seed": 0xDEADBEEF, "chain": 3, "step": 7}
-    physics = {"lr": 0.01, "n_beta": 30.0, "localization": 2.0, "alpha": 0.9, "stability": 0.1}
+    count = 2051
+    key: dict[str, Any] = {"seed": 0xDEADBEEF, "chain": 3, "step": 7}
+    physics: dict[str, Any] = {"lr": 0.01, "n_beta": 30.0, "localization": 2.0, "alpha": 0.9, "stability": 0.1}
     w, grad, anchor, square = _waves(4, count)
     xi = philox.normals(key["seed"], key["chain"], key["step"], count).double()
     for square_avg in (None, square.square()):
