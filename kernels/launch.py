@@ -34,6 +34,11 @@ def launch(config: Config, programs: int, *arguments: Any) -> None:
         )
 
 
+def processors(device: torch.device) -> int:
+    """The multiprocessors of a GPU. Of the interpreter 2, fewer than there are blocks: programs take several there."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
+
+
 def pointer(dtype: str) -> str:
     """Triton's name for a pointer to `dtype`, one of torch's names."""
     return POINTERS[dtype]

@@ -9,12 +9,11 @@ scaled (the step of the mean, see `lossk.panel`), is added in float32.
 Offsets are 64-bit: row times stride passes 2^31 from N = 46,341.
 """
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from lossk.kernels.launch import Config, launch, name_of, pointer
+from lossk.kernels.launch import Config, launch, name_of, pointer, processors
 from lossk.kernels.schedule import rectangle_block, triangle_block
 
 GROUP = 8  # block columns that share rows
@@ -214,7 +213,7 @@ def rank_update(
     strides = (out.stride(0), left.stride(0) // 16, right.stride(0) // 16)
     schedule = (int(triangle), row_blocks, column_blocks, total)
     scaling = out if scaling is None else _padded(scaling)
-    programs = min(total, _most_programs(out))
+    programs = min(total, 2 * processors(out.device))
     launch(config, programs, out, left, right, scaling, *strides, len(left), a, b, *schedule)
 
 
@@ -226,9 +225,3 @@ def _padded(rows: Tensor) -> Tensor:
     out = rows.new_zeros(len(rows), triton.cdiv(columns, 16) * 16)
     out[:, :columns] = rows
     return out
-
-
-def _most_programs(out: Tensor) -> int:
-    if out.device.type != "cuda":
-        return 3  # fewer than there are blocks, so that programs of the interpreter take several too
-    return 2 * torch.cuda.get_device_properties(out.device).multi_processor_count

@@ -12,9 +12,26 @@ import torch
 from torch import Tensor
 
 from lossk.ops import philox
+from lossk.ops.head_loss import head_loss_reference
 from lossk.ops.rank_update import HALF, rank_update_triangle_reference
 from lossk.ops.sample_loss import cross_entropy
 from lossk.ops.sgld_step import sgld_step_reference
+
+
+def head_loss(module: ModuleType, device: torch.device) -> str:
+    """Two heads with a bias over several blocks of classes, in every precision, ragged and not."""
+    targets = (torch.arange(9) * 7919) % 131
+    for precision, slack in (("fp32", 1e-5), ("tf32", 1e-2), ("tf32x3", 1e-5), ("fp16", 2e-3), ("bf16", 2e-2)):
+        for depth in (17, 32):
+            dtype = HALF.get(precision, torch.float32)
+            hidden, heads, bias = (_waves(*shape).to(dtype) for shape in ((9, depth), (2, 131, depth), (2, 131)))
+            out, expected = torch.full((2, 9), float("nan"), device=device), torch.zeros(2, 9)
+            on_device = [x.to(device) for x in (hidden, heads, bias, targets)]
+            module.head_loss(*on_device, out, precision, -100)
+            head_loss_reference(hidden, heads, bias, targets, expected, -100)
+            if not _close(out, expected, slack):
+                return f"{precision} losses of hidden states of size {depth} differ from the reference"
+    return ""
 
 
 def rank_update(module: ModuleType, device: torch.device) -> str:
