@@ -152,7 +152,7 @@ def rank_update_kernel(
 
 def configuration(rows: str, precision: str, out: str, fused: bool, aligned: bool) -> Config:
     """What `rank_update` launches for dtypes of rows and out, and a precision of `SHAPES`."""
-    side, depth, warps, stages = SHAPES[precision] if aligned and not fused else SMALL
+    side, depth, warps, stages = SHAPES[precision] if aligned else SMALL
     types = [pointer(out), pointer(rows), pointer(rows), "*fp32", *["i64"] * 3, *["i32"] * 7]
     constants = {
         "FUSED": fused,
@@ -163,21 +163,18 @@ def configuration(rows: str, precision: str, out: str, fused: bool, aligned: boo
         "DEPTH": depth,
         "GROUP": GROUP,
     }
-    label = (
-        f"{rows} rows{' centred at the load' if fused else ''}, {precision}, {out} out{'' if aligned else ' unaligned'}"
-    )
+    how = " centred at the load" if fused else "" if aligned else ", unaligned out"
+    label = f"{rows} rows{how}, {precision}, {out} out"
     return Config(rank_update_kernel, label, types, constants, warps, stages)
 
 
 def configs() -> list[Config]:
     """Every configuration that `rank_update` can launch."""
-    ready = [(HALF.get(precision, "float32"), precision, False) for precision in SHAPES]
-    at_load = [("float32", precision, True) for precision in SHAPES]
     return [
-        configuration(rows, precision, out, fused, aligned)
-        for rows, precision, fused in ready + at_load
+        configuration("float32" if fused else HALF.get(precision, "float32"), precision, out, fused, aligned)
+        for fused, aligned in ((False, True), (False, False), (True, False))
+        for precision in SHAPES
         for out in ("float32", "float16")
-        for aligned in (True, False)
     ]
 
 
@@ -201,7 +198,7 @@ def rank_update(
         scaling: [4, a] float32: centre and scale float32 rows at the load; see `rank_update_kernel`.
     """
     a, b = out.shape
-    aligned = b % 16 == 0 and out.stride(0) % 16 == 0 and out.data_ptr() % 16 == 0
+    aligned = scaling is None and b % 16 == 0 and out.stride(0) % 16 == 0 and out.data_ptr() % 16 == 0
     left = _padded(left)
     right = left if triangle else _padded(right)
     config = configuration(name_of(left.dtype), precision, name_of(out.dtype), scaling is not None, aligned)

@@ -14,6 +14,8 @@ from lossk.kernels.launch import Config, launch, name_of, pointer
 
 MOST_CLASSES = 2**31 - 4096  # columns are counted in 32 bits
 
+WIDE = 2048  # columns of a block from which on it pays to know that rows are aligned
+
 # Columns up to `most_classes`: rows and columns of a program's block, and its warps. Not tuned: no GPU was at hand.
 SHAPES = (  # (most_classes, rows, columns, warps)
     (16, 64, 16, 4),
@@ -23,7 +25,7 @@ SHAPES = (  # (most_classes, rows, columns, warps)
 )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows", "num_classes", "row_stride", "out_stride", "ignore_index"])
 def sample_loss_kernel(
     logits_ptr,  # [B, C] float16, bfloat16 or float32; rows row_stride apart
     targets_ptr,  # [B] int64
@@ -33,9 +35,13 @@ def sample_loss_kernel(
     row_stride,
     out_stride,
     ignore_index,
+    ALIGNED: tl.constexpr,  # num_classes and row_stride are multiples of 8: loads are 16 bytes wide
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
+    if ALIGNED:
+        num_classes = num_classes // 8 * 8
+        row_stride = row_stride // 8 * 8
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     inside = rows < num_rows
     target = tl.load(targets_ptr + rows, mask=inside, other=0)
@@ -57,21 +63,27 @@ def sample_loss_kernel(
     tl.store(out_ptr + rows * out_stride, loss, mask=inside)
 
 
-def configuration(dtype: str, num_classes: int) -> Config:
+def configuration(dtype: str, num_classes: int, aligned: bool) -> Config:
     """What `sample_loss` launches for logits of a dtype and a number of classes."""
     _, rows, columns, warps = next(shape for shape in SHAPES if num_classes <= shape[0])
+    aligned = aligned and columns >= WIDE
     return Config(
         sample_loss_kernel,
-        f"{dtype} logits, {rows} x {columns}",
+        f"{dtype} logits, {rows} x {columns}{'' if aligned or columns < WIDE else ', unaligned'}",
         [pointer(dtype), "*i64", "*fp32", "i64", "i32", "i64", "i64", "i64"],
-        {"ROWS": rows, "COLUMNS": columns},
+        {"ALIGNED": aligned, "ROWS": rows, "COLUMNS": columns},
         num_warps=warps,
     )
 
 
 def configs() -> list[Config]:
     """Every configuration that `sample_loss` can launch."""
-    return [configuration(dtype, shape[0]) for dtype in ("float16", "bfloat16", "float32") for shape in SHAPES]
+    return [
+        configuration(dtype, shape[0], aligned)
+        for dtype in ("float16", "bfloat16", "float32")
+        for shape in SHAPES
+        for aligned in ((True, False) if shape[2] >= WIDE else (False,))
+    ]
 
 
 def sample_loss(logits: Tensor, targets: Tensor, out: Tensor, ignore_index: int) -> None:
@@ -83,7 +95,8 @@ def sample_loss(logits: Tensor, targets: Tensor, out: Tensor, ignore_index: int)
         out: [B] float32, any stride.
     """
     batch, num_classes = logits.shape
-    config = configuration(name_of(logits.dtype), num_classes)
+    aligned = not (num_classes % 8 or logits.stride(0) % 8 or logits.data_ptr() % 16)
+    config = configuration(name_of(logits.dtype), num_classes, aligned)
     programs = triton.cdiv(batch, config.constants["ROWS"])
     arguments = (batch, num_classes, logits.stride(0), out.stride(0), ignore_index)
     launch(config, programs, logits, targets, out, *arguments)

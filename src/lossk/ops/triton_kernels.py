@@ -16,7 +16,7 @@ import torch
 
 from lossk.errors import BackendError
 
-OPS = ("head_loss", "rank_update", "sample_loss", "sgld_step")
+OPS = ("head_loss", "rank_update", "sample_loss", "sgld_step", "top_correlations")
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from lossk.ops.head_loss import head_loss_reference
 from lossk.ops.rank_update import HALF, rank_update_triangle_reference
 from lossk.ops.sample_loss import cross_entropy
 from lossk.ops.sgld_step import sgld_step_reference
+from lossk.ops.top_correlations import EMPTY, merge_tile_reference
 
 
 def head_loss(module: ModuleType, device: torch.device) -> str:
@@ -82,6 +83,22 @@ def sgld_step(module: ModuleType, device: torch.device) -> str:
         same_v = v is None or got_v is None or bool(((got_v.cpu() - v).abs() <= 1e-6).all())
         if not (same_v and bool(((got.cpu() - expected).abs() <= 2e-6).all())):
             return f"a {'plain' if v is None else 'RMSprop'} step differs from the reference"
+    return ""
+
+
+def top_correlations(module: ModuleType, device: torch.device) -> str:
+    """Two tiles with dead samples and ties, one transposed, for few and for many neighbours: bit for bit."""
+    first, second = _waves(131, 131), _waves(70, 131).mul(8).round().div(8)
+    gain, other = 1.0 + _waves(131).abs(), torch.ones(70)
+    gain[[3, 77]], other[5] = 0.0, 0.0
+    for k in (5, 33):
+        expected = torch.full((131, k), EMPTY)
+        got = expected.to(device)
+        for tile, column_gain, first_column in ((first, gain, 0), (second.T, other, 131)):
+            expected = merge_tile_reference(expected, tile, gain, column_gain, 0, first_column)
+            module.top_correlations(got, tile.to(device), gain.to(device), column_gain.to(device), 0, first_column)
+        if not torch.equal(got.cpu(), expected):
+            return f"the {k} nearest of two tiles differ from the reference"
     return ""
 
 
