@@ -36,21 +36,21 @@ SIZES = ["batch", "num_classes", "depth", "num_heads", "num_splits", "split_clas
 def head_loss_kernel(
     hidden_ptr,  # [B, d], rows hidden_stride apart
     head_ptr,  # [k, C, d], rows head_stride and heads head_step apart
-    bias_ptr,  # [k, C], heads bias_step apart; not read unless has_bias
+    bias_ptr,  # [k, C], heads bias_step apart; not read unless has_bias: tl.int32
     targets_ptr,  # [B] int64
     sum_ptr,  # [k, splits, B] float32: s of the split's s 2^e
     exponent_ptr,  # [k, splits, B] int32: e
     target_ptr,  # [k, B] float32: the target's logit, written by the split that has it
-    hidden_stride,
-    head_stride,
-    head_step,
-    bias_step,
-    batch,
-    num_classes,
-    depth,
-    num_heads,
-    num_splits,
-    split_classes,
+    hidden_stride: tl.int64,
+    head_stride: tl.int64,
+    head_step: tl.int64,
+    bias_step: tl.int64,
+    batch: tl.int32,
+    num_classes: tl.int32,
+    depth: tl.int32,
+    num_heads: tl.int32,
+    num_splits: tl.int32,
+    split_classes: tl.int32,
     has_bias,
     PRECISION: tl.constexpr,
     ALIGNED: tl.constexpr,  # depth and strides are multiples of 16
@@ -111,12 +111,12 @@ def combine_kernel(
     target_ptr,  # [k, B] float32: NaN where a target is no class
     targets_ptr,  # [B] int64
     out_ptr,  # [k, B] float32, heads out_step and rows out_stride apart
-    batch,
-    num_splits,
-    row_blocks,
-    out_step,
-    out_stride,
-    ignore_index,
+    batch: tl.int32,
+    num_splits: tl.int32,
+    row_blocks: tl.int32,
+    out_step: tl.int64,
+    out_stride: tl.int64,
+    ignore_index: tl.int64,
     ROWS: tl.constexpr,
 ):
     head = (tl.program_id(0) // row_blocks).to(tl.int64)

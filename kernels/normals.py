@@ -117,7 +117,17 @@ def normals_of_blocks(block, seed, chain, step, stream):
 
 
 @triton.jit(do_not_specialize=["seed", "chain", "step", "stream", "first_block"])
-def normals_kernel(out_ptr, count, first_block, seed, chain, step, stream, WORDS: tl.constexpr, BLOCK: tl.constexpr):
+def normals_kernel(
+    out_ptr,
+    count: tl.int64,
+    first_block: tl.int64,
+    seed: tl.int32,
+    chain: tl.int32,
+    step: tl.int32,
+    stream: tl.int32,
+    WORDS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     start = tl.program_id(0).to(tl.int64) * BLOCK
     block = first_block + start + tl.arange(0, BLOCK)
     element = 4 * start + tl.arange(0, 4 * BLOCK)

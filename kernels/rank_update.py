@@ -91,20 +91,20 @@ def add_block(ptr, stride, sums, i, j, a, b, triangle, SIDE: tl.constexpr):
 
 @triton.jit(do_not_specialize=["out_stride", "left_stride", "right_stride", "k", "a", "b", *SCHEDULED])
 def rank_update_kernel(
-    out_ptr,  # [a, b] float32 or float16, rows out_stride apart, changed
+    out_ptr,  # [a: tl.int32, b] float32 or float16, rows out_stride apart, changed
     left_ptr,  # [k, a padded to 16], rows 16 left_stride apart
     right_ptr,  # [k, b padded to 16], rows 16 right_stride apart
     scaling_ptr,  # [4, a padded to 16] float32 if FUSED, where a = b: mean high, mean low, 1/scale, last row
-    out_stride,
-    left_stride,
-    right_stride,
-    k,
-    a,
-    b,
-    triangle,  # 0: the whole rectangle; 1: entries row <= column only
-    row_blocks,
-    column_blocks,
-    total,
+    out_stride: tl.int64,
+    left_stride: tl.int64,
+    right_stride: tl.int64,
+    k: tl.int32,
+    a: tl.int32,
+    b: tl.int32,
+    triangle: tl.int32,  # 0: the whole rectangle; 1: entries row <= column only
+    row_blocks: tl.int32,
+    column_blocks: tl.int32,
+    total: tl.int32,
     FUSED: tl.constexpr,
     PRECISION: tl.constexpr,  # "ieee", "tf32", "tf32x3", "fp16", "bf16"
     ALIGNED: tl.constexpr,  # out_stride and b are multiples of 16, and so are all addresses in bytes
@@ -130,8 +130,12 @@ def rank_update_kernel(
         sums = tl.zeros([SIDE, SIDE], tl.float32)
         for first in range(0, k, DEPTH):
             steps = tl.arange(0, DEPTH).to(tl.int64) + first
-            x = load_rows(left_ptr, left_stride * 16, steps, k, rows, a_padded, high_i, low_i, gain_i, FUSED)
-            y = load_rows(right_ptr, right_stride * 16, steps, k, columns, b_padded, high_j, low_j, gain_j, FUSED)
+            x = load_rows(
+                left_ptr, left_stride.to(tl.int64) * 16, steps, k, rows, a_padded, high_i, low_i, gain_i, FUSED
+            )
+            y = load_rows(
+                right_ptr, right_stride.to(tl.int64) * 16, steps, k, columns, b_padded, high_j, low_j, gain_j, FUSED
+            )
             if PRECISION == "fp16":
                 x = x.to(tl.float16)
                 y = y.to(tl.float16)

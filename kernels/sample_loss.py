@@ -30,11 +30,11 @@ def sample_loss_kernel(
     logits_ptr,  # [B, C] float16, bfloat16 or float32; rows row_stride apart
     targets_ptr,  # [B] int64
     out_ptr,  # [B] float32, out_stride apart
-    num_rows,
-    num_classes,
-    row_stride,
-    out_stride,
-    ignore_index,
+    num_rows: tl.int64,
+    num_classes: tl.int32,
+    row_stride: tl.int64,
+    out_stride: tl.int64,
+    ignore_index: tl.int64,
     ALIGNED: tl.constexpr,  # num_classes and row_stride are multiples of 8: loads are 16 bytes wide
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,

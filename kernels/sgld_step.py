@@ -21,16 +21,16 @@ def sgld_step_kernel(
     grad_ptr,  # [P] float32
     anchor_ptr,  # [P] float32
     square_avg_ptr,  # [P] float32, changed if UPDATE; not read unless RMSPROP
-    count,
+    count: tl.int64,
     grad_scale,  # -(lr/2) n_beta
     anchor_scale,  # -(lr/2) localization
     noise_scale,  # sqrt(lr)
     alpha,
     one_minus_alpha,
     stability,
-    seed,
-    chain,
-    step,
+    seed: tl.int32,
+    chain: tl.int32,
+    step: tl.int32,
     RMSPROP: tl.constexpr,
     UPDATE: tl.constexpr,
     BLOCK: tl.constexpr,

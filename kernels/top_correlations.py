@@ -38,13 +38,13 @@ def top_correlations_kernel(
     tile_ptr,  # [r, c] float32 or float16, any strides: a tile, or one transposed
     row_gain_ptr,  # [r] float32: 1 / standard deviation in the tile's units, 0 for a dead sample
     column_gain_ptr,  # [c] float32
-    row_stride,
-    column_stride,
-    num_rows,
-    num_columns,
-    first_row,
-    first_column,
-    k,
+    row_stride: tl.int64,
+    column_stride: tl.int64,
+    num_rows: tl.int32,
+    num_columns: tl.int32,
+    first_row: tl.int64,
+    first_column: tl.int64,
+    k: tl.int32,
     KEPT: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lossk.kernels.launch import COMPILED_AS
 from lossk.kernels.schedule import rectangle_block, triangle_block
 from lossk.ops.rank_update import HALF, PRECISIONS, rank_update, rank_update_triangle
 
@@ -33,7 +34,7 @@ def schedule_kernel(out_ptr, rows, columns, total, TRIANGLE: tl.constexpr, GROUP
 
 def visited(rows: int, columns: int, total: int, triangle: bool, group: int, device: torch.device) -> Tensor:
     out = torch.full((total, 2), -1, dtype=torch.int32, device=device)
-    schedule_kernel[(1,)](out, rows, columns, total, TRIANGLE=triangle, GROUP=group)
+    schedule_kernel[(1,)](out, rows, columns, total, TRIANGLE=triangle, GROUP=group, **COMPILED_AS)
     return out.cpu()
 
 
@@ -63,7 +64,7 @@ def test_the_largest_triangle(triton_device: torch.device) -> None:
     """Around block 2^28 the square root in the enumeration must still be right: N = 1.5 million at a side of 64."""
     blocks, first = 24_000, 2**28 - 2**20
     out = torch.full((4096,), -1, dtype=torch.int64, device=triton_device)
-    corners_kernel[(1,)](out, first, blocks, BLOCK=4096)
+    corners_kernel[(1,)](out, first, blocks, BLOCK=4096, **COMPILED_AS)
     i, j = out.cpu() % 32768, out.cpu() // 32768
     start, width = j // 8 * 8, 8
     assert len(set(out.tolist())) == 4096

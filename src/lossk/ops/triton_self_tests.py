@@ -88,15 +88,16 @@ def sgld_step(module: ModuleType, device: torch.device) -> str:
 
 def top_correlations(module: ModuleType, device: torch.device) -> str:
     """Two tiles with dead samples and ties, one transposed, for few and for many neighbours: bit for bit."""
-    first, second = _waves(131, 131), _waves(70, 131).mul(8).round().div(8)
-    gain, other = 1.0 + _waves(131).abs(), torch.ones(70)
-    gain[[3, 77]], other[5] = 0.0, 0.0
+    first, second = _waves(11, 131), _waves(131, 11).mul(8).round().div(8)
+    row_gain, column_gain = 1.0 + _waves(11).abs(), 1.0 + _waves(131).abs()
+    row_gain[3], column_gain[77] = 0.0, 0.0
     for k in (5, 33):
-        expected = torch.full((131, k), EMPTY)
-        got = expected.to(device)
-        for tile, column_gain, first_column in ((first, gain, 0), (second.T, other, 131)):
-            expected = merge_tile_reference(expected, tile, gain, column_gain, 0, first_column)
-            module.top_correlations(got, tile.to(device), gain.to(device), column_gain.to(device), 0, first_column)
+        expected = torch.full((11, k), EMPTY)
+        got = expected.clone().to(device)
+        on_device = row_gain.to(device), column_gain.to(device)
+        for tile, first_column in ((first, 0), (second.T, 131)):
+            expected = merge_tile_reference(expected, tile, row_gain, column_gain, 0, first_column)
+            module.top_correlations(got, tile.to(device), *on_device, 0, first_column)
         if not torch.equal(got.cpu(), expected):
             return f"the {k} nearest of two tiles differ from the reference"
     return ""
