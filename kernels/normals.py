@@ -116,7 +116,7 @@ def normals_of_blocks(block, seed, chain, step, stream):
     return tl.interleave(tl.interleave(n0, n2), tl.interleave(n1, n3))
 
 
-@triton.jit(do_not_specialize=["seed", "chain", "step", "stream", "first_block"])
+@triton.jit(do_not_specialize=["count", "first_block", "seed", "chain", "step", "stream"])
 def normals_kernel(
     out_ptr,
     count: tl.int64,

@@ -15,7 +15,7 @@ from lossk.kernels.normals import normals_of_blocks
 BLOCK = 256  # counters of a program: 1024 elements. Not tuned: no GPU was at hand.
 
 
-@triton.jit(do_not_specialize=["seed", "chain", "step"])
+@triton.jit(do_not_specialize=["count", "seed", "chain", "step"])
 def sgld_step_kernel(
     w_ptr,  # [P] float32, changed
     grad_ptr,  # [P] float32

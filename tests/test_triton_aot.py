@@ -57,3 +57,19 @@ def test_refused_in_the_interpreter() -> None:
     )
     assert told.returncode == 2
     assert "TRITON_INTERPRET" in told.stderr
+
+
+def test_a_launch_compiles_what_was_compiled_ahead(tmp_path: Path) -> None:
+    """The types Triton finds at a launch, and what it specialises on, are those of `configs()`."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    told = subprocess.run(
+        [sys.executable, "-m", "tests.triton_launches"],
+        cwd=ROOT,
+        env=environment | {"TRITON_CACHE_DIR": str(tmp_path / "cache")},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+    assert told.returncode == 0, told.stderr[-2000:]
+    assert told.stdout == "ok\n"
