@@ -5,11 +5,14 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
+import lossk
 from lossk.backends import resolve_backend
 from lossk.errors import BackendError
 from lossk.ops import triton_kernels, triton_self_tests
@@ -75,3 +78,15 @@ def test_doctor_tells_of_every_kernel() -> None:
         line = next(line for line in told.stdout.splitlines() if line.startswith("backend triton"))
         if not torch.cuda.is_available():
             assert expected in line
+
+
+def test_a_kernel_built_with_the_triton_step(
+    build: Callable[..., lossk.LossKernel], problem: Any, triton_device: torch.device
+) -> None:
+    """The same noise, so the same chains to rounding; `meta` says what ran."""
+    model = problem.model().to(triton_device)
+    kernel = build(model, problem.data, backend="triton", num_draws=3)
+    reference = build(problem.model(), problem.data, num_draws=3)
+    assert kernel.meta["backend"] == "triton"
+    scale = reference.variance.max()
+    torch.testing.assert_close(kernel[:, :], reference[:, :], rtol=1e-3, atol=float(scale) * 1e-4)
