@@ -1,1 +1,2 @@
-"""GPU kernels, one Triton file per op of `lossk.ops`, packaged as `lossk.kernels`. None in this version."""
+"""GPU kernels, one Triton file per op of `lossk.ops`, packaged as `lossk.kernels`. Triton is imported
+by these files only; `lossk.ops.triton_kernels` loads them at first use."""

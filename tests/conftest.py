@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+
+# Triton reads it when a kernel is defined, so before anything here imports triton. TRITON_INTERPRET=0 tests on a GPU.
+os.environ.setdefault("TRITON_INTERPRET", "1")
+
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -46,6 +51,12 @@ def seeded() -> None:
     random.seed(0)
     np.random.seed(0)  # noqa: NPY002
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def triton_device() -> torch.device:
+    """Where the Triton kernels are tested: the CPU, in Triton's interpreter, or with TRITON_INTERPRET=0 the GPU."""
+    return torch.device("cuda" if os.environ["TRITON_INTERPRET"] == "0" else "cpu")
 
 
 def sgld(**changes: Any) -> lossk.SGLD:

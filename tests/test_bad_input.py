@@ -92,9 +92,12 @@ def test_arguments(
 
 
 @pytest.mark.parametrize("backend", ["cuda", "triton"])
-def test_a_backend_that_cannot_run_says_why(refused: Callable[..., None], problem: Any, backend: str) -> None:
+def test_a_backend_that_cannot_run_says_why(
+    refused: Callable[..., None], problem: Any, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     if torch.cuda.is_available():
         pytest.skip("this machine has a GPU: the backend may run")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     refused(problem.data, backend, "torch", error=lossk.errors.BackendError, backend=backend)
 
 

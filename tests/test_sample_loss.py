@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 import oracles
+from lossk.ops import extension
 from lossk.ops.sample_loss import cross_entropy
 
 LOSSES = [1e-30, 1e-25, 1e-20, 1e-15, 1e-10, 3e-8, 1e-6, 1e-4, 1e-2, 0.3, 0.69, 1.0, 3.0, 10.0, 30.0, 100.0]
@@ -129,3 +130,67 @@ def test_gradient_at_the_extremes_is_finite() -> None:
     assert torch.isfinite(logits.grad).all()
     np.testing.assert_allclose(logits.grad[1], [-1, 1, 0], atol=1e-7)
     np.testing.assert_allclose(logits.grad[2], [-2 / 3, 1 / 3, 1 / 3], rtol=1e-6)
+
+
+# --- compiled ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("simd", ["auto", "avx2", "baseline"])
+@pytest.mark.parametrize("shape", [(1, 1), (1, 2), (7, 3), (31, 10), (5, 2047), (3, 2049), (2, 5003)])
+def test_the_compiled_loss_is_the_reference_one(shape: tuple[int, int], simd: str) -> None:
+    """Every row within 1e-6 of float64, like the reference, and the same bits whatever the instruction set."""
+    module = extension.load()
+    if not module.simd(simd):
+        pytest.skip(f"no {simd} here")
+    rows, classes = shape
+    logits, targets = 9 * torch.randn(rows, classes), torch.randint(0, classes, (rows,))
+    logits[::2].scatter_(1, targets[::2].unsqueeze(1), 60.0)  # well classified: tiny losses
+    wide = torch.full((rows, classes + 3), float("nan"))
+    wide[:, :classes] = logits
+    out = torch.empty(rows)
+    module.sample_loss(
+        logits=wide.data_ptr(), targets=targets.data_ptr(), out=out.data_ptr(), rows=rows, classes=classes,
+        stride=classes + 3, simd=simd,
+    )  # fmt: skip
+    exact = oracles.cross_entropy(logits.double().numpy(), targets.numpy())
+    assert np.all(np.abs(out.numpy() - exact) <= RELATIVE * exact + 1e-38)
+    assert torch.equal(out, cross_entropy(logits, targets, backend="cpp"))
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_the_compiled_loss_is_exact_over_all_scales(loss: float, dtype: torch.dtype) -> None:
+    logits, targets = logits_of_loss(loss, 10, 101, seed=7)
+    logits = logits.to(dtype)
+    exact = oracles.cross_entropy(logits.double().numpy(), targets.numpy())
+    found = cross_entropy(logits, targets, backend="cpp").double().numpy()
+    assert np.all(np.abs(found - exact) <= RELATIVE * exact + 1e-38)
+
+
+def test_the_compiled_loss_of_many_threads_is_that_of_one() -> None:
+    logits, targets = torch.randn(3001, 211), torch.randint(0, 211, (3001,))
+    one = cross_entropy(logits, targets, backend="cpp")
+    torch.set_num_threads(3)
+    try:
+        assert torch.equal(cross_entropy(logits, targets, backend="cpp"), one)
+    finally:
+        torch.set_num_threads(1)
+
+
+@pytest.mark.parametrize("backend", ["torch", "cpp"])
+@pytest.mark.parametrize("classes", [5, 3000])
+def test_ignored_targets_have_no_loss(backend: str, classes: int) -> None:
+    logits, targets = torch.randn(4, classes), torch.tensor([1, -100, 0, -100])
+    losses = cross_entropy(logits, targets, backend=backend)
+    assert losses[[1, 3]].tolist() == [0, 0]
+    assert torch.equal(losses[[0, 2]], cross_entropy(logits[[0, 2]], targets[[0, 2]], backend=backend))
+
+
+@pytest.mark.parametrize("target", [-1, 4, -101, 2**40])
+def test_the_compiled_loss_refuses_targets_out_of_range(target: int) -> None:
+    with pytest.raises(ValueError, match=rf"targets must lie in \[0, 4\), row 1 has {target}"):
+        cross_entropy(torch.zeros(2, 4), torch.tensor([0, target]), backend="cpp")
+
+
+def test_no_rows() -> None:
+    assert cross_entropy(torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64), backend="cpp").shape == (0,)

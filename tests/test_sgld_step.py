@@ -234,7 +234,7 @@ def good() -> dict[str, Any]:
         ("alpha", float("nan"), r"alpha must be in \[0, 1\), got nan"),
         ("seed", -1, r"seed must be in \[0, 2\^32\), got -1"),
         ("step", 2**32, r"step must be in \[0, 2\^32\), got 4294967296"),
-        ("backend", "fortran", "backend must be one of torch, cpp, got 'fortran'"),
+        ("backend", "fortran", "backend must be one of torch, cpp, triton, got 'fortran'"),
     ],
 )
 def test_bad_values(name: str, value: Any, message: str) -> None:

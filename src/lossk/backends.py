@@ -11,6 +11,8 @@ from lossk.settings import BACKENDS, check_choice
 def resolve_backend(backend: str, device: torch.device) -> str:
     """The backend that will run: an explicit one or an error, "auto" the fastest that passes its self-test.
 
+    "auto" does not choose "triton": no GPU has been at hand to show that it pays.
+
     Raises:
         ValueError: not a backend's name.
         BackendError: an explicit backend cannot run here; says why and what can.
@@ -29,6 +31,12 @@ def resolve_backend(backend: str, device: torch.device) -> str:
     usable = "torch, cpp" if cpp_runs else "torch"
     if backend == "cpp":
         why = extension.reason if device.type == "cpu" else f"it runs on the CPU, the model is on {device}"
+    elif backend == "triton":
+        from lossk.ops import triton_kernels
+
+        why = triton_kernels.refusal(device)
+        if not why:
+            return backend
     else:
-        why = "this version has no GPU kernels"
+        why = "this version has no CUDA C++ kernels"
     raise BackendError(f"backend={backend!r} cannot run here: {why}; usable: {usable}")

@@ -16,6 +16,8 @@ from torch import Tensor
 
 from lossk.ops import extension
 
+BACKENDS = ("torch", "cpp", "triton")
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 IGNORED = -100  # the target of a token that does not count, as everywhere in torch
 
 
@@ -23,48 +25,32 @@ def cross_entropy(logits: Tensor, targets: Tensor, *, backend: str = "torch") ->
     """Cross entropy of each sample, in nats.
 
     Args:
-        logits: [B, C] floating point. The differences are formed in float64, so the result is limited only by the
-            precision of the logits themselves.
+        logits: [B, C] floating point. The differences are formed in float64 (on a GPU in float32 pairs), so the result
+            is limited only by the precision of the logits themselves.
         targets: [B] int64, class indices in [0, C), or -100, whose loss is 0.
-        backend: "torch" (the reference) or "cpp" (on the CPU; no temporaries beside the logits). Where a gradient is
-            wanted, or the logits are float64, the reference runs whatever the backend.
+        backend: "torch" (the reference), "cpp" or "triton". Where a gradient is wanted, or the logits are float64, the
+            reference runs whatever the backend.
 
     Returns:
         [B] float32, differentiable in the logits.
 
     Raises:
-        ValueError: "cpp", and a target out of range.
-        BackendError: "cpp" cannot run here.
+        BackendError: the backend cannot run here.
     """
     wants_gradient = logits.requires_grad and torch.is_grad_enabled()
-    if backend == "cpp" and not wants_gradient and logits.dtype != torch.float64:
-        return _compiled(logits.float(), targets)
-    return cross_entropy_reference(logits, targets)
-
-
-def _compiled(logits: Tensor, targets: Tensor) -> Tensor:
-    rows, classes = logits.shape
+    if backend == "torch" or wants_gradient or logits.dtype not in DTYPES:
+        return cross_entropy_reference(logits, targets)
     if logits.stride(1) != 1:
         logits = logits.contiguous()
-    targets = targets.contiguous()
-    out = torch.empty(rows, dtype=torch.float32)
-    extension.load().sample_loss(
-        logits=logits.data_ptr(),
-        targets=targets.data_ptr(),
-        out=out.data_ptr(),
-        rows=rows,
-        classes=classes,
-        stride=logits.stride(0),
-        num_threads=torch.get_num_threads(),
-    )
+    out = torch.empty(len(logits), dtype=torch.float32, device=logits.device)
+    sample_loss(logits, targets, out, backend=backend)
     return out
 
 
 def cross_entropy_reference(logits: Tensor, targets: Tensor) -> Tensor:
     """The equation above in plain torch: [B] float32."""
     ignored = targets == IGNORED
-    targets = targets.masked_fill(ignored, 0)
-    targets = targets.unsqueeze(1)  # [B, 1]
+    targets = targets.masked_fill(ignored, 0).unsqueeze(1)  # [B, 1]
     wide = logits.double()
     gaps = wide - wide.gather(1, targets)
     gaps = gaps.scatter(1, targets, float("-inf"))  # the target itself is not summed
@@ -72,3 +58,80 @@ def cross_entropy_reference(logits: Tensor, targets: Tensor) -> Tensor:
     others = (gaps - peak).exp().sum(dim=1)
     peak = peak.squeeze(1)
     return (peak + (others + (-peak).expm1()).log1p()).float().masked_fill(ignored, 0.0)
+
+
+def sample_loss(logits: Tensor, targets: Tensor, out: Tensor, *, backend: str, ignore_index: int = IGNORED) -> None:
+    """Write the cross entropy of each sample into `out`, for instance a slice of a panel's row; no gradients.
+
+    Args:
+        logits: [B, C] float16, bfloat16 or float32; for "cpp" and "triton" with adjacent columns.
+        targets: [B] int64: class indices in [0, C), or `ignore_index`, whose loss is 0: a mask of tokens is written
+            that way. Any other value: "torch" raises IndexError, "cpp" ValueError, "triton" gives NaN, as a GPU
+            cannot raise.
+        out: [B] float32, nats, changed; any stride.
+        backend: "torch" (the reference), "cpp" (CPU tensors) or "triton".
+
+    Raises:
+        ValueError: a bad argument; nothing has been changed.
+        BackendError: the backend cannot run here.
+    """
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
+    if logits.ndim != 2 or logits.dtype not in DTYPES:
+        raise ValueError(f"logits must be [B, C] float16, bfloat16 or float32, got {_describe(logits)}")
+    check_targets_and_out(targets, out, (len(logits),), logits.device)
+    if backend == "torch":
+        sample_loss_reference(logits, targets, out, ignore_index)
+        return
+    if logits.stride(1) != 1 and logits.shape[1] > 1:
+        raise ValueError(f"logits must have adjacent columns for backend={backend!r}, got strides {logits.stride()}")
+    if backend == "cpp":
+        _compiled(logits.detach(), targets, out, ignore_index)
+        return
+    from lossk.ops import triton_kernels
+
+    module = triton_kernels.load("sample_loss", logits.device)
+    if len(logits):
+        module.sample_loss(logits.detach(), targets.contiguous(), out, ignore_index)
+
+
+def _compiled(logits: Tensor, targets: Tensor, out: Tensor, ignore_index: int) -> None:
+    if logits.device.type != "cpu":
+        raise ValueError(f"logits must be on the CPU for backend='cpp', got {logits.device}")
+    logits, targets = logits.float(), targets.contiguous()
+    if ignore_index != IGNORED:
+        targets = targets.masked_fill(targets == ignore_index, IGNORED)
+    rows, classes = logits.shape
+    if rows == 0:
+        return
+    losses = out if out.is_contiguous() else torch.empty(rows, dtype=torch.float32)
+    extension.load().sample_loss(
+        logits=logits.data_ptr(),
+        targets=targets.data_ptr(),
+        out=losses.data_ptr(),
+        rows=rows,
+        classes=classes,
+        stride=logits.stride(0),
+        num_threads=torch.get_num_threads(),
+    )
+    if losses is not out:
+        out.copy_(losses)
+
+
+def sample_loss_reference(logits: Tensor, targets: Tensor, out: Tensor, ignore_index: int) -> None:
+    """The same in plain torch."""
+    ignored = targets == ignore_index
+    with torch.no_grad():
+        out.copy_(cross_entropy_reference(logits, targets.masked_fill(ignored, 0)).masked_fill(ignored, 0.0))
+
+
+def check_targets_and_out(targets: Tensor, out: Tensor, shape: tuple[int, ...], device: torch.device) -> None:
+    """Raise unless targets are [B] int64 and out is `shape` ([B], or [k, B]) float32, on `device`."""
+    if targets.shape != shape[-1:] or targets.dtype != torch.int64 or targets.device != device:
+        raise ValueError(f"targets must be [{shape[-1]}] int64 on {device}, got {_describe(targets)}")
+    if out.shape != shape or out.dtype != torch.float32 or out.device != device:
+        raise ValueError(f"out must be {list(shape)} float32 on {device}, got {_describe(out)}")
+
+
+def _describe(tensor: Tensor) -> str:
+    return f"{list(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')} on {tensor.device}"

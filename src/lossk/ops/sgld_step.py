@@ -20,7 +20,7 @@ from torch import Tensor
 
 from lossk.ops import extension, philox
 
-BACKENDS = ("torch", "cpp")
+BACKENDS = ("torch", "cpp", "triton")
 
 
 def sgld_step(
@@ -50,7 +50,7 @@ def sgld_step(
         n_beta: inverse temperature times n, >= 0.
         localization: strength of the pull to the anchor, >= 0.
         seed, chain, step: integers in [0, 2^32); they select the noise.
-        backend: "torch" (the reference) or "cpp".
+        backend: "torch" (the reference), "cpp" or "triton".
         square_avg: [P] float32: V, changed; None for the plain step.
         alpha: decay of V, in [0, 1).
         stability: added to sqrt(V), > 0.
@@ -58,7 +58,7 @@ def sgld_step(
 
     Raises:
         TypeError, ValueError: a bad argument; nothing has been changed.
-        BackendError: "cpp" cannot run here.
+        BackendError: "cpp" or "triton" cannot run here.
     """
     _check_number("lr", lr, positive=True)
     _check_number("n_beta", n_beta, positive=False)
@@ -80,23 +80,33 @@ def sgld_step(
             )
         return
 
-    extension.load().sgld_step(
-        w=w.data_ptr(),
-        grad=grad.data_ptr(),
-        anchor=anchor.data_ptr(),
-        square_avg=0 if square_avg is None else square_avg.data_ptr(),
-        count=w.numel(),
-        lr=lr,
-        n_beta=n_beta,
-        localization=localization,
-        alpha=alpha,
-        stability=stability,
-        update_square_avg=update_square_avg,
-        seed=seed,
-        chain=chain,
-        step=step,
-        num_threads=torch.get_num_threads(),
-    )
+    options = {
+        "lr": lr,
+        "n_beta": n_beta,
+        "localization": localization,
+        "alpha": alpha,
+        "stability": stability,
+        "update_square_avg": update_square_avg,
+        "seed": seed,
+        "chain": chain,
+        "step": step,
+    }
+    if backend == "triton":
+        from lossk.ops import triton_kernels
+
+        module = triton_kernels.load("sgld_step", w.device)
+        if w.numel():
+            module.sgld_step(w.detach(), grad.detach(), anchor, square_avg, **options)
+    else:
+        extension.load().sgld_step(
+            w=w.data_ptr(),
+            grad=grad.data_ptr(),
+            anchor=anchor.data_ptr(),
+            square_avg=0 if square_avg is None else square_avg.data_ptr(),
+            count=w.numel(),
+            num_threads=torch.get_num_threads(),
+            **options,
+        )
     # Autograd must know, as after any in-place operation, that tensors it may have saved have changed.
     changed = [w] if square_avg is None or not update_square_avg else [w, square_avg]
     torch.autograd.graph.increment_version([t for t in changed if not t.is_inference()])

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 
 EMPTY = torch.iinfo(torch.int64).min
+BACKENDS = ("torch", "triton")
+MOST_BY_TRITON = 64  # neighbours: its kernel keeps them in registers
 
 
 def top_correlations(keys: Tensor, correlation: Tensor, first_column: int) -> Tensor:
@@ -28,6 +30,55 @@ def top_correlations(keys: Tensor, correlation: Tensor, first_column: int) -> Te
     return torch.cat([keys, packed], dim=1).topk(keys.shape[1], dim=1).values
 
 
+def merge_tile(
+    keys: Tensor,
+    tile: Tensor,
+    row_gain: Tensor,
+    column_gain: Tensor,
+    *,
+    first_row: int,
+    first_column: int,
+    backend: str,
+) -> None:
+    """Merge a tile of covariances into the running top-k of its rows, in place; pairs (i, i) are left out.
+
+    The correlation of an entry is (entry * row gain) * column gain, each product rounded to float32, then cut to
+    [-1, 1]. A transposed tile serves its columns.
+
+    Args:
+        keys: [r, k] int64, adjacent, changed: the running result, best first; `EMPTY` where there is none yet.
+        tile: [r, c] float32 or float16.
+        row_gain, column_gain: [r] and [c] float32: 1 / standard deviation in the tile's units; 0 for a dead sample,
+            which neither has nor is a neighbour.
+        first_row, first_column: the samples that the tile's first row and column are; columns below 2^31.
+        backend: "torch" (the reference) or "triton" (k <= 64); bit for bit the same.
+
+    Raises:
+        ValueError: a bad argument; nothing has been changed.
+        BackendError: "triton" cannot run here.
+    """
+    _check(keys, tile, row_gain, column_gain, backend)
+    if backend == "torch":
+        keys.copy_(merge_tile_reference(keys, tile, row_gain, column_gain, first_row, first_column))
+        return
+    from lossk.ops import triton_kernels
+
+    module = triton_kernels.load("top_correlations", keys.device)
+    if keys.numel() and tile.numel():
+        module.top_correlations(keys, tile, row_gain.contiguous(), column_gain.contiguous(), first_row, first_column)
+
+
+def merge_tile_reference(
+    keys: Tensor, tile: Tensor, row_gain: Tensor, column_gain: Tensor, first_row: int, first_column: int
+) -> Tensor:
+    """The same in plain torch: the new keys [r, k]."""
+    correlation = (tile.float() * row_gain.unsqueeze(1) * column_gain).clamp_(-1.0, 1.0)
+    rows = torch.arange(first_row, first_row + len(tile), device=tile.device)
+    columns = torch.arange(first_column, first_column + tile.shape[1], device=tile.device)
+    excluded = (rows.unsqueeze(1) == columns) | (row_gain == 0).unsqueeze(1) | (column_gain == 0)
+    return top_correlations(keys, correlation.masked_fill(excluded, float("-inf")), first_column)
+
+
 def unpack(keys: Tensor) -> tuple[Tensor, Tensor]:
     """Column [r, k] int64 (-1 where empty) and correlation [r, k] float32 (0 where empty) of packed keys."""
     empty = keys == EMPTY
@@ -44,3 +95,20 @@ def _ordered(values: Tensor) -> Tensor:
 
 def _unordered(order: Tensor) -> Tensor:
     return torch.where(order < 0, order ^ 0x7FFFFFFF, order).view(torch.float32)
+
+
+def _check(keys: Tensor, tile: Tensor, row_gain: Tensor, column_gain: Tensor, backend: str) -> None:
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
+    if tile.ndim != 2 or tile.dtype not in (torch.float32, torch.float16):
+        raise ValueError(f"tile must be [r, c] float32 or float16, got {list(tile.shape)} {tile.dtype}")
+    if keys.ndim != 2 or len(keys) != len(tile) or keys.dtype != torch.int64 or not keys.is_contiguous():
+        raise ValueError(f"keys must be [{len(tile)}, k] int64, contiguous, got {list(keys.shape)} {keys.dtype}")
+    if backend == "triton" and keys.shape[1] > MOST_BY_TRITON:
+        raise ValueError(f"k must be at most {MOST_BY_TRITON} for backend='triton', got {keys.shape[1]}")
+    for name, gain, count in (("row_gain", row_gain, len(tile)), ("column_gain", column_gain, tile.shape[1])):
+        if gain.shape != (count,) or gain.dtype != torch.float32 or gain.device != tile.device:
+            raise ValueError(
+                f"{name} must be [{count}] float32 on {tile.device}, "
+                f"got {list(gain.shape)} {gain.dtype} on {gain.device}"
+            )

@@ -1,0 +1,100 @@
+"""Per-sample cross entropy of hidden states under a linear head, without keeping logits.
+
+    loss_b = cross entropy of hidden_b @ head' + bias at target_b,
+
+exact to the products' precision for losses down to 1e-38 (see `sample_loss`). With several heads (the draws of a head
+over a frozen network) the hidden states are read once for all of them. A fused loss of this kind is known from language
+models: E. Wijmans et al., "Cut your losses in large-vocabulary language models", ICLR 2025 (arXiv:2411.09009).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lossk.ops.sample_loss import DTYPES, IGNORED, check_targets_and_out, sample_loss_reference
+
+BACKENDS = ("torch", "triton")
+PRECISIONS = ("fp32", "tf32", "tf32x3")  # of the products of float32 inputs; sums are float32
+OF_HALF = {torch.float16: "fp16", torch.bfloat16: "bf16"}
+
+
+def head_loss(
+    hidden: Tensor,
+    head: Tensor,
+    targets: Tensor,
+    out: Tensor,
+    *,
+    backend: str,
+    bias: Tensor | None = None,
+    precision: str = "fp32",
+    ignore_index: int = IGNORED,
+) -> None:
+    """Write the loss of each row under a head, or under each of k heads, into `out`; no gradients.
+
+    2 B C d k flops. "triton" forms logits in registers only: its memory is O(k B).
+
+    Args:
+        hidden: [B, d] float16, bfloat16 or float32. Rows are samples, or tokens: losses of sequences are sums of out.
+        head: [C, d], or [k, C, d]: the weights of k heads; of hidden's dtype.
+        targets: [B] int64: class indices in [0, C), or `ignore_index`, whose loss is 0. Any other value: "torch" raises
+            IndexError, "triton" gives NaN.
+        out: [B], or [k, B] for k heads (a panel), float32, nats, changed; any strides.
+        backend: "torch" (the reference: forms the logits of one head at a time) or "triton".
+        bias: [C], or [k, C]; of hidden's dtype.
+        precision: one of PRECISIONS, of products of float32 inputs. The reference's are float32 whatever is asked.
+
+    Raises:
+        ValueError: a bad argument; nothing has been changed.
+        BackendError: "triton" cannot run here.
+    """
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
+    _check(hidden, head, bias)
+    check_targets_and_out(targets, out, (*head.shape[:-2], len(hidden)), hidden.device)
+    if head.ndim == 2:
+        head, bias, out = head.unsqueeze(0), None if bias is None else bias.unsqueeze(0), out.unsqueeze(0)
+    if backend == "torch":
+        head_loss_reference(hidden, head, bias, targets, out, ignore_index)
+        return
+    from lossk.ops import triton_kernels
+
+    module = triton_kernels.load("head_loss", hidden.device)
+    if out.numel():
+        hidden, head = (x.detach() if x.stride(-1) == 1 else x.detach().contiguous() for x in (hidden, head))
+        bias = None if bias is None else bias.detach().contiguous()
+        chosen = OF_HALF.get(hidden.dtype, precision)
+        module.head_loss(hidden, head, bias, targets.contiguous(), out, chosen, ignore_index)
+
+
+def head_loss_reference(
+    hidden: Tensor, head: Tensor, bias: Tensor | None, targets: Tensor, out: Tensor, ignore_index: int
+) -> None:
+    """The same in plain torch, for head [k, C, d], bias [k, C] and out [k, B]."""
+    for h in range(len(head)):
+        with torch.no_grad():
+            logits = hidden.float() @ head[h].float().T
+            if bias is not None:
+                logits += bias[h].float()
+        sample_loss_reference(logits, targets, out[h], ignore_index)
+
+
+def _check(hidden: Tensor, head: Tensor, bias: Tensor | None) -> None:
+    if hidden.ndim != 2 or hidden.dtype not in DTYPES:
+        raise ValueError(f"hidden must be [B, d] float16, bfloat16 or float32, got {_describe(hidden)}")
+    wanted = f"{str(hidden.dtype).removeprefix('torch.')} on {hidden.device}"
+    alike = head.dtype == hidden.dtype and head.device == hidden.device
+    if head.ndim not in (2, 3) or head.shape[-1] != hidden.shape[1] or not alike:
+        raise ValueError(
+            f"head must be [C, {hidden.shape[1]}] or [k, C, {hidden.shape[1]}] {wanted}, got {_describe(head)}"
+        )
+    if bias is not None and (
+        bias.shape != head.shape[:-1] or bias.dtype != hidden.dtype or bias.device != hidden.device
+    ):
+        raise ValueError(f"bias must be {list(head.shape[:-1])} {wanted}, got {_describe(bias)}")
+
+
+def _describe(tensor: Tensor) -> str:
+    return f"{list(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')} on {tensor.device}"

@@ -1,0 +1,84 @@
+"""The Triton kernels `lossk.kernels`: loaded at first use, and used only after they have reproduced known numbers.
+
+Importing lossk never imports triton. A kernel that does not compile, or whose numbers differ from the reference on the
+device at hand, is refused with the reason; nothing falls back in silence. With TRITON_INTERPRET=1 in the environment
+when Python starts, kernels run in Triton's interpreter on the CPU: slow, for tests and for reading along.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from dataclasses import dataclass
+from types import ModuleType
+
+import torch
+
+from lossk.errors import BackendError
+
+OPS = ("head_loss", "rank_update", "sample_loss", "sgld_step", "top_correlations")
+
+
+@dataclass(frozen=True)
+class KernelStatus:
+    """Whether an op's Triton kernel can run on a device, and if not why."""
+
+    available: bool
+    reason: str  # "" when available
+    interpreted: bool  # in Triton's interpreter: no measure of anything but the numbers
+
+
+def status(op: str, device: torch.device) -> KernelStatus:
+    """Load and test the kernel of an op of `OPS` (once per process and device); never raises."""
+    return _load(op, device)[0]
+
+
+def load(op: str, device: torch.device) -> ModuleType:
+    """The kernel's module.
+
+    Raises:
+        BackendError: it cannot run on `device`; the message says why.
+    """
+    found, module = _load(op, device)
+    if module is None:
+        raise BackendError(f'backend "triton" cannot run {op} here: {found.reason}; available: "torch"')
+    return module
+
+
+def refusal(device: torch.device) -> str:
+    """Why not every op's kernel can run on `device`; "" when all can."""
+    for op in OPS:
+        found = status(op, device)
+        if not found.available:
+            return found.reason
+    return ""
+
+
+def _load(op: str, device: torch.device) -> tuple[KernelStatus, ModuleType | None]:
+    assert op in OPS
+    try:
+        from triton import knobs
+    except ImportError as error:
+        return KernelStatus(False, f"triton does not import ({error})", False), None
+    interpreted = bool(knobs.runtime.interpret)
+    if device.type != "cuda" and not interpreted:
+        reason = (
+            f"the Triton kernels need a CUDA device, and this is {device} "
+            "(TRITON_INTERPRET=1, set before Python starts, interprets them on the CPU)"
+        )
+        return KernelStatus(False, reason, False), None
+    return _tested(op, device, interpreted)
+
+
+@functools.cache
+def _tested(op: str, device: torch.device, interpreted: bool) -> tuple[KernelStatus, ModuleType | None]:
+    try:
+        module = importlib.import_module(f"lossk.kernels.{op}")
+        from lossk.ops import triton_self_tests
+
+        problem = getattr(triton_self_tests, op)(module, device)
+    except Exception as error:  # whatever a compiler or a driver does, the reference still runs
+        problem = f"{type(error).__name__}: {error}"
+    if problem:
+        return KernelStatus(False, f"the {op} kernel fails its self-test ({problem})", interpreted), None
+    return KernelStatus(True, "", interpreted), module
