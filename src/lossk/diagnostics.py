@@ -79,7 +79,7 @@ class Diagnostics:
         if self.functional_variance is not None and self.singular_fluctuation is not None and self.waic is not None:
             v, nu, waic = self.functional_variance, self.singular_fluctuation, self.waic
             criteria.append(
-                f"WAIC         {waic.value:.4f} +- {_number(waic.se, 4)} per sample, if the loss is a log loss; "
+                f"WAIC         {waic.value:.4f} +- {_number(waic.se, 4)} per term of the loss, if that is a log loss; "
                 f"functional variance {v.value:.3g}, singular fluctuation {nu.value:.2f} +- {_number(nu.se)}"
             )
         moves = []
