@@ -23,6 +23,7 @@ class Passes:
         gradient_batch: samples per backward pass at most; a larger minibatch is accumulated over several.
         memory_format: "channels_last" or "contiguous"; of the data and weights of 2-d convolutions on a CPU.
         num_threads: torch's threads during the run; None leaves them as they are.
+        fold_norms: run a batch norm and the convolution before it as one convolution, where the model can be traced.
         frozen_prefix: run what lies before the first sampled weight once and keep its activations (named losses only).
             True cuts the model by itself where it can; a name cuts at that module, whose output must be the model's.
         prefix_bytes: memory that the activations may take; None is a quarter of what is free. More is not kept.
@@ -36,6 +37,7 @@ class Passes:
     gradient_batch: int = 1024
     memory_format: Literal["channels_last", "contiguous"] = "channels_last"
     num_threads: int | None = None
+    fold_norms: bool = False
     frozen_prefix: bool | str = True
     prefix_bytes: int | None = None
     compile: bool = False
@@ -50,6 +52,7 @@ class Passes:
             raise TypeError(f"frozen_prefix must be a bool or the name of a module, got {self.frozen_prefix!r}")
         if self.prefix_bytes is not None:
             check_integer("prefix_bytes", self.prefix_bytes, 0)
+        check_choice("fold_norms", self.fold_norms, (True, False))
         check_choice("compile", self.compile, (True, False))
 
     def to_dict(self) -> dict[str, Any]:
@@ -60,7 +63,7 @@ class Passes:
         threads = "" if self.num_threads is None else f", {self.num_threads} threads"
         return (
             f"{self.probe_batch} samples a probe pass, {self.gradient_batch} a gradient pass, {self.memory_format}"
-            f"{threads}{', compiled' if self.compile else ''}"
+            f"{threads}{', norms folded' if self.fold_norms else ''}{', compiled' if self.compile else ''}"
         )
 
 

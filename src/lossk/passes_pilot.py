@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 
 from lossk.data import Samples
 from lossk.passes import Passes
@@ -64,7 +65,7 @@ class _Bench:
             return best, [f"passes = default: about {total:.2g} s of them, too few for measuring to pay"]
         self.first = seconds
         self.deadline = time.perf_counter() + min(SHARE * total, MOST)
-        for candidates in (self.threads, self.formats):
+        for candidates in (self.threads, self.formats, self.folding):
             for candidate in candidates(best):
                 best, seconds = self.better(best, seconds, candidate)
         for name, part in (("probe_batch", 0), ("gradient_batch", 1)):
@@ -105,6 +106,10 @@ class _Bench:
     def formats(self, best: Passes) -> Iterator[Passes]:
         if self.task.channels_last:
             yield dataclasses.replace(best, memory_format="contiguous")
+
+    def folding(self, best: Passes) -> Iterator[Passes]:
+        if any(isinstance(module, nn.BatchNorm2d) for module in self.task.network.modules()):
+            yield dataclasses.replace(best, fold_norms=True)
 
     def batches(self, best: Passes, name: str) -> Iterator[Passes]:
         most = len(self.probe) if name == "probe_batch" else min(self.load.minibatch, len(self.train))

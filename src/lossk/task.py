@@ -15,6 +15,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parameter import UninitializedParameter
 
 from lossk.data import Samples, map_tensors
+from lossk.fold import fold_norms
 from lossk.losses import Loss, forward, split_batch
 from lossk.passes import Passes
 from lossk.settings import PRECISIONS, check_choice
@@ -70,6 +71,12 @@ class Task:
         if precision == "tf32" and self.device.type != "cuda":
             raise ValueError(f"precision='tf32' needs a CUDA device, got device {str(self.device)!r}")
 
+    def _prepare(self, network: nn.Module) -> Any:
+        """What gradients and probes run."""
+        if self.passes.fold_norms:
+            network = fold_norms(network) or network
+        return torch.compile(network) if self.passes.compile else network
+
     @property
     def network(self) -> nn.Module:
         """What the passes run: the model, or its part after a frozen prefix."""
@@ -90,7 +97,7 @@ class Task:
             raise
         if self.passes.num_threads is not None:
             torch.set_num_threads(self.passes.num_threads)
-        self._run_model: Any = torch.compile(self.network) if self.passes.compile else self.network
+        self._run_model = self._prepare(self.network)
         return self
 
     def __exit__(
