@@ -36,6 +36,9 @@ VARIANTS: dict[str, Variant] = {
     "lossk SGLD, rmsprop-frozen": lambda law: lossk.SGLD(
         n_beta=law.n_beta, localization=law.localization, preconditioner="rmsprop-frozen"
     ),
+    "lossk SGLD, averaged noise": lambda law: lossk.SGLD(
+        n_beta=law.n_beta, localization=law.localization, integrator="leimkuhler-matthews"
+    ),
     "lossk BAOAB": lambda law: lossk.BAOAB(n_beta=law.n_beta, localization=law.localization),
 }
 

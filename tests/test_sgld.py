@@ -32,6 +32,7 @@ def test_defaults() -> None:
         "num_burnin_steps": "auto",
         "num_steps_bw_draws": "auto",
         "preconditioner": None,
+        "integrator": "euler",
         "control_variate": "auto",
         "measure_acceptance": False,
         "params": None,

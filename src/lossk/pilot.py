@@ -39,9 +39,13 @@ class Pilot:
     control_localization: float | None = None  # the trial's
 
     def discretisation(self, sampler: SGLD) -> float:
-        """eps a_max / 4 of a resolved sampler; with a preconditioner, at its largest gain: an upper bound."""
+        """eps a_max / 4 of a resolved sampler; with a preconditioner, at its largest gain: an upper bound.
+
+        Its square for averaged noise, whose error is of second order (and zero in a quadratic).
+        """
         lr, localization = float(sampler.lr) * sampler.gain, float(sampler.localization)
-        return lr * (self.n_beta * self.curvature + localization) / 4.0
+        first_order = lr * (self.n_beta * self.curvature + localization) / 4.0
+        return first_order**2 if sampler.averaged else first_order
 
     def noise_ratio(self, sampler: SGLD) -> float:
         """eps n_beta^2 f lambda_max / 4, likewise; with a control variate, of what it leaves."""

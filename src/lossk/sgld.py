@@ -7,6 +7,11 @@ whose stationary law is, up to discretisation and minibatch noise,
     p(w) ~ exp( -n_beta L_n(w) - localization/2 |w - w*|^2 )
 
 (Welling and Teh 2011; the localised form of Lau et al., arXiv 2308.12108; devinterp's convention of the step size).
+
+That step (Euler's) makes the variance of a mode of curvature a too large by lr a / 4. With the noise of two consecutive
+steps averaged, sqrt(lr) (xi_t + xi_{t+1}) / 2 (Leimkuhler and Matthews 2013, "Rational construction of stochastic
+numerical methods for molecular sampling", the high-friction limit of BAOAB), the law of a quadratic is exact at every
+stable step, lr a < 4, and the error elsewhere is of second order: the step can be several times longer.
 """
 
 from __future__ import annotations
@@ -26,6 +31,7 @@ from lossk.ops.sgld_step import sgld_step
 from lossk.settings import SteppingSettings, check_automatic, check_choice
 
 PRECONDITIONERS = (None, "rmsprop", "rmsprop-frozen")
+INTEGRATORS = ("euler", "leimkuhler-matthews")
 ALPHA, STABILITY = 0.99, 0.1  # of the RMSprop preconditioner
 
 
@@ -45,6 +51,8 @@ class SGLD(SteppingSettings):
             stationary law is not known in closed form, because it leaves out the correction term for a preconditioner
             that moves with the weights (Li et al. 2016, eq. 7); or "rmsprop-frozen", the same until the end of burn-in
             and constant from then on, so that the law is p(w) up to discretisation and minibatch noise.
+        integrator: "euler", the step above, or "leimkuhler-matthews", whose noise is averaged over two steps: no bias
+            in a quadratic, and where lr is "auto" a step up to five times as long. Without preconditioner only.
         control_variate: take g_B(w) - g_B(w*) + g_n(w*) for the minibatch gradient (Baker et al. 2019, arXiv
             1706.05439): the same mean, little noise near w*, twice the cost of a step. "auto" lets the pilot decide
             where lr is "auto" too, and is False where lr is a number.
@@ -58,6 +66,7 @@ class SGLD(SteppingSettings):
 
     lr: float | Literal["auto"] = "auto"
     preconditioner: Literal["rmsprop", "rmsprop-frozen"] | None = None
+    integrator: Literal["euler", "leimkuhler-matthews"] = "euler"
     control_variate: bool | Literal["auto"] = "auto"
     measure_acceptance: bool = False
 
@@ -67,6 +76,15 @@ class SGLD(SteppingSettings):
         check_choice("preconditioner", self.preconditioner, PRECONDITIONERS)
         check_choice("control_variate", self.control_variate, (True, False, "auto"))
         check_choice("measure_acceptance", self.measure_acceptance, (True, False))
+        check_choice("integrator", self.integrator, INTEGRATORS)
+        if self.averaged and (self.preconditioner is not None or self.measure_acceptance):
+            given = "preconditioner" if self.preconditioner is not None else "measure_acceptance"
+            raise ValueError(f"integrator='leimkuhler-matthews' goes without {given}, got {getattr(self, given)!r}")
+
+    @property
+    def averaged(self) -> bool:
+        """Whether a step's noise is averaged with the next one's."""
+        return self.integrator == "leimkuhler-matthews"
 
     @property
     def gain(self) -> float:
@@ -105,25 +123,35 @@ class SGLDChain(Chain):
             loss, excess = self.force.gradient(self.step)
         if not (math.isfinite(loss) and loss < self.limit):
             raise self.diverged(f"minibatch loss {loss:.4g} (limit {self.limit:.4g})")
+        lr, localization = float(self.sampler.lr), float(self.sampler.localization)
+        n_beta = float(self.sampler.n_beta or 0)
         with self.around.timings.measure("step"):
-            sgld_step(
-                self.task.flat,
-                self.task.grad,
-                self.task.anchor,
-                lr=float(self.sampler.lr),
-                n_beta=float(self.sampler.n_beta or 0),
-                localization=float(self.sampler.localization),
-                seed=self.around.seed,
-                chain=self.chain,
-                step=self.step,
-                backend=self.around.backend,
-                square_avg=self.memory.get("square_avg"),
-                alpha=ALPHA,
-                stability=STABILITY,
-                update_square_avg=not self._frozen,
-            )
+            if self.sampler.averaged:  # half of this step's noise with the drift, then half of the next one's
+                self._step(self.step, lr / 4, 4 * n_beta, 4 * localization)
+                self._step(self.step + 1, lr / 4, 0.0, 0.0)
+            else:
+                self._step(self.step, lr, n_beta, localization)
         self.step += 1
         return excess
+
+    def _step(self, step: int, lr: float, n_beta: float, localization: float) -> None:
+        """w <- w - (lr/2) [n_beta g + localization (w - w*)] + sqrt(lr) xi_step."""
+        sgld_step(
+            self.task.flat,
+            self.task.grad,
+            self.task.anchor,
+            lr=lr,
+            n_beta=n_beta,
+            localization=localization,
+            seed=self.around.seed,
+            chain=self.chain,
+            step=step,
+            backend=self.around.backend,
+            square_avg=self.memory.get("square_avg"),
+            alpha=ALPHA,
+            stability=STABILITY,
+            update_square_avg=not self._frozen,
+        )
 
     def acceptance(self) -> float:
         """Of a Metropolis test of a full-batch step with this lr (and preconditioner), where it was asked for."""

@@ -6,6 +6,9 @@ worst direction is eps n_beta^2 f lambda_max(Cov g) / 4 with f = (n - m) / (m (n
     discretisation   eps (n_beta h_max + gamma) / 4 <= 0.05
     gradient noise   eps n_beta^2 f lambda_max / 4  <= 0.25
 
+With averaged noise (`integrator="leimkuhler-matthews"`) eps a / 4 is no bias but a share of the stability limit, of
+which a quarter is used.
+
 Flat directions, which only the localization pulls back, are the slowest: they forget at rate eps gamma / 2 per step.
 Burn-in takes them to 99 % of their stationary variance. The localization is the least at which they forget within 50
 steps, the affordable time; a trial chain (trial.py) then checks the rest and spaces the draws.
@@ -21,6 +24,7 @@ from lossk.sgld import SGLD
 from lossk.task import Task
 
 DISCRETISATION_BUDGET = 0.05
+STABILITY_BUDGET = 0.25  # eps a_max / 4 with averaged noise; at 1 the chain is unstable
 NOISE_BUDGET = 0.25
 LAG1_TARGET = math.exp(-1.0)
 BURNIN_TARGET = 0.99
@@ -91,6 +95,11 @@ def choose_settings(
     return resolved, reasons
 
 
+def step_budget(sampler: SGLD) -> float:
+    """The largest eps a_max / 4."""
+    return STABILITY_BUDGET if sampler.averaged else DISCRETISATION_BUDGET
+
+
 def _choose_control(sampler: SGLD, pilot: Pilot, limits: Limits) -> bool:
     if sampler.control_variate != "auto":
         return bool(sampler.control_variate)
@@ -124,12 +133,15 @@ def _choose_law(sampler: SGLD, pilot: Pilot, controlled: bool, limits: Limits) -
         return localization, float(sampler.lr), why_local, ""
     noise = pilot.noise_per_lr(controlled, localization)
     noise_lr = NOISE_BUDGET / noise if noise > 0 else math.inf
-    step_lr = 4 * DISCRETISATION_BUDGET / (stiff + localization) if stiff + localization > 0 else math.inf
+    step_lr = 4 * step_budget(sampler) / (stiff + localization) if stiff + localization > 0 else math.inf
     lr = min(step_lr, noise_lr)
     if not math.isfinite(lr):
         raise ValueError("lr='auto' needs a loss with curvature or localization > 0; give lr= as a number")
     if step_lr <= noise_lr:
-        why_lr = f"discretisation budget {DISCRETISATION_BUDGET:.0%} at curvature {stiff + localization:.3g}"
+        share, rule = f"{step_budget(sampler):.0%}", f"at curvature {stiff + localization:.3g}"
+        why_lr = (
+            f"{share} of the stability limit {rule}" if sampler.averaged else f"discretisation budget {share} {rule}"
+        )
     else:
         why_lr = f"gradient-noise budget {NOISE_BUDGET:.2g} (discretisation alone would allow {step_lr / gain:.2g})"
     if gain != 1.0:
@@ -145,7 +157,7 @@ def _mixing_localization(
 ) -> float:
     if sampler.lr != "auto":
         return 2.0 / (steps * float(sampler.lr) * sampler.gain)
-    from_step = stiff / (2 * DISCRETISATION_BUDGET * steps - 1)
+    from_step = stiff / (2 * step_budget(sampler) * steps - 1)
     if controlled:  # noise per lr is c / gamma: gamma^2 = 2 c / (steps budget)
         from_noise = math.sqrt(2.0 * pilot.noise_per_lr(True, 1.0) / (steps * NOISE_BUDGET))
     else:
