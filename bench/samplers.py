@@ -67,6 +67,10 @@ def samplers(n_beta: float, localization: float, batch_size: int, hmc: Sequence[
     return {
         "SGLD": lossk.SGLD(**sgld, control_variate=False),
         "SGLD, control variate": lossk.SGLD(**sgld, control_variate=True),
+        "SGLD, averaged noise": lossk.SGLD(**sgld, integrator="leimkuhler-matthews", control_variate=False),
+        "SGLD, averaged noise, control variate": lossk.SGLD(
+            **sgld, integrator="leimkuhler-matthews", control_variate=True
+        ),
         "SGLD, rmsprop": lossk.SGLD(**sgld, preconditioner="rmsprop", control_variate=False),
         "SGLD, rmsprop-frozen": lossk.SGLD(**sgld, preconditioner="rmsprop-frozen", control_variate=False),
         "BAOAB": lossk.BAOAB(**sgld),
