@@ -13,6 +13,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,7 +26,6 @@ import zarr
 
 import lossk
 import oracles
-from lossk import layout as layouts
 from lossk.kernel import LossKernel
 from lossk.layout import Layout, in_store, log_columns
 from lossk.panel import ChainTotals
@@ -55,7 +55,9 @@ def make(
             start = first.get(chain, 0)
             draw = SimpleNamespace(excess_loss=0.0, distance=0.0, acceptance=1.0)
             state = SimpleNamespace(step=start, weights=torch.zeros(1), memory={})
-            log.append(SimpleNamespace(chain=chain, first_draw=start, losses=part, draws=[draw] * len(part), state=state))
+            log.append(
+                SimpleNamespace(chain=chain, first_draw=start, losses=part, draws=[draw] * len(part), state=state)
+            )
             first[chain] = start + len(part)
             sums.update(chain, part)
         blocks, moments = sums.finalize()
@@ -134,7 +136,9 @@ def test_super_panels_and_stripes(centering: str, tmp_path: Path) -> None:
         other = make(losses, tmp_path / f"s{stripes}", 16, centering=centering, stripes=stripes)[0]
         assert all(torch.equal(one._blocks.tiles[key], other._blocks.tiles[key]) for key in one._blocks.tiles)
     for super_panel in (4, 9, 45):
-        assert_close(make(losses, tmp_path / f"d{super_panel}", 16, centering=centering, super_panel=super_panel)[0], held)
+        assert_close(
+            make(losses, tmp_path / f"d{super_panel}", 16, centering=centering, super_panel=super_panel)[0], held
+        )
 
 
 # --- through build_kernel --------------------------------------------------------------------------------------------
@@ -215,7 +219,9 @@ def test_killed_at_any_sync(
     monkeypatch.setattr(os, "fsync", copying)
     whole = build(problem.model(), problem.data, out=path)
     monkeypatch.undo()
-    monkeypatch.setattr("lossk.run.choose_layout", lambda size, _, taken, **__: in_store(size, taken, super_panel=12, stripes=2))
+    monkeypatch.setattr(
+        "lossk.run.choose_layout", lambda size, _, taken, **__: in_store(size, taken, super_panel=12, stripes=2)
+    )
     assert len(copies) >= 9
     for number, copy in enumerate([*copies[:10], *copies[10::9]]):
         if number % 2 and not (copy / "complete").exists():
@@ -261,7 +267,10 @@ def test_chunks_are_compressed_checked_and_only_upper(
     build(problem.model(), problem.data, out=tmp_path / "k.lossk")
     array = zarr.open_group(str(tmp_path / "k.lossk"), mode="r")["tiles"]
     assert [type(codec).__name__ for codec in array.compressors] == ["BloscCodec", "Crc32cCodec"]
-    chunks = {str(f.relative_to(tmp_path / "k.lossk" / "tiles" / "c")) for f in (tmp_path / "k.lossk" / "tiles").rglob("c/*/*")}
+    chunks = {
+        str(f.relative_to(tmp_path / "k.lossk" / "tiles" / "c"))
+        for f in (tmp_path / "k.lossk" / "tiles").rglob("c/*/*")
+    }
     assert chunks == {"0/0", "0/1", "1/1"}
     chunk = tmp_path / "k.lossk" / "tiles" / "c" / "0" / "1"
     content = bytearray(chunk.read_bytes())
@@ -275,8 +284,12 @@ def test_chunks_are_compressed_checked_and_only_upper(
 
 SCRIPT = """
 import json, resource, sys
-import torch, lossk
-path, samples, tile, memory, resume = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4], sys.argv[5] == "resume"
+import torch, lossk, lossk.run
+from lossk.layout import in_store
+path, samples, tile, memory, mode = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4], sys.argv[5]
+resume = "resume" in mode
+if "forced" in mode:
+    lossk.run.choose_layout = lambda size, _, taken, **__: in_store(size, taken, super_panel=size.draws, stripes=2)
 torch.set_num_threads(1)
 generator = torch.Generator().manual_seed(0)
 data = torch.randn(samples, 4, generator=generator), torch.arange(samples) % 3
@@ -326,23 +339,25 @@ def test_the_budget_is_kept(tmp_path: Path) -> None:
 
 def test_sigkill_in_the_tile_pass(tmp_path: Path) -> None:
     """Killed as soon as some tiles are durable; the resumed store has the same tiles, byte for byte."""
-    whole = run_script(tmp_path / "whole.lossk", 1500, 64, "30MB", "new")
+    whole = run_script(tmp_path / "whole.lossk", 1500, 64, "60MB", "forced")
     said = whole.communicate(timeout=120)[1]
     assert whole.returncode == 0, said
     path = tmp_path / "k.lossk"
-    victim = run_script(path, 1500, 64, "30MB", "new")
+    victim = run_script(path, 1500, 64, "60MB", "forced")
     done = path / "tiles.jsonl"
     while victim.poll() is None and not (done.exists() and done.read_bytes().count(b"\n") > 5):
-        pass
+        time.sleep(0.001)
     victim.send_signal(signal.SIGKILL)
     victim.communicate(timeout=60)
     assert victim.returncode == -signal.SIGKILL, "it was done before it could be killed"
     assert not (path / "complete").exists()
-    again = run_script(path, 1500, 64, "30MB", "resume")
+    again = run_script(path, 1500, 64, "60MB", "forced resume")
     said = again.communicate(timeout=120)[1]
     assert again.returncode == 0, said
     for name in ("tiles", "losses", "mean", "variance", "chain_mean", "scale", "lag1"):
-        files = [f.relative_to(tmp_path / "whole.lossk") for f in (tmp_path / "whole.lossk" / name).rglob("*") if f.is_file()]
+        files = [
+            f.relative_to(tmp_path / "whole.lossk") for f in (tmp_path / "whole.lossk" / name).rglob("*") if f.is_file()
+        ]
         assert files
         for file in files:
             assert (path / file).read_bytes() == (tmp_path / "whole.lossk" / file).read_bytes(), file

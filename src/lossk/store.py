@@ -256,10 +256,12 @@ def read_json(path: Path) -> dict[str, Any]:
         raise StoreError(f"{path.name} of {str(path.parent)!r} cannot be read: {error}") from error
 
 
-def replace_file(path: Path, content: bytes) -> None:
+def replace_file(path: Path, *content: bytes) -> None:
+    """Write a file, or replace it, in one step, durably."""
     parts = path.with_name(f".{path.name}.part")
     with parts.open("wb") as file:
-        file.write(content)
+        for part in content:
+            file.write(part)
         file.flush()
         os.fsync(file.fileno())
     parts.replace(path)

@@ -17,6 +17,7 @@ import json
 import os
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import cycle
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -30,8 +31,8 @@ from lossk.layout import Layout
 from lossk.panel import ChainTotals
 from lossk.runlog import RunLog
 from lossk.running import RunningMoments
-from lossk.store import read_lines, replace_file, sync
-from lossk.stored_tiles import COMPRESSED, WRITE_ALL, StoredTiles, chunk_path, create_tiles, write_tile
+from lossk.store import read_lines, replace_file
+from lossk.stored_tiles import COMPRESSED, StoredTiles, chunk_path, create_tiles, encode_tile
 from lossk.tiles import add_rows, finish_tile
 
 Key = tuple[int, int]
@@ -105,35 +106,45 @@ class LoggedRows:
 
 
 def make_tiles(rows: LoggedRows, spans: list[slice], stripes: int, done: set[Key]) -> Iterator[tuple[Key, Tensor]]:
-    """Sums of products, [a, b] float32, of the tiles that are not done: `stripes` tile rows at a time, by columns."""
+    """Sums of products, [a, b] float32, of the tiles that are not done: `stripes` tile rows at a time, by columns.
+
+    A tile is overwritten by the next but one: two buffers take turns, as freshly allocated ones, many megabytes each,
+    leave holes in the heap that the next does not fit into.
+    """
+    side = spans[0].stop
+    buffers = cycle([torch.empty(side * side), torch.empty(side * side)])
     for first in range(0, len(spans), stripes):
         group = range(first, min(first + stripes, len(spans)))
-        held: dict[int, list[Tensor]] = {}
+        held: dict[int, Tensor] = {}
         for j in range(first, len(spans)):
             keys = [(i, j) for i in group if i <= j and (i, j) not in done]
             if len(rows.parts) > 1:
-                yield from ((key, _tile_in_parts(rows, spans, key)) for key in keys)
+                yield from ((key, _tile_in_parts(rows, spans, key, next(buffers))) for key in keys)
             elif keys:
                 for i in {i for key in keys for i in key if i in group} - held.keys():
-                    held[i] = [rows.read(0, spans[i])]
-                right = held[j] if j in held else [rows.read(0, spans[j])]
-                yield from ((key, _product(key, held[key[0]][0], right[0])) for key in keys)
+                    held[i] = rows.read(0, spans[i])
+                right = held[j] if j in held else rows.read(0, spans[j])
+                yield from ((key, _product(key, held[key[0]], right, next(buffers))) for key in keys)
 
 
-def _product(key: Key, left: Tensor, right: Tensor) -> Tensor:
-    tile = torch.zeros(left.shape[1], right.shape[1])
+def _product(key: Key, left: Tensor, right: Tensor, buffer: Tensor) -> Tensor:
+    tile = _zeros(left.shape[1], right.shape[1], buffer)
     add_rows(tile, key, left, right)
     return tile
 
 
-def _tile_in_parts(rows: LoggedRows, spans: list[slice], key: Key) -> Tensor:
+def _tile_in_parts(rows: LoggedRows, spans: list[slice], key: Key, buffer: Tensor) -> Tensor:
     """The same, super-panel by super-panel, where memory does not hold all draws of two tile rows."""
     i, j = key
-    tile = torch.zeros(spans[i].stop - spans[i].start, spans[j].stop - spans[j].start)
+    tile = _zeros(spans[i].stop - spans[i].start, spans[j].stop - spans[j].start, buffer)
     for part in range(len(rows.parts)):
         left = rows.read(part, spans[i])
         add_rows(tile, key, left, left if i == j else rows.read(part, spans[j]))
     return tile
+
+
+def _zeros(a: int, b: int, buffer: Tensor) -> Tensor:
+    return buffer[: a * b].view(a, b).zero_()
 
 
 class TileWriter:
@@ -145,11 +156,8 @@ class TileWriter:
     def __init__(self, store: Path, num_samples: int, side: int, dtype: str) -> None:
         self.store, self.side = store, side
         self.done = self._committed()
-        if self.done:
-            self.array = zarr.open_array(store / "tiles", mode="r+", config=WRITE_ALL)
-        else:
-            group = zarr.open_group(store, mode="r+")
-            self.array = create_tiles(group, num_samples, side, dtype, COMPRESSED)
+        if not self.done:
+            create_tiles(zarr.open_group(store, mode="r+"), num_samples, side, dtype, COMPRESSED)
         content = "".join(json.dumps(key) + "\n" for key in sorted(self.done)).encode()
         replace_file(store / DONE, content)  # without a torn last line
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="lossk-tiles")
@@ -165,10 +173,9 @@ class TileWriter:
         self._writing = self._pool.submit(self._write, key, tile)
 
     def _write(self, key: Key, tile: Tensor) -> None:
-        write_tile(self.array, self.side, key, tile)
         chunk = chunk_path(self.store, key)
-        sync(chunk)
-        sync(chunk.parent)
+        chunk.parent.mkdir(parents=True, exist_ok=True)
+        replace_file(chunk, *encode_tile(self.side, tile))
         with (self.store / DONE).open("ab") as log:
             log.write(json.dumps(key).encode() + b"\n")
             log.flush()
