@@ -216,7 +216,7 @@ def _accumulate(
             with run.timings.measure("store"):
                 log.append(part)
     if layout.tiles == "store":
-        bar.say(f"making the tiles, in {request['num_samples']} x {request['num_samples']}")
+        bar.say("all draws are logged; making the tiles from them")
     with run.timings.measure("tiles" if layout.tiles == "store" else "update"):
         blocks, moments = tiles.finalize()
     kernel = LossKernel(
@@ -226,7 +226,7 @@ def _accumulate(
         tokens=run.probe.tokens,
         sets=run.probe.sets,
     )
-    kernel.meta = run.meta(request)
+    kernel.meta = {**run.meta(request), "memory": {**layout.to_dict(), "planned_peak_bytes": layout.peak_bytes}}
     if log is not None:
         log.finish(kernel, with_tiles=layout.tiles != "store")
     return kernel
