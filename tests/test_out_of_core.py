@@ -30,6 +30,7 @@ from lossk.kernel import LossKernel
 from lossk.layout import Layout, in_store, log_columns
 from lossk.panel import ChainTotals
 from lossk.runlog import RunLog
+from lossk.stored_tiles import StoredTiles
 from lossk.tile_pass import OutOfCore, TileWriter
 from lossk.tiles import TileAccumulator
 from test_streaming import correlated, late, near_two, outgrown, panels, tiny, wide
@@ -244,6 +245,18 @@ def test_a_committed_tile_that_is_gone_is_made_again(
     assert_same_kernel(build(problem.model(), problem.data, out=path, resume=True), whole)
 
 
+def test_a_log_chunk_that_is_gone_is_named(build: Build, problem: Any, tiles_in_store: None, tmp_path: Path) -> None:
+    """Zarr reads a missing chunk as zeros: losses of 0 would be a silent wrong answer."""
+    path = tmp_path / "k.lossk"
+    with pytest.MonkeyPatch.context() as patch:
+        stop_after(patch, 1)
+        with pytest.raises(OSError, match="says the test"):
+            build(problem.model(), problem.data, out=path)
+    (path / "losses" / "c" / "1" / "0" / "0").unlink()
+    with pytest.raises(lossk.errors.StoreError, match="losses of chain 1, draw 0 are missing"):
+        build(problem.model(), problem.data, out=path, resume=True)
+
+
 def test_a_resumed_run_keeps_where_its_tiles_are(
     build: Build, problem: Any, fail_at: Any, assert_same_kernel: Same, tmp_path: Path
 ) -> None:
@@ -278,6 +291,20 @@ def test_chunks_are_compressed_checked_and_only_upper(
     chunk.write_bytes(content)
     with pytest.raises(ValueError, match="checksum"):
         lossk.open(tmp_path / "k.lossk")[:5, 16:]
+
+
+def test_the_cache_of_read_tiles_is_bounded(tmp_path: Path) -> None:
+    """Room for two of six tiles: the one used least lately goes; at least one is kept whatever the bound."""
+    losses = near_two(np.random.default_rng(1), (2, 5, 48)).astype(np.float32)
+    expected = dict(make(losses, tmp_path / "k", 16)[0]._blocks.tiles.items())
+    array = zarr.open_array(str(tmp_path / "k" / "tiles"), mode="r")
+    tiles = StoredTiles(array, 16, cache_bytes=2 * 16 * 16 * 4)
+    for key in [(0, 0), (0, 1), (0, 0), (2, 2)]:
+        assert torch.equal(tiles[key], expected[key])
+    assert list(tiles._cache) == [(0, 0), (2, 2)]
+    tiny_cache = StoredTiles(array, 16, cache_bytes=1)
+    assert all(torch.equal(tiny_cache[key], expected[key]) for key in expected)
+    assert len(tiny_cache._cache) == 1
 
 
 # --- a process of its own --------------------------------------------------------------------------------------------

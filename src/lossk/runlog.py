@@ -102,11 +102,10 @@ class RunLog:
 
     def append(self, panel: Panel) -> None:
         """Make a panel durable."""
-        k, index = len(panel.losses), panel.first_draw // self.panel
+        k = len(panel.losses)
         self.losses[panel.chain, panel.first_draw : panel.first_draw + k] = panel.losses.numpy()
-        folder = self.path / "losses" / "c" / str(panel.chain) / str(index)
-        for column in range(-(-self.losses.shape[2] // self.losses.chunks[2])):
-            sync(folder / str(column))
+        for chunk in self._chunks(panel.chain, panel.first_draw, slice(None)):
+            sync(chunk)
         number = len(self.commits)
         self._save_state(panel.state, number)
         commit = {
@@ -124,6 +123,12 @@ class RunLog:
         sync(self.path)
         self.commits.append(commit)
         self._state_path(number - 1).unlink(missing_ok=True)
+
+    def _chunks(self, chain: int, first_draw: int, columns: slice) -> list[Path]:
+        """The files of a panel's losses, for some samples."""
+        folder, width = self.path / "losses" / "c" / str(chain) / str(first_draw // self.panel), self.losses.chunks[2]
+        start, stop, _ = columns.indices(self.losses.shape[2])
+        return [folder / str(column) for column in range(start // width, -(-stop // width))]
 
     def _state_path(self, number: int) -> Path:
         return self.path / f"state-{number}.npz"
@@ -162,6 +167,9 @@ class RunLog:
     def read_panel(self, commit: dict[str, Any], columns: slice = slice(None)) -> Tensor:
         """The losses of a committed panel, or of some samples of it: [k, N] float32."""
         first = commit["first_draw"]
+        for chunk in self._chunks(commit["chain"], first, columns):
+            if not chunk.exists():  # Zarr would read zeros
+                raise StoreError(f"losses of chain {commit['chain']}, draw {first} are missing: there is no {chunk}")
         try:
             rows = self.losses[commit["chain"], first : first + len(commit["excess"]), columns]
         except ValueError as error:
