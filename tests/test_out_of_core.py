@@ -344,12 +344,15 @@ print(json.dumps({"peak": peak, "planned": kernel.meta["memory"]["planned_peak_b
 """
 
 
+needs_proc = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="measures with Linux's /proc")
+
+
 def run_script(path: Path, samples: int, tile: int, memory: str, mode: str) -> subprocess.Popen[str]:
     command = [sys.executable, "-c", SCRIPT, str(path), str(samples), str(tile), memory, mode]
     return subprocess.Popen(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
-@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="measures with Linux's /proc")
+@needs_proc
 def test_the_budget_is_kept(tmp_path: Path) -> None:
     """N = 6,000 within 60 MB, where its tiles would take 72 MB and more: the measured peak, and what was printed."""
     process = run_script(tmp_path / "k.lossk", 6000, 1024, "60MB", "new")
@@ -364,6 +367,7 @@ def test_the_budget_is_kept(tmp_path: Path) -> None:
     np.testing.assert_allclose(kernel[500:520, 500:520], exact, atol=1e-4 * np.diag(exact).max())
 
 
+@needs_proc
 def test_sigkill_in_the_tile_pass(tmp_path: Path) -> None:
     """Killed as soon as some tiles are durable; the resumed store has the same tiles, byte for byte."""
     whole = run_script(tmp_path / "whole.lossk", 1500, 64, "60MB", "forced")
