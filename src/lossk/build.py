@@ -10,14 +10,18 @@ from torch import nn
 
 from lossk.data import Transform
 from lossk.kernel import LossKernel
+from lossk.layout import TILES_IN_MEMORY, Layout, log_columns
 from lossk.losses import LossFunction
+from lossk.memory import Budget
 from lossk.panel import choose_panel
 from lossk.passes import Passes, check_passes
 from lossk.run import Run
 from lossk.runlog import RunLog
 from lossk.samplers import Sampler
 from lossk.settings import check_settings
-from lossk.store import open_finished
+from lossk.store import open_finished, saved_panel
+from lossk.stored_tiles import CACHE_BYTES
+from lossk.tile_pass import OutOfCore
 from lossk.tiles import TileAccumulator
 from lossk.timings import Progress
 from lossk.traces import LossTraces
@@ -37,6 +41,7 @@ def build_kernel(
     panel: int | None = None,
     dtype: str = "float32",
     centering: str = "chain",
+    memory: int | str | None = None,
     out: str | Path | None = None,
     resume: bool = False,
     backend: str = "auto",
@@ -72,6 +77,9 @@ def build_kernel(
         panel: draws per rank-k update; None chooses by memory. Does not change the result beyond rounding.
         dtype: of the finished tiles, "float32" or "float16"; sums are float32 either way.
         centering: "chain" (each chain about its own mean) or "pooled" (adds the between-chain term).
+        memory: what the call may use beyond what the process holds when it begins: bytes, or text such as "8GB"; None
+            is what is free. The plan is printed before work starts. Tiles are held in memory if they fit; if not, and
+            `out` is given, they are made in that store at the end, from the log of the draws, within rounding the same.
         out: path of a `.lossk` store to write; None keeps the kernel in memory only.
         resume: continue an interrupted run in `out`, to the bitwise same result.
         backend: "auto", "torch" or "cpp" for the SGLD step; an explicit one never falls back.
@@ -87,10 +95,10 @@ def build_kernel(
 
     Raises:
         ValueError, TypeError: a bad argument, before sampling starts.
-        MemoryError: the kernel would not fit, before sampling starts.
+        MemoryError: the kernel would not fit, before sampling starts; the message says what would.
         DivergedError: a chain left the neighbourhood of the trained weights.
         BackendError: an explicit backend cannot run here.
-        StoreError, FileExistsError: `out` is taken, damaged or holds another run.
+        StoreError, FileExistsError: `out` is taken, damaged, holds another run, or does not fit on its disk.
     """
     check_settings(
         num_chains=num_chains,
@@ -102,8 +110,10 @@ def build_kernel(
         backend=backend,
         precision=precision,
         seed=seed,
+        memory=memory,
     )
     check_passes(passes)
+    budget = Budget.now(memory)
     if resume and out is None:
         raise ValueError("resume=True needs out=, the store to continue, got None")
     path = None if out is None else Path(out)
@@ -113,7 +123,7 @@ def build_kernel(
         run = Run.prepare(
             model, loader, train, loss, sampler, num_chains, num_draws, backend, device, precision, seed, transform
         )
-        panel = panel or choose_panel(len(run.probe), num_draws)
+        panel = panel or saved_panel(path) or choose_panel(len(run.probe), num_draws, budget.asked)
         request = {**run.request(), "tile": tile, "panel": panel, "dtype": dtype, "centering": centering}
         if path is not None and path.exists():
             finished = open_finished(path, request)
@@ -127,10 +137,13 @@ def build_kernel(
             run.arrange(passes, chosen)
             with run.task:
                 run.tune(chosen)
-                run.announce(bar, tile=tile, panel=panel, dtype=dtype, on_disk=path is not None, held_traces=False)
+                run.announce(bar)
+                saved = None if chosen is None else chosen.get("layout", TILES_IN_MEMORY)
+                layout = run.plan(bar, budget, tile=tile, panel=panel, dtype=dtype, out=path, saved=saved)
                 if path is not None and log is None:
-                    log = RunLog.create(path, request, run.chosen())
-                return _accumulate(run, request, log, bar)
+                    columns = log_columns(len(run.probe), tile) if layout.tiles == "store" else None
+                    log = RunLog.create(path, request, {**run.chosen(), "layout": layout.to_dict()}, columns)
+                return _accumulate(run, request, log, layout, budget, bar)
         finally:
             if log is not None:
                 log.close()
@@ -156,6 +169,7 @@ def sample_losses(
     """The loss traces themselves, [chain, draw, sample]: for N large and draws few. Arguments as in `build_kernel`."""
     check_settings(num_chains=num_chains, num_draws=num_draws, backend=backend, precision=precision, seed=seed)
     check_passes(passes)
+    budget = Budget.now(None)
     with Progress(progress) as bar:
         run = Run.prepare(
             model, loader, train, loss, sampler, num_chains, num_draws, backend, device, precision, seed, transform
@@ -164,7 +178,8 @@ def sample_losses(
         run.arrange(passes, None)
         with run.task:
             run.tune(None)
-            run.announce(bar, tile=4096, panel=panel, dtype="float32", on_disk=False, held_traces=True)
+            run.announce(bar)
+            run.plan(bar, budget, tile=4096, panel=panel, dtype="float32", held_traces=True)
             losses = torch.empty(num_chains, num_draws, len(run.probe))
             for part in run.panels(panel, bar, None):
                 losses[part.chain, part.first_draw : part.first_draw + len(part.losses)] = part.losses
@@ -180,15 +195,10 @@ def sample_losses(
         )
 
 
-def _accumulate(run: Run, request: dict[str, Any], log: RunLog | None, bar: Progress) -> LossKernel:
-    tiles = TileAccumulator(
-        len(run.probe),
-        request["tile"],
-        num_chains=run.num_chains,
-        num_draws=run.num_draws,
-        centering=request["centering"],
-        dtype=request["dtype"],
-    )
+def _accumulate(
+    run: Run, request: dict[str, Any], log: RunLog | None, layout: Layout, budget: Budget, bar: Progress
+) -> LossKernel:
+    tiles = _accumulator(run, request, log, layout, budget)
     start = None
     if log is not None:
         start = log.last_state()
@@ -205,7 +215,9 @@ def _accumulate(run: Run, request: dict[str, Any], log: RunLog | None, bar: Prog
         if log is not None:
             with run.timings.measure("store"):
                 log.append(part)
-    with run.timings.measure("update"):
+    if layout.tiles == "store":
+        bar.say("all draws are logged; making the tiles from them")
+    with run.timings.measure("tiles" if layout.tiles == "store" else "update"):
         blocks, moments = tiles.finalize()
     kernel = LossKernel(
         blocks,
@@ -214,7 +226,20 @@ def _accumulate(run: Run, request: dict[str, Any], log: RunLog | None, bar: Prog
         tokens=run.probe.tokens,
         sets=run.probe.sets,
     )
-    kernel.meta = run.meta(request)
+    kernel.meta = {**run.meta(request), "memory": {**layout.to_dict(), "planned_peak_bytes": layout.peak_bytes}}
     if log is not None:
-        log.finish(kernel)
+        log.finish(kernel, with_tiles=layout.tiles != "store")
     return kernel
+
+
+def _accumulator(
+    run: Run, request: dict[str, Any], log: RunLog | None, layout: Layout, budget: Budget
+) -> TileAccumulator | OutOfCore:
+    """Where panels go: into tiles in memory, or, by way of the log, into tiles in the store."""
+    num_samples, tile = len(run.probe), request["tile"]
+    settings = {key: request[key] for key in ("num_chains", "num_draws", "centering", "dtype")}
+    if layout.tiles == "memory":
+        return TileAccumulator(num_samples, tile, **settings)
+    assert log is not None
+    cache = CACHE_BYTES if budget.asked is None else min(CACHE_BYTES, budget.asked // 4)
+    return OutOfCore(log, num_samples, tile, **settings, layout=layout, cache_bytes=cache)

@@ -27,10 +27,18 @@ class Panel:
     state: ChainState  # after the last draw
 
 
-def choose_panel(num_samples: int, num_draws: int) -> int:
-    """Draws per rank-k update: all of a chain's if they fit in 128 MiB, else what does, but at least 16."""
+def choose_panel(num_samples: int, num_draws: int, memory: int | None = None) -> int:
+    """Draws per rank-k update: all of a chain's if they fit in 128 MiB, else what does, but at least 16.
+
+    Args:
+        memory: bytes of an explicit budget; a panel, with all that is made of it, is kept to an eighth.
+    """
     fitting = PANEL_BYTES // (4 * num_samples)
-    return min(num_draws, max(16, min(fitting, 512)))
+    panel = max(16, min(fitting, 512))
+    if memory is not None:
+        per_draw = 12 * num_samples + 40 * min(num_samples, 4096)  # `lossk.layout.panel_bytes`
+        panel = max(1, min(panel, memory // 8 // per_draw))
+    return min(num_draws, panel)
 
 
 def chain_panels(

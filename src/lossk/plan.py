@@ -2,105 +2,107 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import dataclass
-
-import psutil
+from pathlib import Path
 
 from lossk.data import Samples
+from lossk.errors import StoreError
+from lossk.layout import BYTES, Layout, Size
+from lossk.memory import Budget, gigabytes
 from lossk.probe import Probe
-from lossk.task import Task
-
-BYTES = {"float32": 4, "float16": 2}
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Estimates: seconds, and bytes of memory beyond what the process already holds."""
+    """Estimates: seconds, and bytes of memory (`layout`), resident data and disk."""
 
     seconds: float
-    tile_bytes: int
-    panel_bytes: int
-    weight_bytes: int
+    layout: Layout
     data_bytes: int
     disk_bytes: int
 
-    @property
-    def memory_bytes(self) -> int:
-        return self.tile_bytes + self.panel_bytes + self.weight_bytes
-
     def __str__(self) -> str:
         disk = f", {gigabytes(self.disk_bytes)} on disk" if self.disk_bytes else ""
-        return (
-            f"about {duration(self.seconds)}; {gigabytes(self.memory_bytes)} of memory "
-            f"({gigabytes(self.tile_bytes)} tiles, {gigabytes(self.panel_bytes)} panel, "
-            f"{gigabytes(self.weight_bytes)} weights) beside {gigabytes(self.data_bytes)} of data{disk}"
-        )
+        return f"about {duration(self.seconds)}{disk}; {describe(self.layout)}; {gigabytes(self.data_bytes)} of data"
+
+
+def describe(layout: Layout) -> str:
+    """The memory of a run, in words."""
+    parts = [
+        f"{gigabytes(layout.tile_bytes)} {'traces' if layout.tiles == 'traces' else 'tiles'}",
+        f"{gigabytes(layout.panel_bytes)} panel",
+        f"{gigabytes(layout.weight_bytes)} weights",
+        f"{gigabytes(layout.taken_bytes)} taken already",
+    ]
+    if layout.tiles == "store":
+        held = f"{layout.super_panel} draws of {layout.stripes + 1} tile rows"
+        parts.insert(1, f"{gigabytes(layout.rows_bytes)} for {held}")
+    where = {"memory": "tiles in memory", "store": "tiles in the store", "traces": "traces in memory"}[layout.tiles]
+    return f"{where}, at most {gigabytes(layout.peak_bytes)} of memory ({', '.join(parts)})"
 
 
 def make_plan(
+    layout: Layout,
+    size: Size,
     *,
-    num_samples: int,
-    tile: int,
-    panel: int,
-    dtype: str,
-    num_chains: int,
-    num_draws: int,
     num_steps: int,
-    task: Task,
     probe: Probe,
     train: Samples,
     probe_seconds: float,
     step_seconds: float,
     update_rate: float,
     on_disk: bool,
-    held_traces: bool = False,
 ) -> Plan:
     """Estimate a run from the measured cost of one probe pass, one step, and the machine's product rate.
 
     Args:
         num_steps: of one chain.
         update_rate: fused multiply-adds per second of a rank update.
-        held_traces: traces are kept in memory instead of tiles.
     """
-    draws = num_chains * num_draws
-    side = -(-num_samples // tile)
-    entries = (num_samples * num_samples + num_samples * min(tile, num_samples)) // 2 if side > 1 else num_samples**2
-    sampling = num_chains * num_steps * step_seconds + draws * probe_seconds
-    update = 0.0 if held_traces else entries * draws / update_rate
-    traces = 4 * draws * num_samples
-    data = probe.nbytes + (0 if probe.holds(train) else train.nbytes)
+    sampling = size.num_chains * num_steps * step_seconds + size.draws * probe_seconds
+    update = 0.0 if layout.tiles == "traces" else size.entries * size.draws / update_rate
+    stored = 4 * size.draws * size.num_samples + BYTES[size.dtype] * size.entries + 16 * size.num_weights
     return Plan(
         seconds=sampling + update,
-        tile_bytes=traces if held_traces else 4 * entries,
-        panel_bytes=8 * (panel + 1) * num_samples + 24 * (panel + 1) * min(num_samples, 4096),
-        weight_bytes=4 * 4 * task.num_weights,
-        data_bytes=data,
-        disk_bytes=traces + BYTES[dtype] * entries + 16 * task.num_weights if on_disk else 0,
+        layout=layout,
+        data_bytes=probe.nbytes + (0 if probe.holds(train) else train.nbytes),
+        disk_bytes=stored if on_disk else 0,
     )
 
 
-def check_memory(plan: Plan, *, num_samples: int, what: str) -> None:
-    """Refuse a run that cannot fit.
+def trace_layout(size: Size, budget: Budget, taken: int) -> Layout:
+    """The traces themselves, held in memory.
 
     Raises:
-        MemoryError: with the sizes and the largest number of samples that would fit.
+        MemoryError: they do not fit; with the sizes and the number of samples that would.
     """
-    free = psutil.virtual_memory().available
-    if plan.memory_bytes <= 0.95 * free:
-        return
-    spare = max(0.95 * free - plan.weight_bytes, 0.0)
-    fitting = int(num_samples * (spare / max(plan.tile_bytes + plan.panel_bytes, 1)) ** 0.5)
-    raise MemoryError(
-        f"{what} of {num_samples} samples needs {gigabytes(plan.memory_bytes)} and {gigabytes(free)} are free; "
-        f"about {fitting} samples would fit (or, for few draws, lossk.sample_losses and LossKernel.from_traces)"
-    )
+    panel = 4 * (size.panel + 1) * size.num_samples
+    layout = Layout("traces", 4 * size.draws * size.num_samples, panel, 16 * size.num_weights, taken)
+    limit = budget.limit(taken)
+    if layout.peak_bytes > limit:
+        per_sample = (layout.tile_bytes + layout.panel_bytes) / size.num_samples
+        fitting = max(int(size.num_samples - (layout.peak_bytes - limit) / per_sample), 0)
+        raise MemoryError(
+            f"the traces of {size.num_samples} samples need {gigabytes(layout.peak_bytes)} and "
+            f"{gigabytes(max(limit - taken, 0))} are free; about {fitting} samples would fit"
+        )
+    return layout
 
 
-def gigabytes(count: float) -> str:
-    """A byte count for people."""
-    if count < 1e6:
-        return f"{count / 1e3:.0f} kB"
-    return f"{count / 1e6:.0f} MB" if count < 1e9 else f"{count / 1e9:.2f} GB"
+def check_disk(plan: Plan, path: Path) -> None:
+    """Refuse a run whose store would not fit on its disk.
+
+    Raises:
+        StoreError: with the sizes.
+    """
+    folder = next(parent for parent in path.absolute().parents if parent.exists())
+    free = shutil.disk_usage(folder).free
+    if plan.disk_bytes > free:
+        raise StoreError(
+            f"out={str(path)!r} needs {gigabytes(plan.disk_bytes)} of disk and {gigabytes(free)} are free; "
+            "dtype='float16' needs half as much for its tiles"
+        )
 
 
 def duration(seconds: float) -> str:

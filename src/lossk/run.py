@@ -6,6 +6,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,13 +19,15 @@ from lossk.chain import Chain, ChainState, Surroundings
 from lossk.choose import choose, momentum_noise_ratio
 from lossk.data import Samples, Transform
 from lossk.diagnostics import Criteria, Diagnostics, TraceWatch, diagnose
+from lossk.layout import Layout, Size, choose_layout
 from lossk.losses import LossFunction, resolve_loss
+from lossk.memory import Budget
 from lossk.neighbors import median_noise_floor
 from lossk.panel import ChainTotals, Panel, chain_panels
 from lossk.passes import Passes
 from lossk.passes_pilot import Load, choose_passes
 from lossk.pilot import Pilot
-from lossk.plan import check_memory, make_plan
+from lossk.plan import check_disk, make_plan, trace_layout
 from lossk.prefix_cache import cut_prefix
 from lossk.probe import (
     Probe,
@@ -221,8 +224,8 @@ class Run:
             "passes": self.task.passes.to_dict(),
         }
 
-    def announce(self, bar: Progress, *, tile: int, panel: int, dtype: str, on_disk: bool, held_traces: bool) -> None:
-        """Say what was chosen and what it will cost; refuse what cannot fit."""
+    def announce(self, bar: Progress) -> None:
+        """Say what was chosen."""
         n = len(self.train)
         bar.say(
             f"lossk: {len(self.probe)} {self.task.loss.unit}, {self.task.num_weights} weights, "
@@ -240,26 +243,50 @@ class Run:
                 f"  expected: discretisation {self.pilot.discretisation(self.sampler):.1%}, gradient-noise ratio "
                 f"{self.pilot.noise_ratio(self.sampler):.2g} (minibatch {min(self.sampler.batch_size or n, n)})"
             )
-        per_sample = self.timings.seconds["anchor"] / n
+
+    def plan(
+        self,
+        bar: Progress,
+        budget: Budget,
+        *,
+        tile: int,
+        panel: int,
+        dtype: str,
+        out: Path | None = None,
+        held_traces: bool = False,
+        saved: dict[str, Any] | None = None,
+    ) -> Layout:
+        """Say what the run will cost, and where its tiles will be; refuse what cannot fit.
+
+        Args:
+            held_traces: traces are kept, in memory, instead of tiles.
+            saved: `Layout.to_dict` of the run that is resumed.
+
+        Raises:
+            MemoryError: it needs more than the budget.
+            StoreError: it needs more than the disk has.
+        """
+        step_seconds, taken = self._time_a_step(), budget.taken()
+        size = Size(len(self.probe), tile, panel, self.num_chains, self.num_draws, dtype, self.task.num_weights)
+        if held_traces:
+            layout = trace_layout(size, budget, taken)
+        else:
+            layout = choose_layout(size, budget, taken, on_disk=out is not None, saved=saved)
         plan = make_plan(
-            num_samples=len(self.probe),
-            tile=tile,
-            panel=panel,
-            dtype=dtype,
-            num_chains=self.num_chains,
-            num_draws=self.num_draws,
+            layout,
+            size,
             num_steps=self.sampler.steps(self.num_draws),
-            task=self.task,
             probe=self.probe,
             train=self.train,
-            probe_seconds=per_sample * self.probe.num_samples,
-            step_seconds=self._time_a_step(),
+            probe_seconds=self.timings.seconds["anchor"] / len(self.train) * self.probe.num_samples,
+            step_seconds=step_seconds,
             update_rate=provenance.multiply_add_rate(),
-            on_disk=on_disk,
-            held_traces=held_traces,
+            on_disk=out is not None,
         )
         bar.say(f"cost: {plan}")
-        check_memory(plan, num_samples=len(self.probe), what="the traces" if held_traces else "the kernel")
+        if out is not None and not out.exists():
+            check_disk(plan, out)
+        return layout
 
     def _around(self, timings: Timings) -> Surroundings:
         return Surroundings(

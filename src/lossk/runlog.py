@@ -13,13 +13,13 @@ import numpy as np
 import torch
 import zarr
 from torch import Tensor
-from zarr.codecs import Crc32cCodec
 
 from lossk.chain import ChainState, Draw
 from lossk.errors import StoreError
 from lossk.kernel import LossKernel
 from lossk.panel import Panel
 from lossk.store import read_commits, read_json, refuse_other_run, replace_file, sync, write_json, write_kernel
+from lossk.stored_tiles import CHECKED, WRITE_ALL
 
 BEFORE_CONFIG = {"zarr.json", "losses", ".lock", ".config.json.part"}  # what a run killed at its very start leaves
 
@@ -39,8 +39,13 @@ class RunLog:
         self._lock()
 
     @classmethod
-    def create(cls, path: Path, request: dict[str, Any], chosen: dict[str, Any]) -> RunLog:
-        """A new store. What a run killed at its very start left at `path` is taken over."""
+    def create(cls, path: Path, request: dict[str, Any], chosen: dict[str, Any], columns: int | None = None) -> RunLog:
+        """A new store. What a run killed at its very start left at `path` is taken over.
+
+        Args:
+            columns: width of a chunk of the log, in samples; None is all of them. Narrow ones are for reading back
+                some samples' draws without the others'.
+        """
         foreign = sorted(entry.name for entry in path.glob("*") if entry.name not in BEFORE_CONFIG)
         if foreign:
             raise StoreError(f"out={str(path)!r} is taken: it holds {foreign[:4]}")
@@ -50,10 +55,11 @@ class RunLog:
         log.losses = group.create_array(
             "losses",
             shape=shape,
-            chunks=(1, log.panel, shape[2]),
+            chunks=(1, log.panel, columns or shape[2]),
             dtype="float32",
             dimension_names=("chain", "draw", "sample"),
-            compressors=[Crc32cCodec()],
+            compressors=CHECKED,
+            config=WRITE_ALL,
             overwrite=True,
         )
         write_json(path / "config.json", {**request, "chosen": chosen})
@@ -75,7 +81,7 @@ class RunLog:
             log.chosen = saved["chosen"]
             log.commits = read_commits(path)
             log._trim()
-            log.losses = zarr.open_array(path / "losses", mode="r+")
+            log.losses = zarr.open_array(path / "losses", mode="r+", config=WRITE_ALL)
         except BaseException:
             log.close()
             raise
@@ -96,9 +102,10 @@ class RunLog:
 
     def append(self, panel: Panel) -> None:
         """Make a panel durable."""
-        k, index = len(panel.losses), panel.first_draw // self.panel
+        k = len(panel.losses)
         self.losses[panel.chain, panel.first_draw : panel.first_draw + k] = panel.losses.numpy()
-        sync(self.path / "losses" / "c" / str(panel.chain) / str(index) / "0")
+        for chunk in self._chunks(panel.chain, panel.first_draw, slice(None)):
+            sync(chunk)
         number = len(self.commits)
         self._save_state(panel.state, number)
         commit = {
@@ -116,6 +123,12 @@ class RunLog:
         sync(self.path)
         self.commits.append(commit)
         self._state_path(number - 1).unlink(missing_ok=True)
+
+    def _chunks(self, chain: int, first_draw: int, columns: slice) -> list[Path]:
+        """The files of a panel's losses, for some samples."""
+        folder, width = self.path / "losses" / "c" / str(chain) / str(first_draw // self.panel), self.losses.chunks[2]
+        start, stop, _ = columns.indices(self.losses.shape[2])
+        return [folder / str(column) for column in range(start // width, -(-stop // width))]
 
     def _state_path(self, number: int) -> Path:
         return self.path / f"state-{number}.npz"
@@ -151,19 +164,23 @@ class RunLog:
         columns = zip(commit["excess"], commit["distance"], commit["acceptance"], strict=True)
         return [Draw(commit["chain"], first + i, *numbers) for i, numbers in enumerate(columns)]
 
-    def read_panel(self, commit: dict[str, Any]) -> Tensor:
-        """The losses of a committed panel: [k, N] float32."""
+    def read_panel(self, commit: dict[str, Any], columns: slice = slice(None)) -> Tensor:
+        """The losses of a committed panel, or of some samples of it: [k, N] float32."""
         first = commit["first_draw"]
+        for chunk in self._chunks(commit["chain"], first, columns):
+            if not chunk.exists():  # Zarr would read zeros
+                raise StoreError(f"losses of chain {commit['chain']}, draw {first} are missing: there is no {chunk}")
         try:
-            rows = self.losses[commit["chain"], first : first + len(commit["excess"])]
+            rows = self.losses[commit["chain"], first : first + len(commit["excess"]), columns]
         except ValueError as error:
             raise StoreError(f"losses of chain {commit['chain']}, draw {first} are damaged: {error}") from error
         return torch.from_numpy(np.asarray(rows))
 
-    def finish(self, kernel: LossKernel) -> None:
+    def finish(self, kernel: LossKernel, *, with_tiles: bool = True) -> None:
         """Write the finished kernel into the store, then drop what only a resume needs."""
-        write_kernel(kernel, self.path)
+        write_kernel(kernel, self.path, with_tiles=with_tiles)
         self._state_path(len(self.commits) - 1).unlink(missing_ok=True)
+        (self.path / "tiles.jsonl").unlink(missing_ok=True)
         (self.path / ".lock").unlink(missing_ok=True)
 
     def close(self) -> None:

@@ -7,6 +7,8 @@ import math
 from collections.abc import Sequence
 from typing import Any, Literal
 
+from lossk.memory import parse_memory
+
 DTYPES = ("float32", "float16")
 CENTERINGS = ("chain", "pooled")
 BACKENDS = ("auto", "torch", "cpp", "triton", "cuda")
@@ -24,6 +26,7 @@ def check_settings(
     backend: Any = "auto",
     precision: Any = None,
     seed: Any = 0,
+    memory: Any = None,
 ) -> None:
     """Raise ValueError or TypeError, naming the argument, the rule and the value, unless all can be used."""
     check_integer("num_chains", num_chains, 1)
@@ -34,6 +37,7 @@ def check_settings(
         raise ValueError(f"tile must be a positive multiple of 16, got {tile}")
     if panel is not None:
         check_integer("panel", panel, 1)
+    parse_memory(memory)
     check_choice("dtype", dtype, DTYPES)
     check_choice("centering", centering, CENTERINGS)
     check_choice("backend", backend, BACKENDS)

@@ -6,6 +6,7 @@
     factor         [draw, sample] float32, instead of tiles       complete    written last
     tokens         [sample, 2] int64, (sample of its set, position) of a loss per token only
     commits.jsonl  one line per durable panel                     state.npz   the chain after the last committed panel
+    tiles.jsonl    one line per durable tile, while tiles are made out of core
 
 Nothing in a store is executable: JSON, Zarr chunks with checksums, and NumPy arrays read with pickling refused.
 """
@@ -17,7 +18,7 @@ import json
 import os
 import shutil
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,16 +26,15 @@ import numpy as np
 import torch
 import zarr
 from torch import Tensor
-from zarr.codecs import Crc32cCodec
 from zarr.errors import ZarrUserWarning
 
-from lossk.blocks import FactorBlocks, Moments, TileBlocks, upper_triangle
+from lossk.blocks import FactorBlocks, Moments, TileBlocks
 from lossk.diagnostics import Diagnostics
 from lossk.errors import StoreError
 from lossk.kernel import LossKernel
+from lossk.stored_tiles import CHECKED, StoredTiles, write_tiles
 
 FORMAT = 1
-CACHED_TILES = 4
 
 
 def save_kernel(kernel: LossKernel, path: Path, *, overwrite: bool = False) -> None:
@@ -68,8 +68,12 @@ def refuse_to_delete(path: Path) -> None:
                 raise StoreError(f"{str(path)!r} is being written by another process") from error
 
 
-def write_kernel(kernel: LossKernel, path: Path) -> None:
-    """Write a kernel's arrays and description into an existing group, `complete` last."""
+def write_kernel(kernel: LossKernel, path: Path, *, with_tiles: bool = True) -> None:
+    """Write a kernel's arrays and description into an existing group, `complete` last.
+
+    Args:
+        with_tiles: False where its tiles are in that group already.
+    """
     group = zarr.open_group(path, mode="r+")
     moments, blocks = kernel._moments, kernel._blocks
     for name in ("mean", "variance", "scale", "lag1"):
@@ -79,9 +83,9 @@ def write_kernel(kernel: LossKernel, path: Path) -> None:
         _write_array(group, "tokens", kernel.tokens, ("sample", "index"))
     if isinstance(blocks, FactorBlocks):
         _write_array(group, "factor", blocks.factor, ("draw", "sample"))
-    else:
+    elif with_tiles:
         assert isinstance(blocks, TileBlocks)
-        _write_tiles(group, blocks)
+        write_tiles(group, blocks)
     saved = read_json(path / "config.json") if (path / "config.json").exists() else {}
     description = {
         **kernel.meta.get("config", {}),
@@ -120,50 +124,10 @@ def _write_array(group: zarr.Group, name: str, values: Tensor, dimensions: tuple
         dtype=str(values.dtype).removeprefix("torch."),
         chunks=(*values.shape[:-1], min(values.shape[-1], 2**20)),
         dimension_names=dimensions,
-        compressors=[Crc32cCodec()],
+        compressors=CHECKED,
         overwrite=True,
     )
     array[...] = values.numpy()
-
-
-def _write_tiles(group: zarr.Group, blocks: TileBlocks) -> None:
-    n, side = blocks.num_samples, min(blocks.tile, blocks.num_samples)
-    array = group.create_array(
-        "tiles",
-        shape=(n, n),
-        dtype=str(blocks.dtype).removeprefix("torch."),
-        chunks=(side, side),
-        dimension_names=("row", "column"),
-        compressors=[Crc32cCodec()],
-        overwrite=True,
-    )
-    for (i, j), tile in blocks.tiles.items():
-        rows, columns = i * side, j * side
-        array[rows : rows + tile.shape[0], columns : columns + tile.shape[1]] = tile.cpu().numpy()
-
-
-class _StoredTiles(Mapping[tuple[int, int], Tensor]):
-    """Tiles read from the store when asked for; the latest few are kept."""
-
-    def __init__(self, array: zarr.Array, side: int) -> None:
-        self._array, self._side = array, side
-        self._count = -(-array.shape[0] // side)
-        self._cache: dict[tuple[int, int], Tensor] = {}
-
-    def __getitem__(self, key: tuple[int, int]) -> Tensor:
-        if key not in self._cache:
-            i, j = (k * self._side for k in key)
-            tile = torch.from_numpy(np.asarray(self._array[i : i + self._side, j : j + self._side]))
-            while len(self._cache) >= CACHED_TILES:
-                del self._cache[next(iter(self._cache))]
-            self._cache[key] = tile
-        return self._cache[key]
-
-    def __iter__(self) -> Iterator[tuple[int, int]]:
-        return upper_triangle(self._count)
-
-    def __len__(self) -> int:
-        return self._count * (self._count + 1) // 2
 
 
 def open_kernel(path: str | Path) -> LossKernel:
@@ -195,7 +159,7 @@ def open_kernel(path: str | Path) -> LossKernel:
         blocks = FactorBlocks(_read(group, "factor"), description["freedom"], description["tile"])
     else:
         tile = description["tile"]
-        tiles = _StoredTiles(_array(group, "tiles"), min(tile, description["num_samples"]))
+        tiles = StoredTiles(_array(group, "tiles"), min(tile, description["num_samples"]))
         blocks = TileBlocks(description["num_samples"], tile, tiles)
     plain = description["diagnostics"]
     diagnostics = None if plain is None else Diagnostics.from_dict(plain)
@@ -219,6 +183,14 @@ def open_finished(path: Path, request: Mapping[str, Any]) -> LossKernel | None:
         return None
     refuse_other_run(path, read_json(path / "config.json"), request)
     return open_kernel(path)
+
+
+def saved_panel(path: Path | None) -> int | None:
+    """The panel of the run at `path`: a choice that a resumed run keeps. None where there is no such run."""
+    if path is None or not (path / "config.json").exists():
+        return None
+    panel = read_json(path / "config.json").get("panel")
+    return panel if isinstance(panel, int) else None
 
 
 def refuse_other_run(path: Path, saved: Mapping[str, Any], request: Mapping[str, Any]) -> None:
@@ -248,21 +220,28 @@ def progress_of(path: Path) -> str:
     if not commits or "num_chains" not in request:
         return "no draws are saved yet"
     done = sum(len(c["excess"]) for c in commits)
-    return f"{done} of {request['num_chains'] * request['num_draws']} draws are saved"
+    tiles = len(read_lines(path / "tiles.jsonl"))
+    return f"{done} of {request['num_chains'] * request['num_draws']} draws are saved" + (
+        f", and {tiles} tiles" if tiles else ""
+    )
 
 
 def read_commits(path: Path) -> list[dict[str, Any]]:
-    """The committed panels, in order; a torn last line is not a commit."""
-    log = path / "commits.jsonl"
-    if not log.exists():
+    """The committed panels, in order."""
+    return read_lines(path / "commits.jsonl")
+
+
+def read_lines(path: Path) -> list[Any]:
+    """The JSON of each line of a log, none where there is no log; a torn last line is not one."""
+    if not path.exists():
         return []
-    commits = []
-    for line in log.read_bytes().split(b"\n")[:-1]:  # every committed line ends in a newline
+    found = []
+    for line in path.read_bytes().split(b"\n")[:-1]:  # every whole line ends in a newline
         try:
-            commits.append(json.loads(line))
+            found.append(json.loads(line))
         except json.JSONDecodeError:
             break
-    return commits
+    return found
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -277,10 +256,12 @@ def read_json(path: Path) -> dict[str, Any]:
         raise StoreError(f"{path.name} of {str(path.parent)!r} cannot be read: {error}") from error
 
 
-def replace_file(path: Path, content: bytes) -> None:
+def replace_file(path: Path, *content: bytes) -> None:
+    """Write a file, or replace it, in one step, durably."""
     parts = path.with_name(f".{path.name}.part")
     with parts.open("wb") as file:
-        file.write(content)
+        for part in content:
+            file.write(part)
         file.flush()
         os.fsync(file.fileno())
     parts.replace(path)

@@ -17,9 +17,9 @@ from lossk.blocks import Moments, TileBlocks, power_of_two_near, tile_spans, upp
 from lossk.kernel import LossKernel
 from lossk.ops.rank_update import rank_update
 from lossk.panel import ChainStatistics, ChainTotals
+from lossk.running import RunningMoments
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16}
-STRIPE = 4096  # columns centred at a time, which bounds the float64 temporaries
 OUTGROWN = 2.0**16
 BAND = 512  # rows of a diagonal tile updated at a time: fewer repeat less of it, more run nearer the GEMM peak
 
@@ -48,11 +48,12 @@ class TileAccumulator:
         self.spans = tile_spans(num_samples, tile)
         self.tiles = {(i, j): self._zeros(i, j) for i, j in upper_triangle(len(self.spans))}
         self.scale = torch.zeros(num_samples, dtype=torch.float64)  # [N]; 0 while the sample has never varied
-        self.chain_mean = torch.zeros(num_chains, num_samples, dtype=torch.float64)
-        self.m2 = torch.zeros(num_samples, dtype=torch.float64)  # of the closed chains
-        self.lag1 = torch.zeros(num_samples, dtype=torch.float64)
-        self.totals = ChainTotals(num_chains, num_draws)
-        self._current: tuple[int, list[ChainStatistics]] | None = None
+        self.running = RunningMoments(num_samples, num_chains=num_chains, num_draws=num_draws, centering=centering)
+
+    @property
+    def totals(self) -> ChainTotals:
+        """What the information criteria need of each chain."""
+        return self.running.totals
 
     def _zeros(self, i: int, j: int) -> Tensor:
         rows, columns = self.spans[i], self.spans[j]
@@ -64,30 +65,19 @@ class TileAccumulator:
         Args:
             panel: [k, N] float32, losses in nats.
         """
-        assert panel.ndim == 2
-        assert panel.shape[1] == self.num_samples
-        if self._current is None or self._current[0] != chain:
-            self._close_chain()
-            self._current = (chain, [ChainStatistics(s.stop - s.start) for s in self._stripes()])
         rows = torch.empty(len(panel) + 1, self.num_samples)
         before = self.scale.clone()
-        for span, statistics in zip(self._stripes(), self._current[1], strict=True):
-            centred = statistics.add(panel[:, span].double())
-            self._fix_scale(span, statistics.m2)
+        for span, centred, statistics in self.running.add(chain, panel):
+            self._fix_scale(span, statistics)
             rows[:, span] = centred * self._inverse_scale(span)
         changed = (before > 0) & (before != self.scale)
         if changed.any():
             self._multiply(torch.where(changed, before / self.scale, 1.0))
         self._add_rows(rows)
 
-    def _stripes(self) -> list[slice]:
-        return tile_spans(self.num_samples, STRIPE)
-
-    def _fix_scale(self, span: slice, m2: Tensor) -> None:
-        assert self._current is not None
-        scale = self.scale[span]
-        count = max(s.count for s in self._current[1])
-        deviation = (m2 / max(count - 1, 1)).sqrt()
+    def _fix_scale(self, span: slice, statistics: ChainStatistics) -> None:
+        scale, m2 = self.scale[span], statistics.m2
+        deviation = (m2 / max(statistics.count - 1, 1)).sqrt()
         fresh = ((scale == 0) & (m2 > 0)) | ((scale > 0) & (deviation > OUTGROWN * scale))
         scale[fresh] = power_of_two_near(deviation[fresh])
 
@@ -105,56 +95,39 @@ class TileAccumulator:
     def _add_rows(self, rows: Tensor) -> None:
         rows = rows.to(self.device)
         for (i, j), tile in self.tiles.items():
-            if i == j:
-                _update_diagonal(tile, rows[:, self.spans[i]])
-            else:
-                rank_update(tile, rows[:, self.spans[i]], rows[:, self.spans[j]])
-
-    def _close_chain(self) -> None:
-        if self._current is None:
-            return
-        chain, stripes = self._current
-        for span, statistics in zip(self._stripes(), stripes, strict=True):
-            assert statistics.count == self.num_draws
-            self.chain_mean[chain, span] = statistics.mean
-            self.m2[span] += statistics.m2
-            self.lag1[span] += statistics.lag1_products()
-            self.totals.add(chain, statistics)
-        self._current = None
+            add_rows(tile, (i, j), rows[:, self.spans[i]], rows[:, self.spans[j]])
 
     def finalize(self) -> tuple[TileBlocks, Moments]:
         """Turn sums into covariances: the tiles in their stored dtype, and the per-sample moments."""
-        self._close_chain()
-        mean = self.chain_mean.mean(dim=0)
-        within = self.m2
-        lag1 = torch.where(within > 0, self.lag1 / within.clamp(min=torch.finfo(torch.float64).tiny), 0.0)
-        total, freedom = within, self.num_chains * (self.num_draws - 1)
+        moments = self.running.finish()
         if self.centering == "pooled":
-            between = (self.chain_mean - mean) * self.num_draws**0.5  # [C, N]
-            total, freedom = within + between.square().sum(dim=0), self.num_chains * self.num_draws - 1
-            fresh = (self.scale == 0) & (total > 0)
-            self.scale[fresh] = power_of_two_near((total[fresh] / freedom).sqrt())
-            self._add_rows((between * self._inverse_scale(slice(None))).float())
-        variance = total / freedom
-        scale = torch.where(variance > 0, power_of_two_near(variance.sqrt()), 1.0)
-        self._normalise(scale, freedom)
-        moments = Moments(mean, variance, scale, self.chain_mean, lag1, self.num_chains, self.num_draws, self.centering)
+            fresh = (self.scale == 0) & (moments.variance > 0)
+            self.scale[fresh] = power_of_two_near(moments.variance[fresh].sqrt())
+            self._add_rows((self.running.between() * self._inverse_scale(slice(None))).float())
+        self._normalise(moments.scale, self.running.freedom)
         return TileBlocks(self.num_samples, self.tile, self.tiles), moments
 
     def _normalise(self, scale: Tensor, freedom: int) -> None:
         self._multiply(self.scale / scale)  # 0 for a dead sample, whose entries are 0 already
-        stored = DTYPES[self.dtype]
-        for (i, j), tile in self.tiles.items():
-            tile /= freedom
-            if i == j:
-                _mirror(tile)
-            self.tiles[i, j] = tile.to(stored)
+        for key, tile in self.tiles.items():
+            self.tiles[key] = finish_tile(tile, key, freedom, self.dtype)
 
 
-def _update_diagonal(tile: Tensor, rows: Tensor) -> None:
-    """Add rows' rows to the upper triangle of a diagonal tile; blocks of the diagonal are done whole."""
-    for span in tile_spans(len(tile), BAND):
-        rank_update(tile[span, span.start :], rows[:, span], rows[:, span.start :])
+def add_rows(tile: Tensor, key: tuple[int, int], rows_i: Tensor, rows_j: Tensor) -> None:
+    """Add rows_i' rows_j to tile `key`, [a, b] float32, in place; of a diagonal tile only the upper triangle counts."""
+    if key[0] != key[1]:
+        rank_update(tile, rows_i, rows_j)
+        return
+    for span in tile_spans(len(tile), BAND):  # blocks of the diagonal are done whole
+        rank_update(tile[span, span.start :], rows_i[:, span], rows_i[:, span.start :])
+
+
+def finish_tile(tile: Tensor, key: tuple[int, int], freedom: int, dtype: str) -> Tensor:
+    """A tile of sums of products, float32, as the finished covariance in `dtype`; the sums are overwritten."""
+    tile /= freedom
+    if key[0] == key[1]:
+        _mirror(tile)
+    return tile.to(DTYPES[dtype])
 
 
 def _mirror(tile: Tensor) -> None:

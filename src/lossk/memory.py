@@ -1,0 +1,73 @@
+"""The memory budget of a call: what was asked for, within what is free."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import psutil
+
+UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+FREE_SHARE = 0.95  # of what is free, that a run may plan with
+
+
+def parse_memory(memory: Any) -> int | None:
+    """A memory budget in bytes: a positive integer, text such as "8GB" or "500 MiB", or None.
+
+    Raises:
+        ValueError, TypeError: anything else.
+    """
+    if memory is None:
+        return None
+    if isinstance(memory, bool) or not isinstance(memory, int | str):
+        raise TypeError(f"memory must be a number of bytes, text such as '8GB', or None, got {memory!r}")
+    if isinstance(memory, str):
+        found = re.fullmatch(r"\s*(\d+\.?\d*|\.\d+)\s*([A-Za-z]+)\s*", memory)
+        if found is None or found[2].upper() not in UNITS:
+            raise ValueError(f"memory must be a number and a unit, such as '8GB', '500MB' or '2GiB', got {memory!r}")
+        size = int(float(found[1]) * UNITS[found[2].upper()])
+    else:
+        size = memory
+    if size <= 0:
+        raise ValueError(f"memory must be positive, got {memory!r}")
+    return size
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What a call may use beyond what its process held when it began. Bytes."""
+
+    asked: int | None  # None: what is free
+    held: int  # resident when the call began
+
+    @classmethod
+    def now(cls, memory: int | str | None) -> Budget:
+        """The budget of a call that begins now."""
+        return cls(parse_memory(memory), _resident())
+
+    def taken(self) -> int:
+        """What the call has taken already: data, weights, activations, libraries loaded at first use."""
+        return max(_resident() - self.held, 0)
+
+    def limit(self, taken: int) -> int:
+        """What the call may use in all: what was asked for, within what is free."""
+        free = taken + int(FREE_SHARE * psutil.virtual_memory().available)
+        return free if self.asked is None else min(self.asked, free)
+
+
+def _resident() -> int:
+    return psutil.Process().memory_info().rss
+
+
+def gigabytes(count: float) -> str:
+    """A byte count for people."""
+    if count < 1e6:
+        return f"{count / 1e3:.0f} kB"
+    return f"{count / 1e6:.0f} MB" if count < 1e9 else f"{count / 1e9:.2f} GB"
+
+
+def as_setting(count: int) -> str:
+    """A byte count as a value of `memory=`, rounded up."""
+    return f"{math.ceil(count / 1e6)}MB"

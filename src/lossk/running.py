@@ -1,0 +1,91 @@
+"""Each sample's statistics over a whole run, streamed: all that is known of the samples but how they move together."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from lossk.blocks import Moments, power_of_two_near, tile_spans
+from lossk.panel import ChainStatistics, ChainTotals
+
+STRIPE = 4096  # columns taken in at a time, which bounds the float64 temporaries
+
+
+class RunningMoments:
+    """Mean, variance, chain means and lag-1 autocorrelation of every sample, in float64, from panels of losses.
+
+    The same numbers to the bit whether tiles are kept in memory or in a store: neither has a hand in them.
+    """
+
+    def __init__(self, num_samples: int, *, num_chains: int, num_draws: int, centering: str) -> None:
+        self.num_samples, self.num_chains, self.num_draws = num_samples, num_chains, num_draws
+        self.centering = centering
+        self.chain_mean = torch.zeros(num_chains, num_samples, dtype=torch.float64)
+        self.m2 = torch.zeros(num_samples, dtype=torch.float64)  # of the closed chains
+        self.lag1 = torch.zeros(num_samples, dtype=torch.float64)
+        self.totals = ChainTotals(num_chains, num_draws)
+        self.stripes = tile_spans(num_samples, STRIPE)
+        self._current: tuple[int, list[ChainStatistics]] | None = None
+
+    def add(self, chain: int, panel: Tensor) -> Iterator[tuple[slice, Tensor, ChainStatistics]]:
+        """Take in the next draws of a chain, stripe by stripe; chains come one after the other.
+
+        Args:
+            panel: [k, N] float32, losses in nats.
+
+        Yields:
+            (columns, their centred rows [k+1, s] float64, the chain's statistics of them so far).
+        """
+        assert panel.ndim == 2
+        assert panel.shape[1] == self.num_samples
+        if self._current is None or self._current[0] != chain:
+            self.close_chain()
+            self._current = (chain, [ChainStatistics(s.stop - s.start) for s in self.stripes])
+        for span, statistics in zip(self.stripes, self._current[1], strict=True):
+            yield span, statistics.add(panel[:, span].double()), statistics
+
+    def close_chain(self) -> None:
+        """The current chain, if any, has had all its draws."""
+        if self._current is None:
+            return
+        chain, stripes = self._current
+        for span, statistics in zip(self.stripes, stripes, strict=True):
+            assert statistics.count == self.num_draws
+            self.chain_mean[chain, span] = statistics.mean
+            self.m2[span] += statistics.m2
+            self.lag1[span] += statistics.lag1_products()
+            self.totals.add(chain, statistics)
+        self._current = None
+
+    @property
+    def freedom(self) -> int:
+        """What a sum of products is divided by: the draws less one, of each chain or of all."""
+        if self.centering == "pooled":
+            return self.num_chains * self.num_draws - 1
+        return self.num_chains * (self.num_draws - 1)
+
+    def between(self) -> Tensor:
+        """[C, N] float64: rows whose products are what the spread of the chain means adds under pooled centring."""
+        return (self.chain_mean - self.chain_mean.mean(dim=0)) * self.num_draws**0.5
+
+    def finish(self) -> Moments:
+        """The moments of the whole run."""
+        self.close_chain()
+        within = self.m2
+        lag1 = torch.where(within > 0, self.lag1 / within.clamp(min=torch.finfo(torch.float64).tiny), 0.0)
+        total = within
+        if self.centering == "pooled":
+            total = within + self.between().square().sum(dim=0)
+        variance = total / self.freedom
+        return Moments(
+            mean=self.chain_mean.mean(dim=0),
+            variance=variance,
+            scale=torch.where(variance > 0, power_of_two_near(variance.sqrt()), 1.0),
+            chain_mean=self.chain_mean,
+            lag1=lag1,
+            num_chains=self.num_chains,
+            num_draws=self.num_draws,
+            centering=self.centering,
+        )

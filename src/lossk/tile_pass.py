@@ -1,0 +1,199 @@
+"""Tiles made out of core: in one pass at the end of a run, from the log of its draws, each written once.
+
+While draws are sampled only the moments are kept. Then, with every sample's mean and scale known, a tile is one product
+of centred, scaled draws read back from the log; of all draws at once where memory allows. With g tile rows held at a
+time the log is read about (n / g + 1) / 2 times, n being the tile rows of the kernel.
+
+Against the tiles kept in memory (`lossk.tiles`): both sum the same D products, there of deviations from panel means
+with a row for each step of the mean, here of deviations from the final mean. Each is within (D + 12) u sqrt(K_ii K_jj)
+of the exact sum, u = 2^-24 (tests/test_streaming.py), so they differ by at most twice that, and in float16 by the
+spacing of float16 besides. A tile depends on the log, the moments and `super_panel` only: made again, it is the same to
+the bit.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import cycle
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+import zarr
+from torch import Tensor
+
+from lossk.blocks import Moments, TileBlocks, tile_spans
+from lossk.layout import Layout
+from lossk.panel import ChainTotals
+from lossk.runlog import RunLog
+from lossk.running import RunningMoments
+from lossk.store import read_lines, replace_file
+from lossk.stored_tiles import COMPRESSED, StoredTiles, chunk_path, create_tiles, encode_tile
+from lossk.tiles import add_rows, finish_tile
+
+Key = tuple[int, int]
+DONE = "tiles.jsonl"  # one line per durable tile
+
+
+class OutOfCore:
+    """What `TileAccumulator` does, with the tiles in the store of `log`: same methods, same moments to the bit."""
+
+    def __init__(
+        self, log: RunLog, num_samples: int, tile: int, *, num_chains: int, num_draws: int, centering: str, dtype: str,
+        layout: Layout, cache_bytes: int,
+    ) -> None:  # fmt: skip
+        self.log, self.num_samples, self.tile, self.dtype = log, num_samples, tile, dtype
+        self.layout, self.cache_bytes = layout, cache_bytes
+        self.running = RunningMoments(num_samples, num_chains=num_chains, num_draws=num_draws, centering=centering)
+
+    @property
+    def totals(self) -> ChainTotals:
+        """What the information criteria need of each chain."""
+        return self.running.totals
+
+    def update(self, chain: int, panel: Tensor) -> None:
+        """Take in the next draws of a chain, [k, N] float32, nats. They are read again from the log at the end."""
+        for _ in self.running.add(chain, panel):
+            pass
+
+    def finalize(self) -> tuple[TileBlocks, Moments]:
+        """Make the tiles that are not in the store yet, from a log that is whole; read lazily from then on."""
+        moments, side = self.running.finish(), min(self.tile, self.num_samples)
+        rows = LoggedRows(self.log, self.running, moments, self.layout.super_panel)
+        with TileWriter(self.log.path, self.num_samples, side, self.dtype) as writer:
+            for key, tile in make_tiles(rows, tile_spans(self.num_samples, side), self.layout.stripes, writer.done):
+                writer.put(key, finish_tile(tile, key, self.running.freedom, self.dtype))
+        stored = StoredTiles(zarr.open_array(self.log.path / "tiles", mode="r"), side, self.cache_bytes)
+        return TileBlocks(self.num_samples, self.tile, stored), moments
+
+
+class LoggedRows:
+    """The centred, scaled draws of a log, super-panel by super-panel, as the products of tiles need them."""
+
+    def __init__(self, log: RunLog, running: RunningMoments, moments: Moments, super_panel: int) -> None:
+        self.log, self.moments = log, moments
+        self.inverse = torch.where(moments.variance > 0, 1.0 / moments.scale, 0.0)  # [N]
+        self.between = running.between() if moments.centering == "pooled" else torch.zeros(0, len(self.inverse))
+        self.parts: list[list[dict[str, Any]]] = []
+        room = 0
+        for commit in log.commits:
+            draws = len(commit["excess"])
+            if draws > room:
+                self.parts.append([])
+                room = super_panel
+            self.parts[-1].append(commit)
+            room -= draws
+
+    def read(self, part: int, columns: slice) -> Tensor:
+        """Some samples' rows of one super-panel: [d, s] float32; the last has the pooled centring's rows as well."""
+        commits, inverse = self.parts[part], self.inverse[columns]
+        between = self.between[:, columns] * inverse if part + 1 == len(self.parts) else self.between[:0, columns]
+        count = sum(len(commit["excess"]) for commit in commits)
+        rows = torch.empty(count + len(between), len(inverse))
+        first = 0
+        for commit in commits:
+            losses = self.log.read_panel(commit, columns).double()
+            losses -= self.moments.chain_mean[commit["chain"], columns]
+            losses *= inverse
+            rows[first : first + len(losses)] = losses
+            first += len(losses)
+        rows[first:] = between
+        return rows
+
+
+def make_tiles(rows: LoggedRows, spans: list[slice], stripes: int, done: set[Key]) -> Iterator[tuple[Key, Tensor]]:
+    """Sums of products, [a, b] float32, of the tiles that are not done: `stripes` tile rows at a time, by columns.
+
+    A tile is overwritten by the next but one: two buffers take turns, as freshly allocated ones, many megabytes each,
+    leave holes in the heap that the next does not fit into.
+    """
+    side = spans[0].stop
+    buffers = cycle([torch.empty(side * side), torch.empty(side * side)])
+    for first in range(0, len(spans), stripes):
+        group = range(first, min(first + stripes, len(spans)))
+        held: dict[int, Tensor] = {}
+        for j in range(first, len(spans)):
+            keys = [(i, j) for i in group if i <= j and (i, j) not in done]
+            if len(rows.parts) > 1:
+                yield from ((key, _tile_in_parts(rows, spans, key, next(buffers))) for key in keys)
+            elif keys:
+                for i in {i for key in keys for i in key if i in group} - held.keys():
+                    held[i] = rows.read(0, spans[i])
+                right = held[j] if j in held else rows.read(0, spans[j])
+                yield from ((key, _product(key, held[key[0]], right, next(buffers))) for key in keys)
+
+
+def _product(key: Key, left: Tensor, right: Tensor, buffer: Tensor) -> Tensor:
+    tile = _zeros(left.shape[1], right.shape[1], buffer)
+    add_rows(tile, key, left, right)
+    return tile
+
+
+def _tile_in_parts(rows: LoggedRows, spans: list[slice], key: Key, buffer: Tensor) -> Tensor:
+    """The same, super-panel by super-panel, where memory does not hold all draws of two tile rows."""
+    i, j = key
+    tile = _zeros(spans[i].stop - spans[i].start, spans[j].stop - spans[j].start, buffer)
+    for part in range(len(rows.parts)):
+        left = rows.read(part, spans[i])
+        add_rows(tile, key, left, left if i == j else rows.read(part, spans[j]))
+    return tile
+
+
+def _zeros(a: int, b: int, buffer: Tensor) -> Tensor:
+    return buffer[: a * b].view(a, b).zero_()
+
+
+class TileWriter:
+    """Compresses and writes tiles in a thread of its own, one while the next is made, each committed once durable.
+
+    A commit is a line of `tiles.jsonl`; what is not followed by its line is made and written again on resuming.
+    """
+
+    def __init__(self, store: Path, num_samples: int, side: int, dtype: str) -> None:
+        self.store, self.side = store, side
+        self.done = self._committed()
+        if not self.done:
+            create_tiles(zarr.open_group(store, mode="r+"), num_samples, side, dtype, COMPRESSED)
+        content = "".join(json.dumps(key) + "\n" for key in sorted(self.done)).encode()
+        replace_file(store / DONE, content)  # without a torn last line
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="lossk-tiles")
+        self._writing: Future[None] | None = None
+
+    def _committed(self) -> set[Key]:
+        keys = {(int(i), int(j)) for i, j in read_lines(self.store / DONE)}
+        return {key for key in keys if chunk_path(self.store, key).exists()}
+
+    def put(self, key: Key, tile: Tensor) -> None:
+        """Have a finished tile written; raises what went wrong with the one before."""
+        self._wait()
+        self._writing = self._pool.submit(self._write, key, tile)
+
+    def _write(self, key: Key, tile: Tensor) -> None:
+        chunk = chunk_path(self.store, key)
+        chunk.parent.mkdir(parents=True, exist_ok=True)
+        replace_file(chunk, *encode_tile(self.side, tile))
+        with (self.store / DONE).open("ab") as log:
+            log.write(json.dumps(key).encode() + b"\n")
+            log.flush()
+            os.fsync(log.fileno())
+
+    def _wait(self) -> None:
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            writing.result()
+
+    def __enter__(self) -> TileWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            if kind is None:
+                self._wait()
+        finally:
+            self._pool.shutdown()
