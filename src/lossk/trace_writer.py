@@ -85,6 +85,7 @@ class TraceWriter:
         self.centering, self.dtype = centering, dtype
         self.chunk = min(chunk or chunk_samples(num_chains * num_draws, dtype), num_samples)
         self.num_written = 0  # samples appended
+        self._closed = False
         self._excess, self._n_beta, self._tokens = excess, n_beta, tokens
         self._sets, self._meta = dict(sets or {}), dict(meta or {})
         self._held = np.empty((num_chains, num_draws, self.chunk), dtype=np.float32)
@@ -107,8 +108,10 @@ class TraceWriter:
         """Add the next n samples: [C, T, n] losses in nats, finite.
 
         Raises:
-            ValueError: another shape, more samples than were announced, or a non-finite loss.
+            ValueError: another shape, more samples than were announced, a non-finite loss, or a closed writer.
         """
+        if self._closed:
+            raise ValueError("the writer is closed")
         rest = self.num_samples - self.num_written
         right = len(losses.shape) == 3 and tuple(losses.shape[:2]) == (self.num_chains, self.num_draws)
         if not right or losses.shape[2] > rest:
@@ -148,11 +151,14 @@ class TraceWriter:
         self._watched_losses[:, :, here] = losses[:, :, self._watched[here] - span.start]
 
     def close(self) -> None:
-        """Finish the store.
+        """Finish the store; again, nothing.
 
         Raises:
             ValueError: samples are missing; no store is left.
         """
+        if self._closed:
+            return
+        self._closed = True
         try:
             if self.num_written < self.num_samples:
                 raise ValueError(f"{self.num_written} of {self.num_samples} samples were appended; no store is written")
@@ -208,6 +214,7 @@ class TraceWriter:
         }
 
     def _abandon(self, error: BaseException) -> None:
+        self._closed = True
         self._writing.__exit__(type(error), error, None)
 
     def __enter__(self) -> TraceWriter:
