@@ -24,6 +24,13 @@ def add_commands(commands: Any) -> None:
     verify.add_argument("store")
     verify.set_defaults(run=run_verify)
 
+    export = commands.add_parser("export", help="write the whole N x N matrix for other tools")
+    export.add_argument("store")
+    export.add_argument("out", help="path to write, which must not exist")
+    export.add_argument("--format", choices=("zarr", "npy"), default="zarr", help="default: zarr")
+    export.add_argument("--correlation", action="store_true", help="R instead of K")
+    export.set_defaults(run=run_export)
+
 
 def run_info(options: argparse.Namespace) -> None:
     from lossk.report.summary import describe
@@ -68,3 +75,13 @@ def run_verify(options: argparse.Namespace) -> int:
     count = len(found.problems)
     print(f"{options.store}: {'whole and consistent' if found.ok else f'{count} problem' + 's' * (count > 1)}")
     return 0 if found.ok else 1
+
+
+def run_export(options: argparse.Namespace) -> None:
+    kernel, out = open_store(options.store), Path(options.out)
+    if options.format == "npy":
+        kernel.to_memmap(out, correlation=options.correlation)
+    else:
+        kernel.to_zarr(out, correlation=options.correlation)
+    what = "correlations" if options.correlation else "covariances, nats^2"
+    print(f"wrote {out}  {kernel.num_samples} x {kernel.num_samples} {what}, {gigabytes(4 * kernel.num_samples**2)}")

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lossk.blocks import Blocks, FactorBlocks, Moments, tile_spans, upper_triangle
 from lossk.centring import centre, degrees_of_freedom, empty_moments, note
+from lossk.dense import write_dense
 from lossk.indexing import resolve
 from lossk.neighbors import Neighbors, median_noise_floor, nearest, nearest_of_rows, noise_floor
 from lossk.settings import CENTERINGS, check_choice
@@ -307,14 +308,41 @@ class LossKernel:
                 f"the {n} x {n} matrix needs {needed / 1e9:.1f} GB and {free / 1e9:.1f} GB are available; "
                 "read blocks (kernel[rows, columns]) or iterate kernel.tiles()"
             )
-        out, spans = np.empty((n, n), dtype=np.float32), self._spans()
-        pairs = upper_triangle(len(spans))
-        tiles = ((i, j, self._correlation_tile(i, j)) for i, j in pairs) if correlation else self.tiles()
-        for i, j, tile in tiles:
-            out[spans[i], spans[j]] = tile.numpy()
-            out[spans[j], spans[i]] = tile.numpy().T
-        np.fill_diagonal(out, 1.0 if correlation else self.variance.float().numpy())
+        out = np.empty((n, n), dtype=np.float32)
+
+        def put(rows: slice, columns: slice, tile: np.ndarray) -> None:
+            out[rows, columns] = tile
+
+        write_dense(self, put, correlation=correlation)
         return out
+
+    def to_zarr(self, path: str | Path, *, correlation: bool = False) -> None:
+        """Write the whole matrix as a Zarr v3 group, which xarray and dask open: `covariance` [N, N] float32, nats^2
+        (or `correlation`), and [N] float64 `variance` and `mean_loss`.
+
+        Streams: takes 4 N^2 bytes of disk and the memory of a few tiles.
+
+        Raises:
+            FileExistsError: `path` exists.
+            OSError: the matrix does not fit onto the disk.
+        """
+        from lossk.export import write_zarr
+
+        write_zarr(self, Path(path), correlation=correlation)
+
+    def to_memmap(self, path: str | Path, *, correlation: bool = False) -> np.memmap:
+        """Write the whole matrix [N, N] float32 as an .npy file; returns it as a read-only memory map.
+
+        Streams and raises as `to_zarr` does.
+        """
+        from lossk.export import write_npy
+
+        return write_npy(self, Path(path), correlation=correlation)
+
+    def correlation_tiles(self) -> Iterator[tuple[int, int, Tensor]]:
+        """Iterate (i, j, correlation tile [a, b] float32) over the upper triangle, i <= j, as `tiles` does; the
+        diagonal of a dead sample is 0 here."""
+        return ((i, j, self._correlation_tile(i, j)) for i, j in upper_triangle(len(self._spans())))
 
     def _correlation_tile(self, i: int, j: int) -> Tensor:
         spans = self._spans()
