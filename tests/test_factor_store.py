@@ -83,7 +83,19 @@ def test_against_float64(shape: tuple[int, int, int, int], dtype: str, centering
     )
 
 
-@pytest.mark.parametrize("chunk", [1, 16, 23, 101])
+def test_typical_error(tmp_path: Path) -> None:
+    """Rounding moves a covariance by less than 2^-11 sqrt(K_ii K_jj / D), 2^-11 of its Monte Carlo error."""
+    rng = np.random.default_rng(0)
+    losses = (rng.standard_normal((2, 400, 1)) + rng.standard_normal((2, 400, 60))).astype(np.float32)
+    kernel = save(tmp_path / "t.lossk", losses, 32)
+    k = oracles.two_pass(losses)
+    error = (kernel.to_numpy() - k) / np.sqrt(np.outer(np.diag(k), np.diag(k)))
+    rms = np.sqrt(np.mean(error[np.triu_indices(60, 1)] ** 2))
+    assert rms < UNIT16 / np.sqrt(800)
+    assert rms > 0.1 * UNIT16 / np.sqrt(800), "it is float16 that is measured"
+
+
+@pytest.mark.parametrize("chunk", [3, 16, 23, 101])
 def test_neighbors(chunk: int, tmp_path: Path) -> None:
     """Of all rows and of some: the values of the float64 truth within the bound, dead samples nobody's."""
     losses = make_losses(4, 5, 101)

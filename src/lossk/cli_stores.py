@@ -57,7 +57,7 @@ def run_info(options: argparse.Namespace) -> None:
         return
     print(f"{path}  {gigabytes(size)}, complete")
     print(describe(kernel))
-    print(f"tiles        side {kernel.tile}, {kernel.dtype}, centred by {kernel.centering}")
+    print(f"{kernel.form:12s} side {kernel.tile}, {kernel.dtype}, centred by {kernel.centering}")
     for key, value in kernel.meta.get("sampler", {}).items():
         print(f"  {key:20s} {value}")
     print(f"made by      {kernel.meta.get('versions', {})}, commit {kernel.meta.get('git_sha')}")

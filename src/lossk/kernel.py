@@ -122,6 +122,11 @@ class LossKernel:
         return str(self._blocks.dtype).removeprefix("torch.")
 
     @property
+    def form(self) -> str:
+        """How it is held: "tiles" or "factor"."""
+        return self._blocks.kind
+
+    @property
     def centering(self) -> str:
         """ "chain" or "pooled"."""
         return self._moments.centering
@@ -149,7 +154,7 @@ class LossKernel:
         sets = f", sets {', '.join(self._sets)}" if self._sets else ""
         return (
             f"LossKernel({self.num_samples} {unit}, {self.num_chains} chains x {self.num_draws} draws, "
-            f"{self._blocks.kind} in {self.dtype}, {int(self.dead.sum())} dead{sets})"
+            f"{self.form} in {self.dtype}, {int(self.dead.sum())} dead{sets})"
         )
 
     # -- blocks -----------------------------------------------------------------------------------------------------
@@ -207,7 +212,7 @@ class LossKernel:
         if not isinstance(self._blocks, FactorBlocks) or self.centering != "chain" or self.num_chains < 2:
             raise ValueError(
                 "method='chains' needs a kernel from traces (LossKernel.from_traces), centering='chain' and at least "
-                f"2 chains, got {self._blocks.kind}, {self.centering!r}, {self.num_chains}"
+                f"2 chains, got {self.form}, {self.centering!r}, {self.num_chains}"
             )
         return chain_spread(self._blocks, self._moments, rows, columns, correlation)
 
