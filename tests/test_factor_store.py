@@ -134,6 +134,13 @@ def test_eigsh(shape: tuple[int, int, int], k: int, tmp_path: Path) -> None:
     np.testing.assert_allclose(own, vectors * values, atol=1e-9 * values[0])
 
 
+def test_eigsh_of_nothing_that_varies(tmp_path: Path) -> None:
+    kernel = save(tmp_path / "t.lossk", np.ones((1, 3, 600), np.float32), 64)
+    values, vectors = kernel.eigsh(2)
+    assert values.tolist() == [0, 0]
+    np.testing.assert_allclose(vectors.T @ vectors, np.eye(2), atol=1e-12)
+
+
 def test_many_draws_have_an_iterative_solver(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     kernel = save(tmp_path / "t.lossk", make_losses(2, 9, 700), 64)
     by_gram = kernel.eigsh(3)
@@ -210,6 +217,23 @@ def test_zarr_reads_it(tmp_path: Path) -> None:
     files = sorted((tmp_path / "t.lossk" / "factor" / "c" / "0").iterdir())
     assert [file.stat().st_size for file in files] == [22 * 16 * 2 + 4] * 3
     assert [path.name for path in tmp_path.iterdir()] == ["t.lossk"]
+
+
+def test_losses_from_anywhere(tmp_path: Path, assert_same_kernel: Any) -> None:
+    """Tensors, slices of a read-only memory map, and Zarr arrays."""
+    losses = make_losses(2, 5, 37)
+    whole = save(tmp_path / "a.lossk", losses, 16)
+    np.save(tmp_path / "losses.npy", losses)
+    mapped = np.load(tmp_path / "losses.npy", mmap_mode="r")
+    array = zarr.create_array(str(tmp_path / "losses.zarr"), data=losses, chunks=(1, 5, 37))
+    for number, source in enumerate((torch.from_numpy(losses), losses.astype(np.float64), mapped, array)):
+        path = tmp_path / f"{number}.lossk"
+        with lossk.TraceWriter(path, num_chains=2, num_draws=5, num_samples=37, chunk=16) as writer:
+            writer.append(source[:, :, :20])
+            writer.append(source[:, :, 20:])
+        assert_same_kernel(lossk.open(path), whole)
+    with pytest.raises(ValueError, match="the writer is closed"):
+        writer.append(losses)
 
 
 # --- refusals ----------------------------------------------------------------------------------------------------

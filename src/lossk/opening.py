@@ -26,7 +26,7 @@ def open_store(path: str | Path) -> LossKernel:
         StoreError: no store there, unfinished (with how far it got), or of a newer format.
     """
     path = Path(path)
-    if not (path / "complete").exists() or "chunk" not in read_json(path / "config.json"):
+    if not (path / "complete").exists() or "factor_chunk" not in read_json(path / "config.json"):
         return open_kernel(path)
     description = read_json(path / "config.json")
     if description.get("format") != FORMAT:

@@ -201,7 +201,7 @@ class TraceWriter:
             **self._meta.get("config", {}),
             "format": FORMAT,
             "kind": "factor",
-            "chunk": self.chunk,
+            "factor_chunk": self.chunk,
             "num_samples": self.num_samples,
             "tile": self.chunk,
             "num_chains": self.num_chains,

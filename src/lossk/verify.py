@@ -142,7 +142,7 @@ def _check_kernel(
     def is_lost(region: Region) -> bool:
         """Zarr leaves out a chunk of zeros, which only samples that never vary have; `TraceWriter` writes it."""
         sides = region[1:] if kind == "factor" else region
-        return "chunk" in config or not any(dead[side].all() for side in sides)
+        return "factor_chunk" in config or not any(dead[side].all() for side in sides)
 
     for coordinates, region, values in _chunks(path, kind, arrays[kind], found, is_lost):
         found.problems += check.add(coordinates, region, values)

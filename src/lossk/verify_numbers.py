@@ -87,8 +87,15 @@ class _KernelCheck:
 class TileCheck(_KernelCheck):
     """Of tiles [a, b] of the upper triangle."""
 
+    sound = True
+
     def add(self, coordinates: tuple[int, ...], region: tuple[slice, ...], tile: np.ndarray) -> list[str]:
         """Problems of one tile; its share of the random blocks is noted."""
+        problems = self._look(coordinates, region, tile)
+        self.sound = self.sound and not problems
+        return problems
+
+    def _look(self, coordinates: tuple[int, ...], region: tuple[slice, ...], tile: np.ndarray) -> list[str]:
         rows, columns = region
         where, problems = f"tiles: chunk {coordinates[0]}, {coordinates[1]}", []
         if rows == columns:
@@ -124,7 +131,11 @@ class TileCheck(_KernelCheck):
         return problems
 
     def finish(self) -> Findings:
-        return self.judge()
+        checks, problems = self.judge()
+        if self.sound:
+            text = f"tiles: symmetric on the diagonal, which is the variance within {self.error:.2g} of itself"
+            checks.insert(0, f"{text}; no entry beyond its two variances")
+        return checks, problems
 
 
 class FactorCheck(_KernelCheck):
