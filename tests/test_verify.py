@@ -177,7 +177,7 @@ def test_losses_of_another_kernel(build: Callable, problem: Any, tmp_path: Path)
     assert "the covariance of their losses differ by" in found
 
 
-@pytest.mark.parametrize("what", ["tiles/zarr.json", "config.json", "mean/zarr.json"])
+@pytest.mark.parametrize("what", ["zarr.json", "tiles/zarr.json", "config.json", "mean/zarr.json"])
 def test_broken_descriptions(what: str, tmp_path: Path) -> None:
     path = save("tiles", tmp_path / "k.lossk")
     (path / what).write_text("{")

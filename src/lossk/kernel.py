@@ -241,7 +241,10 @@ class LossKernel:
             yield i, j, self._scaled_tile(i, j) * scale[spans[i]].unsqueeze(1) * scale[spans[j]]
 
     def matvec(self, v: Tensor | np.ndarray) -> Tensor:
-        """K v for v [N] or [N, m], in float64 and without forming K; the result has v's shape."""
+        """K v for v [N] or [N, m], in float64 and without forming K; the result has v's shape.
+
+        In factor form K is F'F, two passes over F, its rounded diagonal included: positive semi-definite in any dtype.
+        """
         v = torch.as_tensor(v).double()
         if v.ndim not in (1, 2) or v.shape[0] != self.num_samples:
             raise ValueError(f"v must have shape [{self.num_samples}] or [{self.num_samples}, m], got {list(v.shape)}")
@@ -287,6 +290,9 @@ class LossKernel:
             Neighbors(index [N, k] int64, correlation [N, k] float32, noise_floor [N] float32), or r instead of N. A
             correlation below its row's noise floor is what the best of N unrelated samples would show (by chance alone
             one neighbour per row is expected above it). Dead samples have no neighbours (index -1) and are nobody's.
+
+        Memory beyond the result and the form itself: of all rows, about five tiles in float32 (350 MB at side 4,096);
+        of some, two blocks of r rows (4,096 at a time) by a tile's side.
         """
         if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k < self.num_samples:
             raise ValueError(f"k must be an integer from 1 to N - 1 = {self.num_samples - 1}, got {k!r}")

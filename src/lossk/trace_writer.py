@@ -47,7 +47,7 @@ class TraceWriter:
 
     Takes about 40 bytes per draw and sample of one chunk, and 8 (C + 5) per sample (at 1,000 draws of 1,000,000 samples
     in 4 chains: 160 MB and 72 MB), whatever is appended. The store is complete once the block is left without an
-    error, or `close` is called, and not there at all before.
+    error, or `close` is called, and not there at all before; a process that is killed leaves a hidden `.part` folder.
 
     Args:
         path: of the store; an existing one is refused.

@@ -68,6 +68,10 @@ def verify_store(path: str | Path, *, num_blocks: int = 8, side: int = 128, seed
 
 def _open_arrays(path: Path, found: Verification) -> dict[str, zarr.Array]:
     """All arrays, by the folders that there are: the group's own list may be older than they."""
+    try:
+        zarr.open_group(path, mode="r")
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        found.problems.append(f"zarr.json: the group's description cannot be read: {error}")
     arrays = {}
     for folder in sorted(file.parent for file in path.glob("*/zarr.json")):
         try:

@@ -1,7 +1,8 @@
 """What the numbers in a store must satisfy, and by how much rounding may violate it.
 
-Let e bound an entry's error over sqrt(K_ii K_jj): (D + 12) 2^-24 for D draws accumulated in float32, 2^-11 more for
-tiles stored as float16, 2 2^-11 more for a factor stored as float16. Then, over these square roots,
+Let e bound an entry's error over sqrt(K_ii K_jj): (2 D + 12) 2^-24 for D draws, and at most as many rows of means,
+accumulated in float32; 2^-11 more for tiles stored as float16, 2 2^-11 more for a factor stored as float16. Then, over
+these square roots,
 
     diagonal of a tile     1, within e             any entry          at most 1 + e
     principal block        K's is positive semi-definite, so that of m samples has no eigenvalue below -m e
@@ -25,7 +26,7 @@ Findings = tuple[list[str], list[str]]  # checks passed, problems
 
 def entry_error(config: dict[str, Any], dtype: str) -> float:
     """e above."""
-    error = (config["num_chains"] * config["num_draws"] + 12) * UNIT32
+    error = (2 * config["num_chains"] * config["num_draws"] + 12) * UNIT32
     if dtype == "float16":
         error += 2.01 * UNIT16 if config["kind"] == "factor" else UNIT16
     return error
