@@ -359,6 +359,27 @@ def test_noise_floor() -> None:
     assert np.all(best[:40, 0] > 2 * floor[:40])
 
 
+@pytest.mark.parametrize("rows", ["list", "repeated", "negative", "none", "strided", "everything", "mask"])
+def test_neighbors_of_some_rows(kernel: lossk.LossKernel, rows: str) -> None:
+    """They are those that `neighbors` finds for these rows; dead ones among them have none."""
+    wanted, index = INDICES[rows]
+    whole, some = kernel.neighbors(5), kernel.neighbors(5, rows=wanted)
+    assert some.index.shape == some.correlation.shape == (len(index), 5)
+    np.testing.assert_allclose(some.correlation, whole.correlation[index], rtol=0, atol=2 * U)
+    np.testing.assert_array_equal(some.noise_floor, whole.noise_floor[index])
+    clear = np.abs(np.diff(whole.correlation.numpy(), axis=1)).min(axis=1)[index] > 4 * U  # no ties to be rounded apart
+    np.testing.assert_array_equal(some.index[clear], whole.index[index][clear])
+    assert np.all(some.index.numpy()[np.isin(index, DEAD)] == -1)
+
+
+def test_neighbors_of_rows_in_groups(kernel: lossk.LossKernel, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = kernel.neighbors(3, rows=EVERYTHING)
+    for name, value in (("GROUP", 5), ("BAND", 2)):
+        monkeypatch.setattr(f"lossk.neighbors.{name}", value)
+    for mine, theirs in zip(kernel.neighbors(3, rows=EVERYTHING), whole, strict=True):
+        np.testing.assert_allclose(mine, theirs, rtol=0, atol=2 * U)
+
+
 @pytest.mark.parametrize("k", [0, -2, 1.5, N])
 def test_bad_number_of_neighbors(kernel: lossk.LossKernel, k: Any) -> None:
     with pytest.raises((ValueError, TypeError), match=rf"k\b.*{k}"):

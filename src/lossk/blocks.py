@@ -58,6 +58,10 @@ class Blocks(Protocol):
         """Tile (i, j), i <= j: float32."""
         ...
 
+    def row_blocks(self, rows: Tensor) -> Iterator[tuple[slice, Tensor]]:
+        """Whole rows in parts: (columns, [r, columns] float32) for each column of tiles."""
+        ...
+
 
 class TileBlocks:
     """Dense tiles of the upper triangle. `tiles` may be a plain dict or a lazily reading mapping."""
@@ -89,26 +93,60 @@ class TileBlocks:
     def read_tile(self, i: int, j: int) -> Tensor:
         return self.tiles[i, j].float()
 
+    def row_blocks(self, rows: Tensor) -> Iterator[tuple[slice, Tensor]]:
+        spans = tile_spans(self.num_samples, self.tile)
+        return ((span, self.gather(rows, torch.arange(span.start, span.stop))) for span in spans)
+
 
 class FactorBlocks:
-    """The centred, scaled traces F [D, N]: the scaled covariance is F'F / freedom. Rank at most D."""
+    """The centred, scaled traces F [D, N]: the scaled covariance is F'F / freedom. Rank at most D.
+
+    Whatever is done with the whole of F is done a stripe of samples at a time, so that F may lie on disk
+    (`StoredFactor`): a subclass says how `take` and `stripe` read it.
+    """
 
     kind = "factor"
 
     def __init__(self, factor: Tensor, freedom: int, tile: int = 4096) -> None:
         self.factor, self.freedom = factor, freedom
-        self.num_samples, self.tile = factor.shape[1], tile
+        self.num_rows, self.num_samples = factor.shape
+        self.tile = tile
 
     @property
     def dtype(self) -> torch.dtype:
         return self.factor.dtype
 
+    def take(self, index: Tensor) -> Tensor:
+        """The columns of some samples: [D, r] float32."""
+        return self.factor[:, index].float()
+
+    def stripe(self, i: int) -> Tensor:
+        """The columns of the samples of tile i: [D, n] float32."""
+        return self.factor[:, i * self.tile : (i + 1) * self.tile].float()
+
+    def stripes(self) -> Iterator[tuple[slice, Tensor]]:
+        """All stripes in order, with the samples that they are of."""
+        return ((span, self.stripe(i)) for i, span in enumerate(tile_spans(self.num_samples, self.tile)))
+
     def gather(self, rows: Tensor, columns: Tensor) -> Tensor:
-        return self._product(self.factor[:, rows], self.factor[:, columns])
+        return self._product(self.take(rows), self.take(columns))
 
     def read_tile(self, i: int, j: int) -> Tensor:
-        a, b = (self.factor[:, k * self.tile : (k + 1) * self.tile] for k in (i, j))
-        return self._product(a, b)
+        return self._product(self.stripe(i), self.stripe(j))
+
+    def row_blocks(self, rows: Tensor) -> Iterator[tuple[slice, Tensor]]:
+        a = self.take(rows)
+        return ((span, self._product(a, stripe)) for span, stripe in self.stripes())
+
+    def matmul(self, v: Tensor) -> Tensor:
+        """F'(F v) / freedom for v [N, m] float64, in float64: two passes over the factor."""
+        inner = torch.zeros(self.num_rows, v.shape[1], dtype=torch.float64)
+        for span, stripe in self.stripes():
+            inner += stripe.double() @ v[span]
+        out = torch.empty_like(v)
+        for span, stripe in self.stripes():
+            out[span] = stripe.double().T @ inner
+        return out / self.freedom
 
     def _product(self, a: Tensor, b: Tensor) -> Tensor:
-        return (a.float().T @ b.float()) / self.freedom
+        return (a.T @ b).div_(self.freedom)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import importlib.util
-import json
 import os
 import shutil
 import sys
@@ -15,24 +14,24 @@ from pathlib import Path
 import torch
 
 import lossk
-from lossk import cli_tune, provenance
+from lossk import cli_stores, cli_tune, provenance
 from lossk.analysis.purity import chance_purity, class_purity
 from lossk.config import RunConfig, load_config, parse_override
-from lossk.errors import LosskError, StoreError
+from lossk.errors import LosskError
 from lossk.kernel import LossKernel
 from lossk.neighbors import Neighbors
 from lossk.passes import Passes
-from lossk.plan import gigabytes
 from lossk.recipes import RecipeTask, packaged_names
 from lossk.samplers import read_sampler
-from lossk.store import open_kernel, progress_of, refuse_to_delete
+from lossk.store import refuse_to_delete
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Entry point. Exit status: 0 done, 2 a clear error (one line on stderr), 130 interrupted."""
+    """Entry point. Exit status: 0 done, 1 a store that fails `verify`, 2 a clear error (one line on stderr),
+    130 interrupted."""
     options = build_parser().parse_args(arguments)
     try:
-        options.run(options)
+        return options.run(options) or 0
     except KeyboardInterrupt:
         print("lossk: interrupted", file=sys.stderr)
         return 130
@@ -44,7 +43,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         print(f"lossk: {' '.join(str(error).split()) or type(error).__name__}", file=sys.stderr)
         return 2
-    return 0
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -69,10 +67,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     cli_tune.add_command(commands, packaged_names())
 
-    info = commands.add_parser("info", help="what a store holds")
-    info.add_argument("store")
-    info.add_argument("--json", action="store_true", help="everything, as JSON")
-    info.set_defaults(run=run_info)
+    cli_stores.add_commands(commands)
 
     doctor = commands.add_parser("doctor", help="what is compiled, what passes its self-test, and why not")
     doctor.set_defaults(run=run_doctor)
@@ -195,37 +190,6 @@ def require_plotting() -> None:
         raise LosskError(
             f'the picture needs {names}: pip install "lossk[demo]" (or, with lossk run: --set picture=null)'
         )
-
-
-def run_info(options: argparse.Namespace) -> None:
-    from lossk.report.summary import describe
-
-    path = Path(options.store)
-    try:
-        kernel = open_kernel(path)
-    except StoreError:
-        if (path / "complete").exists() or not (path / "config.json").exists():
-            raise
-        progress = progress_of(path)
-        if options.json:
-            print(json.dumps({"complete": False, "progress": progress}))
-        else:
-            print(f"{path}  unfinished: {progress}; lossk run {path.with_suffix('.yaml')} --resume continues it")
-        return
-    size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
-    if options.json:
-        plain = {key: value for key, value in kernel.meta.items() if not key.endswith("_trace")}
-        diagnostics = None if kernel.diagnostics is None else kernel.diagnostics.to_dict()
-        shape = {"num_samples": kernel.num_samples, "num_chains": kernel.num_chains, "num_draws": kernel.num_draws}
-        kind = {"tile": kernel.tile, "dtype": kernel.dtype, "centering": kernel.centering, "bytes": size}
-        print(json.dumps({"complete": True, **shape, **kind, "diagnostics": diagnostics, **plain}, indent=1))
-        return
-    print(f"{path}  {gigabytes(size)}, complete")
-    print(describe(kernel))
-    print(f"tiles        side {kernel.tile}, {kernel.dtype}, centred by {kernel.centering}")
-    for key, value in kernel.meta.get("sampler", {}).items():
-        print(f"  {key:20s} {value}")
-    print(f"made by      {kernel.meta.get('versions', {})}, commit {kernel.meta.get('git_sha')}")
 
 
 def run_doctor(options: argparse.Namespace) -> None:

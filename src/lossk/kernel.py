@@ -9,19 +9,23 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import psutil
 import torch
-from scipy.sparse.linalg import LinearOperator, eigsh
 from torch import Tensor
 
-from lossk.blocks import Blocks, FactorBlocks, Moments, power_of_two_near, tile_spans, upper_triangle
-from lossk.neighbors import Neighbors, median_noise_floor, nearest, noise_floor
+from lossk.blocks import Blocks, FactorBlocks, Moments, tile_spans, upper_triangle
+from lossk.centring import centre, degrees_of_freedom, empty_moments, note
+from lossk.dense import write_dense
+from lossk.indexing import resolve
+from lossk.neighbors import Neighbors, median_noise_floor, nearest, nearest_of_rows, noise_floor
 from lossk.settings import CENTERINGS, check_choice
+from lossk.spectrum import leading
+from lossk.standard_error import bartlett, chain_spread
 
 if TYPE_CHECKING:
     from lossk.diagnostics import Diagnostics
     from lossk.traces import LossTraces
 
 ROWS_AT_A_TIME = 1024  # of a tile, in float64 products
-DENSE_EIGENSOLVER = 512  # samples up to which a dense solver is quicker and more robust than an iterative one
+STRIPE = 4096  # samples centred at a time, which bounds the float64 temporaries
 
 
 class LossKernel:
@@ -47,6 +51,7 @@ class LossKernel:
         self.diagnostics = diagnostics
         self._tokens, self._sets = tokens, dict(sets or {})
         self._std_over_scale = (moments.variance.sqrt() / moments.scale).float()  # [N], 0 for a dead sample
+        self._gain = torch.where(self._std_over_scale > 0, 1.0 / self._std_over_scale, 0.0)  # [N]
 
     @classmethod
     def from_traces(cls, traces: LossTraces, *, centering: str = "chain") -> LossKernel:
@@ -61,32 +66,17 @@ class LossKernel:
         losses = traces.losses  # [C, T, N] float32
         num_chains, num_draws, num_samples = losses.shape
         check_choice("centering", centering, CENTERINGS)
-        chain_mean = losses.double().mean(dim=1)
-        mean = chain_mean.mean(dim=0)
-        centre = chain_mean if centering == "chain" else mean.expand_as(chain_mean)
-        freedom = num_chains * (num_draws - 1) if centering == "chain" else num_chains * num_draws - 1
         factor = torch.empty(num_chains * num_draws, num_samples)
-        variance = torch.zeros(num_samples, dtype=torch.float64)
-        within = torch.zeros_like(variance)
-        products = torch.zeros_like(variance)
-        for c in range(num_chains):
-            deviations = losses[c].double() - chain_mean[c]
-            within += deviations.square().sum(dim=0)
-            products += (deviations[1:] * deviations[:-1]).sum(dim=0)
-            variance += (losses[c].double() - centre[c]).square().sum(dim=0)
-        variance /= freedom
-        scale = torch.where(variance > 0, power_of_two_near(variance.sqrt()), 1.0)
-        for c in range(num_chains):
-            factor[c * num_draws : (c + 1) * num_draws] = (losses[c].double() - centre[c]) / scale
-        lag1 = torch.where(within > 0, products / within.clamp(min=torch.finfo(torch.float64).tiny), 0.0)
-        moments = Moments(mean, variance, scale, chain_mean, lag1, num_chains, num_draws, centering)
-        floor = median_noise_floor(moments)
-        diagnostics = diagnose_traces(traces, floor)
+        moments = empty_moments(num_chains, num_draws, num_samples, centering)
+        for span in tile_spans(num_samples, STRIPE):
+            centred = centre(losses[:, :, span], centering)
+            factor[:, span] = centred.factor
+            note(moments, span, centred)
         return cls(
-            FactorBlocks(factor, freedom),
+            FactorBlocks(factor, degrees_of_freedom(num_chains, num_draws, centering)),
             moments,
             meta=traces.meta,
-            diagnostics=diagnostics,
+            diagnostics=diagnose_traces(traces, median_noise_floor(moments)),
             tokens=traces.tokens,
             sets=traces.sets,
         )
@@ -132,6 +122,11 @@ class LossKernel:
         return str(self._blocks.dtype).removeprefix("torch.")
 
     @property
+    def form(self) -> str:
+        """How it is held: "tiles" or "factor"."""
+        return self._blocks.kind
+
+    @property
     def centering(self) -> str:
         """ "chain" or "pooled"."""
         return self._moments.centering
@@ -159,7 +154,7 @@ class LossKernel:
         sets = f", sets {', '.join(self._sets)}" if self._sets else ""
         return (
             f"LossKernel({self.num_samples} {unit}, {self.num_chains} chains x {self.num_draws} draws, "
-            f"{self._blocks.kind} in {self.dtype}, {int(self.dead.sum())} dead{sets})"
+            f"{self.form} in {self.dtype}, {int(self.dead.sum())} dead{sets})"
         )
 
     # -- blocks -----------------------------------------------------------------------------------------------------
@@ -174,7 +169,7 @@ class LossKernel:
             IndexError: out of range, or a mask of another length.
         """
         rows, columns = key if isinstance(key, tuple) and len(key) == 2 else (key, slice(None))
-        rows, columns = self._resolve(rows), self._resolve(columns)
+        rows, columns = self._index(rows), self._index(columns)
         scale = self._moments.scale.float()
         block = self._blocks.gather(rows, columns) * scale[rows].unsqueeze(1) * scale[columns]
         return torch.where(rows.unsqueeze(1) == columns, self.variance.float()[columns], block)
@@ -184,7 +179,7 @@ class LossKernel:
 
         Where a variance is zero, R_ij = 0 for i != j and R_ii = 1.
         """
-        rows, columns = self._resolve(rows), self._resolve(columns)
+        rows, columns = self._index(rows), self._index(columns)
         block = self._correlate(self._blocks.gather(rows, columns), rows, columns)
         return torch.where(rows.unsqueeze(1) == columns, torch.ones(()), block)
 
@@ -201,12 +196,10 @@ class LossKernel:
                 form, chain centring, and at least 2 chains (and many for a steady answer).
         """
         check_choice("method", method, ("lag1", "chains"))
-        rows, columns = self._resolve(rows), self._resolve(columns)
+        rows, columns = self._index(rows), self._index(columns)
         if method == "chains":
             return self._chain_spread(rows, columns, correlation)
-        lag1 = self._moments.lag1.clamp(-0.99, 0.99)
-        product = lag1[rows].unsqueeze(1) * lag1[columns]
-        relative = ((1 + product) / (1 - product) / (self.num_chains * (self.num_draws - 1))).sqrt()
+        relative = bartlett(self._moments, rows, columns)
         if correlation:
             return ((1 - self.correlation(rows, columns).double().square()) * relative).float()
         scaled = self._blocks.gather(rows, columns).double()
@@ -219,45 +212,15 @@ class LossKernel:
         if not isinstance(self._blocks, FactorBlocks) or self.centering != "chain" or self.num_chains < 2:
             raise ValueError(
                 "method='chains' needs a kernel from traces (LossKernel.from_traces), centering='chain' and at least "
-                f"2 chains, got {self._blocks.kind}, {self.centering!r}, {self.num_chains}"
+                f"2 chains, got {self.form}, {self.centering!r}, {self.num_chains}"
             )
-        parts = self._blocks.factor.double().split(self.num_draws)  # C times [T, N]
-        kernels = torch.stack([part[:, rows].T @ part[:, columns] for part in parts]) / (self.num_draws - 1)
-        if correlation:
-            spread = torch.stack([part.square().sum(dim=0) / (self.num_draws - 1) for part in parts]).sqrt()  # [C, N]
-            size = spread[:, rows].unsqueeze(2) * spread[:, columns].unsqueeze(1)
-            kernels = torch.where(size > 0, kernels / size.clamp(min=torch.finfo(torch.float64).tiny), 0.0)
-        error = kernels.std(dim=0) / self.num_chains**0.5
-        if not correlation:
-            error *= self._moments.scale[rows].unsqueeze(1) * self._moments.scale[columns]
-        return error.float()
+        return chain_spread(self._blocks, self._moments, rows, columns, correlation)
 
     def _correlate(self, block: Tensor, rows: Tensor | slice, columns: Tensor | slice) -> Tensor:
-        inverse = torch.where(self._std_over_scale > 0, 1.0 / self._std_over_scale, 0.0)
-        return (block * inverse[rows].unsqueeze(1) * inverse[columns]).clamp_(-1.0, 1.0)
+        return (block * self._gain[rows].unsqueeze(1) * self._gain[columns]).clamp_(-1.0, 1.0)
 
-    def _resolve(self, key: Any) -> Tensor:
-        """Any index as a 1-D int64 tensor within range."""
-        if isinstance(key, slice):
-            return torch.arange(*key.indices(self.num_samples))
-        if isinstance(key, int | np.integer) and not isinstance(key, bool):
-            key = [int(key)]
-        if isinstance(key, list | tuple | range):
-            key = np.asarray(key) if len(key) else np.empty(0, dtype=np.int64)
-        index = torch.as_tensor(key)
-        if index.ndim != 1:
-            raise IndexError(f"an index must be one-dimensional, got shape {list(index.shape)}")
-        if index.dtype == torch.bool:
-            if len(index) != self.num_samples:
-                raise IndexError(f"a mask must have one entry per sample, {self.num_samples}, got {len(index)}")
-            return index.nonzero().squeeze(1).cpu()
-        if index.is_floating_point() or index.is_complex():
-            raise IndexError(f"an index must be integers, a mask or a slice, got {index.dtype}")
-        index = index.long().cpu()
-        outside = (index < -self.num_samples) | (index >= self.num_samples)
-        if outside.any():
-            raise IndexError(f"index {int(index[outside][0])} is out of range for {self.num_samples} samples")
-        return torch.where(index < 0, index + self.num_samples, index)
+    def _index(self, key: Any) -> Tensor:
+        return resolve(key, self.num_samples)
 
     # -- whole-kernel operations, a tile at a time ------------------------------------------------------------------
 
@@ -278,7 +241,10 @@ class LossKernel:
             yield i, j, self._scaled_tile(i, j) * scale[spans[i]].unsqueeze(1) * scale[spans[j]]
 
     def matvec(self, v: Tensor | np.ndarray) -> Tensor:
-        """K v for v [N] or [N, m], in float64 and without forming K; the result has v's shape."""
+        """K v for v [N] or [N, m], in float64 and without forming K; the result has v's shape.
+
+        In factor form K is F'F, two passes over F, its rounded diagonal included: positive semi-definite in any dtype.
+        """
         v = torch.as_tensor(v).double()
         if v.ndim not in (1, 2) or v.shape[0] != self.num_samples:
             raise ValueError(f"v must have shape [{self.num_samples}] or [{self.num_samples}, m], got {list(v.shape)}")
@@ -288,6 +254,8 @@ class LossKernel:
     __matmul__ = matvec
 
     def _scaled_matmul(self, v: Tensor) -> Tensor:
+        if isinstance(self._blocks, FactorBlocks):
+            return self._blocks.matmul(v)
         out, spans = torch.zeros_like(v), self._spans()
         for i, j in upper_triangle(len(spans)):
             rows, columns, tile = spans[i], spans[j], self._scaled_tile(i, j)
@@ -302,32 +270,41 @@ class LossKernel:
     def eigsh(self, k: int = 6) -> tuple[Tensor, Tensor]:
         """The k largest eigenvalues [k], descending, and their eigenvectors [N, k]: float64, nats^2.
 
-        ARPACK (SciPy) on `matvec`, from a fixed start; a dense solver for small N.
+        Exact from the draws' Gram matrix (two passes over the factor) in factor form with at most 4,096 draws in all;
+        else ARPACK (SciPy) on `matvec`, from a fixed start; a dense solver for small N.
         """
         n = self.num_samples
         if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= n:
             raise ValueError(f"k must be an integer from 1 to the number of samples, {n}, got {k!r}")
-        if n <= DENSE_EIGENSOLVER or k >= n - 1:
-            values, vectors = np.linalg.eigh(self.matvec(torch.eye(n, dtype=torch.float64)).numpy())
-        else:
-            operator = LinearOperator((n, n), matvec=lambda v: self.matvec(v).numpy(), dtype=np.float64)
-            start = np.random.default_rng(0).standard_normal(n)
-            values, vectors = eigsh(operator, k=k, which="LA", v0=start)
-        order = np.argsort(values)[::-1][:k].copy()
-        return torch.from_numpy(values[order]), torch.from_numpy(vectors[:, order])
+        factor = self._blocks if isinstance(self._blocks, FactorBlocks) else None
+        return leading(self.matvec, factor, self._moments.scale, k)
 
-    def neighbors(self, k: int = 10) -> Neighbors:
+    def neighbors(self, k: int = 10, rows: Any = None) -> Neighbors:
         """The k most correlated other samples of each sample, by streaming over tiles; ties go to the smaller index.
 
+        Args:
+            rows: the samples whose neighbours are wanted (any index that `kernel[rows]` takes), among all N; None for
+                all of them. r rows cost r N pairs instead of N^2 / 2.
+
         Returns:
-            Neighbors(index [N, k] int64, correlation [N, k] float32, noise_floor [N] float32). A correlation below its
-            row's noise floor is what the best of N unrelated samples would show (by chance alone one neighbour per
-            row is expected above it). Dead samples have no neighbours (index -1) and are nobody's.
+            Neighbors(index [N, k] int64, correlation [N, k] float32, noise_floor [N] float32), or r instead of N. A
+            correlation below its row's noise floor is what the best of N unrelated samples would show (by chance alone
+            one neighbour per row is expected above it). Dead samples have no neighbours (index -1) and are nobody's.
+
+        Memory beyond the result and the form itself: of all rows, about five tiles in float32 (350 MB at side 4,096);
+        of some, two blocks of r rows (4,096 at a time) by a tile's side.
         """
         if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k < self.num_samples:
             raise ValueError(f"k must be an integer from 1 to N - 1 = {self.num_samples - 1}, got {k!r}")
-        found = nearest(self._correlation_tile, self.dead, self.tile, k)
-        return found._replace(noise_floor=noise_floor(self._moments))
+        if rows is None:
+            found = nearest(self._correlation_tile, self.dead, self.tile, k)
+            return found._replace(noise_floor=noise_floor(self._moments))
+        rows = self._index(rows)
+        found = nearest_of_rows(self._correlation_rows, self.dead, rows, k)
+        return found._replace(noise_floor=noise_floor(self._moments, rows))
+
+    def _correlation_rows(self, rows: Tensor) -> Iterator[tuple[slice, Tensor]]:
+        return ((span, self._correlate(block, rows, span)) for span, block in self._blocks.row_blocks(rows))
 
     def to_numpy(self, correlation: bool = False) -> np.ndarray:
         """The whole matrix: [N, N] float32. Refuses, with the size, when it would not fit into free memory.
@@ -342,14 +319,41 @@ class LossKernel:
                 f"the {n} x {n} matrix needs {needed / 1e9:.1f} GB and {free / 1e9:.1f} GB are available; "
                 "read blocks (kernel[rows, columns]) or iterate kernel.tiles()"
             )
-        out, spans = np.empty((n, n), dtype=np.float32), self._spans()
-        pairs = upper_triangle(len(spans))
-        tiles = ((i, j, self._correlation_tile(i, j)) for i, j in pairs) if correlation else self.tiles()
-        for i, j, tile in tiles:
-            out[spans[i], spans[j]] = tile.numpy()
-            out[spans[j], spans[i]] = tile.numpy().T
-        np.fill_diagonal(out, 1.0 if correlation else self.variance.float().numpy())
+        out = np.empty((n, n), dtype=np.float32)
+
+        def put(rows: slice, columns: slice, tile: np.ndarray) -> None:
+            out[rows, columns] = tile
+
+        write_dense(self, put, correlation=correlation)
         return out
+
+    def to_zarr(self, path: str | Path, *, correlation: bool = False) -> None:
+        """Write the whole matrix as a Zarr v3 group, which xarray and dask open: `covariance` [N, N] float32, nats^2
+        (or `correlation`), and [N] float64 `variance` and `mean_loss`.
+
+        Streams: takes 4 N^2 bytes of disk and the memory of a few tiles.
+
+        Raises:
+            FileExistsError: `path` exists.
+            OSError: the matrix does not fit onto the disk.
+        """
+        from lossk.export import write_zarr
+
+        write_zarr(self, Path(path), correlation=correlation)
+
+    def to_memmap(self, path: str | Path, *, correlation: bool = False) -> np.memmap:
+        """Write the whole matrix [N, N] float32 as an .npy file; returns it as a read-only memory map.
+
+        Streams and raises as `to_zarr` does.
+        """
+        from lossk.export import write_npy
+
+        return write_npy(self, Path(path), correlation=correlation)
+
+    def correlation_tiles(self) -> Iterator[tuple[int, int, Tensor]]:
+        """Iterate (i, j, correlation tile [a, b] float32) over the upper triangle, i <= j, as `tiles` does; the
+        diagonal of a dead sample is 0 here."""
+        return ((i, j, self._correlation_tile(i, j)) for i, j in upper_triangle(len(self._spans())))
 
     def _correlation_tile(self, i: int, j: int) -> Tensor:
         spans = self._spans()
@@ -357,6 +361,11 @@ class LossKernel:
 
     def save(self, path: str | Path, overwrite: bool = False) -> None:
         """Write a `.lossk` store, which `lossk.open` reads. An existing path is refused unless `overwrite`."""
+        from lossk.opening import copy_store
         from lossk.store import save_kernel
+        from lossk.stored_factor import StoredFactor
 
-        save_kernel(self, Path(path), overwrite=overwrite)
+        if isinstance(self._blocks, StoredFactor):
+            copy_store(self._blocks.path, Path(path), overwrite)
+        else:
+            save_kernel(self, Path(path), overwrite=overwrite)

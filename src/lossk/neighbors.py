@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -22,11 +22,15 @@ class Neighbors(NamedTuple):
     noise_floor: Tensor  # [N] float32; what the best of N - 1 unrelated samples would reach
 
 
+BAND = 512  # rows of a block ranked at a time: a rank's keys take 8 bytes an entry, and copies of them
+GROUP = 4096  # rows whose neighbours are found in one pass over the columns
+
+
 def nearest(correlation_tile: Callable[[int, int], Tensor], dead: Tensor, tile: int, k: int) -> Neighbors:
     """Top-k by streaming over the upper triangle; each tile serves its rows and, transposed, its columns.
 
     Args:
-        correlation_tile: (i, j) -> [a, b] float32, for i <= j.
+        correlation_tile: (i, j) -> [a, b] float32, for i <= j; the tensor is changed.
         dead: [N] bool.
     """
     num_samples = len(dead)
@@ -34,16 +38,55 @@ def nearest(correlation_tile: Callable[[int, int], Tensor], dead: Tensor, tile: 
     keys = torch.full((num_samples, k), EMPTY, dtype=torch.int64)
     for i, j in upper_triangle(len(spans)):
         rows, columns = spans[i], spans[j]
-        block = correlation_tile(i, j).clone()
+        block = correlation_tile(i, j)
         block[dead[rows]] = float("-inf")
         block[:, dead[columns]] = float("-inf")
         if i == j:
             block.fill_diagonal_(float("-inf"))
-        keys[rows] = top_correlations(keys[rows], block, columns.start)
+        _merge(keys[rows], block, columns.start)
         if i != j:
-            keys[columns] = top_correlations(keys[columns], block.T, rows.start)
+            _merge(keys[columns], block.T, rows.start)
     index, correlation = unpack(keys)
     return Neighbors(index, correlation, torch.zeros(num_samples))
+
+
+def nearest_of_rows(
+    correlation_rows: Callable[[Tensor], Iterator[tuple[slice, Tensor]]], dead: Tensor, rows: Tensor, k: int
+) -> Neighbors:
+    """Top-k of some rows among all columns, a group of rows and a span of columns at a time.
+
+    Args:
+        correlation_rows: rows [r] -> (columns, [r, columns] float32) for all columns in order; the tensors are changed.
+        dead: [N] bool.
+        rows: [r] int64.
+    """
+    keys = torch.full((len(rows), k), EMPTY, dtype=torch.int64)
+    for start in range(0, len(rows), GROUP):
+        group = slice(start, start + GROUP)
+        for columns, block in correlation_rows(rows[group]):
+            block[dead[rows[group]]] = float("-inf")
+            block[:, dead[columns]] = float("-inf")
+            within = rows[group] - columns.start
+            own = ((within >= 0) & (within < block.shape[1])).nonzero().squeeze(1)
+            block[own, within[own]] = float("-inf")
+            _merge(keys[group], block, columns.start)
+    index, correlation = unpack(keys)
+    return Neighbors(index, correlation, torch.zeros(len(rows)))
+
+
+def _merge(keys: Tensor, block: Tensor, first_column: int) -> None:
+    """Merge a block into its rows' running top-k [r, k], in place.
+
+    After the first blocks few rows still change: those whose best entry here stays below their k-th are left alone,
+    which spares ranking them and changes nothing (an equal entry of a smaller index still counts).
+    """
+    last = keys[:, -1:]
+    least = unpack(last)[1].masked_fill(last == EMPTY, float("-inf")).squeeze(1)
+    best = block.amax(dim=1)
+    rows = ((best >= least) & (best > float("-inf"))).nonzero().squeeze(1)
+    for part in rows.split(BAND):
+        if len(part):
+            keys[part] = top_correlations(keys[part], block[part], first_column)
 
 
 def median_noise_floor(moments: Moments) -> float | None:
@@ -52,8 +95,10 @@ def median_noise_floor(moments: Moments) -> float | None:
     return float(noise_floor(moments)[alive].median()) if alive.any() else None
 
 
-def noise_floor(moments: Moments) -> Tensor:
-    """The correlation that the best of N unrelated samples reaches, for each sample: [N] float32. N counts live ones.
+def noise_floor(moments: Moments, rows: Tensor | slice = slice(None)) -> Tensor:
+    """The correlation that the best of N unrelated samples reaches, for each of some samples: [r] float32.
+
+    N counts live samples.
 
     A null correlation has standard error sqrt((1 + r_i r_j) / ((1 - r_i r_j) T)) with lag-1 autocorrelations r
     (Bartlett 1935) and T = C (T_c - 1) draws; r_j is taken at its mean over samples. With D = 1 / se^2 effective draws
@@ -64,7 +109,7 @@ def noise_floor(moments: Moments) -> Tensor:
     num_alive = int(alive.sum())
     draws = moments.num_chains * (moments.num_draws - 1)
     lag1 = moments.lag1.clamp(-0.99, 0.99)
-    product = lag1 * lag1[alive].mean() if num_alive else lag1 * 0.0
+    product = lag1[rows] * lag1[alive].mean() if num_alive else lag1[rows] * 0.0
     effective = (draws * (1 - product) / (1 + product)).numpy()
     freedom = np.maximum(effective - 2.0, 1e-3)
     t = stats.t.ppf(1.0 - 1.0 / max(num_alive, 2), freedom)

@@ -1,0 +1,96 @@
+"""The whole N x N matrix on disk, for other tools: dense Zarr or .npy, written a tile at a time."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import zarr
+
+from lossk.dense import write_dense
+from lossk.disk import consolidate, create_array, in_one_step, sync_tree
+from lossk.store import sync
+
+if TYPE_CHECKING:
+    from lossk.kernel import LossKernel
+
+
+def write_zarr(kernel: LossKernel, path: Path, *, correlation: bool) -> None:
+    """Write a Zarr v3 group of `covariance` (or `correlation`) [N, N] float32, one chunk per tile, and [N] float64
+    `variance` and `mean_loss`: dimensions "row" and "column", a checksum per chunk."""
+    refuse_too_large(kernel.num_samples, path)
+    name = "correlation" if correlation else "covariance"
+    with in_one_step(path) as parts:
+        group = zarr.create_group(parts, zarr_format=3)
+        group.attrs.update(attributes(kernel))
+        n, side = kernel.num_samples, kernel.tile
+        matrix = create_array(group, name, (n, n), "float32", ("row", "column"), (side, side))
+        matrix.attrs["units"] = "1" if correlation else "nats^2"
+        for label, values in (("variance", kernel.variance), ("mean_loss", kernel.mean_loss)):
+            create_array(group, label, (n,), "float64", ("row",), (2**20,))[...] = values.numpy()
+
+        def put(rows: slice, columns: slice, tile: np.ndarray) -> None:
+            matrix[rows, columns] = tile
+
+        write_dense(kernel, put, correlation=correlation)
+        sync_tree(parts)
+        consolidate(parts)
+
+
+def write_npy(kernel: LossKernel, path: Path, *, correlation: bool) -> np.memmap:
+    """Write an .npy file [N, N] float32, and open it as a read-only memory map.
+
+    Written by position, not through the map: pages of a map that are written count as the process's memory.
+    """
+    if path.exists():
+        raise FileExistsError(f"path {str(path)!r} exists; nothing is overwritten")
+    refuse_too_large(kernel.num_samples, path)
+    n, parts = kernel.num_samples, path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        with parts.open("wb") as file:
+            np.lib.format.write_array_header_1_0(file, {"descr": "<f4", "fortran_order": False, "shape": (n, n)})
+            file.flush()
+            start = file.tell()
+            file.truncate(start + 4 * n * n)
+
+            def put(rows: slice, columns: slice, tile: np.ndarray) -> None:
+                for row, line in zip(range(rows.start, rows.stop), np.ascontiguousarray(tile, "<f4"), strict=True):
+                    _write_all(file.fileno(), line.tobytes(), start + 4 * (n * row + columns.start))
+
+            write_dense(kernel, put, correlation=correlation)
+            os.fsync(file.fileno())
+        parts.replace(path)
+        sync(path.parent)
+    finally:
+        parts.unlink(missing_ok=True)
+    return np.load(path, mmap_mode="r", allow_pickle=False)
+
+
+def refuse_too_large(num_samples: int, path: Path) -> None:
+    """Raise OSError, with the sizes, where the matrix does not fit onto the disk."""
+    needed, free = 4 * num_samples**2, shutil.disk_usage(path.resolve().parent).free
+    if needed > free:
+        raise OSError(
+            f"the {num_samples} x {num_samples} matrix needs {needed / 1e9:.1f} GB and {free / 1e9:.1f} GB are free "
+            f"where {str(path)!r} is to lie"
+        )
+
+
+def attributes(kernel: LossKernel) -> dict[str, Any]:
+    """What the matrix is of."""
+    return {
+        "num_chains": kernel.num_chains,
+        "num_draws": kernel.num_draws,
+        "centering": kernel.centering,
+        "made_by": "lossk",
+        "sets": {name: [rows.start, rows.stop] for name, rows in kernel.sets.items()},
+    }
+
+
+def _write_all(descriptor: int, content: bytes, at: int) -> None:
+    while content:
+        done = os.pwrite(descriptor, content, at)
+        content, at = content[done:], at + done

@@ -1,0 +1,229 @@
+"""Loss traces to disk as they come: the factor form of a kernel, float16, in chunks of samples.
+
+Sample i's deviations from its chain means are divided by s_i, a power of two near their standard deviation, and rounded
+to float16: relative error u = 2^-11 each (2^-25 absolute below 2^-14; they never overflow, being at most sqrt(2 D)).
+By Cauchy and Schwarz the error of a covariance is then at most (2 u + u^2) sqrt(K_ii K_jj), about 0.001 of R's range
+in the worst case; roundings of D draws are independent, so it is typically u / sqrt(D), 1/2048 of the Monte Carlo
+error. Means, variances and scales are float64 and exact; the diagonal is read from them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import torch
+import zarr
+from torch import Tensor
+
+from lossk.centring import centre, degrees_of_freedom, empty_moments, note
+from lossk.diagnostics import diagnose, watched_samples
+from lossk.disk import consolidate, create_array, in_one_step, sync_tree
+from lossk.neighbors import median_noise_floor
+from lossk.settings import CENTERINGS, check_choice
+from lossk.store import FORMAT, write_json
+
+CHUNK_BYTES = 2**24  # of a chunk on disk, about
+MOST_SAMPLES = 4096  # of a chunk, which is also the kernel's tile
+DTYPES = {"float16": torch.float16, "float32": torch.float32}
+
+
+def chunk_samples(num_rows: int, dtype: str) -> int:
+    """Samples per chunk of a factor of D rows: a multiple of 16, at most 4,096."""
+    fitting = CHUNK_BYTES // (num_rows * DTYPES[dtype].itemsize)
+    return max(16, min(MOST_SAMPLES, fitting // 16 * 16))
+
+
+class TraceWriter:
+    """Writes losses [C, T, N] to a store, some samples at a time; `lossk.open` reads it as their kernel.
+
+        with lossk.TraceWriter("traces.lossk", num_chains=4, num_draws=250, num_samples=1_000_000) as writer:
+            for losses in parts:  # [4, 250, n] each, the next n samples
+                writer.append(losses)
+
+    Takes about 40 bytes per draw and sample of one chunk, and 8 (C + 5) per sample (at 1,000 draws of 1,000,000 samples
+    in 4 chains: 160 MB and 72 MB), whatever is appended. The store is complete once the block is left without an
+    error, or `close` is called, and not there at all before; a process that is killed leaves a hidden `.part` folder.
+
+    Args:
+        path: of the store; an existing one is refused.
+        centering: "chain" or "pooled", of the kernel.
+        dtype: of the scaled deviations on disk, "float16" or "float32".
+        chunk: samples per chunk; None = 16 MB each, at most 4,096 samples.
+        excess, n_beta, tokens, sets, meta: as of `LossTraces`.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        num_chains: int,
+        num_draws: int,
+        num_samples: int,
+        centering: str = "chain",
+        dtype: str = "float16",
+        chunk: int | None = None,
+        excess: Tensor | None = None,
+        n_beta: float | None = None,
+        tokens: Tensor | None = None,
+        sets: Mapping[str, slice] | None = None,
+        meta: dict[str, Any] | None = None,
+    ) -> None:
+        least = {"num_chains": (num_chains, 1), "num_draws": (num_draws, 2), "num_samples": (num_samples, 1)}
+        if chunk is not None:
+            least["chunk"] = (chunk, 1)
+        for name, (value, bound) in least.items():
+            if isinstance(value, bool) or not isinstance(value, int) or value < bound:
+                raise ValueError(f"{name} must be an integer of at least {bound}, got {value!r}")
+        check_choice("centering", centering, CENTERINGS)
+        check_choice("dtype", dtype, tuple(DTYPES))
+        self.num_chains, self.num_draws, self.num_samples = num_chains, num_draws, num_samples
+        self.centering, self.dtype = centering, dtype
+        self.chunk = min(chunk or chunk_samples(num_chains * num_draws, dtype), num_samples)
+        self.num_written = 0  # samples appended
+        self._closed = False
+        self._excess, self._n_beta, self._tokens = excess, n_beta, tokens
+        self._sets, self._meta = dict(sets or {}), dict(meta or {})
+        self._held = np.empty((num_chains, num_draws, self.chunk), dtype=np.float32)
+        self._moments = empty_moments(num_chains, num_draws, num_samples, centering)
+        self._watched = watched_samples(num_samples)
+        self._watched_losses = torch.empty(num_chains, num_draws, len(self._watched))
+        self._total = torch.zeros(num_chains, num_draws, dtype=torch.float64)  # of the losses, over samples
+        self._num_constant = 0
+        self._writing = ExitStack()
+        self._parts = self._writing.enter_context(in_one_step(Path(path)))
+        try:
+            self._group = zarr.create_group(self._parts, zarr_format=3)
+            shape, chunks = (num_chains * num_draws, num_samples), (num_chains * num_draws, self.chunk)
+            self._factor = create_array(self._group, "factor", shape, dtype, ("draw", "sample"), chunks)
+        except BaseException as error:
+            self._abandon(error)
+            raise
+
+    def append(self, losses: Tensor | np.ndarray) -> None:
+        """Add the next n samples: [C, T, n] losses in nats, finite.
+
+        Raises:
+            ValueError: another shape, more samples than were announced, a non-finite loss, or a closed writer.
+        """
+        if self._closed:
+            raise ValueError("the writer is closed")
+        rest = self.num_samples - self.num_written
+        right = len(losses.shape) == 3 and tuple(losses.shape[:2]) == (self.num_chains, self.num_draws)
+        if not right or losses.shape[2] > rest:
+            raise ValueError(
+                f"losses must have shape [{self.num_chains}, {self.num_draws}, n] with n at most the {rest} samples "
+                f"still to come, got {list(losses.shape)}"
+            )
+        start, stop = 0, losses.shape[2]
+        while start < stop:
+            held = self.num_written % self.chunk
+            count = min(self.chunk - held, stop - start)
+            part = losses[:, :, start : start + count]
+            part = part.detach().float().numpy(force=True) if isinstance(part, Tensor) else np.asarray(part)
+            with np.errstate(over="ignore"):  # what float32 cannot hold is not finite
+                part = part.astype(np.float32, copy=False)
+            self._refuse_non_finite(part)
+            self._held[:, :, held : held + count] = part
+            self.num_written, start = self.num_written + count, start + count
+            if held + count == self.chunk or self.num_written == self.num_samples:
+                self._write_chunk(self.num_written - held - count, torch.from_numpy(self._held[:, :, : held + count]))
+
+    def _refuse_non_finite(self, part: np.ndarray) -> None:
+        if not np.isfinite(part).all():
+            chain, draw, sample = np.argwhere(~np.isfinite(part))[0].tolist()
+            value = part[chain, draw, sample]
+            at = f"chain {chain}, draw {draw}, sample {self.num_written + sample}"
+            raise ValueError(f"losses must be finite; {at} is {value}")
+
+    def _write_chunk(self, start: int, losses: Tensor) -> None:
+        span = slice(start, start + losses.shape[2])
+        centred = centre(losses, self.centering, DTYPES[self.dtype])
+        self._factor[:, span] = centred.factor.numpy()
+        note(self._moments, span, centred)
+        self._total += losses.sum(dim=2, dtype=torch.float64)
+        self._num_constant += int((losses == losses[:, :1]).all(dim=1).all(dim=0).sum())
+        here = (self._watched >= span.start) & (self._watched < span.stop)
+        self._watched_losses[:, :, here] = losses[:, :, self._watched[here] - span.start]
+
+    def close(self) -> None:
+        """Finish the store; again, nothing.
+
+        Raises:
+            ValueError: samples are missing; no store is left.
+        """
+        if self._closed:
+            return
+        self._closed = True
+        try:
+            if self.num_written < self.num_samples:
+                raise ValueError(f"{self.num_written} of {self.num_samples} samples were appended; no store is written")
+            self._finish()
+        except BaseException as error:
+            self._abandon(error)
+            raise
+        self._writing.close()
+
+    def _finish(self) -> None:
+        for name in ("mean", "variance", "scale", "lag1"):
+            self._write(name, getattr(self._moments, name), ("sample",))
+        self._write("chain_mean", self._moments.chain_mean, ("chain", "sample"))
+        if self._tokens is not None:
+            self._write("tokens", self._tokens, ("sample", "index"))
+        write_json(self._parts / "config.json", self._description())
+        sync_tree(self._parts)
+        self._write("complete", torch.ones(1, dtype=torch.int8), ("format",))
+        sync_tree(self._parts / "complete")
+        consolidate(self._parts)
+
+    def _write(self, name: str, values: Tensor, dimensions: tuple[str, ...]) -> None:
+        dtype = str(values.dtype).removeprefix("torch.")
+        chunks = (*values.shape[:-1], 2**20) if dimensions[-1] == "sample" else (2**20, *values.shape[1:])
+        create_array(self._group, name, tuple(values.shape), dtype, dimensions, chunks)[...] = values.numpy()
+
+    def _description(self) -> dict[str, Any]:
+        diagnostics = diagnose(
+            mean_loss=self._total / self.num_samples,
+            watched=self._watched_losses,
+            dead_share=self._num_constant / self.num_samples,
+            noise_floor=median_noise_floor(self._moments),
+            excess=self._excess,
+            n_beta=self._n_beta,
+            criteria=None,
+            pilot=None,
+            sampler=None,
+        )
+        return {
+            **self._meta.get("config", {}),
+            "format": FORMAT,
+            "kind": "factor",
+            "factor_chunk": self.chunk,
+            "num_samples": self.num_samples,
+            "tile": self.chunk,
+            "num_chains": self.num_chains,
+            "num_draws": self.num_draws,
+            "centering": self.centering,
+            "sets": {name: [rows.start, rows.stop] for name, rows in self._sets.items()} or None,
+            "freedom": degrees_of_freedom(self.num_chains, self.num_draws, self.centering),
+            "meta": self._meta,
+            "diagnostics": diagnostics.to_dict(),
+        }
+
+    def _abandon(self, error: BaseException) -> None:
+        self._closed = True
+        self._writing.__exit__(type(error), error, None)
+
+    def __enter__(self) -> TraceWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is None:
+            self.close()
+        else:
+            self._abandon(error)
