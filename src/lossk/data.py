@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import warnings
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -43,6 +43,7 @@ class Samples:
     tree: Any
     num_samples: int
     transform: Transform | None = None
+    _views: dict[int, list[tuple[int, Any]]] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __len__(self) -> int:
         return self.num_samples
@@ -53,6 +54,19 @@ class Samples:
             return batch
         inputs, targets = batch
         return self.transform(inputs), targets
+
+    def batches(self, size: int) -> Iterator[tuple[int, Any]]:
+        """(first sample, batch) of all samples in order, `size` at a time.
+
+        Batches that are nothing but views are made once and kept: a probe passes over the same ones at every draw.
+        """
+        starts = range(0, len(self), size)
+        if self.transform is not None or any(t.dtype in HALVES for t in leaves(self.tree)):
+            yield from ((start, self[start : start + size]) for start in starts)
+            return
+        if size not in self._views:
+            self._views[size] = [(start, self[start : start + size]) for start in starts]
+        yield from self._views[size]
 
     def transformed(self, transform: Transform | None, name: str) -> Samples:
         """The same data with a transform, tried on one batch.

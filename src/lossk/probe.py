@@ -33,15 +33,16 @@ class ProbePart:
             ValueError: the loss masks other tokens than it did at the trained weights.
         """
         batch, row = fitting_batch(task.passes.probe_batch, self.positions), 0
-        for start in range(0, len(self.samples), batch):
-            losses, mask = task.rows(self.samples[start : start + batch])
-            if self.tokens is not None and (mask is None or not self._same(mask, start, row)):
-                raise ValueError(
-                    f"loss: the mask must depend on the data only, but that of {self.name} samples {start} to "
-                    f"{min(start + batch, len(self.samples)) - 1} changed from one pass to another"
-                )
-            out[row : row + len(losses)] = losses
-            row += len(losses)
+        with task.evaluating() as rows:
+            for start, part in self.samples.batches(batch):
+                losses, mask = rows(part)
+                if self.tokens is not None and (mask is None or not self._same(mask, start, row)):
+                    raise ValueError(
+                        f"loss: the mask must depend on the data only, but that of {self.name} samples {start} to "
+                        f"{min(start + batch, len(self.samples)) - 1} changed from one pass to another"
+                    )
+                out[row : row + len(losses)] = losses
+                row += len(losses)
 
     def _same(self, mask: Tensor, start: int, row: int) -> bool:
         assert self.tokens is not None

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from fnmatch import fnmatchcase
+from functools import partial
 from types import TracebackType
 from typing import Any
 
@@ -190,8 +191,14 @@ class Task:
 
     def rows(self, batch: Any) -> tuple[Tensor, Tensor | None]:
         """A batch's rows of the kernel at the present weights: [R] float32, nats; of a loss per token also its mask."""
+        with self.evaluating() as rows:
+            return rows(batch)
+
+    @contextlib.contextmanager
+    def evaluating(self) -> Iterator[Callable[[Any], tuple[Tensor, Tensor | None]]]:
+        """`rows` for many batches: what a pass needs around it is entered once."""
         with torch.inference_mode(), self.autocast():
-            return self.loss.rows(self._run_model, batch)
+            yield partial(self.loss.rows, self._run_model)
 
     def gradient(self, samples: Samples, index: Tensor) -> float:
         """Leave the gradient of the mean loss over `index` in `grad`; return that mean loss.
