@@ -27,7 +27,7 @@ def make_losses(num_samples: int = 53) -> np.ndarray:
     shared = rng.standard_normal((2, 9, 3)) @ rng.standard_normal((3, num_samples))
     losses = shared + rng.standard_normal((2, 9, num_samples)) + rng.standard_normal((2, 1, num_samples))
     losses *= 10.0 ** rng.uniform(-7, 0, num_samples)
-    losses[:, :, 16:33] = 0.5  # a whole tile of dead samples, whose chunks Zarr leaves out
+    losses[:, :, 16:33] = 0.5  # a whole tile of dead samples
     return losses.astype(np.float32)
 
 

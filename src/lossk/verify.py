@@ -144,9 +144,8 @@ def _check_kernel(
     check = (FactorCheck if kind == "factor" else TileCheck)(moments, config, str(arrays[kind].dtype), blocks)
 
     def is_lost(region: Region) -> bool:
-        """Zarr leaves out a chunk of zeros, which only samples that never vary have; `TraceWriter` writes it."""
-        sides = region[1:] if kind == "factor" else region
-        return "factor_chunk" in config or not any(dead[side].all() for side in sides)
+        """Of a saved factor Zarr leaves out a chunk of zeros, which only samples that never vary have."""
+        return kind == "tiles" or "factor_chunk" in config or not any(dead[side].all() for side in region[1:])
 
     for coordinates, region, values in _chunks(path, kind, arrays[kind], found, is_lost):
         found.problems += check.add(coordinates, region, values)
