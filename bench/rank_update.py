@@ -98,7 +98,7 @@ def section(found: Found) -> str:
     return "\n\n".join([title, table(head, rows), f"{share} That of the CNN's is under *Where the time goes*.", HOW])
 
 
-HOW = """N^2 k operations are counted, those of the triangle, though tiles on the diagonal are computed whole.
+HOW = """N^2 k operations are counted, those of the triangle, though *products* computes tiles on the diagonal whole.
 *Products* are the matrix products alone (`lossk.ops.rank_update` over all tiles), *panel* is what a run pays:
 statistics and centring in float64, scaling, products. Cases take turns."""
 
