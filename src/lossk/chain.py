@@ -110,7 +110,7 @@ class Chain(ABC):
                 yield None
             excess += self.advance()
             self.draw += 1
-            distance = float(torch.linalg.vector_norm(self.task.flat - self.task.anchor))
+            distance = float(torch.dist(self.task.flat, self.task.anchor))
             yield Draw(self.chain, self.draw - 1, excess / steps, distance, self.acceptance())
 
 
