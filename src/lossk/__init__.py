@@ -12,11 +12,11 @@ from lossk.hmc import HMC
 from lossk.kernel import LossKernel
 from lossk.laplace import Laplace
 from lossk.neighbors import Neighbors
-from lossk.opening import open_store as open  # noqa: F401 - `lossk.open`, see below
 from lossk.passes import Passes
 from lossk.predicted import predicted_labels
 from lossk.probe_sets import ProbeSets
 from lossk.sgld import SGLD
+from lossk.store import open_kernel as open  # noqa: F401 - `lossk.open`, see below
 from lossk.trace_writer import TraceWriter
 from lossk.traces import LossTraces
 

@@ -17,13 +17,13 @@ import lossk
 from lossk import cli_stores, cli_tune, provenance
 from lossk.analysis.purity import chance_purity, class_purity
 from lossk.config import RunConfig, load_config, parse_override
+from lossk.disk import refuse_to_delete
 from lossk.errors import LosskError
 from lossk.kernel import LossKernel
 from lossk.neighbors import Neighbors
 from lossk.passes import Passes
 from lossk.recipes import RecipeTask, packaged_names
 from lossk.samplers import read_sampler
-from lossk.store import refuse_to_delete
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

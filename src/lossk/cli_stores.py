@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from lossk.errors import StoreError
-from lossk.opening import open_store
 from lossk.plan import gigabytes
-from lossk.store import progress_of
+from lossk.store import open_kernel, progress_of
 
 
 def add_commands(commands: Any) -> None:
@@ -37,7 +36,7 @@ def run_info(options: argparse.Namespace) -> None:
 
     path = Path(options.store)
     try:
-        kernel = open_store(path)
+        kernel = open_kernel(path)
     except StoreError:
         if (path / "complete").exists() or not (path / "config.json").exists():
             raise
@@ -78,7 +77,7 @@ def run_verify(options: argparse.Namespace) -> int:
 
 
 def run_export(options: argparse.Namespace) -> None:
-    kernel, out = open_store(options.store), Path(options.out)
+    kernel, out = open_kernel(options.store), Path(options.out)
     if options.format == "npy":
         kernel.to_memmap(out, correlation=options.correlation)
     else:

@@ -1,19 +1,22 @@
-"""Zarr v3 groups as this package writes them: named dimensions, a checksum per chunk, in place in one step."""
+"""Files, folders and Zarr v3 groups as this package writes them: durable, in one step, a checksum per chunk."""
 
 from __future__ import annotations
 
+import fcntl
+import json
 import os
 import shutil
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import zarr
 from zarr.codecs import Crc32cCodec
 from zarr.errors import ZarrUserWarning
 
-from lossk.store import refuse_to_delete, sync
+from lossk.errors import StoreError
 
 
 @contextmanager
@@ -37,6 +40,20 @@ def in_one_step(path: Path, overwrite: bool = False) -> Iterator[Path]:
         sync(path.parent)
     finally:
         _remove(parts)
+
+
+def refuse_to_delete(path: Path) -> None:
+    """Raise StoreError unless a path may be overwritten: nothing is there, or a store that nobody is writing."""
+    if not path.exists():
+        return
+    if not (path.is_dir() and (path / "zarr.json").exists()):
+        raise StoreError(f"{str(path)!r} is not a .lossk store; it will not be overwritten")
+    if (path / ".lock").exists():
+        with (path / ".lock").open() as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise StoreError(f"{str(path)!r} is being written by another process") from error
 
 
 def _remove(path: Path) -> None:
@@ -80,3 +97,49 @@ def sync_tree(path: Path) -> None:
         for name in files:
             sync(Path(folder) / name)
         sync(Path(folder))
+
+
+def read_lines(path: Path) -> list[Any]:
+    """The JSON of each line of a log, none where there is no log; a torn last line is not one."""
+    if not path.exists():
+        return []
+    found = []
+    for line in path.read_bytes().split(b"\n")[:-1]:  # every whole line ends in a newline
+        try:
+            found.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return found
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Replace a JSON file in one step, durably."""
+    replace_file(path, json.dumps(content, indent=1, allow_nan=True).encode() + b"\n")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text())
+    except (OSError, json.JSONDecodeError) as error:
+        raise StoreError(f"{path.name} of {str(path.parent)!r} cannot be read: {error}") from error
+
+
+def replace_file(path: Path, *content: bytes) -> None:
+    """Write a file, or replace it, in one step, durably."""
+    parts = path.with_name(f".{path.name}.part")
+    with parts.open("wb") as file:
+        for part in content:
+            file.write(part)
+        file.flush()
+        os.fsync(file.fileno())
+    parts.replace(path)
+    sync(path.parent)
+
+
+def sync(path: Path) -> None:
+    """fsync a file or a directory."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

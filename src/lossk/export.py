@@ -11,8 +11,7 @@ import numpy as np
 import zarr
 
 from lossk.dense import write_dense
-from lossk.disk import consolidate, create_array, in_one_step, sync_tree
-from lossk.store import sync
+from lossk.disk import consolidate, create_array, in_one_step, sync, sync_tree
 
 if TYPE_CHECKING:
     from lossk.kernel import LossKernel

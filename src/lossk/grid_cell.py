@@ -17,10 +17,10 @@ from torch.utils.data import DataLoader
 from lossk.analysis.purity import chance_purity, class_purity
 from lossk.build import build_kernel
 from lossk.data import Samples, read_samples
+from lossk.disk import read_json
 from lossk.errors import DivergedError, StoreError
 from lossk.recipes import RecipeTask
 from lossk.sgld import SGLD
-from lossk.store import read_json
 
 NEIGHBORS = 10
 Data = tuple[Any, Tensor | None, Any]  # probe samples, their labels [n] or None, training samples

@@ -19,9 +19,10 @@ from typing import Any
 import torch
 
 from lossk.config import RunConfig
+from lossk.disk import read_json, write_json
 from lossk.errors import LosskError, StoreError
 from lossk.grid_cell import PlannedCell, grid_data, read_cell, run_cell
-from lossk.store import read_json, refuse_other_run, write_json
+from lossk.store import refuse_other_run
 
 POLL_SECONDS = 0.2
 PLAN, PICTURE = "grid.json", "grid.png"

@@ -361,11 +361,6 @@ class LossKernel:
 
     def save(self, path: str | Path, overwrite: bool = False) -> None:
         """Write a `.lossk` store, which `lossk.open` reads. An existing path is refused unless `overwrite`."""
-        from lossk.opening import copy_store
         from lossk.store import save_kernel
-        from lossk.stored_factor import StoredFactor
 
-        if isinstance(self._blocks, StoredFactor):
-            copy_store(self._blocks.path, Path(path), overwrite)
-        else:
-            save_kernel(self, Path(path), overwrite=overwrite)
+        save_kernel(self, Path(path), overwrite=overwrite)

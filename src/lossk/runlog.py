@@ -15,10 +15,11 @@ import zarr
 from torch import Tensor
 
 from lossk.chain import ChainState, Draw
+from lossk.disk import read_json, replace_file, sync, write_json
 from lossk.errors import StoreError
 from lossk.kernel import LossKernel
 from lossk.panel import Panel
-from lossk.store import read_commits, read_json, refuse_other_run, replace_file, sync, write_json, write_kernel
+from lossk.store import read_commits, refuse_other_run, write_kernel
 from lossk.stored_tiles import CHECKED, WRITE_ALL
 
 BEFORE_CONFIG = {"zarr.json", "losses", ".lock", ".config.json.part"}  # what a run killed at its very start leaves

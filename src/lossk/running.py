@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lossk.blocks import Moments, power_of_two_near, tile_spans
+from lossk.centring import degrees_of_freedom
 from lossk.panel import ChainStatistics, ChainTotals
 
 STRIPE = 4096  # columns taken in at a time, which bounds the float64 temporaries
@@ -62,9 +63,7 @@ class RunningMoments:
     @property
     def freedom(self) -> int:
         """What a sum of products is divided by: the draws less one, of each chain or of all."""
-        if self.centering == "pooled":
-            return self.num_chains * self.num_draws - 1
-        return self.num_chains * (self.num_draws - 1)
+        return degrees_of_freedom(self.num_chains, self.num_draws, self.centering)
 
     def between(self) -> Tensor:
         """[C, N] float64: rows whose products are what the spread of the chain means adds under pooled centring."""

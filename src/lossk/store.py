@@ -13,11 +13,7 @@ Nothing in a store is executable: JSON, Zarr chunks with checksums, and NumPy ar
 
 from __future__ import annotations
 
-import fcntl
-import json
-import os
 import shutil
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -26,12 +22,13 @@ import numpy as np
 import torch
 import zarr
 from torch import Tensor
-from zarr.errors import ZarrUserWarning
 
 from lossk.blocks import FactorBlocks, Moments, TileBlocks
 from lossk.diagnostics import Diagnostics
+from lossk.disk import consolidate, in_one_step, read_json, read_lines, sync_tree, write_json
 from lossk.errors import StoreError
 from lossk.kernel import LossKernel
+from lossk.stored_factor import StoredFactor
 from lossk.stored_tiles import CHECKED, StoredTiles, write_tiles
 
 FORMAT = 1
@@ -41,31 +38,12 @@ def save_kernel(kernel: LossKernel, path: Path, *, overwrite: bool = False) -> N
     """Write a finished kernel beside its final name and move it there in one step."""
     if path.exists() and not overwrite:
         raise FileExistsError(f"path {str(path)!r} exists; pass overwrite=True to replace it")
-    refuse_to_delete(path)
-    parts = path.with_name(f".{path.name}.{os.getpid()}.part")
-    shutil.rmtree(parts, ignore_errors=True)
-    try:
-        zarr.create_group(parts, zarr_format=3)
-        write_kernel(kernel, parts)
-        if path.exists():
-            shutil.rmtree(path)
-        parts.rename(path)
-    finally:
-        shutil.rmtree(parts, ignore_errors=True)
-
-
-def refuse_to_delete(path: Path) -> None:
-    """Raise StoreError unless a path may be overwritten: nothing is there, or a store that nobody is writing."""
-    if not path.exists():
-        return
-    if not (path.is_dir() and (path / "zarr.json").exists()):
-        raise StoreError(f"{str(path)!r} is not a .lossk store; it will not be overwritten")
-    if (path / ".lock").exists():
-        with (path / ".lock").open() as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise StoreError(f"{str(path)!r} is being written by another process") from error
+    with in_one_step(path, overwrite) as parts:
+        if isinstance(kernel._blocks, StoredFactor):  # a finished store is never changed: its copy is as good
+            shutil.copytree(kernel._blocks.path, parts)
+        else:
+            zarr.create_group(parts, zarr_format=3)
+            write_kernel(kernel, parts)
 
 
 def write_kernel(kernel: LossKernel, path: Path, *, with_tiles: bool = True) -> None:
@@ -103,18 +81,10 @@ def write_kernel(kernel: LossKernel, path: Path, *, with_tiles: bool = True) -> 
         "diagnostics": None if kernel.diagnostics is None else kernel.diagnostics.to_dict(),
     }
     write_json(path / "config.json", description)
-    _sync_tree(path)
+    sync_tree(path)
     _write_array(group, "complete", torch.ones(1, dtype=torch.int8), ("format",))
-    _sync_tree(path / "complete")
-    _consolidate(path)
-
-
-def _consolidate(path: Path) -> None:
-    """List the arrays in the group's own metadata: readers then need not list the folder and warn of config.json."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ZarrUserWarning)  # that the Zarr v3 specification leaves this to the library
-        zarr.consolidate_metadata(path)
-    sync(path / "zarr.json")
+    sync_tree(path / "complete")
+    consolidate(path)
 
 
 def _write_array(group: zarr.Group, name: str, values: Tensor, dimensions: tuple[str, ...]) -> None:
@@ -131,7 +101,7 @@ def _write_array(group: zarr.Group, name: str, values: Tensor, dimensions: tuple
 
 
 def open_kernel(path: str | Path) -> LossKernel:
-    """Open a `.lossk` store for reading; tiles stay on disk until they are asked for.
+    """Open a `.lossk` store for reading; tiles, and traces written by `TraceWriter`, stay on disk until asked for.
 
     Raises:
         StoreError: no store there, unfinished (with how far it got), or of a newer format.
@@ -155,7 +125,9 @@ def open_kernel(path: str | Path) -> LossKernel:
         centering=description["centering"],
     )
     blocks: FactorBlocks | TileBlocks
-    if description["kind"] == "factor":
+    if "factor_chunk" in description:
+        blocks = StoredFactor(_array(group, "factor"), description["freedom"], path)
+    elif description["kind"] == "factor":
         blocks = FactorBlocks(_read(group, "factor"), description["freedom"], description["tile"])
     else:
         tile = description["tile"]
@@ -203,7 +175,10 @@ def refuse_other_run(path: Path, saved: Mapping[str, Any], request: Mapping[str,
 
 
 def _read(group: zarr.Group, name: str) -> Tensor:
-    return torch.from_numpy(np.asarray(_array(group, name)[...]))
+    try:
+        return torch.from_numpy(np.asarray(_array(group, name)[...]))
+    except ValueError as error:
+        raise StoreError(f"the store's array {name!r} is damaged: {error}") from error
 
 
 def _array(group: zarr.Group, name: str) -> zarr.Array:
@@ -229,56 +204,3 @@ def progress_of(path: Path) -> str:
 def read_commits(path: Path) -> list[dict[str, Any]]:
     """The committed panels, in order."""
     return read_lines(path / "commits.jsonl")
-
-
-def read_lines(path: Path) -> list[Any]:
-    """The JSON of each line of a log, none where there is no log; a torn last line is not one."""
-    if not path.exists():
-        return []
-    found = []
-    for line in path.read_bytes().split(b"\n")[:-1]:  # every whole line ends in a newline
-        try:
-            found.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return found
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Replace a JSON file in one step, durably."""
-    replace_file(path, json.dumps(content, indent=1, allow_nan=True).encode() + b"\n")
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text())
-    except (OSError, json.JSONDecodeError) as error:
-        raise StoreError(f"{path.name} of {str(path.parent)!r} cannot be read: {error}") from error
-
-
-def replace_file(path: Path, *content: bytes) -> None:
-    """Write a file, or replace it, in one step, durably."""
-    parts = path.with_name(f".{path.name}.part")
-    with parts.open("wb") as file:
-        for part in content:
-            file.write(part)
-        file.flush()
-        os.fsync(file.fileno())
-    parts.replace(path)
-    sync(path.parent)
-
-
-def sync(path: Path) -> None:
-    """fsync a file or a directory."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _sync_tree(path: Path) -> None:
-    for folder, _, files in os.walk(path):
-        for name in files:
-            sync(Path(folder) / name)
-        sync(Path(folder))

@@ -27,11 +27,11 @@ import zarr
 from torch import Tensor
 
 from lossk.blocks import Moments, TileBlocks, tile_spans
+from lossk.disk import read_lines, replace_file
 from lossk.layout import Layout
 from lossk.panel import ChainTotals
 from lossk.runlog import RunLog
 from lossk.running import RunningMoments
-from lossk.store import read_lines, replace_file
 from lossk.stored_tiles import COMPRESSED, StoredTiles, chunk_path, create_tiles, encode_tile
 from lossk.tiles import add_rows, finish_tile
 

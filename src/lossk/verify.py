@@ -17,8 +17,9 @@ from typing import Any
 import numpy as np
 import zarr
 
+from lossk.disk import read_json
 from lossk.errors import StoreError
-from lossk.store import FORMAT, progress_of, read_commits, read_json
+from lossk.store import FORMAT, progress_of, read_commits
 from lossk.verify_numbers import FactorCheck, LossCheck, TileCheck, check_moments, choose_blocks
 
 MOMENTS = ("variance", "mean", "scale", "lag1", "chain_mean")
