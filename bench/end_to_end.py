@@ -33,14 +33,6 @@ TARGETS = {"mlp": {PEER: 1.5, FLOOR: 1.05}, "cnn": {PEER: 3.0, FLOOR: 1.05}}
 
 def ours(job: Job) -> Callable[[], Turn]:
     """`build_kernel` as it is called, nothing left to the tuner."""
-    sampler = lossk.SGLD(
-        lr=job.lr,
-        n_beta=job.n_beta,
-        localization=job.localization,
-        batch_size=job.batch_size,
-        num_burnin_steps=0,
-        num_steps_bw_draws=job.num_steps_bw_draws,
-    )
 
     def turn() -> Turn:
         start = time.perf_counter()
@@ -49,7 +41,7 @@ def ours(job: Job) -> Callable[[], Turn]:
             job.probe,
             train=None if job.train is job.probe else job.train,
             loss="token_cross_entropy" if job.per_token else "cross_entropy",
-            sampler=sampler,
+            sampler=job.sampler(),
             num_chains=job.num_chains,
             num_draws=job.num_draws,
             centering="pooled",  # what torch.cov of all draws is

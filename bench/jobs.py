@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import lossk
 from bench.options import JOB_COUNTS, Options
 from bench.peers_devinterp import describe
 from lossk.recipes import fashion, train_classifier
@@ -51,6 +52,18 @@ class Job:
     def num_rows(self) -> int:
         """Rows of the kernel."""
         return self.probe[1].numel()
+
+    def sampler(self, **changes: Any) -> lossk.SGLD:
+        """These settings for lossk: nothing left to the tuner."""
+        return lossk.SGLD(
+            lr=self.lr,
+            n_beta=self.n_beta,
+            localization=self.localization,
+            batch_size=self.batch_size,
+            num_burnin_steps=0,
+            num_steps_bw_draws=self.num_steps_bw_draws,
+            **changes,
+        )
 
     @property
     def draws(self) -> int:

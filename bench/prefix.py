@@ -41,15 +41,7 @@ def measure(options: Options) -> Found:
 def turn(job: Job, name: str, kernels: dict[str, Any]) -> Callable[[], Turn]:
     """One build with the last layer sampled; its kernel is left in `kernels`."""
     last = next(reversed([key for key, _ in job.model.named_parameters()])).rsplit(".", 1)[0]
-    sampler = lossk.SGLD(
-        lr=job.lr,
-        n_beta=job.n_beta,
-        localization=job.localization,
-        batch_size=job.batch_size,
-        num_burnin_steps=0,
-        num_steps_bw_draws=job.num_steps_bw_draws,
-        params=[f"{last}.*"],
-    )
+    sampler = job.sampler(params=[f"{last}.*"])
     passes = lossk.Passes(frozen_prefix=name == CACHED)
 
     def run() -> Turn:

@@ -30,12 +30,12 @@ from typing import Literal
 
 import torch
 
-from lossk.chain import Chain, Surroundings, explosion_limit
+from lossk.chain import Surroundings
 from lossk.errors import DivergedError
-from lossk.force import MinibatchForce
 from lossk.ops.philox import normals
 from lossk.ops.sgld_step import sgld_step
 from lossk.settings import SteppingSettings, check_automatic, check_choice
+from lossk.stepping import SteppingChain
 
 STREAM = 3  # of the Philox counter: the first velocities
 
@@ -73,21 +73,12 @@ class BAOAB(SteppingSettings):
         check_choice("control_variate", self.control_variate, (True, False))
 
 
-class BAOABChain(Chain):
+class BAOABChain(SteppingChain):
     """One chain from w*, its velocity from N(0, I). `memory`: `velocity` and the `force` at the weights, [P] each."""
 
     def __init__(self, around: Surroundings, sampler: BAOAB, chain: int) -> None:
-        assert sampler.resolved
-        super().__init__(
-            around,
-            chain,
-            num_burnin_steps=int(sampler.num_burnin_steps),
-            num_steps_bw_draws=int(sampler.num_steps_bw_draws),
-        )
+        super().__init__(around, sampler, chain, control_variate=sampler.control_variate)
         self.sampler = sampler
-        self.n_beta, self.localization = float(sampler.n_beta or 0), float(sampler.localization)
-        self.minibatch = MinibatchForce(around, sampler.batch_size, chain, control_variate=sampler.control_variate)
-        self.limit = explosion_limit(float(around.anchor_losses.mean()), self.task.num_weights, self.n_beta)
         self._zero = torch.zeros_like(self.task.flat)
 
     def begin(self) -> None:
@@ -127,10 +118,7 @@ class BAOABChain(Chain):
 
     def _renew_force(self, minibatch: int) -> float:
         """F = n_beta g_B(w) + localization (w - w*) into memory; returns L_B(w) - L_B(w*)."""
-        with self.around.timings.measure("gradient"):
-            loss, excess = self.minibatch.gradient(minibatch)
-        if not (math.isfinite(loss) and loss < self.limit):
-            raise self.diverged(f"minibatch loss {loss:.4g} (limit {self.limit:.4g})")
+        excess = self.gradient(minibatch)
         force = self.memory["force"]
         torch.sub(self.task.flat, self.task.anchor, out=force).mul_(self.localization)
         force.add_(self.task.grad, alpha=self.n_beta)

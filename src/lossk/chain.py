@@ -112,12 +112,3 @@ class Chain(ABC):
             self.draw += 1
             distance = float(torch.dist(self.task.flat, self.task.anchor))
             yield Draw(self.chain, self.draw - 1, excess / steps, distance, self.acceptance())
-
-
-def explosion_limit(anchor_loss: float, num_weights: int, n_beta: float) -> float:
-    """The minibatch loss above which a chain counts as exploded, in nats.
-
-    A local posterior raises the mean loss by at most about P / (2 n_beta) (every direction regular); a hundred times
-    that, and a hundred times the loss itself plus one, is beyond any chain that still samples it.
-    """
-    return 100.0 * (1.0 + abs(anchor_loss) + num_weights / (2.0 * n_beta))

@@ -36,8 +36,8 @@ def predicted_labels(model: nn.Module, loader: Any, transform: Transform | None 
     predictions = []
     with Task(model, resolve_loss("cross_entropy")) as task, torch.inference_mode():
         placed = task.place(samples)
-        for start in range(0, len(samples), BATCH):
-            outputs = forward(model, split_batch(placed[start : start + BATCH])[0])
+        for _, batch in placed.batches(BATCH):
+            outputs = forward(model, split_batch(batch)[0])
             if outputs.ndim != 2:
                 raise ValueError(f"model must have outputs of shape [B, C], got {list(outputs.shape)}")
             predictions.append(outputs.argmax(dim=1).cpu())

@@ -60,8 +60,7 @@ def _size(cut: Cut, samples: Samples) -> int:
 def _activations(task: Task, cut: Cut, samples: Samples) -> Samples:
     batch = fitting_batch(task.passes.probe_batch, task.loss.positions)
     out: tuple[torch.Tensor, ...] = ()
-    for start in range(0, len(samples), batch):
-        inputs, _ = samples[start : start + batch]
+    for start, (inputs, _) in samples.batches(batch):
         with torch.no_grad(), task.autocast():
             parts = cut.activations(inputs)
         if not out:

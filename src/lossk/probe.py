@@ -160,8 +160,8 @@ def _index(task: Task, part: ProbePart) -> ProbePart:
     if part.positions is None:
         return part
     batch, found = fitting_batch(task.passes.probe_batch, part.positions), []
-    for start in range(0, len(part.samples), batch):
-        _, mask = task.rows(part.samples[start : start + batch])
+    for start, samples in part.samples.batches(batch):
+        _, mask = task.rows(samples)
         if mask is None:
             raise ValueError("loss must always return (losses [B, T], mask [B, T]) or never, got both")
         tokens = mask.nonzero().cpu()
@@ -198,8 +198,8 @@ def probe_losses(task: Task, samples: Samples, out: Tensor) -> None:
         out: [n] float32, nats.
     """
     batch = fitting_batch(task.passes.probe_batch, task.loss.positions)
-    for start in range(0, len(samples), batch):
-        out[start : start + batch] = task.losses(samples[start : start + batch])
+    for start, part in samples.batches(batch):
+        out[start : start + batch] = task.losses(part)
 
 
 def first_non_finite(losses: Tensor) -> int | None:

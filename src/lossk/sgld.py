@@ -23,12 +23,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from lossk.chain import Chain, Surroundings, explosion_limit
+from lossk.chain import Surroundings
 from lossk.errors import DivergedError
-from lossk.force import MinibatchForce
 from lossk.metropolis import Energy, mala_acceptance
 from lossk.ops.sgld_step import sgld_step
 from lossk.settings import SteppingSettings, check_automatic, check_choice
+from lossk.stepping import SteppingChain
 
 PRECONDITIONERS = (None, "rmsprop", "rmsprop-frozen")
 INTEGRATORS = ("euler", "leimkuhler-matthews")
@@ -92,22 +92,12 @@ class SGLD(SteppingSettings):
         return 1.0 if self.preconditioner is None else 1.0 / STABILITY
 
 
-class SGLDChain(Chain):
+class SGLDChain(SteppingChain):
     """One SGLD chain from w*."""
 
     def __init__(self, around: Surroundings, sampler: SGLD, chain: int) -> None:
-        assert sampler.resolved
-        super().__init__(
-            around,
-            chain,
-            num_burnin_steps=int(sampler.num_burnin_steps),
-            num_steps_bw_draws=int(sampler.num_steps_bw_draws),
-        )
+        super().__init__(around, sampler, chain, control_variate=bool(sampler.control_variate))
         self.sampler = sampler
-        self.force = MinibatchForce(around, sampler.batch_size, chain, control_variate=bool(sampler.control_variate))
-        self.limit = explosion_limit(
-            float(around.anchor_losses.mean()), self.task.num_weights, float(sampler.n_beta or 1)
-        )
 
     def begin(self) -> None:
         if self.sampler.preconditioner is not None:
@@ -119,18 +109,14 @@ class SGLDChain(Chain):
 
     def advance(self) -> float:
         """One SGLD step; returns L_B(w) - L_B(w*) at the weights before it."""
-        with self.around.timings.measure("gradient"):
-            loss, excess = self.force.gradient(self.step)
-        if not (math.isfinite(loss) and loss < self.limit):
-            raise self.diverged(f"minibatch loss {loss:.4g} (limit {self.limit:.4g})")
-        lr, localization = float(self.sampler.lr), float(self.sampler.localization)
-        n_beta = float(self.sampler.n_beta or 0)
+        excess = self.gradient(self.step)
+        lr = float(self.sampler.lr)
         with self.around.timings.measure("step"):
             if self.sampler.averaged:  # half of this step's noise with the drift, then half of the next one's
-                self._step(self.step, lr / 4, 4 * n_beta, 4 * localization)
+                self._step(self.step, lr / 4, 4 * self.n_beta, 4 * self.localization)
                 self._step(self.step + 1, lr / 4, 0.0, 0.0)
             else:
-                self._step(self.step, lr, n_beta, localization)
+                self._step(self.step, lr, self.n_beta, self.localization)
         self.step += 1
         return excess
 
@@ -157,12 +143,7 @@ class SGLDChain(Chain):
         """Of a Metropolis test of a full-batch step with this lr (and preconditioner), where it was asked for."""
         if not self.sampler.measure_acceptance:
             return math.nan
-        energy = Energy(
-            self.task,
-            self.around.train,
-            n_beta=float(self.sampler.n_beta or 0),
-            localization=float(self.sampler.localization),
-        )
+        energy = Energy(self.task, self.around.train, n_beta=self.n_beta, localization=self.localization)
         gain: Tensor | float = 1.0
         if "square_avg" in self.memory:
             gain = (self.memory["square_avg"].sqrt() + STABILITY).rsqrt()
