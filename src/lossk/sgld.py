@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Final, Literal
 
 import torch
 from torch import Tensor
@@ -31,7 +31,8 @@ from lossk.settings import SteppingSettings, check_automatic, check_choice
 from lossk.stepping import SteppingChain
 
 PRECONDITIONERS = (None, "rmsprop", "rmsprop-frozen")
-EULER, AVERAGED = "euler", "leimkuhler-matthews"
+EULER: Final = "euler"
+AVERAGED: Final = "leimkuhler-matthews"
 INTEGRATORS = ("auto", EULER, AVERAGED)
 ALPHA, STABILITY = 0.99, 0.1  # of the RMSprop preconditioner
 
