@@ -10,6 +10,7 @@ from torch import nn
 
 from lossk.chain import ChainState
 from lossk.data import Transform
+from lossk.disk import full_disk_named
 from lossk.distributed import joined
 from lossk.distributed_build import build_on_ranks
 from lossk.kernel import LossKernel
@@ -125,7 +126,11 @@ def build_kernel(
     if resume and out is None:
         raise ValueError("resume=True needs out=, the store to continue, got None")
     path = None if out is None else Path(out)
-    with joined(distributed) as ranks, Progress(progress and (ranks is None or ranks.first)) as bar:
+    with (
+        joined(distributed) as ranks,
+        full_disk_named(path),
+        Progress(progress and (ranks is None or ranks.first)) as bar,
+    ):
         if ranks is None and path is not None and path.exists() and not resume:
             raise FileExistsError(f"out={str(path)!r} exists; pass resume=True to continue it, or another path")
         run = Run.prepare(

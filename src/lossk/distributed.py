@@ -161,6 +161,11 @@ def is_launched() -> bool:
     return all(name in os.environ for name in LAUNCHED) and int(os.environ["WORLD_SIZE"]) > 1
 
 
+def rank_name() -> str:
+    """Who this process is, to begin a message with; nothing for a process alone."""
+    return f"rank {os.environ.get('RANK', '?')}: " if is_launched() else ""
+
+
 @contextmanager
 def joined(distributed: bool | None) -> Iterator[Ranks | None]:
     """The ranks of this run while the block lasts, or None for a process alone.
@@ -185,8 +190,8 @@ def joined(distributed: bool | None) -> Iterator[Ranks | None]:
             dist.init_process_group("gloo", timeout=TIMEOUT)
         except (RuntimeError, ValueError) as error:
             raise DistributedError(f"the ranks did not find one another: {error}") from error
+    group = dist.new_group(backend="gloo", timeout=TIMEOUT)
     try:
-        group = dist.new_group(backend="gloo", timeout=TIMEOUT)
         try:
             dist.monitored_barrier(group, timeout=MEETING, wait_all_ranks=True)
         except RuntimeError as error:
@@ -195,8 +200,7 @@ def joined(distributed: bool | None) -> Iterator[Ranks | None]:
             ) from error
         yield Ranks(group)
     finally:
-        if own:
-            dist.destroy_process_group()
+        dist.destroy_process_group(None if own else group)  # a rank that leaves early is seen by the others at once
 
 
 def gather_tiles(

@@ -57,17 +57,21 @@ class RunLog:
         group = zarr.open_group(path, mode="a", zarr_format=3)
         log = cls(path, request["panel"])
         shape = (request["num_chains"], request["num_draws"], request["num_samples"])
-        log.losses = group.create_array(
-            "losses",
-            shape=shape,
-            chunks=(1, log.panel, columns or shape[2]),
-            dtype="float32",
-            dimension_names=("chain", "draw", "sample"),
-            compressors=CHECKED,
-            config=WRITE_ALL,
-            overwrite=True,
-        )
-        write_json(path / "config.json", {**request, "chosen": chosen})
+        try:
+            log.losses = group.create_array(
+                "losses",
+                shape=shape,
+                chunks=(1, log.panel, columns or shape[2]),
+                dtype="float32",
+                dimension_names=("chain", "draw", "sample"),
+                compressors=CHECKED,
+                config=WRITE_ALL,
+                overwrite=True,
+            )
+            write_json(path / "config.json", {**request, "chosen": chosen})
+        except BaseException:
+            log.close()
+            raise
         return log
 
     @classmethod
