@@ -85,7 +85,7 @@ def test_a_write_that_fails_half_way(build: Build, problem: Any, assert_same_ker
     assert_same_kernel(build(problem.model(), problem.data, panel=1, out=path, resume=True), whole)
 
 
-@pytest.mark.parametrize("at", range(0, 40, 3))
+@pytest.mark.parametrize("at", range(0, 40, 6))
 def test_a_disk_that_is_full(
     build: Build, problem: Any, assert_same_kernel: Same, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: int
 ) -> None:

@@ -191,7 +191,7 @@ class RunLog:
             return None
         commit = self.commits[number]
         try:
-            with np.load(self._state_path(number), allow_pickle=False) as saved:
+            with self._state_path(number).open("rb") as file, np.load(file, allow_pickle=False) as saved:
                 arrays = {name: torch.from_numpy(saved[name]) for name in saved.files}
         except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
             raise StoreError(
