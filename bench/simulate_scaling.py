@@ -40,11 +40,11 @@ SOURCES = """\
 **A simulation: nothing here was measured on a GPU.** Constants, from NVIDIA's data sheet of the H100 SXM (80 GB):
 495 TFLOP/s TF32 dense, 67 TFLOP/s float32, 3.35 TB/s; from that of its ConnectX-7 adapters, one to a GPU: 400 Gb/s.
 Assumed: passes run at 25 % of the first (TF32), rank updates at 60 % of the second (full float32), memory and link at
-70 %. The link is taken for 8 GPUs too, where NVLink is faster. Networks: ResNet-18 on 32 x 32 images, 1.1 GFLOP a forward
-pass; ResNet-50 on 224 x 224, 8.2 GFLOP; backward is twice that. Run: 4 chains x 200 draws, 200 steps of burn-in, 10
-between draws, minibatches of 256; tiles of 4,096 in float32, panels of 16 draws. Left out: reading and decoding data
-(taken as resident), start-up, stragglers, the pilot, the end of the run. Where tiles do not fit, the factor form is
-priced instead: lossk does not yet write it from many ranks."""
+70 %. The link is taken for 8 GPUs too, where NVLink is faster. Networks: ResNet-18 on 32 x 32 images, 1.1 GFLOP a
+forward pass; ResNet-50 on 224 x 224, 8.2 GFLOP; backward is twice that. Run: 4 chains x 200 draws, 200 steps of
+burn-in, 10 between draws, minibatches of 256; tiles of 4,096 in float32, panels of 16 draws. Left out: reading and
+decoding data (taken as resident), start-up, stragglers, the pilot, the end of the run. Where tiles do not fit, the
+factor form is priced instead: lossk does not yet write it from many ranks."""
 
 NETWORKS = {
     50_000: ("ResNet-18", 1.1e9, 11.2e6),

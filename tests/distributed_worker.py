@@ -150,8 +150,8 @@ def run(scenario: str, folder: Path, rank: int) -> Any:
         return [first, main(["run", str(config)]), torch.get_num_threads()]
     if scenario == "die":
         build(network(), data(), loss=KillAt(70 if rank == 1 else None), out=folder / "die.lossk", **settings())
-    if scenario == "finish":
-        path = folder / "finish.lossk"
+    if scenario in ("finish", "whole"):
+        path = folder / f"{scenario}.lossk"
         return numbers(build(network(), data(), loss=KillAt(None), out=path, resume=True, **settings()))
     raise ValueError(scenario)
 

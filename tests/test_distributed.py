@@ -23,6 +23,7 @@ import zarr
 import distributed_worker as worker
 import lossk
 import oracles
+from lossk.layout import in_store
 from lossk.mesh import Mesh, choose_mesh, cut_probe, deal_chains, deal_tiles, schedule, tile_shapes
 from lossk.probe import Probe, ProbePart
 
@@ -113,6 +114,19 @@ def test_two_ranks_equal_one(
         file.name for file in (two / f"{scenario}.lossk").iterdir() if "state" in file.name or "tiles-" in file.name
     ]
     assert left == []
+
+
+def test_tiles_made_in_the_store_are_the_same_to_the_bit(
+    two: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However many make them: each is a product of the logged draws, in the order of chain and draw."""
+    monkeypatch.setattr(
+        "lossk.run.choose_layout", lambda size, _, taken, **__: in_store(size, taken, super_panel=size.draws, stripes=2)
+    )
+    alone(tmp_path / "k.lossk")
+    for file in (tmp_path / "k.lossk" / "tiles" / "c").glob("*/*"):
+        found = two / "outofcore.lossk" / file.relative_to(tmp_path / "k.lossk")
+        assert found.read_bytes() == file.read_bytes()
 
 
 def test_tokens(two: Path, tmp_path: Path) -> None:
@@ -302,6 +316,18 @@ def test_four_ranks_equal_one(tmp_path: Path, bereaved: tuple[Path, str, int]) -
     assert said(tmp_path, "store", 4)[3]["ranks"] == {"size": 4, "rows": 2, "shards": 2}
     assert said(tmp_path, "shards", 4)[3]["ranks"] == {"size": 4, "rows": 1, "shards": 4}
     loss = worker.KillAt(None)
-    whole = tmp_path / "whole.lossk"
+    whole = tmp_path / "alone" / "whole.lossk"
     lossk.build_kernel(worker.network(), worker.data(), loss=loss, out=whole, **worker.settings())
     same_store(tmp_path / "finish.lossk", whole)
+
+
+@pytest.mark.slow
+def test_two_ranks_go_on_where_two_stopped(tmp_path: Path, bereaved: tuple[Path, str, int]) -> None:
+    """With as many ranks as before, the tiles too are those of two ranks left alone, to the bit."""
+    shutil.copytree(bereaved[0], tmp_path / "finish.lossk")
+    torchrun(2, tmp_path, ["finish", "whole"])
+    files = [file.relative_to(tmp_path / "whole.lossk") for file in (tmp_path / "whole.lossk").glob("*/c/**/*")]
+    assert len(files) > 10
+    for file in files:
+        if (tmp_path / "whole.lossk" / file).is_file():
+            assert (tmp_path / "finish.lossk" / file).read_bytes() == (tmp_path / "whole.lossk" / file).read_bytes()
