@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from bench.markdown import table
-from lossk.blocks import tile_spans
+from lossk.distributed_plan import largest_share
 from lossk.layout import Size
-from lossk.mesh import Mesh, choose_mesh, deal_tiles, tile_shapes
+from lossk.mesh import Mesh, choose_mesh
 from lossk.plan import duration
 
 CHAINS, DRAWS, BURNIN, SPACING, BATCH = 4, 200, 200, 10, 256
@@ -78,8 +78,7 @@ def forecast(num_samples: int, ranks: int, device: Device, *, tiles: bool) -> Fo
     mesh = choose_mesh(ranks, [DRAWS] * CHAINS, steps_per_draw * step, probe)
     rounds, draws = -(-CHAINS // mesh.rows), CHAINS * DRAWS
     size = Size(num_samples, TILE, PANEL, CHAINS, DRAWS, "float32", int(num_weights))
-    shapes = tile_shapes(tile_spans(num_samples, size.side))
-    share = max(sum(shapes[key][0] * shapes[key][1] for key in keys) for keys in deal_tiles(shapes, ranks))
+    share = largest_share(size, ranks) if size.tile_rows < 500 else size.entries // ranks  # of millions of tiles
     received = 4 * draws * num_samples * (1 - 1 / ranks)
     return Forecast(
         mesh,
