@@ -12,7 +12,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from bench import scaling, simulate_scaling
-from bench.simulate_scaling import CHAINS, DRAWS, NETWORKS, Device, forecast
+from bench.simulate_scaling import CHAINS, DRAWS, NETWORKS, TILE, Device, forecast
 
 
 def record(seconds: float, losses: str, rows: int, shards: int) -> dict[str, Any]:
@@ -36,13 +36,13 @@ def test_the_page_of_scaling(digest: str, verdict: str) -> None:
 
 @pytest.mark.parametrize("num_samples", NETWORKS)
 def test_the_model_shares_work(num_samples: int) -> None:
-    """Probe and update over all ranks, steps over chains only; no rank's share is below its part of the triangle."""
+    """Probe and update over all ranks, steps over chains only; the largest share is a tile above the fair one at most."""
     one, many = (forecast(num_samples, ranks, Device(), tiles=True) for ranks in (1, 64))
     assert math.isclose(one.probe / many.probe, 64)
     assert math.isclose(one.steps / many.steps, CHAINS)
     assert one.gather == 0
     assert many.gather == pytest.approx(4 * CHAINS * DRAWS * num_samples * 63 / 64 / Device().link)
-    assert 1 <= 64 * many.tile_bytes / one.tile_bytes < 1.5
+    assert one.tile_bytes // 64 <= many.tile_bytes <= one.tile_bytes / 64 + 4 * TILE**2
     assert one.update / many.update == pytest.approx(one.tile_bytes / many.tile_bytes)
     assert 2 * num_samples**2 < one.tile_bytes < 2.4 * num_samples**2
 
