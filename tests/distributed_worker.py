@@ -129,6 +129,16 @@ def run(scenario: str, folder: Path, rank: int) -> Any:
             build(network(), data(), out=folder / "store.lossk", **settings())
         except (lossk.DistributedError, FileExistsError) as error:
             return f"{type(error).__name__}: {error}"
+    if scenario == "refused":
+        try:
+            build(network(), data(), memory="1kB", **settings())
+        except (lossk.DistributedError, MemoryError) as error:
+            return f"{type(error).__name__}: {error}"
+    if scenario == "another":  # a finished store of other settings
+        try:
+            build(network(), data(), out=folder / "store.lossk", resume=True, **settings(num_draws=7))
+        except (lossk.DistributedError, lossk.StoreError) as error:
+            return f"{type(error).__name__}: {error}"
     if scenario == "alone":
         return build(network(), data(), distributed=False, **settings()).meta.get("ranks")
     if scenario == "auto":

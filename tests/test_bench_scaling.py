@@ -36,7 +36,7 @@ def test_the_page_of_scaling(digest: str, verdict: str) -> None:
 
 @pytest.mark.parametrize("num_samples", NETWORKS)
 def test_the_model_shares_work(num_samples: int) -> None:
-    """Probe and update over all ranks, steps over chains only; the largest share is a tile above the fair one at most."""
+    """Probe, update over all ranks, steps over chains; the largest share is a tile above the fair one at most."""
     one, many = (forecast(num_samples, ranks, Device(), tiles=True) for ranks in (1, 64))
     assert math.isclose(one.probe / many.probe, 64)
     assert math.isclose(one.steps / many.steps, CHAINS)

@@ -36,6 +36,8 @@ SCENARIOS = [
     "memory",
     "disagree",
     "taken",
+    "refused",
+    "another",
     "alone",
     "auto",
     "cli",
@@ -166,6 +168,13 @@ def test_refusals_reach_every_rank(two: Path) -> None:
     assert second.startswith("DistributedError: rank 0 stopped: ")
     assert "store.lossk" in first
     assert "store.lossk" in second
+    first, second = said(two, "refused")
+    assert first.startswith("MemoryError: a rank of 2 needs ")
+    assert second.startswith("DistributedError: rank 0 stopped: a rank of 2 needs ")
+    first, second = said(two, "another")
+    assert first.startswith("StoreError: ")
+    assert "num_draws: saved 6, now 7" in first
+    assert "num_draws: saved 6, now 7" in second
 
 
 def test_distributed_false(two: Path) -> None:

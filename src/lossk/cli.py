@@ -9,6 +9,7 @@ import os
 import shutil
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -16,7 +17,7 @@ import torch
 import lossk
 from lossk import cli_stores, cli_tune, provenance
 from lossk.analysis.purity import chance_purity, class_purity
-from lossk.cli_distributed import follow, made_first, share_threads
+from lossk.cli_distributed import follow, share_threads
 from lossk.config import RunConfig, load_config, parse_override
 from lossk.disk import refuse_to_delete
 from lossk.distributed import Ranks, joined, rank_name
@@ -122,7 +123,8 @@ def _execute(
     picture = None if config.picture is None else Path(config.picture)
     is_replay = source is not None and source.exists() and source.resolve() == replay.resolve()
     outputs = [path for path in (out, replay, picture) if path is not None and not (is_replay and path == replay)]
-    task = made_first(ranks, lambda: _begin(config, outputs, overwrite=overwrite, resume=resume))
+    begin = partial(_begin, config, outputs, overwrite=overwrite, resume=resume)
+    task = begin() if ranks is None else ranks.first_makes(begin)
     new_replay = replay in outputs and not (resume and replay.exists())
     if new_replay:
         replay.write_text(config.to_yaml())

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
 
 import torch
 
@@ -16,8 +14,6 @@ from lossk.kernel import LossKernel
 from lossk.passes import Passes
 from lossk.samplers import read_sampler
 
-Made = TypeVar("Made")
-
 
 def share_threads(ranks: Ranks | None, asked: int | None) -> None:
     """Set torch's threads: as asked, else this machine's cores dealt to its ranks (torchrun leaves each one)."""
@@ -26,15 +22,6 @@ def share_threads(ranks: Ranks | None, asked: int | None) -> None:
     elif ranks is not None:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         torch.set_num_threads(max(1, cores // ranks.local_size))
-
-
-def made_first(ranks: Ranks | None, make: Callable[[], Made]) -> Made:
-    """What `make` returns, where the other ranks wait for rank 0 to have made it (or stop, where it raises)."""
-    if ranks is None:
-        return make()
-    made: list[Made] = []
-    ranks.decide(lambda: made.append(make()))
-    return made[0]
 
 
 def follow(ranks: Ranks, config: RunConfig, *, resume: bool) -> LossKernel:

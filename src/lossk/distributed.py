@@ -12,7 +12,7 @@ import socket
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import psutil
 import torch
@@ -23,6 +23,7 @@ from lossk.errors import DistributedError
 
 LAUNCHED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what torchrun sets, and env:// needs
 TIMEOUT = timedelta(hours=3)  # of a collective: longer than a panel, or a pilot that the others wait for, may take
+Made = TypeVar("Made")
 MEETING = timedelta(minutes=10)  # within which every rank must have called
 
 
@@ -95,6 +96,16 @@ class Ranks:
             self.broadcast_json({"error": " ".join(str(error).split()) or type(error).__name__})
             raise
         return self.broadcast_json({"found": found})["found"]
+
+    def first_makes(self, make: Callable[[], Made]) -> Made:
+        """On rank 0, what `make` returns, which need not be JSON; the others wait by `decide` instead of calling this.
+
+        Where it raises, they raise too.
+        """
+        assert self.first
+        made: list[Made] = []
+        self.decide(lambda: made.append(make()))
+        return made[0]
 
     def agree(self, content: dict[str, Any]) -> None:
         """Refuse, on every rank, to go on unless all have the same content.

@@ -110,8 +110,10 @@ def build_on_ranks(
         return open_kernel(path)
     log: RunLog | None = None
     try:
-        if ranks.first and path is not None and path.exists():
-            log = RunLog.open(path, request)
+        if path is not None and ranks.first:
+            log = ranks.first_makes(lambda: RunLog.open(path, request) if path.exists() else None)
+        elif path is not None:
+            ranks.decide(lambda: None)
         with _chosen(ranks, run, request, passes, path, log, budget, bar) as (chosen, layout):
             ranks.use_device(run.task.device)
             if path is not None and ranks.first and log is None:
@@ -220,14 +222,13 @@ def _accumulate(work: Work) -> LossKernel:
     row, shard = work.mesh.place(work.ranks.rank)
     probes = cut_probe(run.probe, run.task.passes.probe_batch, work.mesh.shards)
     exchange = Exchange(work.ranks, work.mesh, [probe.rows for probe in probes], panel)
-    per_chain = run.sampler.steps(run.num_draws)
-    work.bar.start(len(dealt[row]) * per_chain)
+    starts = {chain: None if log is None else log.state_of(chain) for chain in dealt[row]}
+    done = sum(start.step for start in starts.values() if start is not None)
+    work.bar.start(len(starts) * run.sampler.steps(run.num_draws), done)
     own = (
         part
-        for chain in dealt[row]
-        for part in run.chain_panels(
-            chain, probes[shard], panel, work.bar, None if log is None else log.state_of(chain)
-        )
+        for chain, start in starts.items()
+        for part in run.chain_panels(chain, probes[shard], panel, work.bar, start)
     )
     sent: Panel | None = None
     for number in range(max(map(len, steps)) + 1):
