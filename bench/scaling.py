@@ -36,7 +36,8 @@ def run(options: argparse.Namespace, ranks: int, num_chains: int, store: Path) -
     lines = [line for line in done.stdout.splitlines() if line.startswith("record ")]
     if done.returncode or not lines:
         raise RuntimeError(done.stderr)
-    return json.loads(lines[0].removeprefix("record "))
+    cpu = [float(line.removeprefix("cpu ")) for line in done.stdout.splitlines() if line.startswith("cpu ")]
+    return {**json.loads(lines[0].removeprefix("record ")), "cpu_seconds": max(cpu)}
 
 
 def measure(options: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
@@ -57,19 +58,32 @@ def section(found: dict[str, list[dict[str, Any]]]) -> str:
         alone, both = (found[f"{name}|{ranks}"] for ranks in (1, 2))
         digests = {record["losses"] for record in (*alone, *both)}
         times = [statistics.median(record["seconds"] for record in records) for records in (alone, both)]
+        cpu = [statistics.median(record["cpu_seconds"] for record in records) for records in (alone, both)]
         mesh = both[0]["ranks"]
         stages = [
             statistics.median(record["timings"].get(stage, 0.0) for record in both)
             for stage in ("gradient", "probe", "wait", "update", "store")
         ]
-        rows.append(
-            [
-                name, f"{mesh['rows']} x {mesh['shards']}", f"{times[0]:.1f} s", f"{times[1]:.1f} s",
-                f"{times[0] / times[1]:.2f}", " / ".join(f"{value:.1f}" for value in stages),
-                "the same" if len(digests) == 1 else "DIFFERENT",
-            ]
-        )  # fmt: skip
-    head = ["", "mesh of 2", "1 process", "2 processes", "speedup", "gradient / probe / wait / update / store, s, of 2"]
+        words = [
+            name,
+            f"{mesh['rows']} x {mesh['shards']}",
+            *(f"{value:.1f} s" for value in times),
+            f"{times[0] / times[1]:.2f}",
+            *(f"{value:.1f} s" for value in cpu),
+            f"{cpu[0] / cpu[1]:.2f}",
+            " / ".join(f"{value:.1f}" for value in stages),
+        ]
+        rows.append([*words, "the same" if len(digests) == 1 else "DIFFERENT"])
+    busy = ["processor time", "of the busier of 2", "ratio"]
+    head = [
+        "",
+        "mesh of 2",
+        "1 process",
+        "2 processes",
+        "speedup",
+        *busy,
+        "gradient / probe / wait / update / store, s, of 2",
+    ]
     return table([*head, "traces, bit for bit"], rows)
 
 
