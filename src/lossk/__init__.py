@@ -6,7 +6,7 @@ index, correlation, noise_floor = kernel.neighbors(k=10)
 
 from lossk.baoab import BAOAB
 from lossk.build import build_kernel, sample_losses
-from lossk.errors import BackendError, DivergedError, LosskError, StoreError
+from lossk.errors import BackendError, DistributedError, DivergedError, LosskError, StoreError
 from lossk.gaussian import Gaussian
 from lossk.hmc import HMC
 from lossk.kernel import LossKernel
@@ -28,6 +28,7 @@ __all__ = [
     "HMC",
     "SGLD",
     "BackendError",
+    "DistributedError",
     "DivergedError",
     "Gaussian",
     "Laplace",

@@ -8,7 +8,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from lossk.chain import ChainState
 from lossk.data import Transform
+from lossk.disk import full_disk_named
+from lossk.distributed import joined
+from lossk.distributed_build import build_on_ranks
 from lossk.kernel import LossKernel
 from lossk.layout import TILES_IN_MEMORY, Layout, log_columns
 from lossk.losses import LossFunction
@@ -50,6 +54,7 @@ def build_kernel(
     passes: Passes | None = None,
     seed: int = 0,
     progress: bool = True,
+    distributed: bool | None = None,
 ) -> LossKernel:
     """Build the loss kernel K_ij = Cov(loss_i, loss_j) of a trained model (arXiv 2509.26537).
 
@@ -89,15 +94,19 @@ def build_kernel(
             in a run of some seconds takes `Passes()`.
         seed: of noise and minibatches, from 0 to 2^32 - 1. The same seed and passes give the same kernel bitwise.
         progress: print choices and cost, and show a progress bar, on stderr.
+        distributed: None spreads the run over the processes of torchrun, or of a process group that is there: every one
+            of them must then make this call, with the same arguments. False keeps to this process; True insists.
 
     Returns:
-        A LossKernel, in nats^2.
+        A LossKernel, in nats^2. Of a distributed run: with `out`, on every rank; without, on rank 0, while the others
+        get one that knows its moments and diagnostics only.
 
     Raises:
         ValueError, TypeError: a bad argument, before sampling starts.
         MemoryError: the kernel would not fit, before sampling starts; the message says what would.
         DivergedError: a chain left the neighbourhood of the trained weights.
         BackendError: an explicit backend cannot run here.
+        DistributedError: ranks disagree on the call, or one of them has stopped; it is named.
         StoreError, FileExistsError: `out` is taken, damaged, holds another run, or does not fit on its disk.
     """
     check_settings(
@@ -117,12 +126,21 @@ def build_kernel(
     if resume and out is None:
         raise ValueError("resume=True needs out=, the store to continue, got None")
     path = None if out is None else Path(out)
-    if path is not None and path.exists() and not resume:
-        raise FileExistsError(f"out={str(path)!r} exists; pass resume=True to continue it, or another path")
-    with Progress(progress) as bar:
+    with (
+        joined(distributed) as ranks,
+        full_disk_named(path),
+        Progress(progress and (ranks is None or ranks.first)) as bar,
+    ):
+        if ranks is None and path is not None and path.exists() and not resume:
+            raise FileExistsError(f"out={str(path)!r} exists; pass resume=True to continue it, or another path")
         run = Run.prepare(
             model, loader, train, loss, sampler, num_chains, num_draws, backend, device, precision, seed, transform
         )
+        if ranks is not None:
+            settings = {"tile": tile, "dtype": dtype, "centering": centering}
+            return build_on_ranks(
+                ranks, run, settings, passes=passes, panel=panel, path=path, resume=resume, budget=budget, bar=bar
+            )
         panel = panel or saved_panel(path) or choose_panel(len(run.probe), num_draws, budget.asked)
         request = {**run.request(), "tile": tile, "panel": panel, "dtype": dtype, "centering": centering}
         if path is not None and path.exists():
@@ -181,7 +199,7 @@ def sample_losses(
             run.announce(bar)
             run.plan(bar, budget, tile=4096, panel=panel, dtype="float32", held_traces=True)
             losses = torch.empty(num_chains, num_draws, len(run.probe))
-            for part in run.panels(panel, bar, None):
+            for part in run.panels(panel, bar, dict.fromkeys(range(num_chains))):
                 losses[part.chain, part.first_draw : part.first_draw + len(part.losses)] = part.losses
                 run.watch.note(part.losses, part.draws)
         n_beta = getattr(run.sampler, "n_beta", None)
@@ -199,16 +217,17 @@ def _accumulate(
     run: Run, request: dict[str, Any], log: RunLog | None, layout: Layout, budget: Budget, bar: Progress
 ) -> LossKernel:
     tiles = _accumulator(run, request, log, layout, budget)
-    start = None
+    starts: dict[int, ChainState | None] = dict.fromkeys(range(run.num_chains))
     if log is not None:
-        start = log.last_state()
         for commit in log.commits:
             losses = log.read_panel(commit)
             tiles.update(commit["chain"], losses)
             run.watch.note(losses, log.read_draws(commit))
-        if start is not None:
-            bar.say(f"resuming after draw {start.draw} of chain {start.chain}")
-    for part in run.panels(request["panel"], bar, start):
+        starts = {chain: log.state_of(chain) for chain in log.unfinished()}
+        if log.commits:
+            last = log.commits[-1]
+            bar.say(f"resuming after draw {last['first_draw'] + len(last['excess'])} of chain {last['chain']}")
+    for part in run.panels(request["panel"], bar, starts):
         with run.timings.measure("update"):
             tiles.update(part.chain, part.losses)
         run.watch.note(part.losses, part.draws)

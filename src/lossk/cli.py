@@ -9,6 +9,7 @@ import os
 import shutil
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -16,8 +17,10 @@ import torch
 import lossk
 from lossk import cli_stores, cli_tune, provenance
 from lossk.analysis.purity import chance_purity, class_purity
+from lossk.cli_distributed import follow, share_threads
 from lossk.config import RunConfig, load_config, parse_override
 from lossk.disk import refuse_to_delete
+from lossk.distributed import Ranks, joined, rank_name
 from lossk.errors import LosskError
 from lossk.kernel import LossKernel
 from lossk.neighbors import Neighbors
@@ -41,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, TypeError, OSError, MemoryError, LosskError, ModuleNotFoundError) as error:
         if options.debug:
             raise
-        print(f"lossk: {' '.join(str(error).split()) or type(error).__name__}", file=sys.stderr)
+        print(f"lossk: {rank_name()}{' '.join(str(error).split()) or type(error).__name__}", file=sys.stderr)
         return 2
 
 
@@ -101,36 +104,27 @@ def execute(
     A config that already lies where the replay goes (`source`) is the replay, and stays as it is.
     """
     threads = torch.get_num_threads()
-    torch.set_num_threads(config.threads or threads)
     try:
-        return _execute(config, source, overwrite=overwrite, resume=resume)
+        with joined(None) as ranks:
+            share_threads(ranks, config.threads)
+            if ranks is not None and not ranks.first:
+                return follow(ranks, config, resume=resume)
+            return _execute(config, source, ranks, overwrite=overwrite, resume=resume)
     finally:
         torch.set_num_threads(threads)
 
 
-def _execute(config: RunConfig, source: Path | None, *, overwrite: bool, resume: bool) -> LossKernel:
+def _execute(
+    config: RunConfig, source: Path | None, ranks: Ranks | None, *, overwrite: bool, resume: bool
+) -> LossKernel:
     from lossk.report.summary import K, describe, describe_neighbors
 
     out, replay = Path(config.out), Path(config.out).with_suffix(".yaml")
     picture = None if config.picture is None else Path(config.picture)
     is_replay = source is not None and source.exists() and source.resolve() == replay.resolve()
     outputs = [path for path in (out, replay, picture) if path is not None and not (is_replay and path == replay)]
-    taken = [str(path) for path in outputs if path.exists()]
-    if taken and not (overwrite or resume):
-        raise FileExistsError(f"{', '.join(taken)} exists; pass --overwrite to replace it, or another --out")
-    if overwrite and out.exists():
-        refuse_to_delete(out)
-    if picture is not None:
-        require_plotting()
-    for path in outputs:
-        path.parent.mkdir(parents=True, exist_ok=True)
-
-    task = config.make_task()
-    print(task.notes)
-    if task.held_out_accuracy is not None:
-        print(f"held-out accuracy {task.held_out_accuracy:.2%}")
-    if overwrite and out.exists():
-        shutil.rmtree(out)
+    begin = partial(_begin, config, outputs, overwrite=overwrite, resume=resume)
+    task = begin() if ranks is None else ranks.first_makes(begin)
     new_replay = replay in outputs and not (resume and replay.exists())
     if new_replay:
         replay.write_text(config.to_yaml())
@@ -162,6 +156,27 @@ def _execute(config: RunConfig, source: Path | None, *, overwrite: bool, resume:
         draw_picture(kernel, what, picture, neighbors=neighbors)
     print("wrote " + ", ".join(str(path) for path in outputs if path.exists()))
     return kernel
+
+
+def _begin(config: RunConfig, outputs: Sequence[Path], *, overwrite: bool, resume: bool) -> RecipeTask:
+    """Refuse to overwrite, and make the task; then make room where `overwrite` says so."""
+    out = Path(config.out)
+    taken = [str(path) for path in outputs if path.exists()]
+    if taken and not (overwrite or resume):
+        raise FileExistsError(f"{', '.join(taken)} exists; pass --overwrite to replace it, or another --out")
+    if overwrite and out.exists():
+        refuse_to_delete(out)
+    if config.picture is not None:
+        require_plotting()
+    for path in outputs:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    task = config.make_task()
+    print(task.notes)
+    if task.held_out_accuracy is not None:
+        print(f"held-out accuracy {task.held_out_accuracy:.2%}")
+    if overwrite and out.exists():
+        shutil.rmtree(out)
+    return task
 
 
 def captions(kernel: LossKernel, task: RecipeTask, neighbors: Neighbors) -> tuple[str, str]:

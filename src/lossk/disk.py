@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -17,6 +18,26 @@ from zarr.codecs import Crc32cCodec
 from zarr.errors import ZarrUserWarning
 
 from lossk.errors import StoreError
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+@contextmanager
+def full_disk_named(path: Path | None) -> Iterator[None]:
+    """Name the store in an error of a disk, or quota, that is full: the system's own names no file.
+
+    Raises:
+        StoreError: instead of such an OSError.
+    """
+    try:
+        yield
+    except OSError as error:
+        if path is None or error.errno not in FULL:
+            raise
+        raise StoreError(
+            f"out={str(path)!r} cannot be written on, its disk is full ({error.strerror}); what is committed is safe: "
+            "make room, and go on with resume=True"
+        ) from error
 
 
 @contextmanager

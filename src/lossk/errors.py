@@ -17,3 +17,7 @@ class BackendError(LosskError):
 
 class StoreError(LosskError):
     """A `.lossk` store is missing, incomplete, damaged, in use, or belongs to another run."""
+
+
+class DistributedError(LosskError):
+    """The processes of one run do not agree, or one of them has stopped; the message names it."""

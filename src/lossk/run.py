@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -307,22 +307,31 @@ class Run:
         self.task.reset()
         return best
 
-    def panels(self, panel: int, bar: Progress, start: ChainState | None) -> Iterator[Panel]:
-        """All panels of all chains, one chain after the other, from after `start`."""
+    def panels(self, panel: int, bar: Progress, starts: Mapping[int, ChainState | None]) -> Iterator[Panel]:
+        """The panels of some chains, one chain after the other.
+
+        Args:
+            starts: where each of them goes on; None is at w*. The others are finished.
+        """
         per_chain = self.sampler.steps(self.num_draws)
-        first = 0 if start is None else start.chain
-        done = 0 if start is None else first * per_chain + start.step
-        bar.start(self.num_chains * per_chain, done)
-        for chain in range(first, self.num_chains):
-            yield from chain_panels(
-                self._chain(chain, self.timings),
-                self.probe,
-                panel=panel,
-                num_draws=self.num_draws,
-                timings=self.timings,
-                progress=bar,
-                start=start if start is not None and chain == start.chain else None,
-            )
+        ahead = sum(per_chain - (0 if start is None else start.step) for start in starts.values())
+        bar.start(self.num_chains * per_chain, self.num_chains * per_chain - ahead)
+        for chain, start in starts.items():
+            yield from self.chain_panels(chain, self.probe, panel, bar, start)
+
+    def chain_panels(
+        self, chain: int, probe: Probe, panel: int, bar: Progress, start: ChainState | None
+    ) -> Iterator[Panel]:
+        """The panels of one chain, of the losses of `probe`."""
+        return chain_panels(
+            self._chain(chain, self.timings),
+            probe,
+            panel=panel,
+            num_draws=self.num_draws,
+            timings=self.timings,
+            progress=bar,
+            start=start,
+        )
 
     def diagnose(self, moments: Moments, totals: ChainTotals) -> Diagnostics:
         criteria, sgld = None, self.sampler if isinstance(self.sampler, SGLD) else None

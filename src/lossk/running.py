@@ -28,10 +28,11 @@ class RunningMoments:
         self.lag1 = torch.zeros(num_samples, dtype=torch.float64)
         self.totals = ChainTotals(num_chains, num_draws)
         self.stripes = tile_spans(num_samples, STRIPE)
-        self._current: tuple[int, list[ChainStatistics]] | None = None
+        self._open: dict[int, list[ChainStatistics]] = {}
+        self._closed = 0  # chains summed up
 
     def add(self, chain: int, panel: Tensor) -> Iterator[tuple[slice, Tensor, ChainStatistics]]:
-        """Take in the next draws of a chain, stripe by stripe; chains come one after the other.
+        """Take in the next draws of a chain, stripe by stripe; chains may come one after the other, or side by side.
 
         Args:
             panel: [k, N] float32, losses in nats.
@@ -41,24 +42,23 @@ class RunningMoments:
         """
         assert panel.ndim == 2
         assert panel.shape[1] == self.num_samples
-        if self._current is None or self._current[0] != chain:
-            self.close_chain()
-            self._current = (chain, [ChainStatistics(s.stop - s.start) for s in self.stripes])
-        for span, statistics in zip(self.stripes, self._current[1], strict=True):
+        if chain not in self._open:
+            self._open[chain] = [ChainStatistics(s.stop - s.start) for s in self.stripes]
+        for span, statistics in zip(self.stripes, self._open[chain], strict=True):
             yield span, statistics.add(panel[:, span].double()), statistics
+        self._close_chains()
 
-    def close_chain(self) -> None:
-        """The current chain, if any, has had all its draws."""
-        if self._current is None:
-            return
-        chain, stripes = self._current
-        for span, statistics in zip(self.stripes, stripes, strict=True):
-            assert statistics.count == self.num_draws
-            self.chain_mean[chain, span] = statistics.mean
-            self.m2[span] += statistics.m2
-            self.lag1[span] += statistics.lag1_products()
-            self.totals.add(chain, statistics)
-        self._current = None
+    def _close_chains(self) -> None:
+        """Sum up finished chains in the order of their numbers, so that sums do not depend on which came first."""
+        while self._closed in self._open and self._open[self._closed][0].count == self.num_draws:
+            chain, stripes = self._closed, self._open.pop(self._closed)
+            for span, statistics in zip(self.stripes, stripes, strict=True):
+                assert statistics.count == self.num_draws
+                self.chain_mean[chain, span] = statistics.mean
+                self.m2[span] += statistics.m2
+                self.lag1[span] += statistics.lag1_products()
+                self.totals.add(chain, statistics)
+            self._closed += 1
 
     @property
     def freedom(self) -> int:
@@ -71,7 +71,7 @@ class RunningMoments:
 
     def finish(self) -> Moments:
         """The moments of the whole run."""
-        self.close_chain()
+        assert self._closed == self.num_chains
         within = self.m2
         lag1 = torch.where(within > 0, self.lag1 / within.clamp(min=torch.finfo(torch.float64).tiny), 0.0)
         total = within

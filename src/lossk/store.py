@@ -5,7 +5,7 @@
     tiles          [row, column] float16/32, upper triangle, one chunk per tile: covariance / (scale_i scale_j)
     factor         [draw, sample] float32, instead of tiles       complete    written last
     tokens         [sample, 2] int64, (sample of its set, position) of a loss per token only
-    commits.jsonl  one line per durable panel                     state.npz   the chain after the last committed panel
+    commits.jsonl  one line per durable panel                     state-K.npz  a chain after its last one, line K
     tiles.jsonl    one line per durable tile, while tiles are made out of core
 
 Nothing in a store is executable: JSON, Zarr chunks with checksums, and NumPy arrays read with pickling refused.
@@ -195,12 +195,15 @@ def progress_of(path: Path) -> str:
     if not commits or "num_chains" not in request:
         return "no draws are saved yet"
     done = sum(len(c["excess"]) for c in commits)
-    tiles = len(read_lines(path / "tiles.jsonl"))
+    tiles = sum(len(read_lines(file)) for file in path.glob("tiles*.jsonl"))
     return f"{done} of {request['num_chains'] * request['num_draws']} draws are saved" + (
         f", and {tiles} tiles" if tiles else ""
     )
 
 
 def read_commits(path: Path) -> list[dict[str, Any]]:
-    """The committed panels, in order."""
-    return read_lines(path / "commits.jsonl")
+    """The committed panels, in order; of those that were committed together, all or none."""
+    commits = read_lines(path / "commits.jsonl")
+    if commits and commits[-1].get("part", 0) + 1 < commits[-1].get("parts", 1):
+        del commits[-1 - commits[-1]["part"] :]
+    return commits

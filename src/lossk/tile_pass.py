@@ -17,6 +17,7 @@ import json
 import os
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from itertools import cycle
 from pathlib import Path
 from types import TracebackType
@@ -39,15 +40,23 @@ Key = tuple[int, int]
 DONE = "tiles.jsonl"  # one line per durable tile
 
 
+@dataclass(frozen=True)
+class Share:
+    """What one process makes of the tiles: all, or those that no other rank makes."""
+
+    name: str = DONE  # of its log of tiles
+    others: frozenset[Key] = frozenset()
+
+
 class OutOfCore:
     """What `TileAccumulator` does, with the tiles in the store of `log`: same methods, same moments to the bit."""
 
     def __init__(
         self, log: RunLog, num_samples: int, tile: int, *, num_chains: int, num_draws: int, centering: str, dtype: str,
-        layout: Layout, cache_bytes: int,
+        layout: Layout, cache_bytes: int, share: Share | None = None,
     ) -> None:  # fmt: skip
         self.log, self.num_samples, self.tile, self.dtype = log, num_samples, tile, dtype
-        self.layout, self.cache_bytes = layout, cache_bytes
+        self.layout, self.cache_bytes, self.share = layout, cache_bytes, share or Share()
         self.running = RunningMoments(num_samples, num_chains=num_chains, num_draws=num_draws, centering=centering)
 
     @property
@@ -64,8 +73,10 @@ class OutOfCore:
         """Make the tiles that are not in the store yet, from a log that is whole; read lazily from then on."""
         moments, side = self.running.finish(), min(self.tile, self.num_samples)
         rows = LoggedRows(self.log, self.running, moments, self.layout.super_panel)
-        with TileWriter(self.log.path, self.num_samples, side, self.dtype) as writer:
-            for key, tile in make_tiles(rows, tile_spans(self.num_samples, side), self.layout.stripes, writer.done):
+        spans = tile_spans(self.num_samples, side)
+        with TileWriter(self.log.path, self.num_samples, side, self.dtype, self.share.name) as writer:
+            done = writer.done | self.share.others
+            for key, tile in make_tiles(rows, spans, self.layout.stripes, done):
                 writer.put(key, finish_tile(tile, key, self.running.freedom, self.dtype))
         stored = StoredTiles(zarr.open_array(self.log.path / "tiles", mode="r"), side, self.cache_bytes)
         return TileBlocks(self.num_samples, self.tile, stored), moments
@@ -80,7 +91,7 @@ class LoggedRows:
         self.between = running.between() if moments.centering == "pooled" else torch.zeros(0, len(self.inverse))
         self.parts: list[list[dict[str, Any]]] = []
         room = 0
-        for commit in log.commits:
+        for commit in sorted(log.commits, key=lambda commit: (commit["chain"], commit["first_draw"])):
             draws = len(commit["excess"])
             if draws > room:
                 self.parts.append([])
@@ -147,25 +158,37 @@ def _zeros(a: int, b: int, buffer: Tensor) -> Tensor:
     return buffer[: a * b].view(a, b).zero_()
 
 
+def committed_tiles(store: Path) -> set[Key]:
+    """The tiles that are durable, by the log of a process alone and those of ranks."""
+    keys = {(int(i), int(j)) for log in store.glob("tiles*.jsonl") for i, j in read_lines(log)}
+    return {key for key in keys if chunk_path(store, key).exists()}
+
+
+def prepare_tiles(store: Path, num_samples: int, side: int, dtype: str) -> set[Key]:
+    """Make the array of tiles, unless it holds some; returns those, gathered into one log without torn lines."""
+    done = committed_tiles(store)
+    if not done:
+        create_tiles(zarr.open_group(store, mode="r+"), num_samples, side, dtype, COMPRESSED)
+    replace_file(store / DONE, "".join(json.dumps(key) + "\n" for key in sorted(done)).encode())
+    for log in store.glob("tiles-*.jsonl"):
+        log.unlink()
+    return done
+
+
 class TileWriter:
     """Compresses and writes tiles in a thread of its own, one while the next is made, each committed once durable.
 
     A commit is a line of `tiles.jsonl`; what is not followed by its line is made and written again on resuming.
+
+    Args:
+        name: of this process's log. Beside `tiles.jsonl`, it is one that `prepare_tiles` has let begin.
     """
 
-    def __init__(self, store: Path, num_samples: int, side: int, dtype: str) -> None:
-        self.store, self.side = store, side
-        self.done = self._committed()
-        if not self.done:
-            create_tiles(zarr.open_group(store, mode="r+"), num_samples, side, dtype, COMPRESSED)
-        content = "".join(json.dumps(key) + "\n" for key in sorted(self.done)).encode()
-        replace_file(store / DONE, content)  # without a torn last line
+    def __init__(self, store: Path, num_samples: int, side: int, dtype: str, name: str = DONE) -> None:
+        self.store, self.side, self.name = store, side, name
+        self.done = prepare_tiles(store, num_samples, side, dtype) if name == DONE else committed_tiles(store)
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="lossk-tiles")
         self._writing: Future[None] | None = None
-
-    def _committed(self) -> set[Key]:
-        keys = {(int(i), int(j)) for i, j in read_lines(self.store / DONE)}
-        return {key for key in keys if chunk_path(self.store, key).exists()}
 
     def put(self, key: Key, tile: Tensor) -> None:
         """Have a finished tile written; raises what went wrong with the one before."""
@@ -176,7 +199,7 @@ class TileWriter:
         chunk = chunk_path(self.store, key)
         chunk.parent.mkdir(parents=True, exist_ok=True)
         replace_file(chunk, *encode_tile(self.side, tile))
-        with (self.store / DONE).open("ab") as log:
+        with (self.store / self.name).open("ab") as log:
             log.write(json.dumps(key).encode() + b"\n")
             log.flush()
             os.fsync(log.fileno())

@@ -29,6 +29,9 @@ class TileAccumulator:
 
     Tiles hold the within-chain co-moments; the between-chain term of `centering="pooled"` is a rank C-1 update from
     the chain means at the end. Accumulation is in float32 on scaled entries.
+
+    Args:
+        keys: the tiles (i, j), i <= j, to accumulate; None is all of the upper triangle.
     """
 
     def __init__(
@@ -41,12 +44,14 @@ class TileAccumulator:
         centering: str = "chain",
         dtype: str = "float32",
         device: str | torch.device = "cpu",
+        keys: Iterable[tuple[int, int]] | None = None,
     ) -> None:
         self.num_samples, self.tile = num_samples, tile
         self.num_chains, self.num_draws = num_chains, num_draws
         self.centering, self.dtype, self.device = centering, dtype, torch.device(device)
         self.spans = tile_spans(num_samples, tile)
-        self.tiles = {(i, j): self._zeros(i, j) for i, j in upper_triangle(len(self.spans))}
+        own = upper_triangle(len(self.spans)) if keys is None else keys
+        self.tiles = {(i, j): self._zeros(i, j) for i, j in own}
         self.scale = torch.zeros(num_samples, dtype=torch.float64)  # [N]; 0 while the sample has never varied
         self.running = RunningMoments(num_samples, num_chains=num_chains, num_draws=num_draws, centering=centering)
 

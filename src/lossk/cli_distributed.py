@@ -1,0 +1,41 @@
+"""`lossk run` under torchrun: rank 0 makes the files and prints, the others work."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+
+import lossk
+from lossk.config import RunConfig
+from lossk.distributed import Ranks
+from lossk.kernel import LossKernel
+from lossk.passes import Passes
+from lossk.samplers import read_sampler
+
+
+def share_threads(ranks: Ranks | None, asked: int | None) -> None:
+    """Set torch's threads: as asked, else this machine's cores dealt to its ranks (torchrun leaves each one)."""
+    if asked is not None:
+        torch.set_num_threads(asked)
+    elif ranks is not None:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        torch.set_num_threads(max(1, cores // ranks.local_size))
+
+
+def follow(ranks: Ranks, config: RunConfig, *, resume: bool) -> LossKernel:
+    """What every rank but the first does: its task, once the first has its own, and its share of the kernel."""
+    ranks.decide(lambda: None)
+    task = config.make_task()
+    return lossk.build_kernel(
+        task.model,
+        task.samples,
+        train=task.train,
+        loss=task.loss,
+        sampler=read_sampler(config.sampler),
+        passes=None if config.passes is None else Passes(**config.passes),
+        out=Path(config.out),
+        resume=resume,
+        **config.build,
+    )

@@ -1,0 +1,102 @@
+"""What a rank of a distributed run holds, where its tiles are, and what the run will cost: settled before it starts."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lossk import provenance
+from lossk.blocks import tile_spans
+from lossk.layout import BYTES, Layout, Size, in_memory, panel_bytes, widest_in_store
+from lossk.memory import Budget, as_setting, gigabytes
+from lossk.mesh import Mesh, deal_tiles, tile_shapes
+from lossk.plan import Plan, check_disk, describe, duration
+from lossk.run import Run
+from lossk.timings import Progress
+
+OPEN_CHAIN = 72  # bytes a sample of the statistics of a chain that is not finished
+
+
+def size_of(request: Mapping[str, Any], num_weights: int) -> Size:
+    names = ("num_samples", "tile", "panel", "num_chains", "num_draws", "dtype")
+    return Size(**{name: request[name] for name in names}, num_weights=num_weights)
+
+
+def plan_share(
+    run: Run, request: dict[str, Any], mesh: Mesh, local_size: int, budget: Budget, bar: Progress, step_seconds: float,
+    path: Path | None, saved: Mapping[str, Any] | None,
+) -> Layout:  # fmt: skip
+    """Say what the run will cost, and where its tiles will be; refuse what cannot fit.
+
+    Args:
+        local_size: ranks on this machine, which share its memory.
+        step_seconds: of one step of a chain.
+        saved: `Layout.to_dict` of the run that is resumed.
+
+    Raises:
+        MemoryError: the largest share needs more than a rank may use; with what would fit.
+        StoreError: the store needs more than its disk has.
+    """
+    size, taken = size_of(request, run.task.num_weights), budget.taken()
+    limit = rank_limit(budget, taken, local_size)
+    layout = choose_share(size, mesh, taken, limit, path is not None, saved)
+    needed = peak_of(layout, request, path is None)
+    if needed > limit:
+        raise MemoryError(
+            f"a rank of {mesh.ranks} needs {gigabytes(needed)} for the kernel of {size.num_samples} samples, and "
+            f"{gigabytes(limit)} are left for it; more ranks on more machines would need less, "
+            f"{'' if path is not None else 'out=PATH would too, '}"
+            f"or pass memory={as_setting(needed)!r} if that was the limit"
+        )
+    probe_seconds = run.timings.seconds["anchor"] / len(run.train) * run.probe.num_samples
+    per_chain = run.sampler.steps(size.num_draws) * step_seconds + size.num_draws * probe_seconds / mesh.shards
+    rounds = -(-size.num_chains // mesh.rows)
+    update = size.entries * size.draws / provenance.multiply_add_rate() / mesh.ranks
+    stored = 4 * size.draws * size.num_samples + BYTES[size.dtype] * size.entries + 16 * mesh.rows * size.num_weights
+    data = run.probe.nbytes + (0 if run.probe.holds(run.train) else run.train.nbytes)
+    plan = Plan(rounds * per_chain + update, layout, data, stored if path is not None else 0)
+    disk = f", {gigabytes(plan.disk_bytes)} on disk" if plan.disk_bytes else ""
+    bar.say(f"mesh: {mesh}; cost: about {duration(plan.seconds)}{disk}; each rank: {describe(layout)}")
+    if path is not None and not path.exists():
+        check_disk(plan, path)
+    return layout
+
+
+def rank_limit(budget: Budget, taken: int, local_size: int) -> int:
+    """What a rank may use in all: what was asked for, within its part of what is free."""
+    free = taken + Budget(None, budget.held).limit(0) // local_size
+    return free if budget.asked is None else min(budget.asked, free)
+
+
+def choose_share(
+    size: Size, mesh: Mesh, taken: int, limit: int, on_disk: bool, saved: Mapping[str, Any] | None
+) -> Layout:
+    """Tiles in memory, each rank's own, if they fit; else in the store if there is one."""
+    widest = -(-size.num_samples // mesh.shards) + 1024
+    travelling = 4 * size.panel * (widest + 8) * (mesh.ranks + 2) + 4 * size.panel * size.num_samples * mesh.rows
+    beside = travelling + OPEN_CHAIN * size.num_samples * mesh.rows
+    memory = in_memory(size, taken, on_disk=on_disk)
+    share = largest_share(size, mesh.ranks)
+    writing = memory.tile_bytes - 4 * size.entries
+    memory = dataclasses.replace(memory, tile_bytes=4 * share + writing, panel_bytes=panel_bytes(size) + beside)
+    where, super_panel = (None, None) if saved is None else (saved["tiles"], saved["super_panel"] or None)
+    if where == "memory" or not on_disk or (where is None and memory.peak_bytes <= limit):
+        return memory
+    store = widest_in_store(size, taken + beside, limit, super_panel)
+    return dataclasses.replace(store, panel_bytes=store.panel_bytes + beside, taken_bytes=taken)
+
+
+def largest_share(size: Size, ranks: int) -> int:
+    """Entries of the tiles of the rank that has most."""
+    shapes = tile_shapes(tile_spans(size.num_samples, size.side))
+    return max(sum(shapes[key][0] * shapes[key][1] for key in keys) for keys in deal_tiles(shapes, ranks))
+
+
+def peak_of(layout: Layout, request: Mapping[str, Any], gathering: bool) -> int:
+    """The expected peak of a rank; of the one that all tiles are gathered on, with them."""
+    if not gathering:
+        return layout.peak_bytes
+    every = in_memory(size_of(request, 0), 0, on_disk=False).tile_bytes
+    return layout.peak_bytes + every * BYTES[request["dtype"]] // 4
