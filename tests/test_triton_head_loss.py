@@ -15,7 +15,7 @@ FACTOR = {"fp32": 2.0**-24, "tf32": 2.0**-11, "tf32x3": 2.0**-21, "fp16": 2.0**-
 KINDS = [(torch.float32, p) for p in PRECISIONS] + [(torch.float16, "fp32"), (torch.bfloat16, "fp32")]
 
 
-@pytest.fixture(params=["torch", "triton"])
+@pytest.fixture(params=["torch", "cpp", "triton"])
 def backend(request: pytest.FixtureRequest) -> str:
     return request.param
 
@@ -144,7 +144,7 @@ def test_special_targets_and_nan(triton_device: torch.device, backend: str) -> N
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"backend": "cpp"}, "backend must be one of torch, triton, got 'cpp'"),
+        ({"backend": "cuda"}, "backend must be one of torch, cpp, triton, got 'cuda'"),
         ({"precision": "fp16"}, "precision must be one of fp32, tf32, tf32x3, got 'fp16'"),
         ({"hidden": torch.zeros(3, 4).double()}, r"hidden must be \[B, d\] .* got \[3, 4\] float64"),
         ({"head": torch.zeros(5, 3)}, r"head must be \[C, 4\] or \[k, C, 4\] float32 on cpu, got \[5, 3\]"),
