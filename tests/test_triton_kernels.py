@@ -134,9 +134,9 @@ def test_without_any_kernel_auto_on_a_gpu_is_torch(monkeypatch: pytest.MonkeyPat
 
 def test_what_each_op_runs_with_on_a_cpu() -> None:
     ops = choose_ops("cpp", CPU).ops
-    assert ops == dict.fromkeys(triton_kernels.OPS, "torch") | {
-        op: "cpp" for op in ("sgld_step", "sample_loss", "head_loss")
-    }
+    assert ops == dict.fromkeys(triton_kernels.OPS, "torch") | dict.fromkeys(
+        ("sgld_step", "sample_loss", "head_loss"), "cpp"
+    )
     assert set(choose_ops("torch", CPU).ops.values()) == {"torch"}
 
 

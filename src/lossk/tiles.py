@@ -119,6 +119,10 @@ class TileAccumulator:
                 left, right = rows[:, self.spans[i]], rows[:, self.spans[j]]
                 add_rows(tile, (i, j), left, right, backend=self.backend, precision=precision)
 
+    def join(self) -> None:
+        """Whatever the device does from here on comes after the updates so far."""
+        self._side.join()
+
     def finalize(self) -> tuple[TileBlocks, Moments]:
         """Turn sums into covariances: the tiles in their stored dtype, and the per-sample moments."""
         moments = self.running.finish()
