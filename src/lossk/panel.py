@@ -166,5 +166,5 @@ class ChainTotals:
 
     def add(self, chain: int, statistics: ChainStatistics) -> None:
         """Take in some samples of a finished chain."""
-        self.variance[chain] += statistics.m2.sum() / (self.num_draws - 1)
-        self.log_likelihood[chain] += (statistics.log_likelihood_sum() - math.log(self.num_draws)).sum()
+        self.variance[chain] += statistics.m2.sum().cpu() / (self.num_draws - 1)
+        self.log_likelihood[chain] += (statistics.log_likelihood_sum() - math.log(self.num_draws)).sum().cpu()

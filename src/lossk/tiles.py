@@ -99,7 +99,7 @@ class TileAccumulator:
         deviation = (m2 / max(statistics.count - 1, 1)).sqrt()
         most = OUTGROWN_FP16 if (self.backend, self.precision) == ("triton", "fp16") else OUTGROWN
         fresh = ((scale == 0) & (m2 > 0)) | ((scale > 0) & (deviation > most * scale))
-        scale[fresh] = power_of_two_near(deviation[fresh])
+        scale.copy_(torch.where(fresh, power_of_two_near(deviation), scale))
 
     def _multiply(self, factor: Tensor) -> None:
         """Multiply row i and column i of the tiles by factor_i [N], a power of two: exact."""
@@ -129,7 +129,7 @@ class TileAccumulator:
         if self.centering == "pooled":
             variance = moments.variance.to(self.device)
             fresh = (self.scale == 0) & (variance > 0)
-            self.scale[fresh] = power_of_two_near(variance[fresh].sqrt())
+            self.scale = torch.where(fresh, power_of_two_near(variance.sqrt()), self.scale)
             # In float32 whatever the precision: the spread of chain means has no bound in units of the scale.
             self._add_rows((self.running.between() * self._inverse_scale(slice(None))).float(), "fp32")
         self._normalise(moments.scale, self.running.freedom)
