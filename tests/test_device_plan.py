@@ -61,7 +61,7 @@ def test_tiles_in_host_memory_where_it_has_not(monkeypatch: pytest.MonkeyPatch) 
     assert layout.tiles == "memory"
     assert layout.super_panel == 800 + 4
     assert "once per 804 rows of draws" in told
-    tight, _ = plan(4.9 * GB)
+    tight, _ = plan(4.7 * GB)
     assert 200 < tight.super_panel < 804
     none, told = plan(4.2 * GB)
     assert (none.super_panel, none.device_bytes) == (0, 0)

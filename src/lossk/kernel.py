@@ -293,8 +293,9 @@ class LossKernel:
         Args:
             rows: the samples whose neighbours are wanted (any index that `kernel[rows]` takes), among all N; None for
                 all of them. r rows cost r N pairs instead of N^2 / 2.
-            backend: "torch", or "triton" (all rows, k up to 64; the same to the bit), to which tiles in host memory go
-                one by one; None is "triton" where the tiles lie on a CUDA device and it passes its self-test there.
+            backend: "torch", or "triton" (all rows, k up to 64; the same within a rounding of the correlations), to
+                which tiles in host memory go one by one. None is "triton" where the tiles lie on a CUDA device on which
+                it passes its self-test.
 
         Returns:
             Neighbors(index [N, k] int64, correlation [N, k] float32, noise_floor [N] float32), or r instead of N. A

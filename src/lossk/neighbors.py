@@ -55,7 +55,9 @@ def nearest(correlation_tile: Callable[[int, int], Tensor], dead: Tensor, tile: 
 def nearest_on_device(
     read_tile: Callable[[int, int, torch.device], Tensor], gain: Tensor, tile: int, k: int, device: torch.device
 ) -> Neighbors:
-    """`nearest` by the Triton kernel, on a device, bit for bit the same: correlations are never written.
+    """`nearest` by the Triton kernel, on a device: correlations are never written.
+
+    They are the same within a rounding: of a transposed tile the gains are multiplied in the other order.
 
     Args:
         read_tile: (i, j, device) -> [a, b] scaled covariances on the device, for i <= j.
