@@ -58,8 +58,7 @@ def assert_near(kernel: lossk.LossKernel, traces: Tensor, centering: str, unit: 
     assert ((kernel[:, :].double() - expected).abs() <= bound).all()
 
 
-@pytest.mark.parametrize("centering", ["chain", "pooled"])
-@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize(("precision", "centering"), [*((p, "chain") for p in PRECISIONS), ("fp16", "pooled")])
 def test_every_precision_against_float64(triton_device: torch.device, precision: str, centering: str) -> None:
     traces = losses()
     options = settings(centering, backend="triton", precision=precision, device=triton_device)

@@ -232,8 +232,10 @@ def head_only() -> nn.Sequential:
     return nn.Sequential(nn.Linear(4, 6), nn.Tanh(), Counted(), nn.Linear(6, 3))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("pattern", ["3.*", "3.weight", "3.bias"])
+@pytest.mark.parametrize(
+    ("backend", "pattern"),
+    [*((b, "3.*") for b in BACKENDS), *((b, p) for b in ("torch", "cpp") for p in ("3.weight", "3.bias"))],
+)
 def test_a_panel_of_heads_is_draw_by_draw(
     build: Build, monkeypatch: pytest.MonkeyPatch, backend: str, pattern: str
 ) -> None:
