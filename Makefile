@@ -25,8 +25,16 @@ test-slow: $(READY)  ## the minutes-long tests too
 test-kills: $(READY)  ## thirty runs killed with SIGKILL at random moments, resumed and compared
 	$(BIN)/python -m pytest -s -m slow tests/test_kills.py
 
-test-gpu: $(READY)  ## the Triton kernels' tests on a GPU, instead of in Triton's interpreter
-	TRITON_INTERPRET=0 $(BIN)/python -m pytest tests/test_triton_*.py
+# compute-sanitizer sees every launch; Triton's cache is warm by then, so that it checks kernels and not compilers.
+test-gpu: $(READY)  ## the Triton kernels' tests on a GPU, then compute-sanitizer over the self-tests if it is installed
+	TRITON_INTERPRET=0 $(BIN)/python -m pytest tests/test_triton_*.py tests/test_device_tiles.py
+	TRITON_INTERPRET=0 $(BIN)/lossk doctor
+	@if command -v compute-sanitizer >/dev/null; then \
+		for tool in memcheck racecheck initcheck; do \
+			TRITON_INTERPRET=0 PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool --error-exitcode 9 \
+				$(BIN)/lossk doctor || exit 9; \
+		done; \
+	else echo "compute-sanitizer is not installed: not run"; fi
 
 aot: $(READY)  ## every Triton kernel compiled for sm_80 and sm_90; needs no GPU
 	$(BIN)/python -m bench.aot --out docs/aot.md

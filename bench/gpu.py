@@ -1,188 +1,133 @@
-"""Each Triton kernel on a GPU, against the same work in torch and against the device's own limits, in one run.
+"""Each Triton kernel on a GPU, against the same work in torch, its peers, and the device's own limits, in one run.
 
-    python -m bench.gpu [--out bench/results/gpu.json]
+    python -m bench.gpu [--out bench/results/gpu.json] [--part ops|build]
 
 The limits are measured, not read from a data sheet: bandwidth by copying 1 GiB, FLOP rate by torch.mm of 8192 x 8192 in
-the case's precision. Times are medians with 20/80 percentiles, after warm-up. Where there is no GPU it refuses.
+the case's precision. Times are medians with 20/80 percentiles, after warm-up. Then a kernel of 50,000 synthetic images
+under a network of GoogLeNet's size, split into forward, gradient, step and update, with what 1,000 draws would take.
+Peers (quack-kernels, liger-kernel, cut-cross-entropy) take part where they are installed. Targets are printed as met or
+missed. Where there is no GPU it refuses; `--tiny` runs everything in Triton's interpreter at sizes that say nothing of
+speed, so that this file cannot rot.
 
-Not here yet: quack-kernels, Liger and cut-cross-entropy as peers, and an end-to-end build. This file has never run on a
-GPU (its cases have, in Triton's interpreter, at tiny sizes).
+This file has never run on a GPU.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import platform
+import os
 import statistics
 import sys
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor
-from torch.nn.functional import cross_entropy
 
-from lossk.ops.head_loss import head_loss
-from lossk.ops.rank_update import rank_update_triangle
-from lossk.ops.sample_loss import sample_loss
-from lossk.ops.sgld_step import sgld_step
-from lossk.ops.top_correlations import EMPTY, merge_tile
+from bench import gpu_build, gpu_cases
+from bench.gpu_targets import judge
+from lossk import provenance
+from lossk.device import peak_bytes
 
-HALF = torch.bfloat16
+TF32 = ("tf32", "tf32x3")
 
 
-@dataclass(frozen=True)
-class Sizes:
-    """How large the cases are."""
-
-    samples: int = 50_000
-    ranks: tuple[int, ...] = (64, 512, 4096)
-    batch: int = 4096
-    classes: tuple[int, ...] = (1000, 131_072)
-    depth: int = 1024
-    parameters: tuple[int, ...] = (25_000_000, 1_000_000_000)
-    tile: int = 4096
-
-
-@dataclass(frozen=True)
-class Case:
-    """One thing to time, and what it must at least move or compute."""
-
-    op: str
-    name: str
-    run: Callable[[], object]
-    bytes: float = 0.0
-    flops: float = 0.0
-
-
-def loss_cases(sizes: Sizes, device: torch.device) -> Iterator[Case]:
-    """Loss from logits, and from hidden states."""
-    out = torch.zeros(sizes.batch, device=device)
-    for classes in sizes.classes:
-        labels = torch.arange(sizes.batch, device=device) % classes
-        hidden = torch.randn(sizes.batch, sizes.depth, device=device, dtype=HALF)
-        head = torch.randn(classes, sizes.depth, device=device, dtype=HALF)
-        logits = hidden @ head.T
-
-        def from_logits(x: Tensor = logits, labels: Tensor = labels) -> None:
-            sample_loss(x, labels, out, backend="triton")
-
-        def torch_from_logits(x: Tensor = logits, labels: Tensor = labels) -> Tensor:
-            return cross_entropy(x, labels, reduction="none")
-
-        def from_hidden(x: Tensor = hidden, head: Tensor = head, labels: Tensor = labels) -> None:
-            head_loss(x, head, labels, out, backend="triton")
-
-        def torch_from_hidden(x: Tensor = hidden, head: Tensor = head, labels: Tensor = labels) -> Tensor:
-            return cross_entropy((x @ head.T).float(), labels, reduction="none")
-
-        moved, flops = 2.0 * logits.numel(), 2.0 * logits.numel() * sizes.depth
-        yield Case(f"sample_loss, {classes:,} classes", "lossk", from_logits, bytes=moved)
-        yield Case(f"sample_loss, {classes:,} classes", "torch", torch_from_logits, bytes=moved)
-        yield Case(f"head_loss, {classes:,} classes", "lossk", from_hidden, flops=flops)
-        yield Case(f"head_loss, {classes:,} classes", "torch", torch_from_hidden, flops=flops)
-
-
-def update_cases(sizes: Sizes, device: torch.device) -> Iterator[Case]:
-    """The rank-k update of a whole triangle."""
-    matrix = torch.zeros(sizes.samples, sizes.samples, device=device)
-    for k in sizes.ranks:
-        panel = torch.randn(k, sizes.samples, device=device, dtype=HALF)
-
-        def update(panel: Tensor = panel) -> None:
-            rank_update_triangle(matrix, panel, backend="triton", precision="bf16")
-
-        def product(panel: Tensor = panel) -> Tensor:
-            return torch.mm(panel.T, panel)
-
-        op, flops = f"rank_update, k = {k:,}", float(sizes.samples) ** 2 * k
-        yield Case(op, "lossk", update, flops=flops)  # half of what torch.mm must do: one of two triangles
-        yield Case(op, "torch.mm", product, flops=2 * flops)
-
-
-def neighbour_cases(sizes: Sizes, device: torch.device) -> Iterator[Case]:
-    """The 10 nearest of each row of a tile."""
-    tile, gain = torch.randn(sizes.tile, sizes.tile, device=device), torch.ones(sizes.tile, device=device)
-    keys = torch.full((sizes.tile, 10), EMPTY, dtype=torch.int64, device=device)
-    for backend, name in (("triton", "lossk"), ("torch", "torch")):
-
-        def merge(backend: str = backend) -> None:
-            merge_tile(keys.fill_(EMPTY), tile, gain, gain, first_row=0, first_column=sizes.tile, backend=backend)
-
-        yield Case("top_correlations, 10 of a tile", name, merge, bytes=4.0 * tile.numel())
-
-
-def step_cases(sizes: Sizes, device: torch.device) -> Iterator[Case]:
-    """The SGLD step, and the same memory traffic without the noise."""
-    for count in sizes.parameters:
-        w, grad, anchor = (torch.zeros(count, device=device) for _ in range(3))
-
-        def step(w: Tensor = w, grad: Tensor = grad, anchor: Tensor = anchor) -> None:
-            physics = {"lr": 1e-6, "n_beta": 100.0, "localization": 10.0}
-            sgld_step(w, grad, anchor, **physics, seed=1, chain=0, step=0, backend="triton")  # type: ignore[arg-type]
-
-        def floor(w: Tensor = w, grad: Tensor = grad, anchor: Tensor = anchor) -> Tensor:
-            return w.addcmul_(grad, anchor)
-
-        op = f"sgld_step, {count:,} parameters"
-        yield Case(op, "lossk", step, bytes=16.0 * count)
-        yield Case(op, "floor: addcmul_", floor, bytes=16.0 * count)
-
-
-def all_cases(sizes: Sizes, device: torch.device) -> Iterator[Case]:
-    """Every case, made when it is asked for."""
-    yield from loss_cases(sizes, device)
-    yield from step_cases(sizes, device)
-    yield from update_cases(sizes, device)
-    yield from neighbour_cases(sizes, device)
-
-
-def milliseconds(run: Callable[[], object], rounds: int = 20) -> list[float]:
-    """Times of a call by the device's own clock, after three calls to warm up."""
+def milliseconds(run: Callable[[], object], device: torch.device, rounds: int = 20) -> list[float]:
+    """Times of a call by the device's own clock, after three calls to warm up; on a CPU by the wall's, once."""
+    if device.type != "cuda":
+        start = time.perf_counter()
+        run()
+        return [1e3 * (time.perf_counter() - start)]
     for _ in range(3):
         run()
     times = []
     for _ in range(rounds):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin.record()
         run()
         end.record()
         end.synchronize()
-        times.append(start.elapsed_time(end))
+        times.append(begin.elapsed_time(end))
     return sorted(times)
 
 
-def limits(device: torch.device) -> tuple[float, float]:
-    """(bytes per second of a copy, flops per second of torch.mm in bfloat16), measured."""
-    source = torch.empty(2**28, device=device)
-    copy = statistics.median(milliseconds(lambda: source.clone()))
-    square = torch.randn(8192, 8192, device=device, dtype=HALF)
-    product = statistics.median(milliseconds(lambda: square @ square))
-    return 2 * 4 * 2**28 / copy * 1e3, 2 * 8192**3 / product * 1e3
+def limits(device: torch.device, side: int = 8192, copied: int = 2**28) -> dict[str, float]:
+    """ "copy": bytes per second; a precision: flops per second of torch.mm in it, all measured."""
+    source = torch.empty(copied, device=device)
+    found = {"copy": 2 * 4 * copied / statistics.median(milliseconds(lambda: source.clone(), device)) * 1e3}
+    before = torch.get_float32_matmul_precision()
+    for precision in ("bf16", "tf32", "fp32"):
+        torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
+        square = torch.randn(side, side, device=device).to(torch.bfloat16 if precision == "bf16" else torch.float32)
+        took = statistics.median(milliseconds(lambda x=square: x @ x, device))  # type: ignore[misc]
+        found[precision] = 2 * side**3 / took * 1e3
+    torch.set_float32_matmul_precision(before)
+    found["tf32x3"] = found["tf32"] / 3  # three products of tf32 for one
+    return found
 
 
-def main() -> int:
+def time_case(case: gpu_cases.Case, of: dict[str, float], device: torch.device) -> dict[str, Any]:
+    """A case's row; a peer that fails says why, ours must not."""
+    try:
+        peak = peak_bytes(device, case.run)
+        times = milliseconds(case.run, device)
+    except Exception as error:
+        if case.name.startswith("lossk"):
+            raise
+        print(f"{case.op:36s} {case.name:20s} failed: {type(error).__name__}: {error}".splitlines()[0])
+        return {"op": case.op, "name": case.name, "median_ms": float("nan"), "of_limit": float("nan"), "peak_bytes": 0}
+    median = statistics.median(times)
+    share = max(case.bytes / of["copy"], case.flops / of[case.precision]) / median * 1e3
+    spread = f"[{times[len(times) // 5]:.3f}, {times[len(times) * 4 // 5]:.3f}]"
+    print(f"{case.op:36s} {case.name:20s} {median:9.3f} ms {spread}  {share:6.1%} of the limit")
+    row = {"op": case.op, "name": case.name, "median_ms": median, "of_limit": share, "peak_bytes": peak}
+    return row | {"times_ms": times}
+
+
+def measure_ops(sizes: gpu_cases.Sizes, device: torch.device, of: dict[str, float]) -> dict[str, Any]:
+    """Every case, and the verdicts."""
+    rows = [time_case(case, of, device) for case in gpu_cases.all_cases(sizes, device)]
+    logits = {f"head_loss, {classes:,} classes": 2.0 * classes * sizes.batch for classes in sizes.classes}
+    verdicts = judge([row for row in rows if row["median_ms"] == row["median_ms"]], logits)
+    for verdict in verdicts:
+        print(verdict)
+    return {"rows": rows, "targets": [vars(verdict) for verdict in verdicts]}
+
+
+def measure_build(sizes: gpu_build.BuildSizes, device: torch.device) -> dict[str, Any]:
+    """The end-to-end build by stages."""
+    found = gpu_build.measure(sizes, device, lambda run: statistics.median(milliseconds(run, device, rounds=5)) / 1e3)
+    for stage, seconds in found["stages"].items():
+        print(f"build, per draw: {stage:10s} {seconds:10.4f} s")
+    print(f"build, 1,000 draws at this rate: {found['thousand_draws_seconds'] / 3600:.2f} h")
+    return found
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("bench/results/gpu.json"))
-    options = parser.parse_args()
-    if not torch.cuda.is_available():
-        print("bench.gpu: this machine has no CUDA device; there is nothing to measure", file=sys.stderr)
+    parser.add_argument("--part", choices=("ops", "build"), help="only this part")
+    parser.add_argument("--tiny", action="store_true", help="tiny sizes; without a GPU in Triton's interpreter")
+    options = parser.parse_args(arguments)
+    interpreted = os.environ.get("TRITON_INTERPRET", "0") != "0"
+    if not torch.cuda.is_available() and not (options.tiny and interpreted):
+        hint = "set TRITON_INTERPRET=1 for --tiny" if options.tiny else "there is nothing to measure"
+        print(f"bench.gpu: this machine has no CUDA device; {hint}", file=sys.stderr)
         return 2
-    device = torch.device("cuda")
-    bandwidth, rate = limits(device)
-    name = torch.cuda.get_device_name(device)
-    print(f"{name}: copies {bandwidth / 1e9:,.0f} GB/s, torch.mm {rate / 1e12:,.0f} TFLOP/s in bfloat16")
-    rows = []
-    for case in all_cases(Sizes(), device):
-        times = milliseconds(case.run)
-        median = statistics.median(times)
-        share = max(case.bytes / bandwidth, case.flops / rate) / median * 1e3
-        rows.append({"op": case.op, "name": case.name, "median_ms": median, "of_limit": share, "times_ms": times})
-        spread = f"[{times[len(times) // 5]:.3f}, {times[len(times) * 4 // 5]:.3f}]"
-        print(f"{case.op:36s} {case.name:16s} {median:9.3f} ms {spread}  {share:6.1%} of the limit")
-    record = {"device": name, "torch": torch.__version__, "python": platform.python_version(), "rows": rows}
+    device = torch.device("cpu" if interpreted else "cuda")
+    name = "Triton's interpreter: no measure of speed" if interpreted else torch.cuda.get_device_name(device)
+    of = limits(device, 16, 2**10) if options.tiny else limits(device)
+    print(f"{name}: copies {of['copy'] / 1e9:,.0f} GB/s, torch.mm {of['bf16'] / 1e12:,.1f} TFLOP/s in bfloat16")
+    record: dict[str, Any] = {
+        "device": name, "git_sha": provenance.git_sha(), "versions": provenance.versions(), "limits": of,
+        "peers": {peer: gpu_cases.installed(peer) for peer in gpu_cases.PEERS},
+    }  # fmt: skip
+    if options.part != "build":
+        record["ops"] = measure_ops(gpu_cases.TINY if options.tiny else gpu_cases.Sizes(), device, of)
+    if options.part != "ops":
+        record["build"] = measure_build(gpu_build.TINY_BUILD if options.tiny else gpu_build.BuildSizes(), device)
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps(record, indent=1) + "\n")
     return 0

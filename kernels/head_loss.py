@@ -178,6 +178,9 @@ def head_loss(
         precision: of the products: "fp32", "tf32" or "tf32x3" for float32, else "fp16" or "bf16". Sums are float32.
     """
     (batch, depth), (num_heads, num_classes, _) = hidden.shape, head.shape
+    if head.data_ptr() % 16 and depth % 16 == 0:
+        # A view of a flat buffer may begin anywhere. A copy is little beside the products, and they are then wide ones.
+        head = head.clone(memory_format=torch.contiguous_format)
     strides = (hidden.stride(0), head.stride(1), head.stride(0))
     aligned = not any(n % 16 for n in (depth, *strides, hidden.data_ptr(), head.data_ptr()))
     config = configuration(name_of(hidden.dtype), precision, aligned)

@@ -15,7 +15,7 @@ FACTOR = {"fp32": 2.0**-24, "tf32": 2.0**-11, "tf32x3": 2.0**-21, "fp16": 2.0**-
 KINDS = [(torch.float32, p) for p in PRECISIONS] + [(torch.float16, "fp32"), (torch.bfloat16, "fp32")]
 
 
-@pytest.fixture(params=["torch", "triton"])
+@pytest.fixture(params=["torch", "cpp", "triton"])
 def backend(request: pytest.FixtureRequest) -> str:
     return request.param
 
@@ -125,6 +125,29 @@ def test_views_and_the_rows_of_a_panel(triton_device: torch.device) -> None:
     assert torch.equal(run(transposed, triton_device, backend="triton"), expected)
 
 
+def test_a_head_that_begins_anywhere_is_multiplied_as_an_aligned_one(
+    triton_device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = problem(5, 7, 16, 1, torch.float32)
+    expected, seen = run(data, triton_device, backend="triton"), []
+    plain = kernel.configuration
+
+    def watched(dtype: str, precision: str, aligned: bool) -> Any:
+        seen.append(aligned)
+        return plain(dtype, precision, aligned)
+
+    monkeypatch.setattr(kernel, "configuration", watched)
+    flat = torch.full((1 + 7 * 16,), float("nan"), device=triton_device)
+    flat[1:] = data["head"].flatten().to(triton_device)
+    view = flat[1:].view(1, 7, 16)
+    assert view.data_ptr() % 16
+    out = torch.zeros(1, 5, device=triton_device)
+    rest = {name: data[name].to(triton_device) for name in ("hidden", "bias", "targets")}
+    head_loss(head=view, out=out, backend="triton", **rest)
+    assert seen == [True]
+    assert torch.equal(out.cpu(), expected)
+
+
 def test_special_targets_and_nan(triton_device: torch.device, backend: str) -> None:
     device = triton_device if backend == "triton" else torch.device("cpu")
     data = problem(6, 10, 8, 2, torch.float32)
@@ -144,7 +167,7 @@ def test_special_targets_and_nan(triton_device: torch.device, backend: str) -> N
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"backend": "cpp"}, "backend must be one of torch, triton, got 'cpp'"),
+        ({"backend": "cuda"}, "backend must be one of torch, cpp, triton, got 'cuda'"),
         ({"precision": "fp16"}, "precision must be one of fp32, tf32, tf32x3, got 'fp16'"),
         ({"hidden": torch.zeros(3, 4).double()}, r"hidden must be \[B, d\] .* got \[3, 4\] float64"),
         ({"head": torch.zeros(5, 3)}, r"head must be \[C, 4\] or \[k, C, 4\] float32 on cpu, got \[5, 3\]"),

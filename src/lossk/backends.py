@@ -2,16 +2,54 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 
 from lossk.errors import BackendError
 from lossk.settings import BACKENDS, check_choice
 
+OPS = ("sgld_step", "sample_loss", "head_loss", "rank_update", "top_correlations")
+COMPILED = ("sgld_step", "sample_loss", "head_loss")  # what "cpp" does; the reference is the CPU's fast path elsewhere
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """A run's backend by name, and what each op runs with."""
+
+    backend: str
+    ops: dict[str, str]
+    reasons: tuple[str, ...] = ()  # why an op runs with another backend than the run's name says
+
+
+def choose_ops(backend: str, device: torch.device) -> Chosen:
+    """What each op runs with: an explicit backend or an error, "auto" the fastest that passes its self-test.
+
+    "auto" on a CUDA device takes the Triton kernel of every op whose kernel passes, and the reference for the others.
+
+    Raises:
+        ValueError: not a backend's name.
+        BackendError: an explicit backend cannot run here; says why and what can.
+    """
+    chosen = resolve_backend(backend, device)
+    if backend == "auto" and device.type == "cuda":
+        return _by_self_test(device)
+    if chosen == "cpp":
+        return Chosen(chosen, {op: "cpp" if op in COMPILED else "torch" for op in OPS})
+    return Chosen(chosen, dict.fromkeys(OPS, chosen))
+
+
+def _by_self_test(device: torch.device) -> Chosen:
+    from lossk.ops import triton_kernels
+
+    found = {op: triton_kernels.status(op, device) for op in OPS}
+    ops = {op: "triton" if status.available else "torch" for op, status in found.items()}
+    refused = tuple(f"{op} = torch: {status.reason}" for op, status in found.items() if not status.available)
+    return Chosen("triton" if "triton" in ops.values() else "torch", ops, refused)
+
 
 def resolve_backend(backend: str, device: torch.device) -> str:
     """The backend that will run: an explicit one or an error, "auto" the fastest that passes its self-test.
-
-    "auto" does not choose "triton": no GPU has been at hand to show that it pays.
 
     Raises:
         ValueError: not a backend's name.
@@ -25,7 +63,7 @@ def resolve_backend(backend: str, device: torch.device) -> str:
     extension = status()
     cpp_runs = extension.available and device.type == "cpu"
     if backend == "auto":
-        return "cpp" if cpp_runs else "torch"
+        return _by_self_test(device).backend if device.type == "cuda" else "cpp" if cpp_runs else "torch"
     if backend == "cpp" and cpp_runs:
         return backend
     usable = "torch, cpp" if cpp_runs else "torch"
@@ -39,4 +77,6 @@ def resolve_backend(backend: str, device: torch.device) -> str:
             return backend
     else:
         why = "this version has no CUDA C++ kernels"
+        if device.type == "cuda":
+            usable += "; triton where its self-test passes"
     raise BackendError(f"backend={backend!r} cannot run here: {why}; usable: {usable}")

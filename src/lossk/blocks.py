@@ -50,12 +50,21 @@ class Blocks(Protocol):
     @property
     def dtype(self) -> torch.dtype: ...
 
+    @property
+    def device(self) -> torch.device:
+        """Where they are held; all but `tile_on` give host tensors."""
+        ...
+
     def gather(self, rows: Tensor, columns: Tensor) -> Tensor:
         """[r, c] float32."""
         ...
 
     def read_tile(self, i: int, j: int) -> Tensor:
         """Tile (i, j), i <= j: float32."""
+        ...
+
+    def tile_on(self, i: int, j: int, device: torch.device) -> Tensor:
+        """Tile (i, j), i <= j, on a device, in the dtype it is held in or float32."""
         ...
 
     def row_blocks(self, rows: Tensor) -> Iterator[tuple[slice, Tensor]]:
@@ -75,6 +84,10 @@ class TileBlocks:
     def dtype(self) -> torch.dtype:
         return self.tiles[0, 0].dtype
 
+    @property
+    def device(self) -> torch.device:
+        return self.tiles[0, 0].device
+
     def gather(self, rows: Tensor, columns: Tensor) -> Tensor:
         out = torch.empty(len(rows), len(columns))
         row_tile, column_tile = rows // self.tile, columns // self.tile
@@ -91,7 +104,10 @@ class TileBlocks:
         return out
 
     def read_tile(self, i: int, j: int) -> Tensor:
-        return self.tiles[i, j].float()
+        return self.tiles[i, j].float().cpu()
+
+    def tile_on(self, i: int, j: int, device: torch.device) -> Tensor:
+        return self.tiles[i, j].to(device)
 
     def row_blocks(self, rows: Tensor) -> Iterator[tuple[slice, Tensor]]:
         spans = tile_spans(self.num_samples, self.tile)
@@ -116,6 +132,11 @@ class FactorBlocks:
     def dtype(self) -> torch.dtype:
         return self.factor.dtype
 
+    @property
+    def device(self) -> torch.device:
+        """Always the host: a stripe is moved when a tile is wanted elsewhere."""
+        return torch.device("cpu")
+
     def take(self, index: Tensor) -> Tensor:
         """The columns of some samples: [D, r] float32."""
         return self.factor[:, index].float()
@@ -133,6 +154,9 @@ class FactorBlocks:
 
     def read_tile(self, i: int, j: int) -> Tensor:
         return self._product(self.stripe(i), self.stripe(j))
+
+    def tile_on(self, i: int, j: int, device: torch.device) -> Tensor:
+        return self._product(self.stripe(i).to(device), self.stripe(j).to(device))
 
     def row_blocks(self, rows: Tensor) -> Iterator[tuple[slice, Tensor]]:
         a = self.take(rows)

@@ -13,6 +13,7 @@ from lossk.data import Transform
 from lossk.disk import full_disk_named
 from lossk.distributed import joined
 from lossk.distributed_build import build_on_ranks
+from lossk.host_tiles import HostTiles
 from lossk.kernel import LossKernel
 from lossk.layout import TILES_IN_MEMORY, Layout, log_columns
 from lossk.losses import LossFunction
@@ -87,7 +88,8 @@ def build_kernel(
             `out` is given, they are made in that store at the end, from the log of the draws, within rounding the same.
         out: path of a `.lossk` store to write; None keeps the kernel in memory only.
         resume: continue an interrupted run in `out`, to the bitwise same result.
-        backend: "auto", "torch" or "cpp" for the SGLD step; an explicit one never falls back.
+        backend: of the ops: "torch", "cpp" (CPU), "triton" (CUDA), each explicit one or an error; "auto" takes what
+            passes its self-test here: on a CUDA device the Triton kernels, on a CPU the C++ ones. `meta["ops"]` says.
         device: where to run; None is the model's own. The model is back on its own device afterwards.
         precision: of the forward pass: None (float32), "bf16", "fp16" or (CUDA) "tf32". Weights stay float32.
         passes: how forward and backward passes are run; None has a pilot choose (it is printed, and kept in `meta`), or
@@ -199,7 +201,7 @@ def sample_losses(
             run.announce(bar)
             run.plan(bar, budget, tile=4096, panel=panel, dtype="float32", held_traces=True)
             losses = torch.empty(num_chains, num_draws, len(run.probe))
-            for part in run.panels(panel, bar, dict.fromkeys(range(num_chains))):
+            for part in (each.on_host() for each in run.panels(panel, bar, dict.fromkeys(range(num_chains)))):
                 losses[part.chain, part.first_draw : part.first_draw + len(part.losses)] = part.losses
                 run.watch.note(part.losses, part.draws)
         n_beta = getattr(run.sampler, "n_beta", None)
@@ -230,6 +232,7 @@ def _accumulate(
     for part in run.panels(request["panel"], bar, starts):
         with run.timings.measure("update"):
             tiles.update(part.chain, part.losses)
+        part = part.on_host()
         run.watch.note(part.losses, part.draws)
         if log is not None:
             with run.timings.measure("store"):
@@ -257,8 +260,14 @@ def _accumulator(
     """Where panels go: into tiles in memory, or, by way of the log, into tiles in the store."""
     num_samples, tile = len(run.probe), request["tile"]
     settings = {key: request[key] for key in ("num_chains", "num_draws", "centering", "dtype")}
-    if layout.tiles == "memory":
-        return TileAccumulator(num_samples, tile, **settings)
+    if layout.tiles in ("memory", "device"):
+        settings |= {"backend": run.ops["rank_update"], "precision": run.task.passes.update_precision}
+        if layout.tiles == "device" or run.task.device.type == "cpu":
+            return TileAccumulator(num_samples, tile, **settings, device=run.task.device)
+        if layout.super_panel:
+            waiting = layout.super_panel
+            return HostTiles(num_samples, tile, **settings, device=run.task.device, waiting=waiting)
+        return TileAccumulator(num_samples, tile, **settings | {"backend": "torch"})
     assert log is not None
     cache = CACHE_BYTES if budget.asked is None else min(CACHE_BYTES, budget.asked // 4)
     return OutOfCore(log, num_samples, tile, **settings, layout=layout, cache_bytes=cache)

@@ -221,20 +221,24 @@ def run_doctor(options: argparse.Namespace) -> None:
     devices = torch.cuda.device_count()
     for line in describe_triton(torch.device("cuda" if devices else "cpu")):
         print(f"backend triton {line}")
-    print("backend cuda   not in this version")
+    print("backend cuda   not in this version: it has no CUDA C++ kernels, and backend='cuda' raises")
     print(f"CUDA devices   {devices}" + (f" ({torch.cuda.get_device_name(0)})" if devices else ""))
     print(f"torch threads  {torch.get_num_threads()}")
 
 
 def describe_triton(device: torch.device) -> list[str]:
-    """What can be said of the Triton kernels on `device`: one line if all pass, else one for each reason."""
+    """Each op's Triton kernel on `device`: passed, or why not; one line where the reason is the same for all."""
     from lossk.ops import triton_kernels
 
     found = {op: triton_kernels.status(op, device) for op in triton_kernels.OPS}
-    if all(status.available for status in found.values()):
-        how = "interpreted on the CPU" if next(iter(found.values())).interpreted else f"on {device}"
-        return [f"ok: self-tests passed, {how}: {', '.join(found)}"]
-    return [f"not usable: {reason}" for reason in dict.fromkeys(s.reason for s in found.values() if not s.available)]
+    reasons = {status.reason for status in found.values()}
+    if len(reasons) == 1 and reasons != {""}:
+        return [f"not usable: {reasons.pop()}"]
+    how = "interpreted on the CPU" if next(iter(found.values())).interpreted else f"on {device}"
+    return [
+        f"{op:16s} {f'ok: self-test passed, {how}' if status.available else f'not usable: {status.reason}'}"
+        for op, status in found.items()
+    ]
 
 
 if __name__ == "__main__":

@@ -22,6 +22,8 @@ from torch.utils.data import (
     default_collate,
 )
 
+from lossk.device import ahead
+
 READ_BATCH = 256
 HALVES = (torch.float16, torch.bfloat16)
 
@@ -43,17 +45,21 @@ class Samples:
     tree: Any
     num_samples: int
     transform: Transform | None = None
+    device: torch.device | None = None  # where batches are wanted, if the data are not held there
     _views: dict[int, list[tuple[int, Any]]] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __len__(self) -> int:
         return self.num_samples
 
     def __getitem__(self, index: slice | Tensor) -> Any:
-        batch = map_tensors(lambda t: _widened(t[index]), self.tree)
+        batch = map_tensors(lambda t: _widened(self._moved(t[index])), self.tree)
         if self.transform is None:
             return batch
         inputs, targets = batch
         return self.transform(inputs), targets
+
+    def _moved(self, part: Tensor) -> Tensor:
+        return part if self.device is None else part.to(self.device, non_blocking=True)
 
     def batches(self, size: int) -> Iterator[tuple[int, Any]]:
         """(first sample, batch) of all samples in order, `size` at a time.
@@ -61,6 +67,9 @@ class Samples:
         Batches that are nothing but views are made once and kept: a probe passes over the same ones at every draw.
         """
         starts = range(0, len(self), size)
+        if self.device is not None:
+            yield from ahead(starts, lambda start: (start, self[start : start + size]), _tensors_of, self.device)
+            return
         if self.transform is not None or any(t.dtype in HALVES for t in leaves(self.tree)):
             yield from ((start, self[start : start + size]) for start in starts)
             return
@@ -104,6 +113,10 @@ class Samples:
             few = Samples(self[: min(8, len(self))], min(8, len(self)))
             digest.update(few.fingerprint().encode())
         return digest.hexdigest()
+
+
+def _tensors_of(batch: tuple[int, Any]) -> list[Tensor]:
+    return leaves(batch[1])
 
 
 def map_tensors(function: Callable[[Tensor], Tensor], tree: Any) -> Any:

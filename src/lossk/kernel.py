@@ -15,7 +15,15 @@ from lossk.blocks import Blocks, FactorBlocks, Moments, tile_spans, upper_triang
 from lossk.centring import centre, degrees_of_freedom, empty_moments, note
 from lossk.dense import write_dense
 from lossk.indexing import resolve
-from lossk.neighbors import Neighbors, median_noise_floor, nearest, nearest_of_rows, noise_floor
+from lossk.neighbors import (
+    Neighbors,
+    device_for_neighbors,
+    median_noise_floor,
+    nearest,
+    nearest_of_rows,
+    nearest_on_device,
+    noise_floor,
+)
 from lossk.settings import CENTERINGS, check_choice
 from lossk.spectrum import leading
 from lossk.standard_error import bartlett, chain_spread
@@ -279,12 +287,15 @@ class LossKernel:
         factor = self._blocks if isinstance(self._blocks, FactorBlocks) else None
         return leading(self.matvec, factor, self._moments.scale, k)
 
-    def neighbors(self, k: int = 10, rows: Any = None) -> Neighbors:
+    def neighbors(self, k: int = 10, rows: Any = None, *, backend: str | None = None) -> Neighbors:
         """The k most correlated other samples of each sample, by streaming over tiles; ties go to the smaller index.
 
         Args:
             rows: the samples whose neighbours are wanted (any index that `kernel[rows]` takes), among all N; None for
                 all of them. r rows cost r N pairs instead of N^2 / 2.
+            backend: "torch", or "triton" (all rows, k up to 64; the same within a rounding of the correlations), to
+                which tiles in host memory go one by one. None is "triton" where the tiles lie on a CUDA device on which
+                it passes its self-test.
 
         Returns:
             Neighbors(index [N, k] int64, correlation [N, k] float32, noise_floor [N] float32), or r instead of N. A
@@ -296,9 +307,15 @@ class LossKernel:
         """
         if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k < self.num_samples:
             raise ValueError(f"k must be an integer from 1 to N - 1 = {self.num_samples - 1}, got {k!r}")
+        device = device_for_neighbors(self._blocks, k, backend)
         if rows is None:
-            found = nearest(self._correlation_tile, self.dead, self.tile, k)
+            if device is None:
+                found = nearest(self._correlation_tile, self.dead, self.tile, k)
+            else:
+                found = nearest_on_device(self._blocks.tile_on, self._gain, self.tile, k, device)
             return found._replace(noise_floor=noise_floor(self._moments))
+        if backend == "triton":
+            raise ValueError("rows must be None with backend='triton', which ranks whole tiles")
         rows = self._index(rows)
         found = nearest_of_rows(self._correlation_rows, self.dead, rows, k)
         return found._replace(noise_floor=noise_floor(self._moments, rows))

@@ -12,7 +12,7 @@ from lossk.memory import Budget, as_setting, gigabytes
 
 BYTES = {"float32": 4, "float16": 2}
 TILES_IN_MEMORY = {"tiles": "memory", "super_panel": 0}
-PLACES = {"memory": "memory", "store": "the store"}
+PLACES = {"memory": "memory", "store": "the store", "device": "the device's memory"}
 SLACK = 4_000_000  # Python objects, threads, and the small arrays of the diagnostics
 LOG_COLUMNS = 1024  # least width of a chunk of the log where tiles are made from it: narrower ones are too many files
 
@@ -28,6 +28,7 @@ class Size:
     num_draws: int  # per chain
     dtype: str  # of the finished tiles
     num_weights: int
+    stack_bytes: int = 0  # of the weights of draws that are evaluated together
 
     @property
     def side(self) -> int:
@@ -61,14 +62,15 @@ class Layout:
     What bears on the last bit of the result (`tiles`, `super_panel`) is saved with a run and kept on resuming.
     """
 
-    tiles: str  # "memory", "store", or "traces" where there are none
+    tiles: str  # "memory", "store", "device" (a CUDA device's memory), or "traces" where there are none
     tile_bytes: int
     panel_bytes: int
     weight_bytes: int
     taken_bytes: int = 0
-    super_panel: int = 0  # draws, of all chains, in one product of a tile in the store
+    super_panel: int = 0  # rows of draws in one product of a tile in the store, or of one that visits a device
     stripes: int = 0  # tile rows whose draws are held at a time; does not bear on the result
     rows_bytes: int = 0
+    device_bytes: int = 0  # of a CUDA device, beside data, weights and passes
 
     @property
     def peak_bytes(self) -> int:
@@ -87,10 +89,15 @@ def panel_bytes(size: Size) -> int:
     return 12 * rows * n + 40 * rows * min(n, 4096) + 8 * n * (16 + 2 * size.num_chains)
 
 
+def weight_bytes(size: Size) -> int:
+    """w, w*, the gradient and one more vector of the sampler's; and draws that wait to be evaluated together."""
+    return 16 * size.num_weights + size.stack_bytes
+
+
 def in_memory(size: Size, taken: int, *, on_disk: bool) -> Layout:
     """All tiles held until the end."""
     writing = 3 * BYTES[size.dtype] * size.side**2 if on_disk else 0
-    return Layout("memory", 4 * size.entries + writing, panel_bytes(size), 16 * size.num_weights, taken)
+    return Layout("memory", 4 * size.entries + writing, panel_bytes(size), weight_bytes(size), taken)
 
 
 def in_store(size: Size, taken: int, *, super_panel: int, stripes: int) -> Layout:
@@ -103,7 +110,7 @@ def in_store(size: Size, taken: int, *, super_panel: int, stripes: int) -> Layou
         "store",
         copies * one,
         panel_bytes(size),
-        16 * size.num_weights,
+        weight_bytes(size),
         taken,
         super_panel=super_panel,
         stripes=stripes,

@@ -53,7 +53,10 @@ class Loss:
 
     def per_sample(self, model: nn.Module, batch: Any) -> Tensor:
         """[B] float32, nats: each sample's share of the training loss, whose mean over a minibatch is L_B."""
-        losses, mask = self.evaluate(model, batch)
+        return self.shares(*self.evaluate(model, batch))
+
+    def shares(self, losses: Tensor, mask: Tensor | None) -> Tensor:
+        """[B]: `per_sample` of losses that are there already."""
         if mask is None:
             return losses
         return losses.masked_fill(~mask, 0.0).sum(dim=1) / self.mean_tokens
@@ -66,8 +69,11 @@ class Loss:
 
     def rows(self, model: nn.Module, batch: Any) -> Evaluated:
         """The batch's rows of the kernel: losses [R] float32, of its samples or its unmasked tokens; and the mask."""
-        losses, mask = self.evaluate(model, batch)
-        return (losses, None) if mask is None else (losses[mask], mask)
+        return self.select(*self.evaluate(model, batch))
+
+    def select(self, losses: Tensor, mask: Tensor | None) -> Evaluated:
+        """`rows` of losses that are there already, [B] or [B, T] each, or [k, B] or [k, B, T] of k draws."""
+        return (losses, None) if mask is None else (losses[..., mask], mask)
 
 
 def resolve_loss(loss: str | LossFunction, backend: str = "torch") -> Loss:

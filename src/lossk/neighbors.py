@@ -10,8 +10,10 @@ import torch
 from scipy import stats
 from torch import Tensor
 
-from lossk.blocks import Moments, tile_spans, upper_triangle
-from lossk.ops.top_correlations import EMPTY, top_correlations, unpack
+from lossk.blocks import Blocks, Moments, tile_spans, upper_triangle
+from lossk.ops import triton_kernels
+from lossk.ops.top_correlations import BACKENDS, EMPTY, MOST_BY_TRITON, merge_tile, top_correlations, unpack
+from lossk.settings import check_choice
 
 
 class Neighbors(NamedTuple):
@@ -48,6 +50,63 @@ def nearest(correlation_tile: Callable[[int, int], Tensor], dead: Tensor, tile: 
             _merge(keys[columns], block.T, rows.start)
     index, correlation = unpack(keys)
     return Neighbors(index, correlation, torch.zeros(num_samples))
+
+
+def nearest_on_device(
+    read_tile: Callable[[int, int, torch.device], Tensor], gain: Tensor, tile: int, k: int, device: torch.device
+) -> Neighbors:
+    """`nearest` by the Triton kernel, on a device: correlations are never written.
+
+    They are the same within a rounding: of a transposed tile the gains are multiplied in the other order.
+
+    Args:
+        read_tile: (i, j, device) -> [a, b] scaled covariances on the device, for i <= j.
+        gain: [N] float32, 1 / standard deviation in the tiles' units, 0 for a dead sample.
+        k: at most 64.
+
+    Raises:
+        BackendError: the kernel cannot run on the device.
+    """
+    spans, gain = tile_spans(len(gain), tile), gain.to(device)
+    keys = torch.full((len(gain), k), EMPTY, dtype=torch.int64, device=device)
+    for i, j in upper_triangle(len(spans)):
+        block = read_tile(i, j, device)
+        for rows, columns, part in ((spans[i], spans[j], block), (spans[j], spans[i], block.T))[: 1 if i == j else 2]:
+            merge_tile(
+                keys[rows],
+                part,
+                gain[rows],
+                gain[columns],
+                first_row=rows.start,
+                first_column=columns.start,
+                backend="triton",
+            )
+    index, correlation = unpack(keys.cpu())
+    return Neighbors(index, correlation, torch.zeros(len(gain)))
+
+
+def device_for_neighbors(blocks: Blocks, k: int, backend: str | None) -> torch.device | None:
+    """Where the Triton kernel is to rank, or None for the host's torch.
+
+    "triton" takes the blocks' own device, or the CUDA device that is there; None takes the kernel only where the blocks
+    lie on a CUDA device on which it passes its self-test.
+
+    Raises:
+        ValueError: "triton" with more neighbours than it keeps in registers.
+        BackendError: "triton", and it cannot run here.
+    """
+    check_choice("backend", backend, (None, *BACKENDS))
+    if backend == "torch" or (backend is None and (blocks.device.type != "cuda" or k > MOST_BY_TRITON)):
+        return None
+    if k > MOST_BY_TRITON:
+        raise ValueError(f"k must be at most {MOST_BY_TRITON} with backend='triton', got {k}")
+    device = blocks.device
+    if device.type != "cuda" and torch.cuda.is_available():
+        device = torch.device("cuda")
+    if backend == "triton":
+        triton_kernels.load("top_correlations", device)
+        return device
+    return device if triton_kernels.status("top_correlations", device).available else None
 
 
 def nearest_of_rows(

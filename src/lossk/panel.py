@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -25,6 +26,10 @@ class Panel:
     losses: Tensor  # [k, N] float32, nats; valid until the next panel is asked for
     draws: list[Draw]  # [k] what the chain says of them
     state: ChainState  # after the last draw
+
+    def on_host(self) -> Panel:
+        """The same with its losses in host memory."""
+        return self if self.losses.device.type == "cpu" else dataclasses.replace(self, losses=self.losses.cpu())
 
 
 def choose_panel(num_samples: int, num_draws: int, memory: int | None = None) -> int:
@@ -50,24 +55,47 @@ def chain_panels(
     timings: Timings,
     progress: Progress,
     start: ChainState | None = None,
+    device: torch.device | str = "cpu",
 ) -> Iterator[Panel]:
-    """Run one chain and yield its draws a panel at a time (the last one may be shorter)."""
-    buffer = torch.empty(panel, len(probe), dtype=torch.float32)
+    """Run one chain and yield its draws a panel at a time (the last one may be shorter).
+
+    Draws that differ in a fused head only are evaluated several at a time, from copies of their weights.
+
+    Args:
+        device: where the panel is held.
+    """
+    buffer = torch.empty(panel, len(probe), dtype=torch.float32, device=device)
+    task, group = chain.task, chain.task.draws_at_a_time(panel)
+    stack = torch.empty(group, task.num_weights, device=task.device) if group > 1 else None
     draws: list[Draw] = []
+    waiting = 0  # of the draws so far, those not evaluated yet: their weights are in the stack
     for draw in chain.run(num_draws, start):
         progress.update()
         if draw is None:
             continue
-        row = buffer[len(draws)]
-        with timings.measure("probe"):
-            probe.fill(chain.task, row)
-        bad = first_non_finite(row)
-        if bad is not None:
-            raise chain.diverged(f"{probe.describe(bad)} has loss {float(row[bad])}")
         draws.append(draw)
-        if len(draws) == panel or draw.draw + 1 == num_draws:
+        if stack is not None:
+            stack[waiting] = task.flat
+        waiting += 1
+        full = len(draws) == panel or draw.draw + 1 == num_draws
+        if waiting < group and not full:
+            continue
+        rows = buffer[len(draws) - waiting : len(draws)]
+        with timings.measure("probe"):
+            probe.fill(task, rows[0] if stack is None else rows, None if stack is None else stack[:waiting])
+        _check_finite(rows, draws[-waiting:], chain, probe)
+        waiting = 0
+        if full:
             yield Panel(draw.chain, draw.draw + 1 - len(draws), buffer[: len(draws)], draws, chain.state())
             draws = []
+
+
+def _check_finite(rows: Tensor, draws: list[Draw], chain: Chain, probe: Probe) -> None:
+    for row, draw in zip(rows, draws, strict=True):
+        bad = first_non_finite(row)
+        if bad is not None:
+            late = "" if draw is draws[-1] else f" at draw {draw.draw}"
+            raise chain.diverged(f"{probe.describe(bad)} has loss {float(row[bad])}{late}")
 
 
 class ChainStatistics:
@@ -77,15 +105,18 @@ class ChainStatistics:
     sum (x_t - m)(x_{t+1} - m) = S - (m - c)(A + B) + (T-1)(m - c)^2, with c the first draw.
     """
 
-    def __init__(self, num_samples: int) -> None:
+    def __init__(self, num_samples: int, device: torch.device | str = "cpu") -> None:
+        def zeros(count: int) -> Tensor:
+            return torch.zeros(count, dtype=torch.float64, device=device)
+
         self.count = 0
-        self.mean = torch.zeros(num_samples, dtype=torch.float64)
-        self.m2 = torch.zeros(num_samples, dtype=torch.float64)
-        self._origin = torch.zeros(0, dtype=torch.float64)  # [N] the first draw
-        self._last = torch.zeros(0, dtype=torch.float64)  # [N] the latest draw, from the origin
-        self._products = torch.zeros(num_samples, dtype=torch.float64)  # S
-        self._sum = torch.zeros(num_samples, dtype=torch.float64)  # of all draws, from the origin
-        self._likelihood = torch.zeros(num_samples, dtype=torch.float64)  # sum of exp(-loss), from the origin
+        self.mean = zeros(num_samples)
+        self.m2 = zeros(num_samples)
+        self._origin = zeros(0)  # [N] the first draw
+        self._last = zeros(0)  # [N] the latest draw, from the origin
+        self._products = zeros(num_samples)  # S
+        self._sum = zeros(num_samples)  # of all draws, from the origin
+        self._likelihood = zeros(num_samples)  # sum of exp(-loss), from the origin
 
     def add(self, panel: Tensor) -> Tensor:
         """Take in a panel [k, N] float64; returns its centred rows [k+1, N], the last one the step of the mean.
@@ -135,5 +166,5 @@ class ChainTotals:
 
     def add(self, chain: int, statistics: ChainStatistics) -> None:
         """Take in some samples of a finished chain."""
-        self.variance[chain] += statistics.m2.sum() / (self.num_draws - 1)
-        self.log_likelihood[chain] += (statistics.log_likelihood_sum() - math.log(self.num_draws)).sum()
+        self.variance[chain] += statistics.m2.sum().cpu() / (self.num_draws - 1)
+        self.log_likelihood[chain] += (statistics.log_likelihood_sum() - math.log(self.num_draws)).sum().cpu()

@@ -9,6 +9,7 @@ from typing import Any, Literal
 from lossk.settings import check_choice, check_integer
 
 MEMORY_FORMATS = ("channels_last", "contiguous")
+UPDATE_PRECISIONS = ("fp32", "tf32x3", "tf32", "fp16", "bf16")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,13 +22,20 @@ class Passes:
     Args:
         probe_batch: samples per forward pass of the probe.
         gradient_batch: samples per backward pass at most; a larger minibatch is accumulated over several.
-        memory_format: "channels_last" or "contiguous"; of the data and weights of 2-d convolutions on a CPU.
+        memory_format: "channels_last" or "contiguous"; of the data and weights of 2-d convolutions.
         num_threads: torch's threads during the run; None leaves them as they are.
         fold_norms: run a batch norm and the convolution before it as one convolution, where the model can be traced.
         frozen_prefix: run what lies before the first sampled weight once and keep its activations (named losses only).
             True cuts the model by itself where it can; a name cuts at that module, whose output must be the model's.
         prefix_bytes: memory that the activations may take; None is a quarter of what is free. More is not kept.
-        compile: pass the model through `torch.compile`, which must be able to compile it.
+        compile: pass the model through `torch.compile`, which must be able to compile it; "graphs" has it replay CUDA
+            graphs ("reduce-overhead"), on a CUDA device.
+        fused_head: of a model that ends in a linear layer (named cross entropies only), form the losses of the probe
+            without logits; if nothing but that layer is sampled, those of several draws at once. "auto" does so with
+            backend "triton"; True also with the others, in chunks. `kernel.meta["passes"]` says what was done.
+        update_precision: of the products in the rank-k update with backend "triton"; sums are float32. It puts an entry
+            of K off by at most 2^-20 of sqrt(K_ii K_jj) with "tf32x3" (2^-23 with "fp32"), 2^-10 with "tf32" or "fp16",
+            2^-7 with "bf16".
 
     Raises:
         TypeError, ValueError: a bad setting, named.
@@ -40,7 +48,9 @@ class Passes:
     fold_norms: bool = False
     frozen_prefix: bool | str = True
     prefix_bytes: int | None = None
-    compile: bool = False
+    compile: bool | Literal["graphs"] = False
+    fused_head: bool | Literal["auto"] = "auto"
+    update_precision: Literal["fp32", "tf32x3", "tf32", "fp16", "bf16"] = "tf32x3"
 
     def __post_init__(self) -> None:
         check_integer("probe_batch", self.probe_batch, 1)
@@ -53,7 +63,9 @@ class Passes:
         if self.prefix_bytes is not None:
             check_integer("prefix_bytes", self.prefix_bytes, 0)
         check_choice("fold_norms", self.fold_norms, (True, False))
-        check_choice("compile", self.compile, (True, False))
+        check_choice("compile", self.compile, (True, False, "graphs"))
+        check_choice("fused_head", self.fused_head, (True, False, "auto"))
+        check_choice("update_precision", self.update_precision, UPDATE_PRECISIONS)
 
     def to_dict(self) -> dict[str, Any]:
         """A plain, JSON-ready form; `Passes(**d)` gives it back."""
@@ -64,6 +76,7 @@ class Passes:
         return (
             f"{self.probe_batch} samples a probe pass, {self.gradient_batch} a gradient pass, {self.memory_format}"
             f"{threads}{', norms folded' if self.fold_norms else ''}{', compiled' if self.compile else ''}"
+            f"{', head fused' if self.fused_head is True else ''}"
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import time
 from collections.abc import Callable, Iterator
@@ -12,6 +13,8 @@ import torch
 from torch import nn
 
 from lossk.data import Samples
+from lossk.device import free_bytes, peak_bytes, settle
+from lossk.device_plan import most_samples
 from lossk.passes import Passes
 from lossk.task import Task, fitting_batch
 
@@ -57,6 +60,7 @@ class _Bench:
         self.weights = (load.num_draws * len(probe), load.num_steps * load.minibatch)  # samples of either pass
         self.deadline = float("inf")
         self.first = (0.0, 0.0)  # of the default
+        self.limits = [10**9, 10**9]  # samples of either pass that fit the device
 
     def search(self) -> tuple[Passes, list[str]]:
         best, seconds = self.before, self.measure(self.before)
@@ -113,15 +117,18 @@ class _Bench:
 
     def batches(self, best: Passes, name: str) -> Iterator[Passes]:
         most = len(self.probe) if name == "probe_batch" else min(self.load.minibatch, len(self.train))
+        fitting = self.limits[0 if name == "probe_batch" else 1]
         for batch in BATCHES:
-            if batch < most:
+            if batch < most and batch <= fitting:
                 yield dataclasses.replace(best, **{name: batch})  # type: ignore[arg-type]
 
     def try_compiling(self, best: Passes, seconds: Seconds) -> tuple[Passes, Seconds]:
-        try:
-            return self.better(best, seconds, dataclasses.replace(best, compile=True))
-        except Exception:  # what a compiler cannot do, whatever it raises, is done without it
-            return best, seconds
+        graphs: tuple[Any, ...] = ("graphs",) if self.task.device.type == "cuda" else ()
+        for how in (True, *graphs):
+            # What a compiler cannot do, whatever it raises, is done without it.
+            with contextlib.suppress(Exception):
+                best, seconds = self.better(best, seconds, dataclasses.replace(best, compile=how))
+        return best, seconds
 
     def measure(self, passes: Passes, part: int | None = None) -> Seconds:
         """Seconds per sample of a probe pass and of a gradient; 0 for one that is not asked for."""
@@ -139,22 +146,33 @@ class _Bench:
     def _time_probe(self, probe: Samples) -> float:
         batch = min(fitting_batch(self.task.passes.probe_batch, self.task.loss.positions), len(probe))
         few = probe[:batch]
-        return quickest(lambda: self.task.rows(few)) / batch
+        self._note_limit(0, lambda: self.task.rows(few), batch)
+        return quickest(lambda: self.task.rows(few), self.task.device) / batch
 
     def _time_gradient(self, train: Samples) -> float:
         if self.weights[1] == 0:
             return 0.0
         index = torch.arange(min(self.load.minibatch, len(train)))
-        return quickest(lambda: self.task.gradient(train, index)) / len(index)
+        batch = min(self.task.passes.gradient_batch, len(index))
+        self._note_limit(1, lambda: self.task.gradient(train, index), batch)
+        return quickest(lambda: self.task.gradient(train, index), self.task.device) / len(index)
+
+    def _note_limit(self, part: int, work: Callable[[], Any], batch: int) -> None:
+        """From what a pass takes of a CUDA device, how many samples one can have."""
+        device = self.task.device
+        if device.type == "cuda":
+            self.limits[part] = most_samples(free_bytes(device), peak_bytes(device, work) / batch)
 
 
-def quickest(work: Callable[[], Any]) -> float:
-    """Seconds of the quickest of a few calls, after one that does not count."""
+def quickest(work: Callable[[], Any], device: torch.device) -> float:
+    """Seconds of the quickest of a few calls on a device, after one that does not count."""
     work()
+    settle(device)
     best = float("inf")
     for _ in range(REPEATS):
         start = time.perf_counter()
         work()
+        settle(device)
         best = min(best, time.perf_counter() - start)
     return best
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from lossk.data import Samples
 from lossk.errors import StoreError
-from lossk.layout import BYTES, Layout, Size
+from lossk.layout import BYTES, Layout, Size, weight_bytes
 from lossk.memory import Budget, gigabytes
 from lossk.probe import Probe
 
@@ -38,7 +38,8 @@ def describe(layout: Layout) -> str:
     if layout.tiles == "store":
         held = f"{layout.super_panel} draws of {layout.stripes + 1} tile rows"
         parts.insert(1, f"{gigabytes(layout.rows_bytes)} for {held}")
-    where = {"memory": "tiles in memory", "store": "tiles in the store", "traces": "traces in memory"}[layout.tiles]
+    places = {"memory": "tiles in memory", "store": "tiles in the store", "traces": "traces in memory"}
+    where = places.get(layout.tiles, "tiles on the device")
     return f"{where}, at most {gigabytes(layout.peak_bytes)} of memory ({', '.join(parts)})"
 
 
@@ -78,7 +79,7 @@ def trace_layout(size: Size, budget: Budget, taken: int) -> Layout:
         MemoryError: they do not fit; with the sizes and the number of samples that would.
     """
     panel = 4 * (size.panel + 1) * size.num_samples
-    layout = Layout("traces", 4 * size.draws * size.num_samples, panel, 16 * size.num_weights, taken)
+    layout = Layout("traces", 4 * size.draws * size.num_samples, panel, weight_bytes(size), taken)
     limit = budget.limit(taken)
     if layout.peak_bytes > limit:
         per_sample = (layout.tile_bytes + layout.panel_bytes) / size.num_samples

@@ -102,7 +102,7 @@ class _TracedPrefix(_Prefix):
 
 
 def _by_tracing(model: nn.Module, sampled: Sequence[nn.Parameter], inputs: Any) -> Cut:
-    graph = fx.Tracer().trace(model, _absent_arguments(model, inputs))
+    graph = fx.Tracer().trace(model, absent_arguments(model, inputs))
     moved = _nodes_that_move(graph, model, {id(p) for p in sampled})
     if not moved:
         raise NoCut("the sampled weights do not reach the output")
@@ -129,7 +129,7 @@ def _by_tracing(model: nn.Module, sampled: Sequence[nn.Parameter], inputs: Any) 
     return Cut(fx.GraphModule(model, last), prefix, how)
 
 
-def _absent_arguments(model: nn.Module, inputs: Any) -> dict[str, Any] | None:
+def absent_arguments(model: nn.Module, inputs: Any) -> dict[str, Any] | None:
     """Arguments of a keyword-called forward that the data does not give: traced as their None."""
     if not isinstance(inputs, Mapping):
         return None
@@ -168,7 +168,9 @@ class _Reached(Exception):
 
 
 @dataclass(frozen=True)
-class _ModulePrefix(_Prefix):
+class ModuleInputs(_Prefix):
+    """The positional inputs of one module, whatever lies before it; the model runs that far."""
+
     model: nn.Module
     module: nn.Module
 
@@ -206,4 +208,4 @@ def _at_module(model: nn.Module, name: str, sampled: Sequence[nn.Parameter]) -> 
         raise ValueError(f"frozen_prefix must be a bool or the name of a module, got {name!r}: {error}") from error
     if not {id(p) for p in sampled} <= {id(p) for p in module.parameters()}:
         raise ValueError(f"frozen_prefix: module {name!r} must hold all sampled parameters (see params=)")
-    return Cut(module, _ModulePrefix(model, module), f"everything before module {name!r} runs once")
+    return Cut(module, ModuleInputs(model, module), f"everything before module {name!r} runs once")

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import psutil
 import torch
 from torch import nn
 
 from lossk.data import Samples
+from lossk.device import free_bytes
 from lossk.plan import gigabytes
 from lossk.prefix import Cut, NoCut, find_cut
 from lossk.probe import Probe
@@ -35,7 +35,7 @@ def cut_prefix(task: Task, probe: Probe, train: Samples) -> tuple[nn.Module | No
             everything = {id(samples): samples for samples in (train, *(part.samples for part in probe.parts))}
             size = sum(_size(cut, samples) for samples in everything.values())
             limit = task.passes.prefix_bytes
-            limit = psutil.virtual_memory().available // 4 if limit is None else limit
+            limit = free_bytes(task.device) // 4 if limit is None else limit
             if size > limit:
                 raise NoCut(f"the activations need {gigabytes(size)}, and {gigabytes(limit)} are allowed")
     except NoCut as reason:

@@ -27,14 +27,14 @@ class ProbePart:
     def __len__(self) -> int:
         return len(self.samples) if self.tokens is None else len(self.tokens)
 
-    def fill(self, task: Task, out: Tensor) -> None:
-        """Write the part's losses at `task.flat` into `out` [R] float32, nats.
+    def fill(self, task: Task, out: Tensor, stack: Tensor | None = None) -> None:
+        """Write the part's losses at `task.flat` into `out` [R] float32, nats; or those of `Task.evaluating`'s stack.
 
         Raises:
             ValueError: the loss masks other tokens than it did at the trained weights.
         """
         batch, row = fitting_batch(task.passes.probe_batch, self.positions), 0
-        with task.evaluating() as rows:
+        with task.evaluating(stack) as rows:
             for start, part in self.samples.batches(batch):
                 losses, mask = rows(part)
                 if self.tokens is not None and (mask is None or not self._same(mask, start, row)):
@@ -42,8 +42,9 @@ class ProbePart:
                         f"loss: the mask must depend on the data only, but that of {self.name} samples {start} to "
                         f"{min(start + batch, len(self.samples)) - 1} changed from one pass to another"
                     )
-                out[row : row + len(losses)] = losses
-                row += len(losses)
+                count = losses.shape[-1]
+                out[..., row : row + count] = losses
+                row += count
 
     def _same(self, mask: Tensor, start: int, row: int) -> bool:
         assert self.tokens is not None
@@ -95,11 +96,15 @@ class Probe:
         """Whether these are (the very object of) one of its sets."""
         return any(part.samples is samples for part in self.parts)
 
-    def fill(self, task: Task, out: Tensor) -> None:
-        """Write the loss of every row at `task.flat` into `out` [N] float32, nats; typically a row of the panel."""
+    def fill(self, task: Task, out: Tensor, stack: Tensor | None = None) -> None:
+        """Write the loss of every row at `task.flat` into `out` [N] float32, nats; typically a row of the panel.
+
+        Args:
+            stack: [k, P], the weights of k draws to evaluate together instead (`Task.draws_at_a_time`); out is [k, N].
+        """
         start = 0
         for part in self.parts:
-            part.fill(task, out[start : start + len(part)])
+            part.fill(task, out[..., start : start + len(part)], stack)
             start += len(part)
 
     def describe(self, row: int) -> str:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,16 @@ import torch
 from torch import Tensor, nn
 
 from lossk import provenance
-from lossk.backends import resolve_backend
+from lossk.backends import choose_ops
 from lossk.blocks import Moments
 from lossk.chain import Chain, ChainState, Surroundings
 from lossk.choose import choose, momentum_noise_ratio
 from lossk.data import Samples, Transform
+from lossk.device import settle
+from lossk.device_plan import choose_with_device, describe_room
+from lossk.device_room import measure_room, place_data
 from lossk.diagnostics import Criteria, Diagnostics, TraceWatch, diagnose
+from lossk.head_choice import fuse_head
 from lossk.layout import Layout, Size, choose_layout
 from lossk.losses import LossFunction, resolve_loss
 from lossk.memory import Budget
@@ -42,7 +47,7 @@ from lossk.samplers import KINDS, Sampler, fit, kind_of, make_chain
 from lossk.settings import SteppingSettings
 from lossk.sgld import SGLD
 from lossk.task import Task
-from lossk.timings import Progress, Timings
+from lossk.timings import Progress, Timings, as_table
 
 USUAL_STEPS = 8  # of a draw, where a pilot has yet to say
 
@@ -59,6 +64,7 @@ class Run:
     num_chains: int
     num_draws: int
     backend: str
+    ops: dict[str, str]  # what each op runs with
     seed: int
     fingerprints: dict[str, str]
     started: float
@@ -93,8 +99,8 @@ class Run:
             raise TypeError(f"sampler must be a sampler of lossk ({names}) or None, got {type(sampler).__name__}")
         sampler = sampler or SGLD()
         task = Task(model, resolve_loss(loss), params=sampler.params, device=device, precision=precision)
-        chosen_backend = resolve_backend(backend, task.device)
-        task.loss = resolve_loss(loss, chosen_backend)
+        chosen = choose_ops(backend, task.device)
+        task.loss = resolve_loss(loss, chosen.ops["sample_loss"])
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             sets, train_samples = read_sources(loader, train, transform)
@@ -103,6 +109,7 @@ class Run:
         fingerprints = {"model": provenance.model_fingerprint(model), "probe": rows_fingerprint(sets)}
         lone = sets.get("") is train_samples
         fingerprints["train"] = fingerprints["probe"] if lone else train_samples.fingerprint()
+        notes = [*chosen.reasons, *place_data(task, [*sets.values(), train_samples])]
         with task:
             probe, train_samples = prepare_probe(task, sets, train_samples)
         if probe.tokens is not None:
@@ -115,7 +122,9 @@ class Run:
             sampler=sampler,
             num_chains=num_chains,
             num_draws=num_draws,
-            backend=chosen_backend,
+            backend=chosen.backend,
+            ops=chosen.ops,
+            passes_reasons=notes,
             seed=seed,
             fingerprints=fingerprints,
             started=started,
@@ -150,16 +159,18 @@ class Run:
         """Settle how the passes are run: as given, as `chosen` before, or by a pilot; before the task is entered."""
         if chosen is not None:
             self.task.passes = Passes(**chosen["passes"])
+            if passes is not None and passes.fused_head == "auto":  # what it came to is kept
+                passes = dataclasses.replace(passes, fused_head=self.task.passes.fused_head)
             if passes not in (None, self.task.passes):
                 raise ValueError(
                     f"passes must be those of the run that is resumed, {self.task.passes!r}, got {passes!r}"
                 )
-            self._cut_prefix()
+            self._cut()
         elif passes is not None:
             self.task.passes = passes
-            self._cut_prefix()
+            self._cut()
         else:
-            self._cut_prefix()
+            self._cut()
             with self.timings.measure("pilot"):
                 self.task.passes, reasons = choose_passes(
                     self.task, self.probe.parts[0].samples, self.train, self._load()
@@ -167,6 +178,13 @@ class Run:
             self.passes_reasons += reasons
         if self.task.channels_last:
             self._hold(self.task.place)
+
+    def _cut(self) -> None:
+        """Take off what lies before the first sampled weight, and the head."""
+        self._cut_prefix()
+        self.task.head, reasons = fuse_head(self.task, self.train, self.ops["head_loss"])
+        self.task.passes = dataclasses.replace(self.task.passes, fused_head=self.task.head is not None)
+        self.passes_reasons += reasons
 
     def _cut_prefix(self) -> None:
         """Run what lies before the first sampled weight once, where that is possible and fits."""
@@ -267,9 +285,15 @@ class Run:
             StoreError: it needs more than the disk has.
         """
         step_seconds, taken = self._time_a_step(), budget.taken()
-        size = Size(len(self.probe), tile, panel, self.num_chains, self.num_draws, dtype, self.task.num_weights)
+        stack = self.task.stack_bytes(panel)
+        weights, draws = self.task.num_weights, self.num_draws
+        size = Size(len(self.probe), tile, panel, self.num_chains, draws, dtype, weights, stack)
         if held_traces:
             layout = trace_layout(size, budget, taken)
+        elif self.task.device.type == "cuda":
+            room = measure_room(self.task, self.probe.parts[0].samples, self.train)
+            layout = choose_with_device(size, room, budget, taken, on_disk=out is not None, saved=saved)
+            bar.say(describe_room(layout, room))
         else:
             layout = choose_layout(size, budget, taken, on_disk=out is not None, saved=saved)
         plan = make_plan(
@@ -290,7 +314,7 @@ class Run:
 
     def _around(self, timings: Timings) -> Surroundings:
         return Surroundings(
-            self.task, self.train, self.anchor_losses, self.seed, self.backend, timings, fitted=self.fitted
+            self.task, self.train, self.anchor_losses, self.seed, self.ops["sgld_step"], timings, fitted=self.fitted
         )
 
     def _chain(self, chain: int, timings: Timings) -> Chain:
@@ -303,6 +327,7 @@ class Run:
         for _ in range(3):
             start = time.perf_counter()
             chain.advance()
+            settle(self.task.device)
             best = min(best, time.perf_counter() - start)
         self.task.reset()
         return best
@@ -331,6 +356,7 @@ class Run:
             timings=self.timings,
             progress=bar,
             start=start,
+            device=self.task.device,
         )
 
     def diagnose(self, moments: Moments, totals: ChainTotals) -> Diagnostics:
@@ -371,6 +397,7 @@ class Run:
             "passes_reasons": self.passes_reasons,
             "pilot": None if self.pilot is None else self.pilot.to_dict(),
             "backend": self.backend,
+            "ops": self.ops,
             "timings": {**seconds, "total": round(time.perf_counter() - self.started, 4)},
             "peak_rss_bytes": provenance.peak_rss_bytes(),
             "versions": provenance.versions(),
@@ -379,10 +406,3 @@ class Run:
             "mean_loss_trace": self.watch.mean_loss.tolist(),
             "excess_trace": self.watch.excess.tolist(),
         }
-
-
-def as_table(reasons: Sequence[str]) -> list[str]:
-    """Lines "name = value: why" in aligned columns."""
-    split = [(*head.split(" = ", 1), why) for head, _, why in (reason.partition(": ") for reason in reasons)]
-    name, value = (max((len(row[i]) for row in split), default=0) for i in (0, 1))
-    return [f"  {row[0]:{name}} = {row[1]:{value}} : {row[2]}" for row in split]

@@ -20,16 +20,28 @@ class RunningMoments:
     The same numbers to the bit whether tiles are kept in memory or in a store: neither has a hand in them.
     """
 
-    def __init__(self, num_samples: int, *, num_chains: int, num_draws: int, centering: str) -> None:
+    def __init__(
+        self,
+        num_samples: int,
+        *,
+        num_chains: int,
+        num_draws: int,
+        centering: str,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.device = torch.device(device)
         self.num_samples, self.num_chains, self.num_draws = num_samples, num_chains, num_draws
         self.centering = centering
-        self.chain_mean = torch.zeros(num_chains, num_samples, dtype=torch.float64)
-        self.m2 = torch.zeros(num_samples, dtype=torch.float64)  # of the closed chains
-        self.lag1 = torch.zeros(num_samples, dtype=torch.float64)
+        self.chain_mean = self._zeros(num_chains, num_samples)
+        self.m2 = self._zeros(num_samples)  # of the closed chains
+        self.lag1 = self._zeros(num_samples)
         self.totals = ChainTotals(num_chains, num_draws)
         self.stripes = tile_spans(num_samples, STRIPE)
         self._open: dict[int, list[ChainStatistics]] = {}
         self._closed = 0  # chains summed up
+
+    def _zeros(self, *shape: int) -> Tensor:
+        return torch.zeros(*shape, dtype=torch.float64, device=self.device)
 
     def add(self, chain: int, panel: Tensor) -> Iterator[tuple[slice, Tensor, ChainStatistics]]:
         """Take in the next draws of a chain, stripe by stripe; chains may come one after the other, or side by side.
@@ -43,7 +55,7 @@ class RunningMoments:
         assert panel.ndim == 2
         assert panel.shape[1] == self.num_samples
         if chain not in self._open:
-            self._open[chain] = [ChainStatistics(s.stop - s.start) for s in self.stripes]
+            self._open[chain] = [ChainStatistics(s.stop - s.start, self.device) for s in self.stripes]
         for span, statistics in zip(self.stripes, self._open[chain], strict=True):
             yield span, statistics.add(panel[:, span].double()), statistics
         self._close_chains()
@@ -79,11 +91,11 @@ class RunningMoments:
             total = within + self.between().square().sum(dim=0)
         variance = total / self.freedom
         return Moments(
-            mean=self.chain_mean.mean(dim=0),
-            variance=variance,
-            scale=torch.where(variance > 0, power_of_two_near(variance.sqrt()), 1.0),
-            chain_mean=self.chain_mean,
-            lag1=lag1,
+            mean=self.chain_mean.mean(dim=0).cpu(),
+            variance=variance.cpu(),
+            scale=torch.where(variance > 0, power_of_two_near(variance.sqrt()), 1.0).cpu(),
+            chain_mean=self.chain_mean.cpu(),
+            lag1=lag1.cpu(),
             num_chains=self.num_chains,
             num_draws=self.num_draws,
             centering=self.centering,

@@ -16,7 +16,9 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parameter import UninitializedParameter
 
 from lossk.data import Samples, map_tensors
+from lossk.device import pinned
 from lossk.fold import fold_norms
+from lossk.head import FusedHead, heads_at_a_time
 from lossk.losses import Loss, forward, split_batch
 from lossk.passes import Passes
 from lossk.settings import PRECISIONS, check_choice
@@ -66,6 +68,8 @@ class Task:
         self.precision = precision
         self.passes = Passes()
         self.suffix: nn.Module | None = None  # what the passes run in the model's place, on activations at a cut
+        self.streams = False  # data stay in pinned host memory, and batches come to the device one by one
+        self.head: FusedHead | None = None  # what forms the losses of the probe without logits, if anything
         self._has_convolutions = any(isinstance(module, nn.Conv2d) for module in model.modules())
         _check_model(model)
         check_choice("precision", precision, PRECISIONS)
@@ -76,6 +80,8 @@ class Task:
         """What gradients and probes run."""
         if self.passes.fold_norms:
             network = fold_norms(network) or network
+        if self.passes.compile == "graphs":
+            return torch.compile(network, mode="reduce-overhead")
         return torch.compile(network) if self.passes.compile else network
 
     @property
@@ -87,7 +93,7 @@ class Task:
     def channels_last(self) -> bool:
         """Whether what convolutions read lies channels-last; which elements of `flat` are neighbours is free."""
         wanted = self.passes.memory_format == "channels_last"
-        return wanted and self._has_convolutions and self.device.type == "cpu"
+        return wanted and self._has_convolutions and self.device.type in ("cpu", "cuda")
 
     def __enter__(self) -> Task:
         self._snapshot = _Snapshot(self.model)
@@ -99,6 +105,7 @@ class Task:
         if self.passes.num_threads is not None:
             torch.set_num_threads(self.passes.num_threads)
         self._run_model = self._prepare(self.network)
+        self._run_head = None if self.head is None else self.head.prepared(self._prepare)
         return self
 
     def __exit__(
@@ -133,12 +140,19 @@ class Task:
             offset += parameter.numel()
 
     def place(self, samples: Samples) -> Samples:
-        """Samples on the task's device in the passes' layout and their own dtype (float64 in float32)."""
+        """Samples on the task's device in the passes' layout and their own dtype (float64 in float32).
+
+        Of data that are streamed, what is not on the device already is held in pinned host memory.
+        """
 
         def placed(tensor: Tensor) -> Tensor:
-            return self.lay_out(tensor.to(self.device, torch.float32 if tensor.dtype == torch.float64 else None))
+            dtype = torch.float32 if tensor.dtype == torch.float64 else tensor.dtype
+            if self.streams and tensor.device != self.device:
+                return pinned(self.lay_out(tensor.to(dtype=dtype)))
+            return self.lay_out(tensor.to(self.device, dtype))
 
-        return dataclasses.replace(samples, tree=map_tensors(placed, samples.tree))
+        device = self.device if self.streams else None
+        return dataclasses.replace(samples, tree=map_tensors(placed, samples.tree), device=device)
 
     def lay_out(self, tensor: Tensor) -> Tensor:
         """A tensor in the memory format the passes run fastest in; values and shape stay."""
@@ -187,6 +201,8 @@ class Task:
     def losses(self, batch: Any) -> Tensor:
         """Each sample's share of the training loss at the present weights: [B] float32, nats."""
         with torch.inference_mode(), self.autocast():
+            if self._run_head is not None:
+                return self.loss.shares(*self._run_head.evaluator()(batch))
             return self.loss.per_sample(self._run_model, batch)
 
     def rows(self, batch: Any) -> tuple[Tensor, Tensor | None]:
@@ -195,10 +211,30 @@ class Task:
             return rows(batch)
 
     @contextlib.contextmanager
-    def evaluating(self) -> Iterator[Callable[[Any], tuple[Tensor, Tensor | None]]]:
-        """`rows` for many batches: what a pass needs around it is entered once."""
+    def evaluating(self, stack: Tensor | None = None) -> Iterator[Callable[[Any], tuple[Tensor, Tensor | None]]]:
+        """`rows` for many batches: what a pass needs around it is entered once.
+
+        Args:
+            stack: [k, P], the weights of k draws that differ in the head only: rows are then [k, R].
+        """
         with torch.inference_mode(), self.autocast():
-            yield partial(self.loss.rows, self._run_model)
+            head = self._run_head
+            if head is None:
+                yield partial(self.loss.rows, self._run_model)
+            else:
+                evaluate = head.evaluator(None if stack is None else head.heads_of(stack, self.sampled))
+                yield lambda batch: self.loss.select(*evaluate(batch))
+
+    def draws_at_a_time(self, most: int) -> int:
+        """How many draws a probe pass can evaluate together: several where only a fused head is sampled."""
+        if self.head is None or not self.head.takes(self.sampled):
+            return 1
+        return heads_at_a_time(most, self.num_weights, self.device)
+
+    def stack_bytes(self, most: int) -> int:
+        """Of the weights that wait to be evaluated together."""
+        together = self.draws_at_a_time(most)
+        return 4 * together * self.num_weights if together > 1 else 0
 
     def gradient(self, samples: Samples, index: Tensor) -> float:
         """Leave the gradient of the mean loss over `index` in `grad`; return that mean loss.

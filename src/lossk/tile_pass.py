@@ -66,7 +66,7 @@ class OutOfCore:
 
     def update(self, chain: int, panel: Tensor) -> None:
         """Take in the next draws of a chain, [k, N] float32, nats. They are read again from the log at the end."""
-        for _ in self.running.add(chain, panel):
+        for _ in self.running.add(chain, panel.cpu()):
             pass
 
     def finalize(self) -> tuple[TileBlocks, Moments]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import TracebackType
 
@@ -59,3 +59,10 @@ class Progress:
     ) -> None:
         if self._bar is not None:
             self._bar.close()
+
+
+def as_table(reasons: Sequence[str]) -> list[str]:
+    """Lines "name = value: why" in aligned columns."""
+    split = [(*head.split(" = ", 1), why) for head, _, why in (reason.partition(": ") for reason in reasons)]
+    name, value = (max((len(row[i]) for row in split), default=0) for i in (0, 1))
+    return [f"  {row[0]:{name}} = {row[1]:{value}} : {row[2]}" for row in split]

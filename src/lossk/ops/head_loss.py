@@ -12,9 +12,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lossk.ops.sample_loss import DTYPES, IGNORED, check_targets_and_out, sample_loss_reference
+from lossk.ops.sample_loss import DTYPES, IGNORED, check_targets_and_out, sample_loss
 
-BACKENDS = ("torch", "triton")
+BACKENDS = ("torch", "cpp", "triton")
+CHUNK = 2**22  # logits that the reference forms at a time
 PRECISIONS = ("fp32", "tf32", "tf32x3")  # of the products of float32 inputs; sums are float32
 OF_HALF = {torch.float16: "fp16", torch.bfloat16: "bf16"}
 
@@ -32,15 +33,16 @@ def head_loss(
 ) -> None:
     """Write the loss of each row under a head, or under each of k heads, into `out`; no gradients.
 
-    2 B C d k flops. "triton" forms logits in registers only: its memory is O(k B).
+    2 B C d k flops. "triton" forms logits in registers only: its memory is O(k B). "torch" and "cpp" form CHUNK of
+    them at a time, or as many as one row has under one head: their memory does not grow with B or k beyond `out`.
 
     Args:
         hidden: [B, d] float16, bfloat16 or float32. Rows are samples, or tokens: losses of sequences are sums of out.
         head: [C, d], or [k, C, d]: the weights of k heads; of hidden's dtype.
         targets: [B] int64: class indices in [0, C), or `ignore_index`, whose loss is 0. Any other value: "torch" raises
-            IndexError, "triton" gives NaN.
+            IndexError, "cpp" ValueError, "triton" gives NaN.
         out: [B], or [k, B] for k heads (a panel), float32, nats, changed; any strides.
-        backend: "torch" (the reference: forms the logits of one head at a time) or "triton".
+        backend: "torch" (the reference), "cpp" (the same products, its losses compiled; CPU tensors) or "triton".
         bias: [C], or [k, C]; of hidden's dtype.
         precision: one of PRECISIONS, of products of float32 inputs. The reference's are float32 whatever is asked.
 
@@ -56,8 +58,8 @@ def head_loss(
     check_targets_and_out(targets, out, (*head.shape[:-2], len(hidden)), hidden.device)
     if head.ndim == 2:
         head, bias, out = head.unsqueeze(0), None if bias is None else bias.unsqueeze(0), out.unsqueeze(0)
-    if backend == "torch":
-        head_loss_reference(hidden, head, bias, targets, out, ignore_index)
+    if backend != "triton":
+        head_loss_reference(hidden, head, bias, targets, out, ignore_index, backend)
         return
     from lossk.ops import triton_kernels
 
@@ -70,15 +72,40 @@ def head_loss(
 
 
 def head_loss_reference(
-    hidden: Tensor, head: Tensor, bias: Tensor | None, targets: Tensor, out: Tensor, ignore_index: int
+    hidden: Tensor,
+    head: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    out: Tensor,
+    ignore_index: int,
+    loss_backend: str = "torch",
 ) -> None:
-    """The same in plain torch, for head [k, C, d], bias [k, C] and out [k, B]."""
-    for h in range(len(head)):
-        with torch.no_grad():
-            logits = hidden.float() @ head[h].float().T
-            if bias is not None:
-                logits += bias[h].float()
-        sample_loss_reference(logits, targets, out[h], ignore_index)
+    """The same with logits, some rows under some heads at a time, for head [k, C, d], bias [k, C] and out [k, B].
+
+    Several heads are one product, hidden @ [head 1; head 2; ...]', so that hidden states are read once for them.
+    """
+    num_classes = max(head.shape[1], 1)
+    most_heads = max(1, CHUNK // (num_classes * max(min(len(hidden), 1024), 1)))
+    for first in range(0, len(head), most_heads):
+        some = slice(first, first + most_heads)
+        weights = head[some].detach().float().flatten(0, 1).T  # [d, h C]
+        shift = None if bias is None else bias[some].detach().float().flatten()
+        count = max(1, CHUNK // max(weights.shape[1], 1))
+        for start in range(0, len(hidden), count):
+            rows = slice(start, start + count)
+            logits = hidden[rows].detach().float() @ weights  # [r, h C]
+            if shift is not None:
+                logits += shift
+            _losses_of_heads(logits, targets[rows], out[some, rows], ignore_index, loss_backend)
+
+
+def _losses_of_heads(logits: Tensor, targets: Tensor, out: Tensor, ignore_index: int, backend: str) -> None:
+    """out [h, r] from logits [r, h C], the classes of one head after those of another."""
+    heads, rows = out.shape
+    each = logits.view(rows * heads, -1)
+    losses = torch.empty(rows * heads, device=out.device)
+    sample_loss(each, targets.repeat_interleave(heads), losses, backend=backend, ignore_index=ignore_index)
+    out.copy_(losses.view(rows, heads).T)
 
 
 def _check(hidden: Tensor, head: Tensor, bias: Tensor | None) -> None:

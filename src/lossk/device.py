@@ -1,0 +1,97 @@
+"""What is asked of a CUDA device: free memory, waiting, a second stream. On any other device these do nothing.
+
+Everything in this file that touches CUDA has never run on a GPU; what is decided from it is in `lossk.device_plan`,
+which is plain arithmetic.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, TypeVar
+
+import psutil
+import torch
+from torch import Tensor
+
+Item = TypeVar("Item")
+Moved = TypeVar("Moved")
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory that tensors on `device` could take now: the driver's free bytes and what torch keeps for reuse."""
+    if device.type != "cuda":
+        return psutil.virtual_memory().available
+    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + kept
+
+
+def settle(device: torch.device) -> None:
+    """Wait until all work on `device` is done, so that a clock can be read."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def peak_bytes(device: torch.device, work: Callable[[], Any]) -> int:
+    """Device memory that `work` took at its peak, beyond what was held before it; 0 where nothing counts it."""
+    if device.type != "cuda":
+        work()
+        return 0
+    settle(device)
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    work()
+    settle(device)
+    return torch.cuda.max_memory_allocated(device) - before
+
+
+def pinned(tensor: Tensor) -> Tensor:
+    """The tensor in page-locked host memory, which a CUDA device reads while it computes."""
+    return tensor.cpu().pin_memory() if torch.cuda.is_available() else tensor.cpu()
+
+
+class SideStream:
+    """A second queue of work on a CUDA device, beside the one that passes run on; elsewhere work runs at once."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    @contextlib.contextmanager
+    def after(self, *inputs: Tensor) -> Iterator[None]:
+        """What is launched inside runs once everything launched before is done, and reads `inputs`."""
+        if self._stream is None:
+            yield
+            return
+        self._stream.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(self._stream):
+            yield
+        for tensor in inputs:
+            tensor.record_stream(self._stream)  # their memory is not given away before the side stream is done
+
+    def join(self) -> None:
+        """What is launched from here on runs after all of the side stream's work."""
+        if self._stream is not None:
+            torch.cuda.current_stream(self._device).wait_stream(self._stream)
+
+
+def ahead(
+    items: Iterable[Item],
+    move: Callable[[Item], Moved],
+    tensors: Callable[[Moved], Iterable[Tensor]],
+    device: torch.device,
+) -> Iterator[Moved]:
+    """`move` of each item in order, the next one on its way to `device` while the caller computes on this one."""
+    side = SideStream(device)
+    waiting: list[Moved] = []
+    for item in items:
+        with side.after():
+            moved = move(item)
+        if waiting:
+            yield waiting.pop()
+        side.join()
+        for tensor in tensors(moved):
+            if device.type == "cuda":
+                tensor.record_stream(torch.cuda.current_stream(device))
+        waiting.append(moved)
+    yield from waiting
