@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lossk import convergence
+
 if TYPE_CHECKING:
     from lossk.chain import Draw
     from lossk.pilot import Pilot
@@ -39,7 +41,7 @@ class Estimate(NamedTuple):
 class Diagnostics:
     """Numbers about a run; None where they cannot be known (a single chain, traces from elsewhere)."""
 
-    rhat: float | None  # rank-normalised split R-hat of the mean probe loss (Vehtari et al. 2021), by ArviZ
+    rhat: float | None  # rank-normalised split R-hat of the mean probe loss (Vehtari et al. 2021)
     ess: float | None  # bulk effective sample size of the mean probe loss, over all chains
     sample_rhat: float | None  # median R-hat over (up to 256) samples' own losses
     sample_ess: float | None  # median ESS over the same samples
@@ -300,14 +302,10 @@ def judge(numbers: Mapping[str, Any]) -> tuple[str, str]:
 
 def _rhat_ess(traces: np.ndarray) -> tuple[float | None, float | None]:
     """Medians of R-hat and bulk ESS over the last axis of [C, T, w]; constant traces are left out."""
-    from arviz_stats.base import array_stats  # slow to import
-
-    varies = np.ptp(traces, axis=(0, 1)) > 0
-    if traces.shape[1] < 4 or not varies.any():
+    varies = (np.ptp(traces, axis=(0, 1)) > 0) & np.isfinite(traces).all(axis=(0, 1))
+    if traces.shape[1] < convergence.FEWEST_DRAWS or not varies.any():
         return None, None
-    rhat = array_stats.rhat(traces[..., varies], chain_axis=0, draw_axis=1)
-    ess = array_stats.ess(traces[..., varies], chain_axis=0, draw_axis=1)
-    return _median(rhat), _median(ess)
+    return _median(convergence.rhat(traces[..., varies])), _median(convergence.bulk_ess(traces[..., varies]))
 
 
 def _drift(mean_loss: np.ndarray) -> tuple[float | None, float | None]:
@@ -335,8 +333,6 @@ def _mean(values: Tensor | None) -> float | None:
 
 
 def _mcse(trace: np.ndarray) -> float:
-    from arviz_stats.base import array_stats
-
-    if trace.shape[1] < 4 or np.ptp(trace) == 0:
+    if trace.shape[1] < convergence.FEWEST_DRAWS or not np.isfinite(trace).all() or np.ptp(trace) == 0:
         return math.nan
-    return float(array_stats.mcse(trace[..., None], chain_axis=0, draw_axis=1, method="mean")[0])
+    return float(convergence.mcse(trace[..., None])[0])
