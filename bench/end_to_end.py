@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from typing import Any
@@ -21,7 +20,7 @@ from bench.jobs import MAKERS, Job
 from bench.markdown import seconds, spread, table
 from bench.options import Found, Options, run_alone
 from bench.peers import Peer
-from bench.turns import Turn, column, quantiles, ratio, take_turns
+from bench.turns import CLOCKS, Turn, column, quantiles, ratio, take_turns
 
 OURS, FLOOR = "lossk", "bare passes"
 ONCE = "lossk, two draws"  # not a contender: what a call costs however few its draws
@@ -35,7 +34,7 @@ def ours(job: Job) -> Callable[[], Turn]:
     """`build_kernel` as it is called, nothing left to the tuner."""
 
     def turn() -> Turn:
-        start = time.perf_counter()
+        start = CLOCKS[job.clock]()
         kernel = lossk.build_kernel(
             job.model,
             job.probe,
@@ -47,7 +46,7 @@ def ours(job: Job) -> Callable[[], Turn]:
             centering="pooled",  # what torch.cov of all draws is
             progress=False,
         )
-        taken = time.perf_counter() - start
+        taken = CLOCKS[job.clock]() - start
         stages = {f"stage {name}": value for name, value in kernel.meta["timings"].items() if name != "total"}
         return {
             "seconds": taken,
@@ -144,6 +143,7 @@ def one(result: Found, targets: dict[str, float]) -> str:
     head = (
         f"### {result['what']}: {job['num_rows']:,} rows, {job['num_chains']} x {job['num_draws']} draws, "
         f"{job['num_steps_bw_draws']} step(s) of {job['batch_size']} samples a draw, {job['rounds']} rounds"
+        + (", processor's time" if job["clock"] == "cpu" else "")
     )
     rows = [[name, *row(result, name, targets)] for name in result["seconds"] if name != ONCE]
     over = f"lossk / bare passes: **{spread(result['lossk over floor'])}**"
@@ -206,8 +206,8 @@ n_beta, localization and minibatch size; the mean loss and mean variance over al
   floor: what lossk is worth to someone who has done that search.
 - *{PEER}*: `sample` with `{METHOD}` and a callback that keeps all losses, 1,000 samples at a time, in a process
   of its own Python which waits for its turn; minibatches sliced, not collated; `init_loss` given; `torch.cov` at the
-  end. Start, imports and reading of data are not counted. Its losses are plain float32; lossk's are formed in float64
-  from the logits, so that small ones keep their digits."""
+  end. Start, imports and reading of data are not counted. Its losses are plain float32, in which a small one has no
+  digits left; lossk's keep theirs."""
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ sliced without a gather, gradients left where autograd puts them. No SGLD step, 
 from __future__ import annotations
 
 import itertools
-import time
 from collections.abc import Callable, Sequence
 from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
@@ -18,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from bench.jobs import Job, losses, mean_loss
-from bench.turns import Turn
+from bench.turns import CLOCKS, Turn
 
 BATCHES = (32, 64, 100, 128, 200, 256, 512, 1000, 2000)
 SEARCHED = 2000  # samples in a pass of the search
@@ -106,20 +105,22 @@ def search(job: Job, threads: int) -> Floor:
 def fastest(make: Make, job: Job, candidates: Sequence[Passes]) -> tuple[Passes, list[dict[str, Any]]]:
     """The candidate of the lowest median: all are tried briefly, the best few then take turns."""
     runs = {passes: make(job, passes) for passes in candidates}
-    first = {passes: min(_time(run) for _ in range(3)) for passes, run in runs.items()}  # the first of them warms up
+    clock = CLOCKS[job.clock]
+    # The first of three warms up.
+    first = {passes: min(_time(run, clock) for _ in range(3)) for passes, run in runs.items()}
     finalists = sorted(first, key=lambda passes: first[passes])[:FINALISTS]
     times: dict[Passes, list[float]] = {passes: [] for passes in finalists}
     for _ in range(ROUNDS):
         for passes in finalists:
-            times[passes].append(_time(runs[passes]))
+            times[passes].append(_time(runs[passes], clock))
     best = min(finalists, key=lambda passes: np.median(times[passes]))
     return best, [{**asdict(passes), "ms": round(1e3 * first[passes], 4)} for passes in candidates]
 
 
-def _time(run: Callable[[], None]) -> float:
-    start = time.perf_counter()
+def _time(run: Callable[[], None], clock: Callable[[], float]) -> float:
+    start = clock()
     run()
-    return time.perf_counter() - start
+    return clock() - start
 
 
 def contender(job: Job, floor: Floor) -> Callable[[], Turn]:
@@ -127,13 +128,14 @@ def contender(job: Job, floor: Floor) -> Callable[[], Turn]:
     forward, backward = forward_pass(job, floor.forward), backward_pass(job, floor.backward)
     forward()
     backward()
+    clock = CLOCKS[job.clock]
 
     def turn() -> Turn:
         spent = {"forward": 0.0, "backward": 0.0}
         for _ in range(job.draws):
             for _ in range(job.num_steps_bw_draws):
-                spent["backward"] += _time(backward)
-            spent["forward"] += _time(forward)
+                spent["backward"] += _time(backward, clock)
+            spent["forward"] += _time(forward, clock)
         return {"seconds": sum(spent.values()), **spent}
 
     return turn

@@ -37,6 +37,7 @@ class Job:
     num_steps_bw_draws: int = 1
     eval_batch: int = EVAL_BATCH
     rounds: int = 3
+    clock: str = "wall"
 
     @property
     def n_beta(self) -> float:
@@ -72,7 +73,7 @@ class Job:
 
     def spec(self) -> dict[str, Any]:
         """The settings of the draws, for another process and for the record."""
-        names = ("lr", "n_beta", "localization", "batch_size", "num_chains", "num_draws", "num_steps_bw_draws")
+        names = ("lr", "n_beta", "localization", "batch_size", "num_chains", "num_draws", "num_steps_bw_draws", "clock")
         return {name: getattr(self, name) for name in (*names, "eval_batch", "num_rows", "rounds")}
 
     def save(self, path: Path) -> None:
@@ -134,7 +135,7 @@ def _untrained(num_samples: int) -> tuple[nn.Module, tuple[Tensor, Tensor], tupl
 def changed(job: Job, options: Options, counts: dict[str, int]) -> Job:
     """The job with a size's counts, and over them those of the command line."""
     own = {name: count for name, count in options.changes.items() if name in JOB_COUNTS}
-    return replace(job, **{**counts, **own})
+    return replace(job, **{**counts, **own}, clock=options.clock)
 
 
 MAKERS = {"mlp": make_mlp, "cnn": make_cnn}

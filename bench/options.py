@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from bench.machine import environment
+from bench.turns import CLOCKS
 
 SIZES = ("full", "quick", "tiny")  # a measurement to quote; a look; a test that it runs
 NETWORKS = ("mlp", "cnn")
@@ -31,6 +32,7 @@ class Options:
     peer2_python: str | None = None  # a Python that has devinterp 2.0.1
     checkpoint: Path | None = None  # of the Fashion-MNIST CNN; None trains it, which takes about a minute
     networks: Sequence[str] = NETWORKS
+    clock: str = "wall"  # of the whole kernels: "wall" or "cpu"
     changes: dict[str, int] = field(default_factory=dict)  # of COUNTS
 
     def pick(self, **of_size: Any) -> Any:
@@ -47,6 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--peer2-python", help="a Python that has devinterp 2.0.1 and datasets")
     parser.add_argument("--checkpoint", type=Path, help="weights of the Fashion-MNIST CNN, written if not there")
     parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS))
+    parser.add_argument("--clock", choices=list(CLOCKS), default="wall", help="cpu: the processor's, on a busy machine")
     parser.add_argument(
         "--set", nargs="+", type=_change, default=[], metavar="NAME=COUNT", help=f"change {', '.join(COUNTS)}"
     )
@@ -62,6 +65,7 @@ def read(options: argparse.Namespace) -> Options:
         peer2_python=options.peer2_python,
         checkpoint=options.checkpoint,
         networks=options.networks,
+        clock=options.clock,
         changes=dict(options.set),
     )
 

@@ -15,6 +15,7 @@ from torch.utils.data import Dataset
 from bench.language_model import LanguageModel, Shape
 from bench.memory_watch import MemoryWatch
 from bench.peer_turns import Run, serve
+from bench.turns import CLOCKS
 
 
 class Sequences(Dataset):
@@ -71,11 +72,12 @@ def prepare_language(spec: dict[str, Any]) -> Run:
     def timed(chains: int, draws: int) -> dict[str, float]:
         folder = Path(tempfile.mkdtemp())
         try:
-            start = time.perf_counter()
+            now = CLOCKS[spec["clock"]]
+            start = now()
             tree = draw_all(chains, draws, folder)
-            sampled = time.perf_counter() - start
+            sampled = now() - start
             traces, variance = kernel(tree)
-            seconds = time.perf_counter() - start
+            seconds = now() - start
         finally:
             shutil.rmtree(folder)
         found = {"mean_loss": float(traces.mean()), "mean_variance": float(variance.mean())}

@@ -94,7 +94,8 @@ void philox_fill(std::uintptr_t out, std::int64_t count, std::uint32_t seed, std
 }
 
 void sample_loss(std::uintptr_t logits, std::uintptr_t targets, std::uintptr_t out, std::int64_t rows,
-                 std::int64_t classes, std::int64_t stride, int num_threads, const std::string& simd) {
+                 std::int64_t classes, std::int64_t stride, std::uintptr_t slopes, double slope_scale, int num_threads,
+                 const std::string& simd) {
   const lossk::Kernels& kernels = kernels_for(simd);
   check_sizes(rows, num_threads);
   if (classes < 1) throw std::invalid_argument("classes must be >= 1, got " + std::to_string(classes));
@@ -102,6 +103,8 @@ void sample_loss(std::uintptr_t logits, std::uintptr_t targets, std::uintptr_t o
   args.logits = pointer<const float>(logits, "logits", rows);
   args.targets = pointer<const std::int64_t>(targets, "targets", rows);
   args.out = pointer<float>(out, "out", rows);
+  args.slopes = pointer<float>(slopes, "slopes", 0);
+  args.slope_scale = static_cast<float>(slope_scale);
   args.stride = stride;
   args.classes = classes;
   // The kernels index by target: a wrong one must not read elsewhere.
@@ -128,8 +131,9 @@ PYBIND11_MODULE(_C, m) {
   m.def("box_muller", &box_muller, py::kw_only(), "words"_a, "out"_a, "count"_a, "num_threads"_a = 1, "simd"_a = "auto",
         "Turn uint32 [count] of words, four per counter, into float32 [count] of normals, as normals() does.");
   m.def("sample_loss", &sample_loss, py::kw_only(), "logits"_a, "targets"_a, "out"_a, "rows"_a, "classes"_a,
-        "stride"_a, "num_threads"_a = 1, "simd"_a = "auto",
-        "Cross entropy of rows of float32 logits, `stride` elements apart, at int64 targets, into float32 [rows].");
+        "stride"_a, "slopes"_a = 0, "slope_scale"_a = 1.0, "num_threads"_a = 1, "simd"_a = "auto",
+        "Cross entropy of rows of float32 logits, `stride` elements apart, at int64 targets, into float32 [rows]; and, "
+        "where slopes is not 0, slope_scale times its derivatives into float32 [rows, classes].");
   m.def(
       "simd", [](const std::string& level) {
         const lossk::Kernels* kernels = lossk::find_kernels(level.c_str());

@@ -1,7 +1,7 @@
 // Per-sample cross entropy of rows of logits, log1p-exact (see src/lossk/ops/sample_loss.py for the formula).
 //
-// Work per logit: 4 bytes read twice (the second time from cache, for rows that fit), one subtraction in float64 and one
-// exponential of about 20 operations. Nothing is written but one float per row.
+// Work per logit: 4 bytes read once (rows longer than the scratch: twice), one subtraction and one exponential of about
+// 25 operations in float32. Nothing is written but one float per row, and the slopes where they are wanted.
 #pragma once
 #include <cstdint>
 
@@ -13,6 +13,8 @@ struct LossArgs {
   const float* logits;          // [rows, classes], rows `stride` elements apart
   const std::int64_t* targets;  // [rows], in [0, classes), or kIgnored
   float* out;                   // [rows]
+  float* slopes;                // [rows, classes] adjacent: slope_scale times d loss / d logit; or null: not wanted
+  float slope_scale;
   std::int64_t stride;
   std::int64_t classes;  // >= 1
 };

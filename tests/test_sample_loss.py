@@ -9,7 +9,7 @@ from torch import Tensor
 
 import oracles
 from lossk.ops import extension
-from lossk.ops.sample_loss import cross_entropy
+from lossk.ops.sample_loss import cross_entropy, cross_entropy_slopes
 
 LOSSES = [1e-30, 1e-25, 1e-20, 1e-15, 1e-10, 3e-8, 1e-6, 1e-4, 1e-2, 0.3, 0.69, 1.0, 3.0, 10.0, 30.0, 100.0]
 RELATIVE = 1e-6
@@ -136,7 +136,7 @@ def test_gradient_at_the_extremes_is_finite() -> None:
 
 
 @pytest.mark.parametrize("simd", ["auto", "avx2", "baseline"])
-@pytest.mark.parametrize("shape", [(1, 1), (1, 2), (7, 3), (31, 10), (5, 2047), (3, 2049), (2, 5003)])
+@pytest.mark.parametrize("shape", [(1, 1), (1, 2), (7, 3), (31, 10), (5, 2047), (3, 4096), (3, 4097), (2, 9001)])
 def test_the_compiled_loss_is_the_reference_one(shape: tuple[int, int], simd: str) -> None:
     """Every row within 1e-6 of float64, like the reference, and the same bits whatever the instruction set."""
     module = extension.load()
@@ -194,3 +194,49 @@ def test_the_compiled_loss_refuses_targets_out_of_range(target: int) -> None:
 
 def test_no_rows() -> None:
     assert cross_entropy(torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64), backend="cpp").shape == (0,)
+
+
+@pytest.mark.parametrize("row", [[0.0, -np.inf, -np.inf], [3.0, -np.inf, 1.0], [0.0, 3e38, -3e38], [3e38, 3e38, -3e38]])
+def test_the_compiled_loss_at_the_extremes_is_the_reference_one(row: list[float]) -> None:
+    logits, targets = torch.tensor([row]), torch.tensor([0])
+    expected = cross_entropy(logits, targets)
+    torch.testing.assert_close(cross_entropy(logits, targets, backend="cpp"), expected, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("at", [0, 1, 2])
+@pytest.mark.parametrize("classes", [3, 40, 5000])
+def test_the_compiled_loss_of_nan_is_nan(at: int, classes: int) -> None:
+    logits = torch.zeros(1, classes)
+    logits[0, at] = float("nan")
+    assert torch.isnan(cross_entropy(logits, torch.tensor([1]), backend="cpp")).all()
+
+
+# --- slopes ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("classes", [2, 10, 4097])
+@pytest.mark.parametrize("backend", ["torch", "cpp"])
+def test_slopes_are_softmax_minus_onehot(loss: float, classes: int, backend: str) -> None:
+    """Right relative to the largest entry of the row, however small the loss; a row of float64 truth."""
+    logits, targets = logits_of_loss(loss, classes, 13, seed=8)
+    losses, slopes = cross_entropy_slopes(logits, targets, 0.25, backend=backend)
+    x, rows = logits.double().numpy(), np.arange(13)
+    exact = np.exp(x - x.max(axis=1, keepdims=True))
+    exact /= exact.sum(axis=1, keepdims=True)
+    exact[rows, targets] = 0
+    exact[rows, targets] = -exact.sum(axis=1)  # p_t - 1 without the cancellation
+    assert torch.equal(losses, cross_entropy(logits, targets, backend=backend))
+    error = np.abs(4 * slopes.double().numpy() - exact).max(axis=1) / np.abs(exact).max(axis=1)
+    assert np.all(error <= 1e-5 if backend == "torch" else error <= RELATIVE), f"relative error {error.max():.3g}"
+
+
+@pytest.mark.parametrize("backend", ["torch", "cpp"])
+@pytest.mark.parametrize("classes", [1, 5, 5000])
+def test_slopes_of_ignored_targets_and_of_one_class_are_zero(backend: str, classes: int) -> None:
+    logits, targets = torch.randn(3, 2 * classes)[:, ::2], torch.tensor([-100, 0, -100])
+    losses, slopes = cross_entropy_slopes(logits, targets, 1.0, backend=backend)
+    assert slopes.shape == logits.shape
+    assert slopes[[0, 2]].abs().sum() == 0
+    assert (slopes[1].abs().sum() == 0) == (classes == 1)
+    assert torch.equal(losses, cross_entropy(logits, targets, backend=backend))

@@ -110,5 +110,5 @@ class Chain(ABC):
                 yield None
             excess += self.advance()
             self.draw += 1
-            distance = float(torch.dist(self.task.flat, self.task.anchor))
+            distance = float(torch.linalg.vector_norm(self.task.flat - self.task.anchor))
             yield Draw(self.chain, self.draw - 1, excess / steps, distance, self.acceptance())

@@ -18,14 +18,20 @@ from lossk.tune import BURNIN_CAP, BURNIN_TARGET, LAG1_TARGET, NOISE_BUDGET, STA
 WORTH_SAYING = 2.0  # times fewer gradients, or longer steps
 
 
-def choose(sampler: Sampler, around: Surroundings, *, num_probe: int) -> tuple[Sampler, Pilot | None, list[str]]:
-    """(the sampler with every "auto" and the default n_beta filled in, the pilot if one was run, reasons)."""
+def choose(
+    sampler: Sampler, around: Surroundings, *, num_probe: int, run_passes: float = math.inf
+) -> tuple[Sampler, Pilot | None, list[str]]:
+    """(the sampler with every "auto" and the default n_beta filled in, the pilot if one was run, reasons).
+
+    Args:
+        run_passes: what the run's own passes come to, in forward passes of one sample.
+    """
     task, train, seed = around.task, around.train, around.seed
     if isinstance(sampler, Gaussian):
         return sampler, None, []
     reasons: list[str] = []
     if isinstance(sampler, SGLD):
-        pilot = run_pilot(task, train, sampler, seed=seed)
+        pilot = run_pilot(task, train, sampler, seed=seed, run_passes=run_passes)
         resolved, pilot, reasons = settle(sampler, pilot, around, num_probe=num_probe)
         if sampler.lr == "auto":
             reasons += _praise_of_averaging(resolved, pilot) + _praise_of_momentum(resolved, pilot)

@@ -353,6 +353,6 @@ def _mean(values: Tensor | None) -> float | None:
 def _mcse(trace: np.ndarray) -> float:
     from arviz_stats.base import array_stats
 
-    if trace.shape[1] < 4 or np.ptp(trace) == 0:
+    if trace.shape[1] < 4 or not np.isfinite(trace).all() or np.ptp(trace) == 0:
         return math.nan
     return float(array_stats.mcse(trace[..., None], chain_axis=0, draw_axis=1, method="mean")[0])

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lossk.ops.sample_loss import IGNORED, cross_entropy
+from lossk.ops.sample_loss import IGNORED, cross_entropy, cross_entropy_slopes
 
 # (model, batch) -> losses [B], or (losses [B, T], mask [B, T] bool)
 LossFunction = Callable[[nn.Module, Any], Tensor | tuple[Tensor, Tensor]]
@@ -35,6 +35,8 @@ class Loss:
     evaluate: Callable[[nn.Module, Any], Evaluated]
     check: Callable[[Any, Tensor | None], None]  # (all samples, outputs of the first ones): ValueError if unusable
     quick_mean: Callable[[nn.Module, Any], Tensor] | None = None  # the sum of all losses of a batch, divided by B
+    # (L_B detached, outputs, slopes), the slopes held fixed: grad L_B = grad (slopes . outputs). Compiled, on a CPU.
+    quick_slopes: Callable[[nn.Module, Any, float], tuple[Tensor, Tensor, Tensor]] | None = None
     mean_tokens: float = 1.0  # unmasked tokens per training sample
     positions: int | None = None  # T of a loss per token, None of a loss per sample
 
@@ -67,6 +69,16 @@ class Loss:
             return self.per_sample(model, batch).mean()
         return self.quick_mean(model, batch) / self.mean_tokens
 
+    def differentiable(self, model: nn.Module, batch: Any) -> tuple[Tensor, Tensor, Tensor | None]:
+        """(L_B without a graph, x, v): L_B's gradient is that of v . x with v held fixed, or of x itself (v None).
+
+        Cross entropies leave autograd at the logits: their slopes come with the losses, from one compiled pass.
+        """
+        if self.quick_slopes is not None:
+            return self.quick_slopes(model, batch, self.mean_tokens)
+        value = self.mean(model, batch)
+        return value.detach(), value, None
+
     def rows(self, model: nn.Module, batch: Any) -> Evaluated:
         """The batch's rows of the kernel: losses [R] float32, of its samples or its unmasked tokens; and the mask."""
         return self.select(*self.evaluate(model, batch))
@@ -95,10 +107,20 @@ def resolve_loss(loss: str | LossFunction, backend: str = "torch") -> Loss:
         raise TypeError(f"loss must be a name or a callable loss(model, batch), got {type(loss).__name__}")
     if loss == "cross_entropy":
         return Loss(
-            "cross_entropy", partial(_cross_entropy_losses, backend=backend), _check_classes, _cross_entropy_mean
+            "cross_entropy",
+            partial(_cross_entropy_losses, backend=backend),
+            _check_classes,
+            _cross_entropy_mean,
+            _slopes if backend == "cpp" else None,
         )
     if loss == "token_cross_entropy":
-        return Loss("token_cross_entropy", partial(_token_losses, backend=backend), _check_tokens, _token_mean)
+        return Loss(
+            "token_cross_entropy",
+            partial(_token_losses, backend=backend),
+            _check_tokens,
+            _token_mean,
+            _slopes if backend == "cpp" else None,
+        )
     if loss == "mse":
         return Loss("mse", _mse_losses, _check_regression)
     raise ValueError(
@@ -160,6 +182,14 @@ def _token_mean(model: nn.Module, batch: Any) -> Tensor:
     logits = forward(model, inputs).float().flatten(0, 1)
     total = F.cross_entropy(logits, targets.long().flatten(), ignore_index=IGNORED, reduction="sum")
     return total / len(targets)
+
+
+def _slopes(model: nn.Module, batch: Any, mean_tokens: float) -> tuple[Tensor, Tensor, Tensor]:
+    inputs, targets = split_batch(batch)
+    logits = forward(model, inputs).float().flatten(0, -2)
+    scale = 1.0 / (len(targets) * mean_tokens)
+    losses, slopes = cross_entropy_slopes(logits, targets.flatten().long(), scale, backend="cpp")
+    return scale * losses.sum(), logits, slopes
 
 
 def _are_indices(targets: Tensor, ndim: int) -> bool:

@@ -25,6 +25,7 @@ class Minibatches:
         self.seed, self.chain = seed, chain
         self._all = torch.arange(num_samples)
         self._cached: tuple[int, np.ndarray] = (-1, np.empty((0, 0), np.uint64))  # block number, [BLOCK, count]
+        self._chosen: tuple[int, np.ndarray] = (-1, np.empty((0, 0), np.int64))  # block number, [BLOCK, m]
 
     def __getitem__(self, step: int) -> Tensor:
         if self.batch_size == self.num_samples:
@@ -41,17 +42,29 @@ class Minibatches:
         return np.sort(chosen.astype(np.int64))
 
     def _by_rejection(self, step: int) -> np.ndarray:
+        block, row = divmod(step, BLOCK)
+        if self._chosen[0] != block:
+            self._chosen = (block, self._choose_block(block))
+        return self._chosen[1][row]
+
+    def _choose_block(self, block: int) -> np.ndarray:
+        """The first m distinct values of each step: [BLOCK, m] int64, sorted."""
         count = self.batch_size * 3 // 2 + 32
         while True:
-            values = scale_down(self._words(step, count), self.num_samples)  # a larger count only appends words
-            first = first_occurrences(values)
-            if len(first) >= self.batch_size:
-                return np.sort(values[np.sort(first)[: self.batch_size]])
+            words = self._block_words(block, count)[:, :count]  # a larger count only appends words
+            values = scale_down(words, self.num_samples)
+            places = first_occurrences(values)[:, : self.batch_size]
+            if (places < count).all():
+                return np.sort(np.take_along_axis(values, places, axis=1), axis=1)
             count *= 2
 
     def _words(self, step: int, count: int) -> np.ndarray:
         """The first `count` 64-bit words of a step: [count] uint64."""
         block, row = divmod(step, BLOCK)
+        return self._block_words(block, count)[row, :count]
+
+    def _block_words(self, block: int, count: int) -> np.ndarray:
+        """The words of a block's steps: [BLOCK, count or more] uint64."""
         if self._cached[0] != block or self._cached[1].shape[1] < count:
             steps = np.arange(block * BLOCK, (block + 1) * BLOCK, dtype=np.uint32)
             calls = -(-count // 2)  # a Philox call gives two 64-bit words
@@ -61,15 +74,16 @@ class Minibatches:
             counter[..., 3] = STREAM
             words = philox4x32(counter.reshape(-1, 4), (self.seed, self.chain))
             self._cached = (block, np.ascontiguousarray(words).view(np.uint64).reshape(BLOCK, 2 * calls))
-        return self._cached[1][row, :count]
+        return self._cached[1]
 
 
 def first_occurrences(values: np.ndarray) -> np.ndarray:
-    """The positions at which each distinct value first appears, in order of value: [u] int64, for values < 2^32."""
-    keys = np.sort((values << 32) | np.arange(len(values)))
-    new = np.ones(len(keys), dtype=bool)
-    np.not_equal(keys[1:] >> 32, keys[:-1] >> 32, out=new[1:])
-    return keys[new] & 0xFFFFFFFF
+    """Where each distinct value of a row [r, k] first appears, in order: [r, k] int64, filled with k; values < 2^32."""
+    count = values.shape[1]
+    keys = np.sort((values << 32) | np.arange(count), axis=1)
+    places = keys & 0xFFFFFFFF
+    places[:, 1:][keys[:, 1:] >> 32 == keys[:, :-1] >> 32] = count
+    return np.sort(places, axis=1)
 
 
 def scale_down(words: np.ndarray, n: int) -> np.ndarray:

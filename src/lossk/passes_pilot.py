@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,12 +20,14 @@ from lossk.device_plan import most_samples
 from lossk.passes import Passes
 from lossk.task import Task, fitting_batch
 
-WORTH = 20.0  # seconds of passes in a run below which measuring does not pay
+WORTH = 4.0  # seconds of passes in a run below which measuring does not pay
 SHARE, MOST = 0.03, 30.0  # of the run, and in seconds, that measuring may take
 COMPILE_WORTH = 900.0  # seconds of passes below which compiling, about a minute, is not tried
-FASTER = 0.95  # a change must take at most this share of the time, or the timer's noise would choose
+FASTER = 0.96  # a change must take at most this share of the time, or the timer's noise would choose
 REPEATS = 3
-BATCHES = (32, 64, 128, 256, 512, 1024, 2048)
+HOPELESS = 1.3  # times the best so far: measured once, and not again
+BACKWARD = 3  # a gradient's worth in forward passes
+BATCHES = (512, 1024, 2048, 128, 64, 32, 256)  # the likeliest first: time may run out
 
 Seconds = tuple[float, float]  # per sample of a probe pass and of a gradient
 
@@ -35,6 +39,10 @@ class Load:
     num_draws: int  # of all chains
     num_steps: int  # gradients of all chains
     minibatch: int
+
+    def forward_passes(self, num_probe: int) -> float:
+        """All of it in forward passes of one sample."""
+        return self.num_draws * num_probe + BACKWARD * self.num_steps * self.minibatch
 
 
 def choose_passes(task: Task, probe: Samples, train: Samples, load: Load) -> tuple[Passes, list[str]]:
@@ -63,12 +71,12 @@ class _Bench:
         self.limits = [10**9, 10**9]  # samples of either pass that fit the device
 
     def search(self) -> tuple[Passes, list[str]]:
-        best, seconds = self.before, self.measure(self.before)
-        total = self.total(seconds)
+        start, best = time.perf_counter(), self.before
+        total = self.total(self.measure(best, once=True))
         if total < WORTH:
             return best, [f"passes = default: about {total:.2g} s of them, too few for measuring to pay"]
-        self.first = seconds
-        self.deadline = time.perf_counter() + min(SHARE * total, MOST)
+        seconds = self.first = self.measure(best)
+        self.deadline = start + min(SHARE * self.total(seconds), MOST)
         for candidates in (self.threads, self.formats, self.folding):
             for candidate in candidates(best):
                 best, seconds = self.better(best, seconds, candidate)
@@ -89,9 +97,9 @@ class _Bench:
         self, best: Passes, seconds: Seconds, candidate: Passes, part: int | None = None
     ) -> tuple[Passes, Seconds]:
         """The candidate if it is quicker, twice; `part` names the only pass it concerns."""
-        if candidate == best or time.perf_counter() > self.deadline:
+        if candidate == best or time.perf_counter() + self.price(candidate, seconds, part) > self.deadline:
             return best, seconds
-        found = self.measure(candidate, part)
+        found = self.measure(candidate, part, seconds)
         if self.total(_merge(seconds, found, part)) > FASTER * self.total(seconds):
             return best, seconds
         # On a machine that others use too, a lucky or an unlucky moment would choose: both again, and the best of each.
@@ -102,6 +110,12 @@ class _Bench:
         if self.total(found) > FASTER * self.total(seconds):
             return best, seconds
         return candidate, found
+
+    def price(self, candidate: Passes, seconds: Seconds, part: int | None) -> float:
+        """Seconds that measuring a candidate no slower than the best would take."""
+        forward = 0.0 if part == 1 else seconds[0] * self._probe_count(candidate, self.probe)
+        backward = 0.0 if part == 0 else seconds[1] * min(self.load.minibatch, len(self.train))
+        return (1 + REPEATS) * (forward + backward)
 
     def threads(self, best: Passes) -> Iterator[Passes]:
         if best.num_threads is None and self.task.device.type == "cpu" and torch.get_num_threads() > 1:
@@ -130,32 +144,41 @@ class _Bench:
                 best, seconds = self.better(best, seconds, dataclasses.replace(best, compile=how))
         return best, seconds
 
-    def measure(self, passes: Passes, part: int | None = None) -> Seconds:
-        """Seconds per sample of a probe pass and of a gradient; 0 for one that is not asked for."""
+    def measure(
+        self, passes: Passes, part: int | None = None, best: Seconds = (math.inf, math.inf), *, once: bool = False
+    ) -> Seconds:
+        """Seconds per sample of a probe pass and of a gradient; 0 for one that is not asked for.
+
+        Args:
+            best: so far; what is far from it is not measured again.
+            once: a first call alone, which says no more than the order of magnitude.
+        """
         self.task.passes = passes
+        timer = seconds_of if once else quickest
+        forward = backward = 0.0
         with self.task:
-            probe, train = self.task.place(self._some(self.probe)), self.task.place(self._some(self.train))
-            forward = 0.0 if part == 1 else self._time_probe(probe)
-            backward = 0.0 if part == 0 else self._time_gradient(train)
+            if part != 1:
+                probe = self.task.place(self._some(self.probe))
+                count = self._probe_count(passes, probe)
+                few = probe[:count]
+                show = partial(self.task.rows, few)
+                self._note_limit(0, show, count)
+                forward = timer(show, HOPELESS * best[0] * count, self.task.device) / count
+            if part != 0 and self.weights[1] > 0:
+                train = self.task.place(self._some(self.train))
+                index = torch.arange(min(self.load.minibatch, len(train)))
+                work = partial(self.task.gradient, train, index)
+                self._note_limit(1, work, min(passes.gradient_batch, len(index)))
+                backward = timer(work, HOPELESS * best[1] * len(index), self.task.device) / len(index)
         return forward, backward
+
+    def _probe_count(self, passes: Passes, probe: Samples) -> int:
+        """Samples of a pass of the probe."""
+        return min(fitting_batch(passes.probe_batch, self.task.loss.positions), len(probe))
 
     def _some(self, samples: Samples) -> Samples:
         count = min(len(samples), 2 * max(*BATCHES, self.load.minibatch))
         return Samples(samples[:count], count)
-
-    def _time_probe(self, probe: Samples) -> float:
-        batch = min(fitting_batch(self.task.passes.probe_batch, self.task.loss.positions), len(probe))
-        few = probe[:batch]
-        self._note_limit(0, lambda: self.task.rows(few), batch)
-        return quickest(lambda: self.task.rows(few), self.task.device) / batch
-
-    def _time_gradient(self, train: Samples) -> float:
-        if self.weights[1] == 0:
-            return 0.0
-        index = torch.arange(min(self.load.minibatch, len(train)))
-        batch = min(self.task.passes.gradient_batch, len(index))
-        self._note_limit(1, lambda: self.task.gradient(train, index), batch)
-        return quickest(lambda: self.task.gradient(train, index), self.task.device) / len(index)
 
     def _note_limit(self, part: int, work: Callable[[], Any], batch: int) -> None:
         """From what a pass takes of a CUDA device, how many samples one can have."""
@@ -164,17 +187,24 @@ class _Bench:
             self.limits[part] = most_samples(free_bytes(device), peak_bytes(device, work) / batch)
 
 
-def quickest(work: Callable[[], Any], device: torch.device) -> float:
-    """Seconds of the quickest of a few calls on a device, after one that does not count."""
+def quickest(work: Callable[[], Any], hopeless: float, device: torch.device) -> float:
+    """Seconds of the quickest of a few calls, after one that does not count; of the first beyond `hopeless` already."""
+    work()
+    best = math.inf
+    for _ in range(REPEATS):
+        best = min(best, seconds_of(work, hopeless, device))
+        if best > hopeless:
+            break
+    return best
+
+
+def seconds_of(work: Callable[[], Any], _: float, device: torch.device) -> float:
+    """Seconds of one call."""
+    settle(device)
+    start = time.perf_counter()
     work()
     settle(device)
-    best = float("inf")
-    for _ in range(REPEATS):
-        start = time.perf_counter()
-        work()
-        settle(device)
-        best = min(best, time.perf_counter() - start)
-    return best
+    return time.perf_counter() - start
 
 
 def _merge(old: Seconds, new: Seconds, part: int | None) -> Seconds:

@@ -19,6 +19,9 @@ from lossk.task import Task, fitting_batch
 
 PILOT_SAMPLES = 512
 FEWER_SAMPLES, FEWER_ITERATIONS = 64, 8  # where nothing is chosen by what they say
+FEWEST_SAMPLES, FEWEST_ITERATIONS = 32, 4  # where that would be more than a share of the run's own passes
+SHARE = 0.02
+PASSES_PER_ITERATION = 11  # forward passes' worth: three gradients for 3 each, and two of losses
 PILOT_BATCH = 128
 ITERATIONS = 16
 CONVERGED = 0.02  # relative change between power iterations
@@ -70,10 +73,11 @@ def default_n_beta(num_train: int) -> float:
     return num_train / math.log(max(num_train, 3))
 
 
-def run_pilot(task: Task, train: Samples, sampler: SGLD, *, seed: int) -> Pilot:
+def run_pilot(task: Task, train: Samples, sampler: SGLD, *, seed: int, run_passes: float = math.inf) -> Pilot:
     """Measure the largest curvature and the largest gradient variance on up to 512 training samples.
 
-    On 64 where every setting is a number, and only the verdict reads them. By power iteration; products are central
+    On 64 where every setting is a number, and only the verdict reads them; on 32, with fewer iterations, where the run
+    itself is short (`run_passes`, in forward passes of one sample). By power iteration; products are central
     differences of gradients and losses. Double backward would serve no better: not every operation has one, and some
     silently give zero.
     """
@@ -81,6 +85,8 @@ def run_pilot(task: Task, train: Samples, sampler: SGLD, *, seed: int) -> Pilot:
     m = n if sampler.batch_size is None else min(sampler.batch_size, n)
     settings = (sampler.lr, sampler.localization, sampler.num_burnin_steps, sampler.num_steps_bw_draws)
     most, iterations = (PILOT_SAMPLES, ITERATIONS) if "auto" in settings else (FEWER_SAMPLES, FEWER_ITERATIONS)
+    if "auto" not in settings and most * iterations * PASSES_PER_ITERATION > SHARE * run_passes:
+        most, iterations = FEWEST_SAMPLES, FEWEST_ITERATIONS
     products = _Products(task, train, seed, most)
     start = normals(seed, 0, 0, task.num_weights, stream=STREAM).to(task.device)
     curvature = _largest_eigenvalue(products.hessian, start, iterations)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import platform
 import resource
@@ -17,6 +18,11 @@ from torch import nn
 
 def versions() -> dict[str, str]:
     """Versions of Python and of the packages that shape a result."""
+    return dict(_versions())
+
+
+@functools.cache
+def _versions() -> dict[str, str]:
     found = {"python": platform.python_version()}
     for package in ("lossk", "torch", "numpy", "scipy", "zarr", "arviz-stats", "triton"):
         try:
@@ -26,8 +32,12 @@ def versions() -> dict[str, str]:
     return found
 
 
+@functools.cache
 def git_sha() -> str | None:
-    """The commit of the source tree lossk runs from, with "+" if it is changed; None for an installed copy."""
+    """The commit of the source tree lossk runs from, with "+" if it is changed; None for an installed copy.
+
+    As it was when first asked for: that is nearest to the code that is running.
+    """
     here = Path(__file__).resolve().parent
     try:
         if not any((parent / ".git").exists() for parent in here.parents):

@@ -229,7 +229,10 @@ class Run:
             return
         with self.timings.measure("pilot"):
             self.sampler, self.pilot, self.reasons = choose(
-                self.sampler, self._around(Timings()), num_probe=self.probe.num_samples
+                self.sampler,
+                self._around(Timings()),
+                num_probe=self.probe.num_samples,
+                run_passes=self._load().forward_passes(self.probe.num_samples),
             )
 
     def chosen(self) -> dict[str, Any]:

@@ -245,19 +245,20 @@ class Task:
         total = 0.0
         parts = index.split(fitting_batch(self.passes.gradient_batch, self.loss.positions))
         for number, part in enumerate(parts):
+            share = len(part) / len(index)
             with torch.enable_grad(), self.autocast():
-                loss = self.loss.mean(self._run_model, samples[part])
-                if len(parts) > 1:
-                    loss = loss * (len(part) / len(index))
-                if not loss.requires_grad:
+                value, outputs, slopes = self.loss.differentiable(self._run_model, samples[part])
+                if not outputs.requires_grad:
                     raise ValueError("loss must depend on the sampled parameters, but has no gradient")
-                self.differentiate(loss, add=number > 0)
-            total += float(loss.detach())
+                if share < 1:
+                    outputs, slopes = (outputs * share, None) if slopes is None else (outputs, slopes * share)
+                self.differentiate(outputs, slopes, add=number > 0)
+            total += share * float(value)
         return total
 
-    def differentiate(self, value: Tensor, *, add: bool) -> None:
-        """Write the gradient of a scalar into `grad`, or add it there."""
-        gradients = torch.autograd.grad(value, self.sampled, allow_unused=True, materialize_grads=True)
+    def differentiate(self, value: Tensor, slopes: Tensor | None = None, *, add: bool) -> None:
+        """Write the gradient of a scalar, or of slopes . value, into `grad`, or add it there."""
+        gradients = torch.autograd.grad(value, self.sampled, slopes, allow_unused=True, materialize_grads=True)
         # One pass over the weights: .grad, which autograd adds to, would have to be zeroed, read and written.
         write = torch._foreach_add_ if add else torch._foreach_copy_
         write(self._parts, gradients)

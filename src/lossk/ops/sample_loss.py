@@ -6,7 +6,12 @@ classified samples come out as rounding noise, and so do their correlations. Mea
     d_c = x_c - x_target,   M = max(0, max_{c != target} d_c),
     loss = M + log1p( sum_{c != target} exp(d_c - M) + expm1(-M) ),
 
-which for a winning target (M = 0) is log1p(sum exp d_c): small losses keep their leading digits.
+which for a winning target (M = 0) is log1p(sum exp d_c): small losses keep their leading digits. The compiled form
+measures the exponents from the largest other logit m instead, so that their float32 sum is at least 1 and as exact as
+float64 would need it, and forms m - x_target in float64 (csrc/loss_loop.hpp).
+
+The gradient of a minibatch loss is that of sum_i slope_i . logits_i with the slopes (softmax - onehot) held fixed:
+`cross_entropy_slopes` gives them with the losses, in one pass over the logits.
 """
 
 from __future__ import annotations
@@ -25,8 +30,8 @@ def cross_entropy(logits: Tensor, targets: Tensor, *, backend: str = "torch") ->
     """Cross entropy of each sample, in nats.
 
     Args:
-        logits: [B, C] floating point. The differences are formed in float64 (on a GPU in float32 pairs), so the result
-            is limited only by the precision of the logits themselves.
+        logits: [B, C] floating point. The difference from the target is formed in float64 (on a GPU in float32
+            pairs), so the result is limited only by the precision of the logits themselves.
         targets: [B] int64, class indices in [0, C), or -100, whose loss is 0.
         backend: "torch" (the reference), "cpp" or "triton". Where a gradient is wanted, or the logits are float64, the
             reference runs whatever the backend.
@@ -48,6 +53,39 @@ def cross_entropy(logits: Tensor, targets: Tensor, *, backend: str = "torch") ->
     else:
         sample_loss(logits, targets, out, backend=backend)
     return out
+
+
+def cross_entropy_slopes(logits: Tensor, targets: Tensor, scale: float, *, backend: str) -> tuple[Tensor, Tensor]:
+    """Losses, and the derivatives of `scale` times their sum by the logits; neither is differentiable.
+
+    Args:
+        logits: [B, C] float16, bfloat16 or float32 (any floating point for "torch").
+        targets: as in `cross_entropy`; the slopes of an ignored one are 0.
+        scale: of the slopes: 1 / B for those of the mean.
+        backend: "torch" (the reference) or "cpp".
+
+    Returns:
+        [B] and [B, C] float32. A target's slope, softmax - 1, keeps its digits however small the loss.
+
+    Raises:
+        BackendError: the backend cannot run here.
+    """
+    logits = logits.detach()
+    if backend != "cpp" or logits.dtype not in DTYPES:
+        return _slopes_reference(logits, targets, scale)
+    if logits.stride(1) != 1:
+        logits = logits.contiguous()
+    losses, slopes = torch.empty(len(logits), dtype=torch.float32), torch.empty(logits.shape, dtype=torch.float32)
+    _compiled(logits, targets, losses, IGNORED, slopes, scale)
+    return losses, slopes
+
+
+def _slopes_reference(logits: Tensor, targets: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    wide = logits.double().requires_grad_(True)
+    with torch.enable_grad():
+        losses = cross_entropy_reference(wide, targets)
+        (slopes,) = torch.autograd.grad(losses.sum(), wide)
+    return losses.detach(), (scale * slopes).float()
 
 
 def cross_entropy_reference(logits: Tensor, targets: Tensor) -> Tensor:
@@ -98,7 +136,14 @@ def sample_loss(logits: Tensor, targets: Tensor, out: Tensor, *, backend: str, i
         module.sample_loss(logits.detach(), targets.contiguous(), out, ignore_index)
 
 
-def _compiled(logits: Tensor, targets: Tensor, out: Tensor, ignore_index: int) -> None:
+def _compiled(
+    logits: Tensor,
+    targets: Tensor,
+    out: Tensor,
+    ignore_index: int,
+    slopes: Tensor | None = None,
+    slope_scale: float = 1.0,
+) -> None:
     if logits.device.type != "cpu":
         raise ValueError(f"logits must be on the CPU for backend='cpp', got {logits.device}")
     logits, targets = logits.float(), targets.contiguous()
@@ -115,6 +160,8 @@ def _compiled(logits: Tensor, targets: Tensor, out: Tensor, ignore_index: int) -
         rows=rows,
         classes=classes,
         stride=logits.stride(0),
+        slopes=0 if slopes is None else slopes.data_ptr(),
+        slope_scale=slope_scale,
         num_threads=torch.get_num_threads(),
     )
     if losses is not out:
