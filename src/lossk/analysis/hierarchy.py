@@ -119,6 +119,7 @@ def pair_sums(pairs: Pairs, group: Tensor, num_groups: int, *, progress: bool = 
             both = torch.zeros_like(out).index_add_(0, place[columns], by_row.T.contiguous())
             out += both if rows == columns else both + both.T
             block.abs_()
+    sums = (sums + sums.transpose(1, 2)) / 2  # a diagonal tile is symmetric only up to rounding
     return sums[0, :num_groups, :num_groups], sums[1, :num_groups, :num_groups]
 
 
