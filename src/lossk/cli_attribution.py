@@ -60,9 +60,10 @@ def _rows(kernel: LossKernel, text: str) -> str | list[int] | slice:
     rows: list[int] = []
     for part in text.split(","):
         first, _, last = part.partition("-")
-        rows += range(int(first), min(int(last or first), kernel.num_samples) + 1)
-    if rows and max(rows) >= kernel.num_samples:
-        raise ValueError(f"row {max(rows)} is not among the {kernel.num_samples} rows of the kernel")
+        end = int(last or first)
+        if end >= kernel.num_samples:
+            raise ValueError(f"row {end} is not among the {kernel.num_samples} rows of the kernel")
+        rows += range(int(first), end + 1)
     return rows
 
 

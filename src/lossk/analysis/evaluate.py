@@ -120,11 +120,11 @@ def linear_datamodeling_score(
     predicted, found = (-(masks.double() @ helpfulness)).numpy(), outcomes.numpy()
     per_query = _spearman(predicted, found)
     rng = np.random.default_rng(np.random.SeedSequence(seed))
-    means = []
+    means = []  # NaN of a resample of one subset only, which can happen where subsets are few
     for _ in range(num_bootstrap):
         rows, columns = rng.integers(0, len(masks), len(masks)), rng.integers(0, wanted[1], wanted[1])
         means.append(_mean(_spearman(predicted[rows][:, columns], found[rows][:, columns])))
-    return DatamodelingScore(torch.from_numpy(per_query), _mean(per_query), float(np.std(means, ddof=1)))
+    return DatamodelingScore(torch.from_numpy(per_query), _mean(per_query), float(np.nanstd(means, ddof=1)))
 
 
 def _spearman(a: np.ndarray, b: np.ndarray) -> np.ndarray:

@@ -22,7 +22,7 @@ from lossk.task import Task
 BATCH_BYTES = 2**27  # of gradients held at a time
 LARGEST_BATCH = 256
 
-SampleValue = Callable[[Callable[..., Any], Any], Tensor]  # (stateless model, batch of one) -> scalar
+SampleValue = Callable[[nn.Module, Any], Tensor]  # (model, batch of one) -> scalar
 
 
 @contextmanager
@@ -55,8 +55,8 @@ def frozen(
 def losses_of(task: Task) -> SampleValue:
     """The value whose gradients are wanted is the sample's loss."""
 
-    def value(model: Callable[..., Any], batch: Any) -> Tensor:
-        return task.loss.per_sample(model, batch)[0]  # type: ignore[arg-type]
+    def value(model: nn.Module, batch: Any) -> Tensor:
+        return task.loss.per_sample(model, batch)[0]
 
     return value
 
@@ -88,20 +88,30 @@ def gradient_batches(
                 bar.update(len(gradients))
 
 
+class _Within(nn.Module):
+    """The value as a module around the model, so that it sees the model itself, with whatever attributes it reads."""
+
+    def __init__(self, model: nn.Module, value: SampleValue) -> None:
+        super().__init__()
+        self.training = model.training
+        self.model, self.value = model, value
+
+    def forward(self, batch: Any) -> Tensor:
+        return self.value(self.model, batch)
+
+
 def _vectorised(task: Task, value: SampleValue) -> Callable[[Any], Tensor]:
-    weights = dict(zip(task.names, (p.detach() for p in task.sampled), strict=True))
+    within = _Within(task.model, value)
+    weights = {f"model.{name}": p.detach() for name, p in zip(task.names, task.sampled, strict=True)}
 
     def of_one(parameters: dict[str, Tensor], sample: Any) -> Tensor:
-        def stateless(*arguments: Any, **keywords: Any) -> Any:
-            return functional_call(task.model, parameters, arguments, keywords)
-
-        return value(stateless, map_tensors(lambda t: t.unsqueeze(0), sample))
+        return functional_call(within, parameters, (map_tensors(lambda t: t.unsqueeze(0), sample),))
 
     gradients_of = vmap(grad(of_one), in_dims=(None, 0))
 
     def of_batch(batch: Any) -> Tensor:
         found = gradients_of(weights, batch)
-        parts = [found[name] for name in task.names]
+        parts = list(found.values())
         return torch.cat([part.reshape(len(part), -1) for part in parts], dim=1).float()
 
     return of_batch

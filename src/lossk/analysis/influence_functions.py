@@ -131,10 +131,10 @@ def projected_influence(
     return Baseline("TRAK (one model)", features, duals=duals.contiguous(), sets=spans_of(probes))
 
 
-def _margin(model: Callable[..., Any], batch: Any) -> Tensor:
+def _margin(model: nn.Module, batch: Any) -> Tensor:
     """ln(p / (1 - p)) of the label's probability p: scalar. -ln(expm1(l)) of the exact loss l."""
     inputs, targets = split_batch(batch)
-    logits = forward(model, inputs).double()  # type: ignore[arg-type]
+    logits = forward(model, inputs).double()
     others = logits.scatter(1, targets.long().unsqueeze(1), float("-inf"))
     return (logits.gather(1, targets.long().unsqueeze(1)).squeeze(1) - others.logsumexp(dim=1))[0]
 
