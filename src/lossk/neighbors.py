@@ -113,10 +113,10 @@ def median_noise_floor(moments: Moments) -> float | None:
     return float(noise_floor(moments)[alive].median()) if alive.any() else None
 
 
-def noise_floor(moments: Moments, rows: Tensor | slice = slice(None)) -> Tensor:
+def noise_floor(moments: Moments, rows: Tensor | slice = slice(None), among: Tensor | None = None) -> Tensor:
     """The correlation that the best of N unrelated samples reaches, for each of some samples: [r] float32.
 
-    N counts live samples.
+    N counts the live samples among those of `among` (an index; None: all).
 
     A null correlation has standard error sqrt((1 + r_i r_j) / ((1 - r_i r_j) T)) with lag-1 autocorrelations r
     (Bartlett 1935) and T = C (T_c - 1) draws; r_j is taken at its mean over samples. With D = 1 / se^2 effective draws
@@ -124,6 +124,8 @@ def noise_floor(moments: Moments, rows: Tensor | slice = slice(None)) -> Tensor:
     that among unrelated samples one neighbour per row is expected above it.
     """
     alive = moments.variance > 0
+    if among is not None:
+        alive = torch.zeros_like(alive).index_fill_(0, among, True) & alive
     num_alive = int(alive.sum())
     draws = moments.num_chains * (moments.num_draws - 1)
     lag1 = moments.lag1.clamp(-0.99, 0.99)
