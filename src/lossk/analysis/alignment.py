@@ -15,6 +15,8 @@ from lossk.analysis.hierarchy import dendrogram
 from lossk.analysis.mantel import mantel, partial_spearman
 from lossk.analysis.taxonomy import MEASURES, Taxonomy
 
+BAR = "\\|"  # a bar inside a cell of a Markdown table
+
 
 @dataclass(frozen=True)
 class AlignmentRow:
@@ -52,9 +54,10 @@ class Alignment:
     def markdown(self, reference: str, statistics: Sequence[str]) -> str:
         """A table against one reference: a row per similarity, a column per statistic, errors over images, chains."""
         names = list(dict.fromkeys(row.similarity for row in self.rows))
-        lines = [f"| | {' | '.join(statistics)} |", f"|---|{'--:|' * len(statistics)}"]
+        heads = [statistic.replace("|", BAR) for statistic in statistics]
+        lines = [f"| | {' | '.join(heads)} |", f"|---|{'--:|' * len(statistics)}"]
         for name in names:
-            lines.append(f"| {name} | " + " | ".join(_cell(self, name, reference, s) for s in statistics) + " |")
+            lines.append(f"| {name.replace('|', BAR)} | " + " | ".join(_cell(self, name, reference, s) for s in statistics) + " |")
         return "\n".join(lines)
 
 
