@@ -57,7 +57,11 @@ class Alignment:
         heads = [statistic.replace("|", BAR) for statistic in statistics]
         lines = [f"| | {' | '.join(heads)} |", f"|---|{'--:|' * len(statistics)}"]
         for name in names:
-            lines.append(f"| {name.replace('|', BAR)} | " + " | ".join(_cell(self, name, reference, s) for s in statistics) + " |")
+            lines.append(
+                f"| {name.replace('|', BAR)} | "
+                + " | ".join(_cell(self, name, reference, s) for s in statistics)
+                + " |"
+            )
         return "\n".join(lines)
 
 
