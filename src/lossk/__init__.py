@@ -6,6 +6,7 @@ index, correlation, noise_floor = kernel.neighbors(k=10)
 
 from lossk.baoab import BAOAB
 from lossk.build import build_kernel, sample_losses
+from lossk.cross import CrossKernel, cross_kernel
 from lossk.errors import BackendError, DistributedError, DivergedError, LosskError, StoreError
 from lossk.gaussian import Gaussian
 from lossk.hmc import HMC
@@ -28,6 +29,7 @@ __all__ = [
     "HMC",
     "SGLD",
     "BackendError",
+    "CrossKernel",
     "DistributedError",
     "DivergedError",
     "Gaussian",
@@ -41,6 +43,7 @@ __all__ = [
     "StoreError",
     "TraceWriter",
     "build_kernel",
+    "cross_kernel",
     "predicted_labels",
     "sample_losses",
 ]

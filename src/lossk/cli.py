@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 import lossk
-from lossk import cli_stores, cli_tune, provenance
+from lossk import cli_attribution, cli_insight, cli_stores, cli_tune, provenance
 from lossk.analysis.purity import chance_purity, class_purity
 from lossk.cli_distributed import follow, share_threads
 from lossk.config import RunConfig, load_config, parse_override
@@ -71,6 +71,10 @@ def build_parser() -> argparse.ArgumentParser:
     cli_tune.add_command(commands, packaged_names())
 
     cli_stores.add_commands(commands)
+
+    cli_insight.add_commands(commands)
+
+    cli_attribution.add_command(commands)
 
     doctor = commands.add_parser("doctor", help="what is compiled, what passes its self-test, and why not")
     doctor.set_defaults(run=run_doctor)

@@ -150,6 +150,11 @@ class LossKernel:
         return self._moments.mean
 
     @property
+    def lag1(self) -> Tensor:
+        """[N] float64: lag-1 autocorrelation of each sample's losses within chains; 0 where they never vary."""
+        return self._moments.lag1
+
+    @property
     def dead(self) -> Tensor:
         """[N] bool: samples whose loss never varied."""
         return self._moments.variance == 0
@@ -287,12 +292,13 @@ class LossKernel:
         factor = self._blocks if isinstance(self._blocks, FactorBlocks) else None
         return leading(self.matvec, factor, self._moments.scale, k)
 
-    def neighbors(self, k: int = 10, rows: Any = None, *, backend: str | None = None) -> Neighbors:
+    def neighbors(self, k: int = 10, rows: Any = None, *, anti: bool = False, backend: str | None = None) -> Neighbors:
         """The k most correlated other samples of each sample, by streaming over tiles; ties go to the smaller index.
 
         Args:
             rows: the samples whose neighbours are wanted (any index that `kernel[rows]` takes), among all N; None for
                 all of them. r rows cost r N pairs instead of N^2 / 2.
+            anti: the k most anti-correlated instead, lowest first; the floor is then one for -R.
             backend: "torch", or "triton" (all rows, k up to 64; the same within a rounding of the correlations), to
                 which tiles in host memory go one by one. None is "triton" where the tiles lie on a CUDA device on which
                 it passes its self-test.
@@ -307,17 +313,19 @@ class LossKernel:
         """
         if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k < self.num_samples:
             raise ValueError(f"k must be an integer from 1 to N - 1 = {self.num_samples - 1}, got {k!r}")
+        if anti and backend == "triton":
+            raise ValueError("anti must be False with backend='triton', which ranks the largest only, got True")
         device = device_for_neighbors(self._blocks, k, backend)
         if rows is None:
-            if device is None:
-                found = nearest(self._correlation_tile, self.dead, self.tile, k)
+            if device is None or anti:
+                found = nearest(self._correlation_tile, self.dead, self.tile, k, anti=anti)
             else:
                 found = nearest_on_device(self._blocks.tile_on, self._gain, self.tile, k, device)
             return found._replace(noise_floor=noise_floor(self._moments))
         if backend == "triton":
             raise ValueError("rows must be None with backend='triton', which ranks whole tiles")
         rows = self._index(rows)
-        found = nearest_of_rows(self._correlation_rows, self.dead, rows, k)
+        found = nearest_of_rows(self._correlation_rows, self.dead, rows, k, anti=anti)
         return found._replace(noise_floor=noise_floor(self._moments, rows))
 
     def _correlation_rows(self, rows: Tensor) -> Iterator[tuple[slice, Tensor]]:

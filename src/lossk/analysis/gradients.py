@@ -1,0 +1,175 @@
+"""Gradients of single samples' losses at the trained weights, whole or sketched into few dimensions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from scipy import sparse
+from torch import Tensor, nn
+from torch.func import functional_call, grad, vmap
+from tqdm import tqdm
+
+from lossk.data import Samples, Transform, leaves, map_tensors
+from lossk.losses import LossFunction, resolve_loss
+from lossk.passes import Passes
+from lossk.probe_sets import ProbeSets, read_sources
+from lossk.task import Task
+
+BATCH_BYTES = 2**27  # of gradients held at a time
+LARGEST_BATCH = 256
+
+SampleValue = Callable[[nn.Module, Any], Tensor]  # (model, batch of one) -> scalar
+
+
+@contextmanager
+def frozen(
+    model: nn.Module,
+    data: Any,
+    *,
+    loss: str | LossFunction = "cross_entropy",
+    params: Sequence[str] | None = None,
+    transform: Transform | None = None,
+) -> Iterator[tuple[Task, Mapping[str, Samples]]]:
+    """The model frozen as a run of lossk has it, and its data by sets (a lone one under ""); put back on leaving.
+
+    Raises:
+        ValueError, TypeError: data, loss or model that `build_kernel` would refuse, or a loss per token.
+    """
+    train = next(iter(data.sets.values())) if isinstance(data, ProbeSets) else None
+    sets, _ = read_sources(data, train, transform)
+    task = Task(model, resolve_loss(loss), params=params)
+    task.passes = Passes(memory_format="contiguous")  # weights in `task.flat` lie as in the model
+    with task:
+        once = {id(samples): task.place(samples) for samples in sets.values()}
+        placed = {name: once[id(samples)] for name, samples in sets.items()}
+        for name, samples in placed.items():
+            if task.check(samples, name or "data") is not None:
+                raise ValueError(f"loss must be one per sample for a baseline, got one per token ({task.loss.name})")
+        yield task, placed
+
+
+def losses_of(task: Task) -> SampleValue:
+    """The value whose gradients are wanted is the sample's loss."""
+
+    def value(model: nn.Module, batch: Any) -> Tensor:
+        return task.loss.per_sample(model, batch)[0]
+
+    return value
+
+
+def gradient_batches(
+    task: Task, sets: Sequence[Samples], value: SampleValue, *, progress: bool, what: str
+) -> Iterator[tuple[slice, Tensor]]:
+    """(rows, gradients [b, P] float32) of all samples, one set after the other, with respect to the sampled weights.
+
+    The weights lie as in `task.flat`. Gradients of a batch are taken at once (torch.func), or sample by sample where
+    the model has operations that cannot be: the numbers are the same within float32 rounding.
+    """
+    size = max(1, min(LARGEST_BATCH, BATCH_BYTES // (8 * task.num_weights)))
+    together = _vectorised(task, value)
+    few = map_tensors(lambda t: t[:2], sets[0][: min(2, len(sets[0]))])
+    try:
+        together(few)
+        of_batch = together
+    except RuntimeError:
+        of_batch = _one_by_one(task, value)
+    row = 0
+    total = sum(len(samples) for samples in sets)
+    with tqdm(total=total, desc=what, unit="sample", disable=not progress, dynamic_ncols=True) as bar:
+        for samples in sets:
+            for start in range(0, len(samples), size):
+                gradients = of_batch(samples[start : start + size])
+                yield slice(row, row + len(gradients)), gradients
+                row += len(gradients)
+                bar.update(len(gradients))
+
+
+class _Within(nn.Module):
+    """The value as a module around the model, so that it sees the model itself, with whatever attributes it reads."""
+
+    def __init__(self, model: nn.Module, value: SampleValue) -> None:
+        super().__init__()
+        self.training = model.training
+        self.model, self.value = model, value
+
+    def forward(self, batch: Any) -> Tensor:
+        return self.value(self.model, batch)
+
+
+def _vectorised(task: Task, value: SampleValue) -> Callable[[Any], Tensor]:
+    within = _Within(task.model, value)
+    weights = {f"model.{name}": p.detach() for name, p in zip(task.names, task.sampled, strict=True)}
+
+    def of_one(parameters: dict[str, Tensor], sample: Any) -> Tensor:
+        return functional_call(within, parameters, (map_tensors(lambda t: t.unsqueeze(0), sample),))
+
+    gradients_of = vmap(grad(of_one), in_dims=(None, 0))
+
+    def of_batch(batch: Any) -> Tensor:
+        found = gradients_of(weights, batch)
+        parts = list(found.values())
+        return torch.cat([part.reshape(len(part), -1) for part in parts], dim=1).float()
+
+    return of_batch
+
+
+def _one_by_one(task: Task, value: SampleValue) -> Callable[[Any], Tensor]:
+    def of_batch(batch: Any) -> Tensor:
+        rows = []
+        for i in range(len(leaves(batch)[0])):
+            with torch.enable_grad():
+                scalar = value(task.model, map_tensors(lambda t: t[i : i + 1], batch))  # noqa: B023
+            parts = torch.autograd.grad(scalar, task.sampled, allow_unused=True, materialize_grads=True)
+            rows.append(task.flatten([part.float() for part in parts]))
+        return torch.stack(rows)
+
+    return of_batch
+
+
+class Sketch:
+    """A random projection from P to d dimensions that keeps inner products.
+
+    Every weight goes, with random signs, into one dimension of each of 4 blocks of d / 4 (the block form of the sparse
+    Johnson-Lindenstrauss transform, Kane and Nelson 2014, arXiv 1012.1577; of one block: a count sketch). For fixed x
+    and y the projected inner product is unbiased, with variance at most (|x|^2 |y|^2 + (x'y)^2) / d whatever x and y,
+    as that of a dense Gaussian projection: a cosine is off by about sqrt((1 + cos^2) / d).
+
+    Args:
+        num_weights: P.
+        dimensions: d, a multiple of 4.
+        seed: of the projection.
+    """
+
+    BLOCKS = 4
+
+    def __init__(self, num_weights: int, dimensions: int, seed: int) -> None:
+        if dimensions < self.BLOCKS or dimensions % self.BLOCKS:
+            raise ValueError(f"dimensions must be a positive multiple of {self.BLOCKS}, got {dimensions}")
+        self.dimensions = dimensions
+        side = dimensions // self.BLOCKS
+        rng = np.random.default_rng(np.random.SeedSequence(seed))
+        rows = np.concatenate([rng.integers(0, side, num_weights) + b * side for b in range(self.BLOCKS)])
+        signs = rng.choice(np.array([-1.0, 1.0], dtype=np.float32), self.BLOCKS * num_weights)
+        columns = np.tile(np.arange(num_weights), self.BLOCKS)
+        shape = (dimensions, num_weights)
+        self._matrix = sparse.csr_array((signs / np.float32(self.BLOCKS**0.5), (rows, columns)), shape=shape)
+
+    def __call__(self, gradients: Tensor) -> Tensor:
+        """[b, P] float32 -> [b, d] float32."""
+        return torch.from_numpy(np.ascontiguousarray((self._matrix @ gradients.cpu().numpy().T).T))
+
+
+def check_module(model: nn.Module, name: str) -> nn.Module:
+    """The module of that name.
+
+    Raises:
+        ValueError: there is none.
+    """
+    found = dict(model.named_modules())
+    if name not in found:
+        raise ValueError(f"layer must name a module of the model, got {name!r}; it has {', '.join(list(found)[1:9])}")
+    return found[name]

@@ -1,0 +1,91 @@
+"""Class labels and taxonomies from files, for the command line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lossk.analysis import Taxonomy
+from lossk.config import load_config, parse_yaml
+
+
+def read_labels(source: str, store: str | Path, num_samples: int) -> tuple[Tensor, list[str]]:
+    """Labels [N] int64 from 0 and the classes' names.
+
+    Args:
+        source: a .npy file of N integers; a text file, one class per line, number or name (names are numbered in
+            alphabetical order); or "config", which runs the task of the YAML beside the store for its labels.
+
+    Raises:
+        ValueError: no such file, another number of labels, or none in the task.
+    """
+    if source == "config":
+        task = load_config(str(Path(store).with_suffix(".yaml"))).make_task()
+        if task.labels is None:
+            raise ValueError(f"--labels config: the task of {str(store)!r} has no labels")
+        labels, names = task.labels.long(), list(task.class_names)
+    else:
+        labels, names = _read_file(Path(source))
+    if len(labels) != num_samples:
+        raise ValueError(f"--labels {source!r} must hold one label per sample, {num_samples}, got {len(labels)}")
+    if num_samples and int(labels.min()) < 0:
+        raise ValueError(f"--labels {source!r} must be at least 0, got {int(labels.min())}")
+    return labels, names or [str(i) for i in range(int(labels.max()) + 1)]
+
+
+def _read_file(path: Path) -> tuple[Tensor, list[str]]:
+    if not path.is_file():
+        raise ValueError(f"--labels: there is no file {str(path)!r}")
+    if path.suffix == ".npy":
+        values = np.load(path, allow_pickle=False)
+        if values.ndim != 1 or values.dtype.kind not in "iu":
+            raise ValueError(f"--labels {str(path)!r} must hold integers [N], got {values.dtype} {list(values.shape)}")
+        return torch.from_numpy(values.astype(np.int64)), []
+    words = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    if all(word.lstrip("-").isdigit() for word in words):
+        return torch.tensor([int(word) for word in words], dtype=torch.int64), []
+    names = sorted(set(words))
+    number = {name: i for i, name in enumerate(names)}
+    return torch.tensor([number[word] for word in words], dtype=torch.int64), names
+
+
+def read_taxonomy(source: str, class_names: list[str]) -> Taxonomy:
+    """The taxonomy of some classes, in their order.
+
+    Args:
+        source: "fashion" (Fashion-MNIST in WordNet), or a YAML file with either `synsets`, class -> WordNet synset by
+            name, offset or wnid, or `tree`, a nested mapping whose leaves are the classes.
+
+    Raises:
+        ValueError: no such file, neither key, or a class that it does not hold.
+    """
+    from lossk.analysis.wordnet import FASHION_SYNSETS, wordnet_taxonomy
+
+    plain = {"synsets": FASHION_SYNSETS} if source == "fashion" else _mapping(Path(source))
+    if "tree" in plain:
+        whole = Taxonomy.from_nested(plain["tree"])
+        _refuse_missing(class_names, dict.fromkeys(whole.class_names))
+        parents = {node: up for node, up in whole.parents.items() if up}
+        return Taxonomy.from_parents(parents, {name: name for name in class_names})
+    synsets = plain["synsets"]
+    _refuse_missing(class_names, synsets)
+    return wordnet_taxonomy({name: synsets[name] for name in class_names})
+
+
+def _mapping(path: Path) -> dict:
+    if not path.is_file():
+        raise ValueError(f"--taxonomy: there is no file {str(path)!r}")
+    plain = parse_yaml(path.read_text(encoding="utf-8"))
+    keys = [key for key in ("synsets", "tree") if isinstance(plain, dict) and isinstance(plain.get(key), dict)]
+    if len(keys) != 1:
+        raise ValueError(f"--taxonomy {str(path)!r} must hold one mapping, 'synsets' or 'tree'")
+    return plain
+
+
+def _refuse_missing(class_names: list[str], known: dict) -> None:
+    missing = [name for name in class_names if name not in known]
+    if missing:
+        raise ValueError(f"--taxonomy must hold every class, but not {missing[0]!r}; it holds {', '.join(known)}")

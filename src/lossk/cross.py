@@ -1,0 +1,214 @@
+"""`cross_kernel`: the rectangular kernel between training and query samples, which is their Bayesian influence."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lossk.build import sample_losses
+from lossk.data import Transform, map_tensors, read_samples
+from lossk.diagnostics import Diagnostics
+from lossk.indexing import resolve
+from lossk.kernel import LossKernel
+from lossk.losses import LossFunction
+from lossk.neighbors import noise_floor
+from lossk.passes import Passes
+from lossk.probe_sets import ProbeSets
+from lossk.samplers import Sampler
+from lossk.settings import CENTERINGS, check_choice
+
+
+def cross_kernel(
+    model: nn.Module,
+    train: Any,
+    query: Any,
+    *,
+    rows: Any = None,
+    loss: str | LossFunction = "cross_entropy",
+    transform: Transform | None = None,
+    sampler: Sampler | None = None,
+    num_chains: int = 4,
+    num_draws: int = 200,
+    centering: str = "chain",
+    backend: str = "auto",
+    device: str | torch.device | None = None,
+    precision: str | None = None,
+    passes: Passes | None = None,
+    seed: int = 0,
+    progress: bool = True,
+) -> CrossKernel:
+    """K_ij = Cov(loss of training sample i, loss of query sample j) over draws around the trained weights, in one run.
+
+    -K is the Bayesian influence function (Kreer et al., arXiv 2509.26544): with epsilon l_i added to n_beta L_n, the
+    expected loss of query j changes by -epsilon K_ij. So where K_ij > 0 training sample i *helps* query j. Its weight
+    in n_beta L_n is n_beta / n (n training samples): to first order, leaving it out raises the loss of j by
+    (n_beta / n) K_ij.
+
+    Args:
+        model: the trained network; given back bit-identical, whatever happens.
+        train: the data that defines the training loss L_n, of which the rows are: a DataLoader, a Dataset or a tuple
+            (inputs, targets) of tensors.
+        query: the samples whose losses are asked about, in the same forms: the columns.
+        rows: the training samples that become rows: integers, a slice, or a mask [n]; None is all of them. L_n is over
+            all of `train` either way; each draw costs a forward pass over the rows and the query.
+        loss, transform, sampler, num_chains, num_draws, centering, backend, device, precision, passes, seed, progress:
+            as in `build_kernel`.
+
+    Returns:
+        A CrossKernel [rows, query], in nats^2. It keeps the draws' losses, 4 bytes per draw and sample (twice that
+        while it is made); nothing of size rows x rows is formed.
+
+    Raises:
+        ValueError, TypeError, IndexError: a bad argument, before sampling starts.
+        MemoryError: the draws' losses would not fit.
+        DivergedError: a chain left the neighbourhood of the trained weights.
+        BackendError: an explicit backend cannot run here.
+    """
+    check_choice("centering", centering, CENTERINGS)
+    for name, data in (("train", train), ("query", query)):
+        if data is None or isinstance(data, ProbeSets):
+            kind = type(data).__name__
+            raise TypeError(
+                f"{name} must be a DataLoader, a Dataset or a tuple (inputs, targets) of tensors, got {kind}"
+            )
+    shown, index = train, None
+    if rows is not None:
+        samples = read_samples(train, "train")
+        index = resolve(rows, len(samples))
+        if len(index) == 0:
+            raise ValueError("rows must select at least one training sample, got none")
+        # What was read is passed on, so that a loader is read once and its random augmentation drawn once.
+        train, shown = samples.tree, map_tensors(lambda t: t[index.to(t.device)], samples.tree)
+    traces = sample_losses(
+        model,
+        ProbeSets(train=shown, query=query),
+        train=train,
+        loss=loss,
+        transform=transform,
+        sampler=sampler,
+        num_chains=num_chains,
+        num_draws=num_draws,
+        backend=backend,
+        device=device,
+        precision=precision,
+        passes=passes,
+        seed=seed,
+        progress=progress,
+    )
+    kernel = LossKernel.from_traces(traces, centering=centering)
+    return CrossKernel(kernel, kernel.sets["train"], kernel.sets["query"], samples=index)
+
+
+class CrossKernel:
+    """The block of a loss kernel between training samples (rows) and query samples (columns), read like a kernel.
+
+    Args:
+        kernel: that holds both, from `build_kernel(model, ProbeSets(...), train=...)`, a store, or traces.
+        train, query: the name of a set of the kernel, or any index that `kernel[...]` takes.
+        samples: the number of each row's sample in the training data; None: the row's number within its set (of an
+            index: the kernel's own row number).
+
+    Raises:
+        ValueError: no such set, or no samples.
+        IndexError: out of range.
+    """
+
+    def __init__(
+        self, kernel: LossKernel, train: Any = "train", query: Any = "query", *, samples: Tensor | None = None
+    ) -> None:
+        self.kernel = kernel
+        self._train, of_set = _rows_of(kernel, "train", train)
+        self._query, query_of_set = _rows_of(kernel, "query", query)
+        self.train_samples = of_set if samples is None or kernel.tokens is not None else samples  # [n] int64
+        self.query_samples = query_of_set  # [q] int64
+
+    @property
+    def num_train(self) -> int:
+        """n, the rows: training samples or, of a loss per token, tokens."""
+        return len(self._train)
+
+    @property
+    def num_query(self) -> int:
+        """q, the columns."""
+        return len(self._query)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(n, q)."""
+        return self.num_train, self.num_query
+
+    @property
+    def diagnostics(self) -> Diagnostics | None:
+        """Of the run: its verdict says whether the draws can be trusted."""
+        return self.kernel.diagnostics
+
+    @property
+    def meta(self) -> dict[str, Any]:
+        """Configuration, versions and timings of the run."""
+        return self.kernel.meta
+
+    @property
+    def train_variance(self) -> Tensor:
+        """[n] float64, nats^2: K_ii of the training samples, their self-influence."""
+        return self.kernel.variance[self._train]
+
+    @property
+    def query_variance(self) -> Tensor:
+        """[q] float64, nats^2."""
+        return self.kernel.variance[self._query]
+
+    @property
+    def train_mean_loss(self) -> Tensor:
+        """[n] float64, nats: averaged over the draws."""
+        return self.kernel.mean_loss[self._train]
+
+    @property
+    def query_mean_loss(self) -> Tensor:
+        """[q] float64, nats."""
+        return self.kernel.mean_loss[self._query]
+
+    @property
+    def noise_floor(self) -> Tensor:
+        """[q] float32: the correlation that the best of n unrelated training samples would reach with each query."""
+        return noise_floor(self.kernel._moments, self._query, self._train)
+
+    def __getitem__(self, key: Any) -> Tensor:
+        """Covariances `cross[train, query]` (or `cross[train]`): [r, c] float32, nats^2. Positive: helpful."""
+        rows, columns = key if isinstance(key, tuple) and len(key) == 2 else (key, slice(None))
+        return self.kernel[self._at(rows, columns)]
+
+    def influence(self, rows: Any = slice(None), columns: Any = slice(None)) -> Tensor:
+        """The Bayesian influence function BIF_ij = -K_ij: [r, c] float32, nats^2. Negative: sample i lowers loss j."""
+        return -self[rows, columns]
+
+    def correlation(self, rows: Any = slice(None), columns: Any = slice(None)) -> Tensor:
+        """R_ij = K_ij / sqrt(K_ii K_jj): [r, c] float32 in [-1, 1], 0 where a loss never varied."""
+        return self.kernel.correlation(*self._at(rows, columns))
+
+    def standard_error(
+        self, rows: Any = slice(None), columns: Any = slice(None), *, correlation: bool = False, method: str = "lag1"
+    ) -> Tensor:
+        """Monte Carlo standard error of the covariances (or correlations): `LossKernel.standard_error`."""
+        return self.kernel.standard_error(*self._at(rows, columns), correlation=correlation, method=method)
+
+    def _at(self, rows: Any, columns: Any) -> tuple[Tensor, Tensor]:
+        return self._train[resolve(rows, self.num_train)], self._query[resolve(columns, self.num_query)]
+
+    def __repr__(self) -> str:
+        return f"CrossKernel({self.num_train} x {self.num_query} of {self.kernel!r})"
+
+
+def _rows_of(kernel: LossKernel, name: str, which: Any) -> tuple[Tensor, Tensor]:
+    """Rows of the kernel, and their numbers within their set."""
+    if isinstance(which, str):
+        if which not in kernel.sets:
+            there = ", ".join(kernel.sets) or "none: it was built from a single probe"
+            raise ValueError(f"{name} must name a set of the kernel, got {which!r}; its sets are {there}")
+        which = kernel.sets[which]
+    sets = [span for span in kernel.sets.values() if span == which] if isinstance(which, slice) else []
+    rows = resolve(which, kernel.num_samples)
+    if len(rows) == 0:
+        raise ValueError(f"{name} must select at least one sample, got none")
+    return rows, rows - (sets[0].start if sets else 0)
