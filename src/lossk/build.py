@@ -135,6 +135,8 @@ def build_kernel(
     ):
         if ranks is None and path is not None and path.exists() and not resume:
             raise FileExistsError(f"out={str(path)!r} exists; pass resume=True to continue it, or another path")
+        if ranks is not None:
+            device = ranks.own_device(device)
         run = Run.prepare(
             model, loader, train, loss, sampler, num_chains, num_draws, backend, device, precision, seed, transform
         )

@@ -49,6 +49,10 @@ class Ranks:
         """Whether this is rank 0, which decides, commits, prints, and writes descriptions."""
         return self.rank == 0
 
+    def own_device(self, device: str | torch.device | None) -> str | torch.device | None:
+        """A rank's own GPU where "cuda" was asked for without an index; whatever else was asked for, as it is."""
+        return torch.device("cuda", self.local_rank) if str(device) == "cuda" else device
+
     def use_device(self, device: torch.device) -> None:
         """Have panels travel between CUDA devices by NCCL, where the chains run on one. Called by every rank."""
         if device.type == "cuda":
