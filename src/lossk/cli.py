@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 import lossk
-from lossk import cli_stores, cli_tune, provenance
+from lossk import cli_report, cli_stores, cli_tune, provenance
 from lossk.analysis.purity import chance_purity, class_purity
 from lossk.config import RunConfig, load_config, parse_override
 from lossk.disk import refuse_to_delete
@@ -68,6 +68,7 @@ def build_parser() -> argparse.ArgumentParser:
     cli_tune.add_command(commands, packaged_names())
 
     cli_stores.add_commands(commands)
+    cli_report.add_command(commands)
 
     doctor = commands.add_parser("doctor", help="what is compiled, what passes its self-test, and why not")
     doctor.set_defaults(run=run_doctor)
@@ -88,6 +89,8 @@ def run_config(options: argparse.Namespace) -> None:
         if "picture" not in overrides:
             overrides["picture"] = str(Path(options.out).with_suffix(".png"))
     config, source = load_config(options.config, overrides), Path(options.config)
+    if options.out is not None and config.report is not None and "report" not in overrides:
+        config = dataclasses.replace(config, report=str(Path(options.out).with_suffix(".html")))
     if overrides and source.exists() and source.resolve() == Path(config.out).with_suffix(".yaml").resolve():
         raise ValueError(f"a changed config would be written over {options.config!r} itself; give another --out")
     execute(config, source=source, overwrite=options.overwrite, resume=options.resume)
@@ -109,12 +112,16 @@ def execute(
 
 
 def _execute(config: RunConfig, source: Path | None, *, overwrite: bool, resume: bool) -> LossKernel:
+    from lossk.report.page import require_packages, write_report
+    from lossk.report.samples import samples_of, samples_path, write_samples
     from lossk.report.summary import K, describe, describe_neighbors
 
     out, replay = Path(config.out), Path(config.out).with_suffix(".yaml")
     picture = None if config.picture is None else Path(config.picture)
+    report = None if config.report is None else Path(config.report)
     is_replay = source is not None and source.exists() and source.resolve() == replay.resolve()
-    outputs = [path for path in (out, replay, picture) if path is not None and not (is_replay and path == replay)]
+    written = (out, replay, samples_path(out), picture, report)
+    outputs = [path for path in written if path is not None and not (is_replay and path == replay)]
     taken = [str(path) for path in outputs if path.exists()]
     if taken and not (overwrite or resume):
         raise FileExistsError(f"{', '.join(taken)} exists; pass --overwrite to replace it, or another --out")
@@ -122,6 +129,8 @@ def _execute(config: RunConfig, source: Path | None, *, overwrite: bool, resume:
         refuse_to_delete(out)
     if picture is not None:
         require_plotting()
+    if report is not None:
+        require_packages()
     for path in outputs:
         path.parent.mkdir(parents=True, exist_ok=True)
 
@@ -155,11 +164,16 @@ def _execute(config: RunConfig, source: Path | None, *, overwrite: bool, resume:
     print(describe(kernel))
     neighbors = kernel.neighbors(min(K, kernel.num_samples - 1))
     print(describe_neighbors(kernel, task, neighbors))
+    samples = samples_of(task, kernel.num_samples)
+    if samples is not None:
+        write_samples(samples, samples_path(out))
     if picture is not None and task.labels is not None:
         from lossk.report.picture import Pictured, draw_picture
 
         what = Pictured(task.labels, task.class_names, task.images, *captions(kernel, task, neighbors))
         draw_picture(kernel, what, picture, neighbors=neighbors)
+    if report is not None:
+        write_report(out, report, overwrite=True)
     print("wrote " + ", ".join(str(path) for path in outputs if path.exists()))
     return kernel
 

@@ -20,7 +20,7 @@ from lossk.report.samples import Samples
 
 MAP_NEIGHBOURS = 30  # that the map is drawn from; the first of them are shown
 NEAR, FAR = 12, 4  # neighbours shown for each sample: most correlated, most anti-correlated
-LISTED = 18  # samples in each list
+LISTED = 16  # samples in each list
 EIGENPAIRS = 32
 EIGENROWS, HEAVY = 8, 6  # eigenvectors in the table, and the samples shown of each
 MOST_SAMPLES = 100_000
@@ -124,7 +124,7 @@ def check_size(kernel: LossKernel) -> None:
     alive = int((~kernel.dead).sum())
     if kernel.num_samples > MOST_SAMPLES:
         raise ValueError(
-            f"a report takes at most {MOST_SAMPLES:,} samples, got {kernel.num_samples:,}; make one of a kernel of fewer"
+            f"a report takes at most {MOST_SAMPLES:,} samples, got {kernel.num_samples:,}; make it of a smaller kernel"
         )
     if alive < 4:
         raise ValueError(f"a report needs at least 4 samples whose loss varies, got {alive} of {kernel.num_samples}")

@@ -15,7 +15,7 @@ MOST_BINS = 1600  # a side: 2.6 million cells, twice a laptop screen's matrix at
 def binned_correlation(kernel: LossKernel, order: np.ndarray, num_bins: int) -> np.ndarray:
     """Means of R over pairs of bins of consecutive samples: [M, M] float32, symmetric.
 
-    A sample is not paired with itself: the mean within a bin is over its pairs i != j. With one sample per bin this is R.
+    No sample is paired with itself: the mean within a bin is over its pairs i != j. With one sample per bin this is R.
 
     Args:
         order: [n] int64, distinct row numbers: the samples shown, sorted.

@@ -1,14 +1,14 @@
 """`write_report`: one HTML file that shows a kernel, complete in itself.
 
-plotly.js draws (from the PyPI package `plotly`, whose wheel carries it; MIT). Of the libraries looked at, it is the one
-that does all that the page needs inside one file: its WebGL scatter pans and zooms 50,000 points and finds the one under
-the pointer, a click is an event, axes, colour bars and legends are drawn by the same library for every plot, and colours
-can be changed in place (dark mode). It takes 4.8 MB of the file. Bokeh is smaller (about 1.2 MB) and close; its themes are
-fixed when the page is made. deck.gl has no axes or colour bars, and DataMapPlot, which carries it, draws maps only.
-Keyboard use is the page's own, as none of them has enough of it.
+plotly.js draws (from the PyPI package `plotly`, whose wheel carries it; MIT). Of the libraries looked at, it is the
+one that does all that the page needs inside one file: its WebGL scatter pans and zooms 50,000 points and finds the one
+under the pointer, a click is an event, axes, colour bars and legends come from the same library for every plot, and
+colours can be changed in place (dark mode). It takes 4.8 MB of the file. Bokeh is smaller (about 1.2 MB) and close; its
+themes are fixed when the page is made. deck.gl has no axes or colour bars, and DataMapPlot, which carries it, draws
+maps only. Keyboard use is the page's own, as none of them has enough of it.
 
-The page's own parts are in `page/`: a Jinja2 template (autoescape on: a store's strings are not trusted), a style sheet and
-scripts, which put strings into the page as text only. A content security policy in the page forbids every request.
+The page's own parts are in `page/`: a Jinja2 template (autoescape on: a store's strings are not trusted), a style sheet
+and scripts, which put strings into the page as text only. A content security policy in the page forbids every request.
 """
 
 from __future__ import annotations
@@ -126,7 +126,8 @@ def merge(given: dict[str, Any], saved: Samples) -> Samples:
     kept = {name: getattr(saved, name) for name in given}
     if given["labels"] is not None:
         kept["class_names"] = ()
-    return Samples(**{name: kept[name] if _absent(value) else value for name, value in given.items()})
+    found = {name: kept[name] if _absent(value) else value for name, value in given.items()}
+    return Samples(**found, notes=saved.notes)
 
 
 def _absent(value: Any) -> bool:

@@ -146,7 +146,7 @@ def traces_of(meta: dict[str, Any]) -> dict[str, Any]:
     """The chains' traces [C][T'] that a run kept, thinned to what a screen shows; None where there are none."""
     found: dict[str, Any] = {"every": 1}
     for name, key in (("mean_loss", "mean_loss_trace"), ("excess", "excess_trace")):
-        chains = meta.get(key)
+        chains = meta.get(key) or []
         usable = bool(chains) and all(isinstance(v, int | float) and math.isfinite(v) for row in chains for v in row)
         if usable:
             found["every"] = max(-(-len(chains[0]) // MOST_DRAWS), 1)

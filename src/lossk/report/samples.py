@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from lossk.errors import LosskError
-from lossk.recipes import RecipeTask
+from lossk.recipes import RecipeTask, predict
 
 THUMBNAIL = 64  # pixels of the longer side; larger images are reduced
 BATCH = 1024  # images converted at a time
@@ -37,6 +38,7 @@ class Samples:
     texts: Sequence[str] | None = None  # [N]
     predictions: np.ndarray | None = None  # [N] int64, the network's own answers
     held_out: np.ndarray | None = None  # [N] bool: the network was not trained on the sample
+    notes: str = ""  # a line or two on the data
 
     def checked(self, num_samples: int) -> Samples:
         """The same with NumPy arrays of the right dtype.
@@ -52,6 +54,7 @@ class Samples:
             texts=_texts(self.texts, num_samples),
             predictions=_integers("predictions", self.predictions, num_samples),
             held_out=held_out,
+            notes=str(self.notes),
         )
 
     def name_of(self, label: int) -> str:
@@ -148,13 +151,25 @@ def samples_of(task: RecipeTask, num_samples: int) -> Samples | None:
     images = None if task.images is None else task.images.numpy()
     held_out = None if task.held_out is None else task.held_out.numpy()
     return Samples(
-        labels=task.labels.numpy(), class_names=task.class_names, images=images, held_out=held_out
+        labels=task.labels.numpy(),
+        class_names=task.class_names,
+        images=images,
+        predictions=_answers(task),
+        held_out=held_out,
+        notes=task.notes,
     ).checked(num_samples)
+
+
+def _answers(task: RecipeTask) -> np.ndarray | None:
+    """The network's own answers, where its targets are the labels."""
+    if not isinstance(task.samples, tuple) or task.labels is None or not torch.equal(task.samples[1], task.labels):
+        return None
+    return predict(task.model, task.samples[0]).cpu().numpy()
 
 
 def write_samples(samples: Samples, path: Path) -> None:
     """Write them in one step, replacing what is there; images as thumbnails."""
-    arrays: dict[str, np.ndarray] = {"class_names": _encode(samples.class_names)}
+    arrays: dict[str, np.ndarray] = {"class_names": _encode(samples.class_names), "notes": _encode([samples.notes])}
     for name in ("labels", "predictions", "held_out"):
         value = getattr(samples, name)
         if value is not None:
@@ -184,6 +199,8 @@ def read_samples(path: Path, num_samples: int) -> Samples:
         for name in ("class_names", "texts"):
             if name in found:
                 found[name] = json.loads(found[name].tobytes())
+        if "notes" in found:
+            found["notes"] = json.loads(found["notes"].tobytes())[0]
         return Samples(**found).checked(num_samples)
     except (ValueError, TypeError, OSError, EOFError, zipfile.BadZipFile) as error:
         raise SamplesError(f"{str(path)!r} does not hold the samples of this store: {error}") from error

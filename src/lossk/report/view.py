@@ -9,7 +9,7 @@ import numpy as np
 from lossk.diagnostics import ESS_LIMIT, RHAT_LIMIT, Diagnostics
 from lossk.kernel import LossKernel
 from lossk.plan import duration, gigabytes
-from lossk.report.findings import EIGENROWS, HEAVY, MAP_NEIGHBOURS, Findings
+from lossk.report.findings import EIGENROWS, HEAVY, Findings
 from lossk.report.payload import shorten, traces_of, unit_of
 from lossk.report.samples import Samples, thumbnails
 from lossk.report.sprites import Sprites, thumbnail_uri
@@ -69,6 +69,8 @@ def number(value: float | None, digits: int = 3) -> str:
 
 def _subtitle(kernel: LossKernel, samples: Samples) -> str:
     parts = [f"{kernel.num_samples:,} {unit_of(kernel)}s"]
+    if samples.notes:
+        parts.insert(0, samples.notes.splitlines()[0])
     if samples.labels is not None:
         parts.append(f"{len(np.unique(samples.labels))} classes")
     if samples.held_out is not None:
@@ -76,7 +78,7 @@ def _subtitle(kernel: LossKernel, samples: Samples) -> str:
         parts.append(f"{held:,} of them held out" if held < kernel.num_samples else "all held out from training")
     if kernel.sets:
         parts.append("sets " + ", ".join(f"{name} {s.start}–{s.stop - 1}" for name, s in kernel.sets.items()))
-    return ", ".join(parts)
+    return " \N{MIDDLE DOT} ".join(parts)
 
 
 def _fact(name: str, value: str, note: str = "") -> dict[str, str]:
@@ -122,7 +124,7 @@ def _map_note(kernel: LossKernel, found: Findings, sprites: Sprites | None) -> s
 def _matrix_note(found: Findings) -> str:
     count, bins = len(found.order), len(found.matrix)
     what = (
-        f"Each of {bins:,} × {bins:,} cells is the mean R over the pairs of {count / bins:.3g} by {count / bins:.3g} samples"
+        f"Each of {bins:,} × {bins:,} cells is the mean R of {count / bins:.3g} by {count / bins:.3g} samples"
         if bins < count
         else "Each cell is one pair of samples"
     )
@@ -130,13 +132,13 @@ def _matrix_note(found: Findings) -> str:
 
 
 def _lists(kernel: LossKernel, samples: Samples, found: Findings) -> list[dict[str, Any]]:
-    variance, loss = kernel.variance.numpy(), kernel.mean_loss.numpy()
+    variance, loss, top = kernel.variance.numpy(), kernel.mean_loss.numpy(), found.influential
     lists = [
         {
             "title": "Most self-influential",
-            "text": "Largest self-covariance: their losses move most when the weights are jiggled, so the network holds "
-            "them least firmly; often rare, ambiguous or memorised ones.",
-            "cards": _cards(samples, found.influential, [f"K = {number(v)} nats²" for v in variance[found.influential]]),
+            "text": "Largest self-covariance: their losses move most when the weights are jiggled, so the network "
+            "holds them least firmly; often rare, ambiguous or memorised ones.",
+            "cards": _cards(samples, top, [f"K = {number(v)} nats²" for v in variance[top]]),
         }
     ]
     if found.suspicious is not None and found.disagreement is not None:
@@ -148,8 +150,8 @@ def _lists(kernel: LossKernel, samples: Samples, found: Findings) -> list[dict[s
         lists.append(
             {
                 "title": "Most suspicious labels",
-                "text": f"Those whose significant neighbours (of the {found.near.index.shape[1]} nearest) most often carry "
-                "another label; among equals, those of larger mean loss in nats. A reason to look, not a finding.",
+                "text": f"Those whose significant neighbours (of the {found.near.index.shape[1]} nearest) most often "
+                "carry another label; among equals, those of larger mean loss in nats. A reason to look, not a finding.",
                 "cards": _cards(samples, rows, words),
             }
         )
@@ -191,13 +193,14 @@ def _spectrum(samples: Samples, found: Findings) -> dict[str, Any]:
         vector = spectrum.vectors[:, r]
         heavy = np.argsort(-np.abs(vector), kind="stable")[:HEAVY].tolist()
         ones = [
-            {"sample": i, "sign": "+" if vector[i] > 0 else "\N{MINUS SIGN}", "label": _label(samples, i)} for i in heavy
+            {"sample": i, "sign": "+" if vector[i] > 0 else "\N{MINUS SIGN}", "label": _label(samples, i)}
+            for i in heavy
         ]
         value, share = float(spectrum.values[r]), float(spectrum.values[r]) / spectrum.total
         rows.append({"value": number(value), "share": f"{share:.1%}", "samples": ones})
     text = (
-        f"The leading eigenvalues of K: few large ones say that the losses move along few directions together. Their sum, "
-        f"the trace, is {number(spectrum.total)} nats²."
+        "The leading eigenvalues of K: few large ones say that the losses move together along few directions. The "
+        f"trace, the sum of all eigenvalues, is {number(spectrum.total)} nats²."
     )
     return {"text": text, "rows": rows}
 
@@ -213,7 +216,11 @@ def _diagnostics(d: Diagnostics | None) -> dict[str, Any] | None:
         ("LLC", f"{number(d.llc, 2)} ± {number(d.llc_se, 2)}", "n_beta (E[L_n] − L_n(w*)), with its standard error"),
         ("acceptance", number(d.acceptance), "of a Metropolis test, mean over draws"),
         ("distance |w − w*|", number(d.distance), "mean over draws"),
-        ("gradient noise ratio", number(d.gradient_noise_ratio), "minibatch over injected noise, worst direction; below 1"),
+        (
+            "gradient noise ratio",
+            number(d.gradient_noise_ratio),
+            "minibatch over injected, worst direction; below 1",
+        ),
         ("discretisation", number(d.discretisation), "excess variance of the stiffest direction, relative"),
         ("burn-in completeness", number(d.burnin_completeness), "share of a flat direction's stationary variance"),
         ("drift", number(d.drift, 2), "of the mean loss, first third to last, standard deviations"),
@@ -247,8 +254,9 @@ def _config(kernel: LossKernel, config: str | None) -> dict[str, str]:
 
 
 def _footer(kernel: LossKernel) -> str:
-    versions = ", ".join(f"{name} {version}" for name, version in kernel.meta.get("versions", {}).items())
-    parts = [f"Kernel made by {versions}" if versions else "", f"backend {kernel.meta['backend']}" if "backend" in kernel.meta else ""]
-    sha = kernel.meta.get("git_sha")
-    parts.append(f"commit {str(sha)[:12]}" if sha else "")
-    return ", ".join(part for part in parts if part)
+    meta = kernel.meta
+    versions = ", ".join(f"{name} {version}" for name, version in meta.get("versions", {}).items())
+    parts = [f"Kernel made by {versions}"] if versions else []
+    parts += [f"backend {meta['backend']}"] if meta.get("backend") else []
+    parts += [f"commit {str(meta['git_sha'])[:12]}"] if meta.get("git_sha") else []
+    return ", ".join(parts)

@@ -14,7 +14,7 @@ function drawSpectrum() {
     xaxis: { title: title("rank of the eigenvalue") },
     yaxis: { title: title("eigenvalue, nats\u00b2"), type: "log", exponentformat: "power", dtick: 1 },
     yaxis2: { title: title("share of the trace"), overlaying: "y", side: "right", range: [0, 1.02], tickformat: ".0%",
-      showgrid: false, automargin: true },
+      tickmode: "array", tickvals: [0, 0.25, 0.5, 0.75, 1], showgrid: false, automargin: true },
   }), CONFIG);
 }
 
@@ -27,7 +27,7 @@ function drawDendrogram() {
   return Plotly.newPlot("dendrogram-plot", lines, layout({
     hovermode: false, margin: { l: 8, r: 12, t: 8, b: 44 },
     xaxis: { title: title(distance), rangemode: "tozero", autorange: "reversed", zeroline: false },
-    yaxis: { ...ticks, side: "right", range: [0, 10 * names.length], showgrid: false, zeroline: false },
+    yaxis: { ...ticks, side: "right", range: [10 * names.length, 0], showgrid: false, zeroline: false },
   }), CONFIG);
 }
 
