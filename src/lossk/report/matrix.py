@@ -38,6 +38,7 @@ def binned_correlation(kernel: LossKernel, order: np.ndarray, num_bins: int) -> 
         total += part
         if i != j:
             total += part.T
+    total = (total + total.T) / 2.0  # sums in two orders differ in their last bits
     sizes = torch.bincount(place, minlength=num_bins + 1).double()[:num_bins]
     pairs = sizes.unsqueeze(1) * sizes - torch.diag(sizes)
     mean = torch.where(pairs > 0, total[:num_bins, :num_bins] / pairs.clamp(min=1.0), 1.0)

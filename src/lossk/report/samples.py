@@ -194,7 +194,7 @@ def read_samples(path: Path, num_samples: int) -> Samples:
         SamplesError: the file is damaged or of another number of samples.
     """
     try:
-        with np.load(path, allow_pickle=False) as arrays:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
             found: dict[str, Any] = {name: arrays[name] for name in arrays.files}
         for name in ("class_names", "texts"):
             if name in found:

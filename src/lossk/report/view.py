@@ -151,7 +151,7 @@ def _lists(kernel: LossKernel, samples: Samples, found: Findings) -> list[dict[s
             {
                 "title": "Most suspicious labels",
                 "text": f"Those whose significant neighbours (of the {found.near.index.shape[1]} nearest) most often "
-                "carry another label; among equals, those of larger mean loss in nats. A reason to look, not a finding.",
+                "carry another label; among equals, those of larger mean loss in nats. A reason to look, no more.",
                 "cards": _cards(samples, rows, words),
             }
         )
