@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from lossk.analysis.maps import KernelMap, cluster, map_kernel
 from lossk.analysis.neighbors import SignificantNeighbors, significant_neighbors
+from lossk.analysis.spectrum import Spectrum, spectrum
 from lossk.kernel import LossKernel
 from lossk.neighbors import Neighbors
 from lossk.report.matrix import MOST_BINS, binned_correlation, sorted_samples
@@ -22,18 +23,10 @@ MAP_NEIGHBOURS = 30  # that the map is drawn from; the first of them are shown
 NEAR, FAR = 12, 4  # neighbours shown for each sample: most correlated, most anti-correlated
 LISTED = 16  # samples in each list
 EIGENPAIRS = 32
+FEW_EIGENPAIRS, MANY_TILES = 8, 20_000  # of a kernel in tiles, each product reads them all: some 40 instead of 130
 EIGENROWS, HEAVY = 8, 6  # eigenvectors in the table, and the samples shown of each
 MOST_SAMPLES = 100_000
 STEPS = ("neighbours", "opposites", "map", "clusters", "matrix", "spectrum", "classes")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Spectrum:
-    """Leading eigenpairs."""
-
-    values: np.ndarray  # [k] float64, descending, nats^2
-    vectors: np.ndarray  # [N, k] float64
-    total: float  # trace of K, nats^2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +56,7 @@ class Findings:
 
     def listed(self) -> np.ndarray:
         """Samples that the page's lists name: [n] int64, ascending."""
-        heavy = np.argsort(-np.abs(self.spectrum.vectors[:, :EIGENROWS]), axis=0)[:HEAVY].ravel()
+        heavy = np.argsort(-np.abs(self.spectrum.eigenvectors[:, :EIGENROWS].numpy()), axis=0)[:HEAVY].ravel()
         parts = [self.influential, heavy, *([] if self.suspicious is None else [self.suspicious])]
         return np.unique(np.concatenate(parts))
 
@@ -99,7 +92,7 @@ def find(kernel: LossKernel, samples: Samples, *, seed: int = 0, progress: bool 
         order = sorted_samples(kernel.dead.numpy(), samples.labels, clusters, _along(found))
         matrix = binned_correlation(kernel, order, min(MOST_BINS, len(order)))
         step("spectrum")
-        spectrum = _spectrum(kernel)
+        leading = spectrum(kernel, eigenpairs(kernel))
         step("classes")
         classes = None if samples.labels is None else class_means(kernel, samples.labels)
         bar.update(1)
@@ -111,7 +104,7 @@ def find(kernel: LossKernel, samples: Samples, *, seed: int = 0, progress: bool 
         clusters=clusters,
         order=order,
         matrix=matrix,
-        spectrum=spectrum,
+        spectrum=leading,
         classes=classes,
         influential=_largest(kernel.variance.numpy()),
         suspicious=None if disagreement is None else suspects(disagreement, kernel.mean_loss.numpy()),
@@ -133,6 +126,12 @@ def check_size(kernel: LossKernel) -> None:
 def cluster_size(num_samples: int) -> int:
     """The fewest samples that make a cluster: 1 %, at least 5."""
     return max(num_samples // 100, 5)
+
+
+def eigenpairs(kernel: LossKernel) -> int:
+    """How many leading eigenpairs are worth their cost."""
+    most = FEW_EIGENPAIRS if kernel.form == "tiles" and kernel.num_samples > MANY_TILES else EIGENPAIRS
+    return min(most, kernel.num_samples)
 
 
 def disagree(near: SignificantNeighbors, labels: np.ndarray) -> np.ndarray:
@@ -162,11 +161,6 @@ def _along(found: KernelMap) -> np.ndarray:
     centred = points - np.nanmean(points, axis=0)
     live = centred[np.isfinite(centred).all(axis=1)]
     return centred @ np.linalg.svd(live, full_matrices=False)[2][0]
-
-
-def _spectrum(kernel: LossKernel) -> Spectrum:
-    values, vectors = kernel.eigsh(min(EIGENPAIRS, kernel.num_samples))
-    return Spectrum(values=values.numpy(), vectors=vectors.numpy(), total=float(kernel.variance.sum()))
 
 
 def class_means(kernel: LossKernel, labels: np.ndarray) -> ClassMeans | None:

@@ -55,7 +55,8 @@ def write_report(
     Of a store, the samples that `lossk run` saved beside it (STORE.samples.npz) and the config that replays it
     (STORE.yaml) are used where they are there; what is given here comes first.
 
-    The pairs of samples are read about five times, a tile at a time. Memory beyond the kernel's own: of order N (30
+    The pairs of samples are read about six times, a tile at a time (and some 40 times more for the eigenvectors of a
+    kernel in tiles). Memory beyond the kernel's own: of order N (30
     neighbours of each sample, the images as bytes), the matrix in at most 1,600 x 1,600 bins, and the page itself.
 
     Args:
@@ -97,7 +98,7 @@ def write_report(
         title = "Loss kernel" if store is None else store.stem
     if progress:
         pairs = kernel.num_samples**2 / 2
-        print(f"report: {len(STEPS)} steps; {pairs:.3g} pairs of samples are read about 5 times", file=sys.stderr)
+        print(f"report: {len(STEPS)} steps; {pairs:.3g} pairs of samples are read about 6 times", file=sys.stderr)
     found = find(kernel, samples, seed=seed, progress=progress)
     sprites = None if samples.images is None else make_sprites(samples.images, found.listed())
     view = make_view(kernel, samples, found, sprites, title=title, config=config)

@@ -122,9 +122,9 @@ def _matrix(samples: Samples, found: Findings) -> dict[str, Any]:
 
 
 def _spectrum(found: Findings) -> dict[str, Any]:
-    values = np.maximum(found.spectrum.values, 0.0)
+    values = np.maximum(found.spectrum.eigenvalues.numpy(), 0.0)
     shown = values[values > 1e-12 * max(float(values[0]), 1e-300)]
-    return {"values": shown.tolist(), "share": (np.cumsum(shown) / found.spectrum.total).tolist()}
+    return {"values": shown.tolist(), "share": (np.cumsum(shown) / found.spectrum.trace).tolist()}
 
 
 def _classes(samples: Samples, found: Findings) -> dict[str, Any] | None:

@@ -188,19 +188,20 @@ def _label(samples: Samples, sample: int) -> str:
 
 def _spectrum(samples: Samples, found: Findings) -> dict[str, Any]:
     spectrum, rows = found.spectrum, []
-    shown = [r for r in range(min(EIGENROWS, len(spectrum.values))) if spectrum.values[r] > 0]
-    for r in shown:
-        vector = spectrum.vectors[:, r]
-        heavy = np.argsort(-np.abs(vector), kind="stable")[:HEAVY].tolist()
+    for r in range(min(EIGENROWS, len(spectrum.eigenvalues))):
+        if not spectrum.eigenvalues[r] > 0:
+            break
+        heavy = spectrum.eigen_samples(r, HEAVY)
         ones = [
-            {"sample": i, "sign": "+" if vector[i] > 0 else "\N{MINUS SIGN}", "label": _label(samples, i)}
-            for i in heavy
+            {"sample": i, "sign": "+" if entry > 0 else "\N{MINUS SIGN}", "label": _label(samples, i)}
+            for i, entry in zip(heavy.index.tolist(), heavy.entry.tolist(), strict=True)
         ]
-        value, share = float(spectrum.values[r]), float(spectrum.values[r]) / spectrum.total
-        rows.append({"value": number(value), "share": f"{share:.1%}", "samples": ones})
+        value, share = number(float(spectrum.eigenvalues[r])), f"{float(spectrum.share[r]):.1%}"
+        rows.append({"value": value, "share": share, "samples": ones})
     text = (
-        "The leading eigenvalues of K: few large ones say that the losses move together along few directions. The "
-        f"trace, the sum of all eigenvalues, is {number(spectrum.total)} nats²."
+        "The leading eigenvalues of K: few large ones say that the losses move together along few directions. "
+        f"The variance lies in about {spectrum.participation_ratio:.1f} of them (participation ratio, (tr K)² / |K|²); "
+        f"the trace, the sum of all eigenvalues, is {number(spectrum.trace)} nats²."
     )
     return {"text": text, "rows": rows}
 

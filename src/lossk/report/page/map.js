@@ -38,7 +38,6 @@ function colourings() {
 function groupNames(values, name) {
   const last = values.reduce((most, value) => Math.max(most, value), -1);
   const names = Array.from({ length: last + 1 }, (_, i) => name(i));
-  names.missing = values.includes(-1);
   return names;
 }
 
