@@ -8,9 +8,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from tqdm import tqdm
 
+from lossk.analysis.hierarchy import class_similarity, dendrogram
 from lossk.analysis.maps import KernelMap, cluster, map_kernel
 from lossk.analysis.neighbors import SignificantNeighbors, significant_neighbors
 from lossk.analysis.spectrum import Spectrum, spectrum
@@ -31,11 +31,13 @@ STEPS = ("neighbours", "opposites", "map", "clusters", "matrix", "spectrum", "cl
 
 @dataclass(frozen=True, kw_only=True)
 class ClassMeans:
-    """Mean correlations of pairs of classes, and their tree."""
+    """Mean correlations of pairs of classes with live samples, and their tree."""
 
     labels: list[int]  # the classes, in the tree's order
-    means: np.ndarray  # [c, c] float64, over pairs i != j
-    segments: list[dict[str, list[float]]]  # of the dendrogram: x = distance 1 - R, y = place (10 i + 5 of leaf i)
+    means: np.ndarray  # [c, c] float64, over pairs i != j; NaN on the diagonal of a class of one
+    image_error: np.ndarray | None  # [c, c], had other images of the same classes been drawn
+    chain_error: np.ndarray | None  # [c, c], had the chains been others; of a kernel in factor form
+    segments: list[dict[str, list[float]]]  # of the dendrogram: x = distance, y = place (10 i + 5 of leaf i)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,27 +166,26 @@ def _along(found: KernelMap) -> np.ndarray:
 
 
 def class_means(kernel: LossKernel, labels: np.ndarray) -> ClassMeans | None:
-    """Mean R of each pair of classes; None of fewer than two classes."""
-    from scipy.cluster.hierarchy import dendrogram, linkage
-    from scipy.spatial.distance import squareform
+    """`lossk.analysis.hierarchy` of the classes that have live samples; None of fewer than three."""
+    from scipy.cluster import hierarchy as scipy_hierarchy
 
-    names, of = np.unique(labels, return_inverse=True)
-    if len(names) < 2:
+    alive = ~kernel.dead.numpy()
+    names = np.unique(labels[alive])
+    if len(names) < 3:
         return None
-    count = len(names)
-    total = torch.zeros(count, count, dtype=torch.float64)
-    where = torch.from_numpy(of)
-    for i, j, tile in kernel.correlation_tiles():
-        rows, columns = (where[k * kernel.tile : (k + 1) * kernel.tile] for k in (i, j))
-        values = tile.clone().fill_diagonal_(0.0) if i == j else tile
-        part = torch.zeros(count, tile.shape[1]).index_add_(0, rows, values)
-        part = torch.zeros(count, count).index_add_(0, columns, part.T.contiguous()).T
-        total += part if i == j else part + part.T
-    size = torch.bincount(where, minlength=count).double()
-    means = (total / (size[:, None] * size - torch.diag(size)).clamp(min=1.0)).numpy()
-    distance = 1.0 - means
-    np.fill_diagonal(distance, 0.0)
-    tree = dendrogram(linkage(squareform(distance, checks=False), "average"), no_plot=True)
+    where = np.where(alive, np.searchsorted(names, labels), 0)  # dead samples are left out, whatever their label
+    texts = [str(name) for name in names]
+    signed = class_similarity(kernel, where, texts).signed
+    tree = scipy_hierarchy.dendrogram(dendrogram(signed, texts).linkage, no_plot=True)
     leaves = tree["leaves"]
-    segments = [{"x": d, "y": i} for d, i in zip(tree["dcoord"], tree["icoord"], strict=True)]
-    return ClassMeans(labels=names[leaves].tolist(), means=means[np.ix_(leaves, leaves)], segments=segments)
+
+    def in_order(matrix: np.ndarray | None) -> np.ndarray | None:
+        return None if matrix is None else matrix[np.ix_(leaves, leaves)]
+
+    return ClassMeans(
+        labels=names[leaves].tolist(),
+        means=signed.matrix[np.ix_(leaves, leaves)],
+        image_error=in_order(signed.image_error),
+        chain_error=in_order(signed.chain_error),
+        segments=[{"x": list(d), "y": list(i)} for d, i in zip(tree["dcoord"], tree["icoord"], strict=True)],
+    )

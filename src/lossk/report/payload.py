@@ -133,13 +133,22 @@ def _classes(samples: Samples, found: Findings) -> dict[str, Any] | None:
     names = [samples.name_of(label) for label in found.classes.labels]
     return {
         "names": names,
-        "means": np.round(found.classes.means, 5).tolist(),
+        "means": _numbers(found.classes.means),
+        "image_error": _numbers(found.classes.image_error),
+        "chain_error": _numbers(found.classes.chain_error),
         "dendrogram": {
             "segments": found.classes.segments,
             "names": names,
-            "distance": "distance 1 \N{MINUS SIGN} mean R (no unit), average linkage",
+            "distance": "distance \N{SQUARE ROOT}(2 (1 \N{MINUS SIGN} mean R)) (no unit), average linkage",
         },
     }
+
+
+def _numbers(matrix: np.ndarray | None) -> list[list[float | None]] | None:
+    """Rows of numbers to five decimals; None for NaN."""
+    if matrix is None:
+        return None
+    return [[None if math.isnan(x) else round(x, 5) for x in row] for row in matrix.tolist()]
 
 
 def traces_of(meta: dict[str, Any]) -> dict[str, Any]:

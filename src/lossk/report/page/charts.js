@@ -32,15 +32,17 @@ function drawDendrogram() {
 }
 
 function drawClassMeans() {
-  const { means, names } = DATA.classes;
+  const { means, names, image_error: images, chain_error: chains } = DATA.classes;
+  const error = (a, b) => [[images, "images"], [chains, "chains"]].filter(([given]) => given && given[a][b] !== null)
+    .map(([given, name]) => ` \u00b1 ${given[a][b].toFixed(3)} (${name})`).join("");
   const few = names.length <= 14;
-  const limit = Math.max(...means.flat().map(Math.abs), 1e-9);
+  const limit = Math.max(...means.flat().map((value) => Math.abs(value ?? 0)), 1e-9);
   const shown = names.map(plain);
   const heat = {
     type: "heatmap", z: means, zmin: -limit, zmax: limit, colorscale: diverging(), xgap: few ? 1 : 0, ygap: few ? 1 : 0,
     texttemplate: few ? "%{z:.2f}" : "", textfont: { size: 11 },
-    customdata: names.map((a) => names.map((b) => `${plain(a)} and ${plain(b)}`)),
-    hovertemplate: "%{customdata}: mean R = %{z:.3f}<extra></extra>",
+    customdata: names.map((a, i) => names.map((b, j) => [`${plain(a)} and ${plain(b)}`, error(i, j)])),
+    hovertemplate: "%{customdata[0]}<br>mean R = %{z:.3f}%{customdata[1]}<extra></extra>",
     colorbar: { thickness: 12, len: 0.9, outlinewidth: 0, title: { text: "mean R (no unit)", side: "right" } },
   };
   const at = names.map((_, i) => i);
