@@ -55,9 +55,10 @@ def write_report(
     Of a store, the samples that `lossk run` saved beside it (STORE.samples.npz) and the config that replays it
     (STORE.yaml) are used where they are there; what is given here comes first.
 
-    The pairs of samples are read about six times, a tile at a time (of a kernel in tiles, some 40 times
-    more for its eigenvectors; of one in factor form, once per chain for the error bars of class means). Memory beyond the kernel's own: of order N (30
-    neighbours of each sample, the images as bytes), the matrix in at most 1,600 x 1,600 bins, and the page itself.
+    The pairs of samples are read about six times, a tile at a time (of a kernel in tiles, some 40 times more for its
+    eigenvectors; of one in factor form, once per chain for the error bars of class means). Memory beyond the kernel's
+    own: of order N (30 neighbours of each sample, the images as bytes), the matrix in at most 1,600 x 1,600 bins, and
+    the page itself.
 
     Args:
         path: of the HTML file.

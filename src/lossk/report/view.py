@@ -53,8 +53,8 @@ def make_view(
 
 CLASSES_TEXT = (
     "Mean correlation of two different samples, one of each class, and the tree that joins the most correlated classes "
-    "first. Pointing at a cell shows its standard errors, over images and, where the store knows its chains, over chains. A "
-    "negative mean is information: what helps one class hurts the other."
+    "first. Pointing at a cell shows its standard errors, over images and, where the store knows its chains, over "
+    "chains. A negative mean is information: what helps one class hurts the other."
 )
 
 
