@@ -64,6 +64,8 @@ def number(value: float | None, digits: int = 3) -> str:
         return "unknown"
     if value != 0 and not 1e-3 <= abs(value) < 1e5:
         return f"{value:.{digits - 1}e}"
+    if 0 < abs(value) < 1:
+        return f"{value:.{max(digits, 1)}g}".replace("-", "\N{MINUS SIGN}")
     return f"{value:.{min(digits, 1) if abs(value) >= 100 else digits}f}".replace("-", "\N{MINUS SIGN}")
 
 

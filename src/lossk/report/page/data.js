@@ -31,12 +31,20 @@ function className(label) {
   return label >= 0 && label < DATA.class_names.length ? DATA.class_names[label] : String(label);
 }
 
-/** A number with about four significant digits, never in a form longer than it must be. */
-function format(value, digits = 3) {
-  if (value === null || value === undefined || Number.isNaN(value)) return "unknown";
+/** A number of any size with three or four significant digits. */
+function format(value) {
   const size = Math.abs(value);
-  if (size !== 0 && (size < 1e-3 || size >= 1e5)) return value.toExponential(digits - 1);
-  return value.toFixed(size >= 100 ? 1 : digits).replace("-", "\u2212");
+  if (size !== 0 && (size < 1e-3 || size >= 1e5)) return value.toExponential(2);
+  return size < 1 ? minus(value.toPrecision(3)) : minus(value.toFixed(size >= 100 ? 1 : 3));
+}
+
+/** A correlation or its error. */
+function fixed(value) {
+  return minus(value.toFixed(2));
+}
+
+function minus(text) {
+  return text.replace("-", "\u2212");
 }
 
 /** Plotly reads some HTML in the texts it draws; a store's strings are shown as they are. */

@@ -12,7 +12,7 @@ function numbers(sample) {
   list.append(
     ...row("mean loss", `${format(SAMPLE.mean_loss[sample])} nats`),
     ...row("self-covariance", `${format(SAMPLE.variance[sample])} nats\u00b2, ${rank(sample)}`),
-    ...row("noise floor", `R = ${format(SAMPLE.noise_floor[sample], 2)}`),
+    ...row("noise floor", `R = ${fixed(SAMPLE.noise_floor[sample])}`),
   );
   if (SAMPLE.cluster) {
     const found = SAMPLE.cluster[sample];
@@ -54,7 +54,7 @@ function neighbourRow(found) {
   return element("tr", { class: found.significant ? "" : "noise" },
     element("td", {}, link),
     element("td", { class: "label", title: textOf(found.sample) || label, text: label }),
-    element("td", { class: "number", text: `${format(found.correlation, 2)} \u00b1 ${format(found.error, 2)}` }),
+    element("td", { class: "number", text: `${fixed(found.correlation)} \u00b1 ${fixed(found.error)}` }),
     element("td", { text: found.significant ? "\u25cf" : "\u25cb", title: verdict, "aria-label": verdict }));
 }
 

@@ -115,7 +115,7 @@ function readMatrix(event) {
   const value = LEVELS[cell[0] * BINS + cell[1]] / 127;
   const side = (bin) => element("div", { class: "pair" }, ...[thumbnail(ORDER[binStart(bin)], 56),
     element("span", { text: binName(bin) })].filter((part) => part !== null));
-  READOUT.replaceChildren(element("p", { class: "value", text: `R = ${format(value, 2)}` }), side(cell[0]), side(cell[1]));
+  READOUT.replaceChildren(element("p", { class: "value", text: `R = ${fixed(value)}` }), side(cell[0]), side(cell[1]));
 }
 
 function matrixHome() {
