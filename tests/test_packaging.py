@@ -72,6 +72,7 @@ def test_the_archives_hold_what_they_should(distributions: dict[str, Path]) -> N
     wheel = zipfile.ZipFile(distributions["wheel"]).namelist()
     assert any(name.startswith("lossk/_C.") for name in wheel)
     assert "lossk/kernels/__init__.py" in wheel
+    assert {f"lossk/report/page/{name}" for name in ("template.html", "report.css", "map.js", "main.js")} <= set(wheel)
     assert not [name for name in wheel if name.startswith(("tests", "bench", "csrc"))]
     with tarfile.open(distributions["sdist"]) as archive:
         sdist = archive.getnames()

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 import lossk
-from lossk import cli_attribution, cli_insight, cli_stores, cli_tune, provenance
+from lossk import cli_attribution, cli_insight, cli_report, cli_stores, cli_tune, provenance
 from lossk.analysis.purity import chance_purity, class_purity
 from lossk.cli_distributed import follow, share_threads
 from lossk.config import RunConfig, load_config, parse_override
@@ -71,6 +71,7 @@ def build_parser() -> argparse.ArgumentParser:
     cli_tune.add_command(commands, packaged_names())
 
     cli_stores.add_commands(commands)
+    cli_report.add_command(commands)
 
     cli_insight.add_commands(commands)
 
@@ -95,6 +96,8 @@ def run_config(options: argparse.Namespace) -> None:
         if "picture" not in overrides:
             overrides["picture"] = str(Path(options.out).with_suffix(".png"))
     config, source = load_config(options.config, overrides), Path(options.config)
+    if options.out is not None and config.report is not None and "report" not in overrides:
+        config = dataclasses.replace(config, report=str(Path(options.out).with_suffix(".html")))
     if overrides and source.exists() and source.resolve() == Path(config.out).with_suffix(".yaml").resolve():
         raise ValueError(f"a changed config would be written over {options.config!r} itself; give another --out")
     execute(config, source=source, overwrite=options.overwrite, resume=options.resume)
@@ -121,12 +124,16 @@ def execute(
 def _execute(
     config: RunConfig, source: Path | None, ranks: Ranks | None, *, overwrite: bool, resume: bool
 ) -> LossKernel:
+    from lossk.report.page import write_report
+    from lossk.report.samples import samples_of, samples_path, write_samples
     from lossk.report.summary import K, describe, describe_neighbors
 
     out, replay = Path(config.out), Path(config.out).with_suffix(".yaml")
     picture = None if config.picture is None else Path(config.picture)
+    report = None if config.report is None else Path(config.report)
     is_replay = source is not None and source.exists() and source.resolve() == replay.resolve()
-    outputs = [path for path in (out, replay, picture) if path is not None and not (is_replay and path == replay)]
+    written = (out, replay, samples_path(out), picture, report)
+    outputs = [path for path in written if path is not None and not (is_replay and path == replay)]
     begin = partial(_begin, config, outputs, overwrite=overwrite, resume=resume)
     task = begin() if ranks is None else ranks.first_makes(begin)
     new_replay = replay in outputs and not (resume and replay.exists())
@@ -153,11 +160,16 @@ def _execute(
     print(describe(kernel))
     neighbors = kernel.neighbors(min(K, kernel.num_samples - 1))
     print(describe_neighbors(kernel, task, neighbors))
+    samples = samples_of(task, kernel.num_samples)
+    if samples is not None:
+        write_samples(samples, samples_path(out))
     if picture is not None and task.labels is not None:
         from lossk.report.picture import Pictured, draw_picture
 
         what = Pictured(task.labels, task.class_names, task.images, *captions(kernel, task, neighbors))
         draw_picture(kernel, what, picture, neighbors=neighbors)
+    if report is not None:
+        write_report(out, report, overwrite=True)
     print("wrote " + ", ".join(str(path) for path in outputs if path.exists()))
     return kernel
 
@@ -172,6 +184,10 @@ def _begin(config: RunConfig, outputs: Sequence[Path], *, overwrite: bool, resum
         refuse_to_delete(out)
     if config.picture is not None:
         require_plotting()
+    if config.report is not None:
+        from lossk.report.page import require_packages
+
+        require_packages()
     for path in outputs:
         path.parent.mkdir(parents=True, exist_ok=True)
     task = config.make_task()

@@ -37,6 +37,7 @@ class RunConfig:
         passes: arguments of `lossk.Passes`; None leaves them to `build_kernel`, and the replay names what it chose.
         out: path of the `.lossk` store.
         picture: path of a PNG, or None.
+        report: path of the HTML report, or None.
         threads: torch's threads for this run; None leaves them. Small networks run best, and most repeatably, on one.
     """
 
@@ -47,6 +48,7 @@ class RunConfig:
     passes: Mapping[str, Any] | None = None
     out: str = "out.lossk"
     picture: str | None = None
+    report: str | None = None
     threads: int | None = None
 
     def __post_init__(self) -> None:

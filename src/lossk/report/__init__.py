@@ -1,1 +1,5 @@
-"""Pictures of a finished kernel."""
+"""Pictures of a finished kernel, and a report on it."""
+
+from lossk.report.page import write_report
+
+__all__ = ["write_report"]
