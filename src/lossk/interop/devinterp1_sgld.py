@@ -132,7 +132,7 @@ class LangevinOptimizer(Optimizer):
         pull = group["localization"] + group["weight_decay"]
         centre = start if group["weight_decay"] == 0 else start * (group["localization"] / pull)
         before = self._before(w, g, group, at, number, state, sums) if self._wanted else None
-        held = None if frozen is None else w[frozen]
+        held = w[frozen] if frozen is not None else w
         sgld_step(
             w,
             g,
@@ -149,7 +149,7 @@ class LangevinOptimizer(Optimizer):
             stability=self._eps,
         )
         if frozen is not None:
-            w[frozen] = held
+            w.masked_scatter_(frozen, held)
         if group["bounding_box_size"]:
             w.clamp_(min=start - group["bounding_box_size"], max=start + group["bounding_box_size"])
         if "master" in state or not p.data.is_contiguous():
@@ -163,7 +163,7 @@ class LangevinOptimizer(Optimizer):
     ) -> Tensor | None:
         """Note what is wanted of the weights before the step and of its noise; the masked drift, if it is wanted."""
         assert self._key is not None
-        moves = 1.0 if state["frozen"] is None else (~state["frozen"]).float()
+        moves: Tensor | float = 1.0 if state["frozen"] is None else (~state["frozen"]).float()
         away = w - state["start"]
         square = float(away.square().sum())
         sums["distance"] += square
