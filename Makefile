@@ -8,7 +8,7 @@ OUT ?= out
 READY := $(VENV)/.ready
 SOURCES := pyproject.toml CMakeLists.txt constraints.txt $(wildcard csrc/*)
 
-.PHONY: demo fashion test test-slow test-gpu aot lint bench doctor clean
+.PHONY: demo fashion test test-slow test-gpu test-peers aot lint bench doctor clean
 
 demo: $(READY)  ## the loss kernel of a network trained on real digits
 	$(BIN)/lossk demo --out $(OUT) --overwrite
@@ -24,6 +24,20 @@ test-slow: $(READY)  ## the minutes-long tests too
 
 test-gpu: $(READY)  ## the Triton kernels' tests on a GPU, instead of in Triton's interpreter
 	TRITON_INTERPRET=0 $(BIN)/python -m pytest tests/test_triton_*.py
+
+# Each peer has an environment of its own, with its own versions of what it shares with lossk.
+PEERS := devinterp1 devinterp2 others
+test-peers: $(PEERS:%=test-peer-%)  ## peer_tests under devinterp 1.3.2, devinterp 2.0.1, and other libraries
+
+test-peer-%: .peers/%/.ready
+	.peers/$*/bin/python -m pytest -o filterwarnings=default -p no:cacheprovider peer_tests/test_$*.py peer_tests/test_docs.py
+
+.peers/%/.ready: peer_tests/requirements-%.txt $(SOURCES)
+	$(PYTHON) -m venv .peers/$*
+	.peers/$*/bin/python -m pip --disable-pip-version-check install -q torch==2.13.0
+	.peers/$*/bin/python -m pip --disable-pip-version-check install -q -r $<
+	.peers/$*/bin/python -m pip --disable-pip-version-check install -q ".[devinterp,sklearn,arviz]" pytest
+	touch $@
 
 aot: $(READY)  ## every Triton kernel compiled for sm_80 and sm_90; needs no GPU
 	$(BIN)/python -m bench.aot --out docs/aot.md
@@ -49,4 +63,4 @@ $(READY): $(SOURCES)
 	touch $@
 
 clean:
-	rm -rf $(VENV) build dist $(OUT)
+	rm -rf $(VENV) .peers build dist $(OUT)

@@ -362,6 +362,7 @@ class Run:
             "passes_reasons": self.passes_reasons,
             "pilot": None if self.pilot is None else self.pilot.to_dict(),
             "backend": self.backend,
+            "anchor_loss": float(self.anchor_losses.mean()),
             "timings": {**seconds, "total": round(time.perf_counter() - self.started, 4)},
             "peak_rss_bytes": provenance.peak_rss_bytes(),
             "versions": provenance.versions(),
