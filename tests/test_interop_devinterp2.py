@@ -310,7 +310,7 @@ def test_a_store_is_written_whole_and_opened_again(tmp_path: Path) -> None:
         ({"noise_level": 0.0}, "noise_level must be"),
         ({"save_metrics": True}, "save_metrics must be one of"),
         ({"rmsprop_eps": 0.1}, "sampling_method_kwargs of 'sgmcmc_sgld'"),
-        ({"batch_size": 64}, "at most the samples of the dataset"),
+        ({"gradient_accumulation_steps": 8}, "at most the samples of the dataset"),
         ({"param_masks": {"nothing": None}}, "no 'nothing'"),
         ({"param_masks": {"head.bias": torch.full((VOCABULARY,), 0.5)}}, "0 and 1 only"),
         ({"batches_per_draw": 4}, "must hold batches per draw"),

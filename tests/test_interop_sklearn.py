@@ -40,10 +40,6 @@ def kernel() -> lossk.LossKernel:
     return lossk.LossKernel.from_traces(planted())
 
 
-def no_array_api(estimator: Any) -> dict[str, str]:
-    return {}
-
-
 @parametrize_with_checks([interop.LossKernelTransformer(), interop.LossKernelTransformer(output="features")])
 def test_estimator_checks(estimator: Any, check: Any) -> None:
     if getattr(check, "func", check).__name__ == "check_array_api_input":
