@@ -49,7 +49,10 @@ def test_a_kernel_per_checkpoint_and_the_change(tmp_path: Path) -> None:
     for step, own in zip(steps, trained, strict=True):
         assert torch.equal(step.kernel[:], build(own)[:])
     assert steps[0].change is None
-    assert steps[1].change == compare_kernels(steps[0].kernel, steps[1].kernel)
+    expected = compare_kernels(steps[0].kernel, steps[1].kernel)
+    assert steps[1].change is not None
+    assert steps[1].change.to_dict() == expected.to_dict()
+    assert steps[1].change.overlap < 1.0
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
 
 
@@ -59,6 +62,9 @@ def test_no_change_is_no_change() -> None:
     first, second = over_checkpoints(model, [state, state], build)
     assert torch.equal(first.kernel[:], second.kernel[:])
     assert second.change is not None
+    assert second.change.cka_r == pytest.approx(1.0)
+    assert second.change.overlap == 1.0
+    assert (second.change.gained == -1).all()
 
 
 def test_bad_checkpoints(tmp_path: Path) -> None:

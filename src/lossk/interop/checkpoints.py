@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lossk.analysis.compare import KernelComparison, compare_kernels
+from lossk.analysis.compare import Comparison, compare_kernels
 from lossk.interop.extras import require
 from lossk.kernel import LossKernel
 
@@ -34,9 +34,7 @@ class CheckpointKernel:
 
     name: str
     kernel: LossKernel
-    change: (
-        KernelComparison | None
-    )  # from the checkpoint before: CKA, entry correlation, neighbours; None for the first
+    change: Comparison | None  # from the checkpoint before: CKA, entry correlation, neighbours; None for the first
 
 
 class CheckpointKernels:
@@ -44,13 +42,14 @@ class CheckpointKernels:
 
     Args:
         build: the kernel of the model as it is now, always over the same probe samples.
+        k: neighbours compared.
 
     Attributes:
         steps: [CheckpointKernel], in the order added.
     """
 
-    def __init__(self, build: Build) -> None:
-        self.build = build
+    def __init__(self, build: Build, *, k: int = 10) -> None:
+        self.build, self.k = build, k
         self.steps: list[CheckpointKernel] = []
 
     def add(self, model: nn.Module, name: str) -> CheckpointKernel:
@@ -60,13 +59,13 @@ class CheckpointKernels:
             TypeError: build did not return a LossKernel.
             ValueError: a kernel of another number of samples than the one before.
         """
-        step = _step(self.build, model, name, self.steps[-1].kernel if self.steps else None)
+        step = _step(self.build, model, name, self.steps[-1].kernel if self.steps else None, self.k)
         self.steps.append(step)
         return step
 
 
 def over_checkpoints(
-    model: nn.Module, checkpoints: Iterable[str | Path | Mapping[str, Tensor]], build: Build
+    model: nn.Module, checkpoints: Iterable[str | Path | Mapping[str, Tensor]], build: Build, *, k: int = 10
 ) -> Iterator[CheckpointKernel]:
     """The kernel of each checkpoint in order; two kernels are alive at a time.
 
@@ -76,6 +75,7 @@ def over_checkpoints(
             in them can execute; Lightning's "state_dict" is looked into), .safetensors, or directories of a Hugging
             Face checkpoint.
         build: the kernel of a model, always over the same probe samples.
+        k: neighbours compared.
 
     Raises:
         ValueError: a checkpoint that does not fit the model.
@@ -91,18 +91,18 @@ def over_checkpoints(
         own = {key: value.clone() for key, value in model.state_dict().items()}
         try:
             _load(model, state, name)
-            step = _step(build, model, name, before)
+            step = _step(build, model, name, before, k)
         finally:
             model.load_state_dict(own)
         before = step.kernel
         yield step
 
 
-def _step(build: Build, model: nn.Module, name: str, before: LossKernel | None) -> CheckpointKernel:
+def _step(build: Build, model: nn.Module, name: str, before: LossKernel | None, k: int) -> CheckpointKernel:
     kernel = build(model)
     if not isinstance(kernel, LossKernel):
         raise TypeError(f"build must return a LossKernel, got {type(kernel).__name__}")
-    change = None if before is None else compare_kernels(before, kernel)
+    change = None if before is None else compare_kernels(before, kernel, k=k)
     return CheckpointKernel(name, kernel, change)
 
 
