@@ -92,7 +92,7 @@ def test_influence_is_theirs(trees: dict[str, Any], which: str, method: str, cov
 
 
 def test_influence_of_a_loss_that_never_varies(trees: dict[str, Any]) -> None:
-    dataset = trees["theirs"].dataset.to_dataset().load()
+    dataset = trees["theirs"].to_dataset().load()
     dataset["loss_train"][:, :, 3] = 0.5  # whose float32 mean is exactly that
     tree = xr.DataTree(dataset)
     ours = devinterp.compute_bif(tree, correlation_method="sequence")

@@ -154,7 +154,7 @@ def test_bad_trees_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="correlation_method"):
         devinterp.compute_bif(tree, correlation_method="rows")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="must have dimensions"):
-        devinterp.read_traces(xr.DataTree(tree.dataset.to_dataset().transpose()))
+        devinterp.read_traces(xr.DataTree(tree.to_dataset().transpose()))
 
 
 def test_sample_returns_their_tree(tree: Any) -> None:
@@ -214,13 +214,13 @@ def test_masks_hold_weights_and_boxes_bound_them() -> None:
     mask = torch.zeros(VOCABULARY, 5)
     mask[2:4] = 1
     masks = {"embed.weight": mask, "head.weight": None}
-    sample(model, param_masks=masks, bounding_box_size=0.02, init_noise=0.01, loss_fn=loss_fn, localization=0.0)
+    sample(model, param_masks=masks, bounding_box_size=0.05, init_noise=0.01, loss_fn=loss_fn, localization=0.0)
     embed, head = (torch.stack([pair[i] for pair in seen]) for i in (0, 1))
     held = mask == 0
     assert torch.equal(embed[:, held], model.embed.weight.detach()[held].expand(len(seen), -1))
     assert (embed[-1] != model.embed.weight)[mask == 1].all()
     away = (head - model.head.weight.detach()).abs().amax()
-    assert 0.0199 < float(away) <= 0.02 + 1e-7
+    assert 0.0499 < float(away) <= 0.05 + 1e-7
 
 
 def test_decay_and_noise_level_are_the_law_they_say() -> None:

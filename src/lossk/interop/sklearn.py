@@ -15,6 +15,7 @@ from typing import Any, Literal
 import numpy as np
 import scipy.sparse
 
+from lossk.blocks import tile_spans
 from lossk.centring import degrees_of_freedom
 from lossk.interop.extras import require
 from lossk.kernel import LossKernel
@@ -36,7 +37,7 @@ def gram(kernel: LossKernel, *, correlation: bool = True) -> np.ndarray:
     Raises:
         MemoryError: it does not fit.
     """
-    return kernel.to_numpy(correlation=correlation)
+    return _symmetric(kernel, correlation)
 
 
 def affinity(kernel: LossKernel) -> np.ndarray:
@@ -44,16 +45,25 @@ def affinity(kernel: LossKernel) -> np.ndarray:
 
     Losses that move against each other are as unrelated, in it, as losses that move independently.
     """
-    similarity = kernel.to_numpy(correlation=True)
+    similarity = _symmetric(kernel, correlation=True)
     return np.maximum(similarity, 0.0, out=similarity)
 
 
 def distance(kernel: LossKernel) -> np.ndarray:
     """sqrt(2 (1 - R)) for `metric="precomputed"`: [N, N] float32 in [0, 2], exactly 0 on the diagonal, symmetric."""
-    matrix = kernel.to_numpy(correlation=True)
+    matrix = _symmetric(kernel, correlation=True)
     np.subtract(1.0, matrix, out=matrix)
     np.sqrt(np.maximum(2.0 * matrix, 0.0, out=matrix), out=matrix)
     np.fill_diagonal(matrix, 0.0)
+    return matrix
+
+
+def _symmetric(kernel: LossKernel, correlation: bool) -> np.ndarray:
+    """The matrix, symmetric to the last bit, as HDBSCAN insists: within a diagonal tile a product may not be."""
+    matrix = kernel.to_numpy(correlation=correlation)
+    for span in tile_spans(len(kernel), kernel.tile):
+        upper = np.triu(matrix[span, span])
+        matrix[span, span] = upper + np.triu(upper, 1).T
     return matrix
 
 
