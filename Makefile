@@ -29,6 +29,7 @@ test-gpu: $(READY)  ## the Triton kernels' tests on a GPU, instead of in Triton'
 PEERS := devinterp1 devinterp2 others
 test-peers: $(PEERS:%=test-peer-%)  ## peer_tests under devinterp 1.3.2, devinterp 2.0.1, and other libraries
 
+.PRECIOUS: .peers/%/.ready
 test-peer-%: .peers/%/.ready
 	.peers/$*/bin/python -m pytest -o filterwarnings=default -p no:cacheprovider peer_tests/test_$*.py peer_tests/test_docs.py
 
