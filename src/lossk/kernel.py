@@ -142,6 +142,11 @@ class LossKernel:
         return self._moments.mean
 
     @property
+    def lag1(self) -> Tensor:
+        """[N] float64: lag-1 autocorrelation of each sample's losses within chains; 0 where they never vary."""
+        return self._moments.lag1
+
+    @property
     def dead(self) -> Tensor:
         """[N] bool: samples whose loss never varied."""
         return self._moments.variance == 0
@@ -279,12 +284,13 @@ class LossKernel:
         factor = self._blocks if isinstance(self._blocks, FactorBlocks) else None
         return leading(self.matvec, factor, self._moments.scale, k)
 
-    def neighbors(self, k: int = 10, rows: Any = None) -> Neighbors:
+    def neighbors(self, k: int = 10, rows: Any = None, *, anti: bool = False) -> Neighbors:
         """The k most correlated other samples of each sample, by streaming over tiles; ties go to the smaller index.
 
         Args:
             rows: the samples whose neighbours are wanted (any index that `kernel[rows]` takes), among all N; None for
                 all of them. r rows cost r N pairs instead of N^2 / 2.
+            anti: the k most anti-correlated instead, lowest first; the floor is then one for -R.
 
         Returns:
             Neighbors(index [N, k] int64, correlation [N, k] float32, noise_floor [N] float32), or r instead of N. A
@@ -297,10 +303,10 @@ class LossKernel:
         if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k < self.num_samples:
             raise ValueError(f"k must be an integer from 1 to N - 1 = {self.num_samples - 1}, got {k!r}")
         if rows is None:
-            found = nearest(self._correlation_tile, self.dead, self.tile, k)
+            found = nearest(self._correlation_tile, self.dead, self.tile, k, anti=anti)
             return found._replace(noise_floor=noise_floor(self._moments))
         rows = self._index(rows)
-        found = nearest_of_rows(self._correlation_rows, self.dead, rows, k)
+        found = nearest_of_rows(self._correlation_rows, self.dead, rows, k, anti=anti)
         return found._replace(noise_floor=noise_floor(self._moments, rows))
 
     def _correlation_rows(self, rows: Tensor) -> Iterator[tuple[slice, Tensor]]:

@@ -26,12 +26,15 @@ BAND = 512  # rows of a block ranked at a time: a rank's keys take 8 bytes an en
 GROUP = 4096  # rows whose neighbours are found in one pass over the columns
 
 
-def nearest(correlation_tile: Callable[[int, int], Tensor], dead: Tensor, tile: int, k: int) -> Neighbors:
+def nearest(
+    correlation_tile: Callable[[int, int], Tensor], dead: Tensor, tile: int, k: int, *, anti: bool = False
+) -> Neighbors:
     """Top-k by streaming over the upper triangle; each tile serves its rows and, transposed, its columns.
 
     Args:
         correlation_tile: (i, j) -> [a, b] float32, for i <= j; the tensor is changed.
         dead: [N] bool.
+        anti: the lowest correlations instead of the highest.
     """
     num_samples = len(dead)
     spans = tile_spans(num_samples, tile)
@@ -39,6 +42,8 @@ def nearest(correlation_tile: Callable[[int, int], Tensor], dead: Tensor, tile: 
     for i, j in upper_triangle(len(spans)):
         rows, columns = spans[i], spans[j]
         block = correlation_tile(i, j)
+        if anti:
+            block.neg_()
         block[dead[rows]] = float("-inf")
         block[:, dead[columns]] = float("-inf")
         if i == j:
@@ -46,12 +51,16 @@ def nearest(correlation_tile: Callable[[int, int], Tensor], dead: Tensor, tile: 
         _merge(keys[rows], block, columns.start)
         if i != j:
             _merge(keys[columns], block.T, rows.start)
-    index, correlation = unpack(keys)
-    return Neighbors(index, correlation, torch.zeros(num_samples))
+    return _found(keys, anti)
 
 
 def nearest_of_rows(
-    correlation_rows: Callable[[Tensor], Iterator[tuple[slice, Tensor]]], dead: Tensor, rows: Tensor, k: int
+    correlation_rows: Callable[[Tensor], Iterator[tuple[slice, Tensor]]],
+    dead: Tensor,
+    rows: Tensor,
+    k: int,
+    *,
+    anti: bool = False,
 ) -> Neighbors:
     """Top-k of some rows among all columns, a group of rows and a span of columns at a time.
 
@@ -59,19 +68,28 @@ def nearest_of_rows(
         correlation_rows: rows [r] -> (columns, [r, columns] float32) for all columns in order; the tensors are changed.
         dead: [N] bool.
         rows: [r] int64.
+        anti: the lowest correlations instead of the highest.
     """
     keys = torch.full((len(rows), k), EMPTY, dtype=torch.int64)
     for start in range(0, len(rows), GROUP):
         group = slice(start, start + GROUP)
         for columns, block in correlation_rows(rows[group]):
+            if anti:
+                block.neg_()
             block[dead[rows[group]]] = float("-inf")
             block[:, dead[columns]] = float("-inf")
             within = rows[group] - columns.start
             own = ((within >= 0) & (within < block.shape[1])).nonzero().squeeze(1)
             block[own, within[own]] = float("-inf")
             _merge(keys[group], block, columns.start)
+    return _found(keys, anti)
+
+
+def _found(keys: Tensor, anti: bool) -> Neighbors:
     index, correlation = unpack(keys)
-    return Neighbors(index, correlation, torch.zeros(len(rows)))
+    if anti:
+        correlation = 0.0 - correlation  # not -0 where there is none
+    return Neighbors(index, correlation, torch.zeros(len(keys)))
 
 
 def _merge(keys: Tensor, block: Tensor, first_column: int) -> None:

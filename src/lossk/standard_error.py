@@ -11,11 +11,16 @@ TINY = torch.finfo(torch.float64).tiny
 
 
 def bartlett(moments: Moments, rows: Tensor, columns: Tensor) -> Tensor:
-    """sqrt(f / D) of each pair, [r, c] float64: f = (1 + r_i r_j) / (1 - r_i r_j) of lag-1 autocorrelations (Bartlett
-    1935), D = C (T - 1) draws."""
+    """sqrt(f / D) of each pair, [r, c] float64: D = C (T - 1) draws."""
     lag1 = moments.lag1.clamp(-0.99, 0.99)
-    product = lag1[rows].unsqueeze(1) * lag1[columns]
-    return ((1 + product) / (1 - product) / (moments.num_chains * (moments.num_draws - 1))).sqrt()
+    factor = bartlett_factor(lag1[rows].unsqueeze(1) * lag1[columns])
+    return (factor / (moments.num_chains * (moments.num_draws - 1))).sqrt()
+
+
+def bartlett_factor(product: Tensor) -> Tensor:
+    """f = (1 + r_i r_j) / (1 - r_i r_j), from products of lag-1 autocorrelations: D / f draws are worth as many
+    independent ones to a correlation (Bartlett 1935)."""
+    return (1 + product) / (1 - product)
 
 
 def chain_spread(blocks: FactorBlocks, moments: Moments, rows: Tensor, columns: Tensor, correlation: bool) -> Tensor:
