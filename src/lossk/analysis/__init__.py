@@ -11,6 +11,14 @@ from typing import Any
 MODULES = {
     "neighbors": ("SignificantNeighbors", "significant_neighbors"),
     "maps": ("Clusters", "KernelMap", "cluster", "map_kernel"),
+    "spectrum": ("EigenSamples", "Spectrum"),  # `spectrum` itself would be the module: lossk.analysis.spectrum.spectrum
+    "class_matrix": ("ClassMatrix",),
+    "hierarchy": ("ClassSimilarity", "Dendrogram", "class_similarity", "dendrogram"),
+    "taxonomy": ("Taxonomy",),
+    "wordnet": ("wordnet_taxonomy",),
+    "mantel": ("Mantel",),
+    "alignment": ("Alignment", "align", "triplet_agreement"),
+    "compare": ("Comparison", "compare_kernels"),
 }
 WHERE = {name: module for module, names in MODULES.items() for name in names}
 

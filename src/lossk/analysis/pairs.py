@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from lossk.blocks import tile_spans, upper_triangle
-
-if TYPE_CHECKING:
-    from lossk.kernel import LossKernel
 
 SIDE = 2048  # of the blocks that arrays and features are read in
 
@@ -33,10 +30,24 @@ class Pairs(Protocol):
         ...
 
 
-class KernelPairs:
-    """A loss kernel."""
+class Kernel(Protocol):
+    """What is read of a loss kernel; baselines have it too."""
 
-    def __init__(self, kernel: LossKernel) -> None:
+    @property
+    def num_samples(self) -> int: ...
+    @property
+    def tile(self) -> int: ...
+    @property
+    def dead(self) -> Tensor: ...
+    @property
+    def variance(self) -> Tensor: ...
+    def correlation(self, rows: Any = ..., columns: Any = ...) -> Tensor: ...
+
+
+class KernelPairs:
+    """A loss kernel, or what can be read like one."""
+
+    def __init__(self, kernel: Kernel) -> None:
         self._kernel = kernel
         self.num_samples, self.side, self.dead = kernel.num_samples, kernel.tile, kernel.dead
 
@@ -83,10 +94,7 @@ class FeaturePairs:
         return self.covariance(rows, columns) * self._gain[rows].unsqueeze(1) * self._gain[columns]
 
 
-Similarity = "LossKernel | Tensor | np.ndarray"
-
-
-def as_pairs(name: str, source: LossKernel | Tensor | np.ndarray) -> Pairs:
+def as_pairs(name: str, source: Kernel | Tensor | np.ndarray) -> Pairs:
     """A kernel, a symmetric [N, N] array, or [N, d] features.
 
     An array [N, N] that is not symmetric is refused; features with d = N are best passed as their Gram matrix.
@@ -94,13 +102,13 @@ def as_pairs(name: str, source: LossKernel | Tensor | np.ndarray) -> Pairs:
     Raises:
         ValueError: another shape, or an entry that is not finite.
     """
-    from lossk.kernel import LossKernel
-
-    if isinstance(source, LossKernel):
+    if not isinstance(source, Tensor | np.ndarray):
+        if not hasattr(source, "correlation"):
+            raise TypeError(f"{name} must be a LossKernel, a baseline or an array, got {type(source).__name__}")
         return KernelPairs(source)
     array = torch.as_tensor(source)
     if array.ndim != 2 or 0 in array.shape or array.is_complex():
-        raise ValueError(f"{name} must be a LossKernel, [N, N] or features [N, d], got shape {list(array.shape)}")
+        raise ValueError(f"{name} must be [N, N] or features [N, d], got shape {list(array.shape)}")
     if not all(torch.isfinite(part).all() for part in array.split(SIDE)):
         raise ValueError(f"{name} must be finite")
     if array.shape[0] != array.shape[1]:

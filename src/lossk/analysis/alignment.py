@@ -1,0 +1,223 @@
+"""How far similarities of classes agree with a taxonomy: rank correlations, Mantel tests, partitions, triplets."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from scipy import stats
+
+from lossk.analysis.class_matrix import Array, ClassMatrix, as_class_matrix
+from lossk.analysis.extra import require
+from lossk.analysis.hierarchy import dendrogram
+from lossk.analysis.mantel import mantel, partial_spearman
+from lossk.analysis.taxonomy import MEASURES, Taxonomy
+
+
+@dataclass(frozen=True)
+class AlignmentRow:
+    """One statistic of one similarity against one reference."""
+
+    similarity: str
+    reference: str  # a measure of the taxonomy, or a partition
+    statistic: str
+    value: float
+    image_error: float  # standard error over images; NaN where the similarity has no replicates
+    chain_error: float  # over chains
+    p: float  # of the Mantel tests; NaN elsewhere
+    permutations: int  # that p rests on: all C! where the test is exact
+
+
+@dataclass(frozen=True)
+class Alignment:
+    """Every statistic, in rows; `note` says what they rest on."""
+
+    rows: tuple[AlignmentRow, ...]
+    num_classes: int
+    note: str
+
+    def row(self, similarity: str, reference: str, statistic: str) -> AlignmentRow:
+        """The one row of that name."""
+        for row in self.rows:
+            if (row.similarity, row.reference, row.statistic) == (similarity, reference, statistic):
+                return row
+        raise KeyError(f"there is no {statistic!r} of {similarity!r} against {reference!r}")
+
+    def records(self) -> list[dict[str, Any]]:
+        """Plain rows, for pandas.DataFrame and JSON."""
+        return [asdict(row) for row in self.rows]
+
+    def markdown(self, reference: str, statistics: Sequence[str]) -> str:
+        """A table against one reference: a row per similarity, a column per statistic, errors over images, chains."""
+        names = list(dict.fromkeys(row.similarity for row in self.rows))
+        lines = [f"| | {' | '.join(statistics)} |", f"|---|{'--:|' * len(statistics)}"]
+        for name in names:
+            lines.append(f"| {name} | " + " | ".join(_cell(self, name, reference, s) for s in statistics) + " |")
+        return "\n".join(lines)
+
+
+def align(
+    similarities: Mapping[str, ClassMatrix | Array],
+    taxonomy: Taxonomy | Mapping[str, Array],
+    *,
+    controls: Mapping[str, ClassMatrix | Array] | None = None,
+    partitions: Mapping[str, Sequence[int]] | None = None,
+    alternative: str = "two-sided",
+    num_permutations: int = 9999,
+    seed: int = 0,
+) -> Alignment:
+    """Compare similarities of C classes with a taxonomy, and with what else might explain the agreement.
+
+    For each similarity and each measure of the taxonomy, over the C (C - 1) / 2 pairs of classes: "spearman" (with the
+    p of a Mantel test), "kendall" (tau-b), "cophenetic" (Spearman, of the similarity's own dendrogram), "triplets"
+    (`triplet_agreement`; chance is 0.5), and "partial" (partial Mantel test, `lossk.analysis.mantel`) given all
+    controls together and "partial | NAME" given each. For each partition the similarity's dendrogram cut into as many
+    parts: "purity", "nmi", "ari".
+
+    Errors come from the similarity's replicates alone: images and chains. Another sample of *classes* is not among
+    them, and with ten classes that is the larger uncertainty; the Mantel tests' p speak to it.
+
+    Args:
+        similarities: name -> `class_similarity(...).signed` or `.absolute`, or any symmetric [C, C].
+        taxonomy: all its measures; or name -> similarity [C, C].
+        controls: name -> similarity to hold fixed. One that is also among the similarities, by name, is not held
+            against itself.
+        partitions: name -> part of each class, [C].
+        alternative: "two-sided", or "greater": only agreement counts.
+
+    Raises:
+        ValueError: a matrix of another size, not symmetric, not finite, or above 1 off the diagonal (similarities).
+    """
+    require("sklearn", "scikit-learn", "alignment")
+    references = (
+        {measure: taxonomy.similarity(measure) for measure in MEASURES} if isinstance(taxonomy, Taxonomy) else taxonomy
+    )
+    if not similarities or not references:
+        raise ValueError("similarities and taxonomy must not be empty")
+    count = len(next(iter(references.values())))
+    given = {name: as_class_matrix(name, x, count) for name, x in similarities.items()}
+    held = {name: as_class_matrix(name, x, count).matrix for name, x in (controls or {}).items()}
+    truth = {name: as_class_matrix(name, x, count).matrix for name, x in references.items()}
+    for name, parts in (partitions or {}).items():
+        if len(parts) != count:
+            raise ValueError(f"partitions: {name!r} must have one part per class, {count}, got {len(parts)}")
+    rows: list[AlignmentRow] = []
+    options: dict[str, Any] = {"alternative": alternative, "num_permutations": num_permutations, "seed": seed}
+    for name, matrix in given.items():
+        others = {key: value for key, value in held.items() if key != name}
+        for reference, target in truth.items():
+            rows += _against(name, matrix, reference, target, others, options)
+        for partition, parts in (partitions or {}).items():
+            rows += _partitioned(name, matrix, partition, parts)
+    note = (
+        f"{count} classes, {count * (count - 1) // 2} pairs that are not independent. Errors are over the images and "
+        f"chains given, not over classes. p: {alternative}, by relabelling the classes."
+    )
+    return Alignment(tuple(rows), count, note)
+
+
+def _against(
+    name: str,
+    matrix: ClassMatrix,
+    reference: str,
+    target: Array,
+    others: Mapping[str, Array],
+    options: Mapping[str, Any],
+) -> list[AlignmentRow]:
+    upper = np.triu_indices(len(target), 1)
+
+    def row(statistic: str, function: Any, p: float = float("nan"), permutations: int = 0) -> AlignmentRow:
+        found = matrix.estimate(function)
+        return AlignmentRow(
+            name, reference, statistic, found.value, found.image_error, found.chain_error, p, permutations
+        )
+
+    plain = mantel(matrix.matrix, target, **options)
+    rows = [
+        row("spearman", lambda m: partial_spearman(m, target, ()), plain.p, plain.permutations),
+        row("kendall", lambda m: float(stats.kendalltau(m[upper], target[upper]).statistic)),
+        row("triplets", lambda m: triplet_agreement(m, target)),
+        row("cophenetic", lambda m: _cophenetic(m, target)),
+    ]
+    sets = {f"partial | {key}": [value] for key, value in others.items()}
+    if len(others) > 1:
+        sets["partial"] = list(others.values())
+    for statistic, fixed in sets.items():
+        test = mantel(matrix.matrix, target, controls=fixed, **options)
+        rows.append(
+            row(statistic, lambda m, fixed=fixed: partial_spearman(m, target, fixed), test.p, test.permutations)
+        )
+    return rows
+
+
+def _cophenetic(matrix: Array, target: Array) -> float:
+    """Spearman correlation of the target with minus the heights of the similarity's dendrogram."""
+    return partial_spearman(-dendrogram(matrix, range_names(len(matrix))).cophenetic, target, ())
+
+
+def range_names(count: int) -> list[str]:
+    """ "0" to "C - 1"."""
+    return [str(i) for i in range(count)]
+
+
+def _partitioned(name: str, matrix: ClassMatrix, partition: str, parts: Sequence[int]) -> list[AlignmentRow]:
+    from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
+
+    truth = np.unique(np.asarray(parts), return_inverse=True)[1]
+    nan, num_parts = float("nan"), int(truth.max()) + 1
+
+    def cut(m: Array) -> np.ndarray:
+        return dendrogram(m, range_names(len(m))).cut(num_parts)
+
+    scores = {
+        "purity": lambda m: partition_purity(cut(m), truth),
+        "nmi": lambda m: float(normalized_mutual_info_score(truth, cut(m))),
+        "ari": lambda m: float(adjusted_rand_score(truth, cut(m))),
+    }
+    found = {statistic: matrix.estimate(function) for statistic, function in scores.items()}
+    return [
+        AlignmentRow(name, partition, statistic, e.value, e.image_error, e.chain_error, nan, 0)
+        for statistic, e in found.items()
+    ]
+
+
+def partition_purity(found: np.ndarray, truth: np.ndarray) -> float:
+    """Share of classes that belong to the majority of the found part they are in, in (0, 1]."""
+    return float(sum(np.bincount(truth[found == part]).max() for part in np.unique(found)) / len(truth))
+
+
+def triplet_agreement(similarity: Array, target: Array) -> float:
+    """Of all (a; b, c) where the target puts b strictly nearer to a than c, the share where the similarity does too.
+
+    A tie of the similarity counts half; NaN where the target never prefers.
+    """
+    excess, total = 0.0, 0.0
+    for a in range(len(target)):
+        others = np.arange(len(target)) != a
+        more, pairs = _concordance(similarity[a, others], target[a, others])
+        excess, total = excess + more, total + pairs
+    return float((1.0 + excess / total) / 2) if total else float("nan")
+
+
+def _concordance(x: Array, y: Array) -> tuple[float, float]:
+    """Concordant less discordant pairs, and pairs that differ in y."""
+    if len(x) <= 64:
+        upper = np.triu_indices(len(x), 1)
+        of_y = np.sign(y[upper[0]] - y[upper[1]])
+        return float(np.sign(x[upper[0]] - x[upper[1]]) @ of_y), float(np.abs(of_y).sum())
+    pairs = len(x) * (len(x) - 1) / 2
+    untied = [pairs - float((n * (n - 1) / 2).sum()) for n in (np.unique(v, return_counts=True)[1] for v in (x, y))]
+    tau = float(stats.kendalltau(x, y).statistic)  # sorts, where the pairs would be too many
+    return (tau * (untied[0] * untied[1]) ** 0.5 if np.isfinite(tau) else 0.0), untied[1]
+
+
+def _cell(alignment: Alignment, name: str, reference: str, statistic: str) -> str:
+    try:
+        row = alignment.row(name, reference, statistic)
+    except KeyError:
+        return "–"
+    errors = [f"{error:.2f}" for error in (row.image_error, row.chain_error) if np.isfinite(error)]
+    text = f"{row.value:.2f}" + (f" ± {', '.join(errors)}" if errors else "")
+    return text + (f" (p = {row.p:.3f})" if np.isfinite(row.p) else "")

@@ -1,0 +1,200 @@
+"""How classes lie to one another in a kernel: mean correlations between classes, and their dendrogram."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from lossk.analysis.class_matrix import Array, ClassMatrix
+from lossk.analysis.pairs import Kernel, KernelPairs, Pairs, as_pairs, blocks, spans_of
+from lossk.chains import has_chains, leave_one_chain_out
+from lossk.settings import check_integer
+
+MOST_GROUPS = 1000  # of images, in all classes together: their sums are [groups, groups] float64
+
+
+@dataclass(frozen=True)
+class ClassSimilarity:
+    """Means over the pairs of different live samples, one of each class (both of it, on the diagonal)."""
+
+    class_names: tuple[str, ...]
+    signed: ClassMatrix  # mean R; NaN on the diagonal of a class of one
+    absolute: ClassMatrix  # mean |R|: what two classes share, whichever way it moves
+    counts: Array  # [C] live samples
+
+    @property
+    def matrix(self) -> Array:
+        """Mean R, [C, C] float64."""
+        return self.signed.matrix
+
+
+@dataclass(frozen=True)
+class Dendrogram:
+    """Agglomerative clustering of classes (SciPy's)."""
+
+    class_names: tuple[str, ...]
+    linkage: Array  # [C - 1, 4], as scipy.cluster.hierarchy.dendrogram takes it
+    cophenetic: Array  # [C, C]: the height at which two classes are first together
+    cophenetic_correlation: float  # of these with the distances: how far a tree is a fair picture
+
+    def cut(self, num_parts: int) -> np.ndarray:
+        """The part, from 0, of each class when the tree is cut into that many: [C] int."""
+        from scipy.cluster.hierarchy import fcluster
+
+        return fcluster(self.linkage, num_parts, criterion="maxclust") - 1
+
+
+def class_similarity(
+    source: Kernel | Tensor | np.ndarray,
+    labels: Tensor | np.ndarray,
+    class_names: Sequence[str],
+    *,
+    num_bootstrap: int = 200,
+    seed: int = 0,
+    progress: bool = False,
+) -> ClassSimilarity:
+    """Mean R and mean |R| between classes, streamed over tiles; the diagonal pairs (i, i) and dead samples left out.
+
+    Time: one pass over the N^2 / 2 pairs, and one more per chain of a kernel in factor form. Memory: a tile in float64
+    and [1000, 1000] sums.
+
+    Standard errors. Over images: a bootstrap within each class; where there are more than 1000 images, of groups of
+    images, so that sums between groups suffice. Over chains: the jackknife, of a kernel whose form knows its chains
+    (`LossKernel.from_traces`); None of one in tiles.
+
+    Args:
+        source: a kernel; or a symmetric [N, N] similarity or [N, d] features, whose correlations are cosines.
+        labels: [N] integers from 0 to C - 1.
+        class_names: [C].
+
+    Raises:
+        ValueError: labels of another length or out of range.
+    """
+    check_integer("num_bootstrap", num_bootstrap, 0)
+    pairs, labels = as_pairs("source", source), torch.as_tensor(labels).long()
+    if labels.shape != (pairs.num_samples,):
+        raise ValueError(f"labels must be [{pairs.num_samples}], got {list(labels.shape)}")
+    count = len(class_names)
+    if len(labels) and not (int(labels.min()) >= 0 and int(labels.max()) < count):
+        raise ValueError(f"labels must be from 0 to {count - 1}, got {int(labels.min())} to {int(labels.max())}")
+    live = labels.masked_fill(pairs.dead, -1)
+    group, per_class = _grouped(live, count, seed)
+    signed, absolute = pair_sums(pairs, group, count * per_class, progress=progress)
+    sizes = torch.bincount(group[group >= 0], minlength=count * per_class).double()
+    number = torch.outer(sizes, sizes) - torch.diag(sizes)
+    draws = _resampled(sizes.reshape(count, per_class) > 0, num_bootstrap, seed)
+    chains = _chains(source, live, count, progress)
+    enough = num_bootstrap > 1 and per_class > 1
+
+    def matrix(sums: Tensor, which: int) -> ClassMatrix:
+        replicates = _replicates(sums, number, draws) if enough else None
+        return ClassMatrix(
+            _means(sums, number, count), replicates, per_class, None if chains is None else chains[:, which]
+        )
+
+    live_counts = sizes.reshape(count, per_class).sum(dim=1).numpy()
+    return ClassSimilarity(tuple(class_names), matrix(signed, 0), matrix(absolute, 1), live_counts)
+
+
+def pair_sums(pairs: Pairs, group: Tensor, num_groups: int, *, progress: bool = False) -> tuple[Tensor, Tensor]:
+    """Sums of R and of |R| over ordered pairs of different samples of two groups: [groups, groups] float64 each.
+
+    Args:
+        group: [N] int64; -1 leaves a sample out.
+    """
+    place = group.masked_fill(group < 0, num_groups)  # one more group, thrown away at the end
+    sums = torch.zeros(2, num_groups + 1, num_groups + 1, dtype=torch.float64)
+    parts = list(blocks(spans_of(pairs)))
+    for rows, columns in tqdm(parts, desc="class means", unit="tile", disable=not progress):
+        block = pairs.correlation(rows, columns)
+        if rows == columns:
+            block.fill_diagonal_(0.0)
+        for out in sums:
+            by_row = block.new_zeros(num_groups + 1, block.shape[1]).index_add_(0, place[rows], block)
+            both = torch.zeros_like(out).index_add_(0, place[columns], by_row.T.contiguous())
+            out += both if rows == columns else both + both.T
+            block.abs_()
+    return sums[0, :num_groups, :num_groups], sums[1, :num_groups, :num_groups]
+
+
+def _grouped(live: Tensor, count: int, seed: int) -> tuple[Tensor, int]:
+    """[N] group of each sample, class * per_class + a random one of the class's; -1 where live is, and per_class."""
+    largest = int(torch.bincount(live[live >= 0], minlength=count).max()) if (live >= 0).any() else 1
+    per_class = max(1, min(largest, max(2, MOST_GROUPS // max(count, 1))))
+    group = torch.full_like(live, -1)
+    rng = np.random.default_rng(np.random.SeedSequence(seed))
+    for label in range(count):
+        members = (live == label).nonzero().squeeze(1)
+        order = torch.from_numpy(rng.permutation(len(members)))
+        group[members[order]] = label * per_class + torch.arange(len(members)) % per_class
+    return group, per_class
+
+
+def _resampled(exists: Tensor, num_bootstrap: int, seed: int) -> Tensor:
+    """How often each group is drawn, class by class and as often as the class has groups: [B, C, groups] float64."""
+    rng = np.random.default_rng(np.random.SeedSequence(entropy=seed, spawn_key=(1,)))
+    draws = torch.zeros(num_bootstrap, *exists.shape, dtype=torch.float64)
+    for label, mine in enumerate(exists):
+        groups = int(mine.sum())
+        if groups:
+            drawn = rng.multinomial(groups, np.full(groups, 1 / groups), size=num_bootstrap)
+            draws[:, label, :groups] = torch.from_numpy(drawn).double()  # existing groups come first
+    return draws
+
+
+def _means(sums: Tensor, number: Tensor, count: int) -> Array:
+    """[C, C] means from sums and numbers of pairs between groups; NaN where there is no pair."""
+    total, pairs = (x.reshape(count, -1, count, x.shape[1] // count).sum(dim=(1, 3)) for x in (sums, number))
+    return torch.where(pairs > 0, total / pairs, float("nan")).numpy()
+
+
+def _replicates(sums: Tensor, number: Tensor, draws: Tensor) -> Array:
+    """[B, C, C]. A group drawn twice counts its inner pairs four times, but no image is paired with itself."""
+    count = draws.shape[1]
+    weights = draws.reshape(len(draws), -1)
+    return np.stack([_means(sums * torch.outer(w, w), number * torch.outer(w, w), count) for w in weights])
+
+
+def _chains(source: object, live: Tensor, count: int, progress: bool) -> Array | None:
+    """[chains, 2, C, C]: mean R and |R| with each chain left out."""
+    from lossk.kernel import LossKernel
+
+    if not isinstance(source, LossKernel) or not has_chains(source):
+        return None
+    sizes = torch.bincount(live[live >= 0], minlength=count).double()
+    number = torch.outer(sizes, sizes) - torch.diag(sizes)
+    found = []
+    for kernel in leave_one_chain_out(source):
+        sums = pair_sums(KernelPairs(kernel), live, count, progress=progress)
+        found.append(np.stack([_means(part, number, count) for part in sums]))
+    return np.stack(found)
+
+
+def dendrogram(similarity: ClassMatrix | Array, class_names: Sequence[str], *, method: str = "average") -> Dendrogram:
+    """Cluster classes by d = sqrt(2 (1 - s)): of mean R, the root mean square distance of their samples.
+
+    Args:
+        similarity: [C, C], at most 1 off the diagonal; the diagonal is not used.
+        method: of scipy.cluster.hierarchy.linkage: "average", "complete", "single", ...
+    """
+    from scipy.cluster.hierarchy import cophenet, linkage
+    from scipy.spatial.distance import squareform
+
+    matrix = similarity.matrix if isinstance(similarity, ClassMatrix) else np.asarray(similarity, dtype=np.float64)
+    count = len(class_names)
+    if matrix.shape != (count, count) or count < 3:
+        raise ValueError(f"similarity must be [C, C] for the {count} class names, at least 3, got {list(matrix.shape)}")
+    upper = matrix[np.triu_indices(count, 1)]
+    if not np.isfinite(upper).all() or upper.max() > 1 + 1e-9:
+        raise ValueError("similarity must be finite and at most 1 off the diagonal")
+    distance = np.sqrt(2.0 * np.clip(1.0 - upper, 0.0, None))
+    tree = linkage(distance, method)
+    heights = cophenet(tree)
+    varies = np.ptp(heights) > 0 and np.ptp(distance) > 0
+    correlation = float(np.corrcoef(heights, distance)[0, 1]) if varies else float("nan")
+    return Dendrogram(tuple(class_names), tree, squareform(heights), correlation)
