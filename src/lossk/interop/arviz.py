@@ -58,7 +58,7 @@ def to_inferencedata(traces: LossTraces) -> Any:
     """Traces in ArviZ's groups, as the `xarray.DataTree` that ArviZ 1.x works on.
 
     Returns:
-        `log_likelihood` with `loss` (chain, draw, sample): minus the losses, in nats, a log likelihood where the loss
+        `log_likelihood` with `loss` (chain, draw, observation): minus the losses, in nats, a log likelihood where the loss
         is one (cross entropy), for `arviz_stats.loo` and its like; `posterior` with `mean_loss` (chain, draw), and
         `excess_loss` where the traces know it, for `summary`, `rhat`, `ess` and trace plots.
 
@@ -70,11 +70,10 @@ def to_inferencedata(traces: LossTraces) -> Any:
     posterior = {"mean_loss": losses.mean(axis=2, dtype=np.float64)}
     if traces.excess is not None:
         posterior["excess_loss"] = np.asarray(traces.excess, dtype=np.float64)
-    columns = _columns(traces.num_samples, traces.tokens, traces.sets)
     return base.from_dict(
         {"posterior": posterior, "log_likelihood": {"loss": -losses}},
-        coords={"sample": columns["sample"]},
-        dims={"loss": ["sample"]},
+        coords={"observation": np.arange(traces.num_samples)},
+        dims={"loss": ["observation"]},  # "sample" is ArviZ's own, of chain and draw together
         attrs={"/": {"n_beta": traces.n_beta}} if traces.n_beta is not None else None,
     )
 
