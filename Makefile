@@ -8,7 +8,7 @@ OUT ?= out
 READY := $(VENV)/.ready
 SOURCES := pyproject.toml CMakeLists.txt constraints.txt $(wildcard csrc/*)
 
-.PHONY: demo fashion test test-slow test-gpu aot lint bench docs test-kills doctor clean
+.PHONY: demo fashion test test-slow test-gpu aot lint bench docs test-kills test-peers doctor clean
 
 demo: $(READY)  ## the loss kernel of a network trained on real digits
 	$(BIN)/lossk demo --out $(OUT) --overwrite
@@ -35,6 +35,21 @@ test-gpu: $(READY)  ## the Triton kernels' tests on a GPU, then compute-sanitize
 				$(BIN)/lossk doctor || exit 9; \
 		done; \
 	else echo "compute-sanitizer is not installed: not run"; fi
+
+# Each peer has an environment of its own, with its own versions of what it shares with lossk.
+PEERS := devinterp1 devinterp2 others
+test-peers: $(PEERS:%=test-peer-%)  ## peer_tests under devinterp 1.3.2, devinterp 2.0.1, and other libraries
+
+.PRECIOUS: .peers/%/.ready
+test-peer-%: .peers/%/.ready
+	.peers/$*/bin/python -m pytest -o filterwarnings=default -p no:cacheprovider peer_tests/test_$*.py peer_tests/test_docs.py
+
+.peers/%/.ready: peer_tests/requirements-%.txt $(SOURCES)
+	$(PYTHON) -m venv .peers/$*
+	.peers/$*/bin/python -m pip --disable-pip-version-check install -q torch==2.13.0
+	.peers/$*/bin/python -m pip --disable-pip-version-check install -q -r $<
+	.peers/$*/bin/python -m pip --disable-pip-version-check install -q ".[devinterp,sklearn,arviz]" pytest
+	touch $@
 
 aot: $(READY)  ## every Triton kernel compiled for sm_80 and sm_90; needs no GPU
 	$(BIN)/python -m bench.aot --out docs/aot.md
@@ -64,4 +79,4 @@ $(READY): $(SOURCES)
 	touch $@
 
 clean:
-	rm -rf $(VENV) build dist $(OUT)
+	rm -rf $(VENV) .peers build dist $(OUT)

@@ -401,6 +401,7 @@ class Run:
             "pilot": None if self.pilot is None else self.pilot.to_dict(),
             "backend": self.backend,
             "ops": self.ops,
+            "anchor_loss": float(self.anchor_losses.mean()),
             "timings": {**seconds, "total": round(time.perf_counter() - self.started, 4)},
             "peak_rss_bytes": provenance.peak_rss_bytes(),
             "versions": provenance.versions(),

@@ -1,0 +1,102 @@
+"""A loss kernel while devinterp 1.3's sampler runs: its callback protocol, and nothing else of it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lossk.data import map_tensors, read_samples
+from lossk.kernel import LossKernel
+from lossk.losses import LossFunction, resolve_loss
+from lossk.settings import CENTERINGS, check_choice, check_integer
+from lossk.traces import LossTraces
+
+
+class LossKernelCallback:
+    """For `sample(..., callbacks=[LossKernelCallback(...)])` of devinterp 1.3: the losses of the probe at every draw.
+
+    Their draws happen in train mode. This one evaluates in eval mode (no dropout, batch norm by its running
+    statistics) and puts every module's mode back, so that their chain goes on as if nothing had been.
+
+    The state is a tensor made beforehand in shared memory, so that it also comes back from `cores > 1`; with these,
+    `loss` must be one that pickles.
+
+    Args:
+        num_chains, num_draws: as given to `sample`.
+        probe: the N samples: a DataLoader, a Dataset or a tuple (inputs, targets) of tensors.
+        loss: "cross_entropy", "mse" or a callable (model, batch) -> losses [B].
+        batch_size: samples per forward pass.
+        centering: "chain" or "pooled", of the kernel.
+        nbeta: for the kernel's diagnostics, if known.
+
+    Attributes:
+        losses: [chain, draw, N] float32, nats; NaN where there has been no draw.
+
+    Raises:
+        ValueError, TypeError: a bad argument.
+    """
+
+    def __init__(
+        self,
+        num_chains: int,
+        num_draws: int,
+        probe: Any,
+        *,
+        loss: str | LossFunction = "cross_entropy",
+        batch_size: int = 256,
+        centering: str = "chain",
+        nbeta: float | None = None,
+    ) -> None:
+        check_integer("num_chains", num_chains, 1)
+        check_integer("num_draws", num_draws, 2)
+        check_integer("batch_size", batch_size, 1)
+        check_choice("centering", centering, CENTERINGS)
+        resolve_loss(loss)  # a bad name is refused now
+        self.probe = read_samples(probe, "probe")
+        self.loss, self.batch_size, self.centering, self.nbeta = loss, batch_size, centering, nbeta
+        self.losses = torch.full((num_chains, num_draws, len(self.probe)), float("nan"))
+        self.losses.share_memory_()
+
+    def share_memory_(self) -> LossKernelCallback:
+        """Of their callbacks; here the state is shared from the start."""
+        return self
+
+    def __call__(self, chain: int, draw: int, model: nn.Module, **local: Any) -> None:
+        """Note the losses at one draw; `local` is what else their sampler has at hand."""
+        modes = [(module, module.training) for module in model.modules()]
+        device, loss = next(model.parameters()).device, resolve_loss(self.loss)
+        model.eval()
+        try:
+            with torch.no_grad():
+                for start in range(0, len(self.probe), self.batch_size):
+                    batch = map_tensors(lambda tensor: tensor.to(device), self.probe[start : start + self.batch_size])
+                    rows, mask = loss.rows(model, batch)
+                    if mask is not None:
+                        raise ValueError("loss must be of samples here, [B], got one of tokens, [B, T] with a mask")
+                    self.losses[chain, draw, start : start + self.batch_size] = rows.cpu()
+        finally:
+            for module, mode in modes:
+                module.training = mode
+
+    def finalize(self) -> None:
+        """Of their protocol; there is nothing left to do."""
+
+    def traces(self) -> LossTraces:
+        """The losses [chain, draw, N].
+
+        Raises:
+            ValueError: a draw is missing or not finite, naming it.
+        """
+        return LossTraces(self.losses, n_beta=self.nbeta, meta={"source": "devinterp"})
+
+    @property
+    def kernel(self) -> LossKernel:
+        """The loss kernel of the draws, in factor form."""
+        return LossKernel.from_traces(self.traces(), centering=self.centering)
+
+    def get_results(self) -> dict[str, Any]:
+        """{"loss_kernel": LossKernel, "loss_kernel/trace": [chain, draw, N] array}, once sampled."""
+        trace: Tensor = self.losses
+        return {"loss_kernel": self.kernel, "loss_kernel/trace": trace.numpy()}
