@@ -126,6 +126,9 @@ def _execute(config: RunConfig, source: Path | None, *, overwrite: bool, resume:
         path.parent.mkdir(parents=True, exist_ok=True)
 
     task = config.make_task()
+    page = None if task.row_texts is None else out.with_suffix(".html")
+    if page is not None and page.exists() and not (overwrite or resume):
+        raise FileExistsError(f"{page} exists; pass --overwrite to replace it, or another --out")
     print(task.notes)
     if task.held_out_accuracy is not None:
         print(f"held-out accuracy {task.held_out_accuracy:.2%}")
@@ -140,6 +143,7 @@ def _execute(config: RunConfig, source: Path | None, *, overwrite: bool, resume:
             task.samples,
             train=task.train,
             loss=task.loss,
+            transform=task.transform,
             sampler=read_sampler(config.sampler),
             passes=None if config.passes is None else Passes(**config.passes),
             out=out,
@@ -160,6 +164,12 @@ def _execute(config: RunConfig, source: Path | None, *, overwrite: bool, resume:
 
         what = Pictured(task.labels, task.class_names, task.images, *captions(kernel, task, neighbors))
         draw_picture(kernel, what, picture, neighbors=neighbors)
+    if page is not None and task.row_texts is not None:
+        from lossk.report.contexts import describe_contexts, write_page
+
+        print(describe_contexts(kernel, task.row_texts, neighbors))
+        write_page(kernel, task.row_texts, neighbors, page, title=captions(kernel, task, neighbors)[0])
+        outputs.append(page)
     print("wrote " + ", ".join(str(path) for path in outputs if path.exists()))
     return kernel
 
