@@ -1,0 +1,245 @@
+"""Do the tasks of one network come apart in its kernel?  Networks, controls and snapshots; writes docs/multitask.md.
+
+    python -m bench.multitask --out docs/multitask.md [--work FOLDER] [--only NAME ...]
+
+A case is run once: its numbers are kept in FOLDER, and a case that is there is not run again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import lossk
+from bench.markdown import table
+from lossk import provenance
+from lossk.analysis.purity import chance_purity, class_purity
+from lossk.recipes import RecipeTask, multitask
+from lossk.recipes.arithmetic import arithmetic
+from lossk.samplers import Sampler
+
+K, CHAINS = 10, 4
+NOT_THE_TOKEN = ("pairs.*", "head.*")
+SNAPSHOTS = (0, 30, 100, 250, 500, 750, 1000)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One network and how it is sampled."""
+
+    group: str
+    args: Mapping[str, Any] = field(default_factory=dict)  # of multitask.make_task
+    sampler: Sampler = field(default_factory=lambda: lossk.SGLD(params=NOT_THE_TOKEN))
+    num_draws: int = 200
+
+    @property
+    def name(self) -> str:
+        return f"{self.group}-{self.args.get('seed', 0)}"
+
+
+FOUR = {"num_tasks": 4, "p": 29, "hidden": 512}
+
+
+def cases() -> list[Case]:
+    return [
+        *(Case("two tasks", {"seed": seed}) for seed in range(3)),
+        Case("random answers", {"answers": "random", "epochs": 150}),
+        Case("disjoint", {"network": "disjoint", "hidden": 128}, lossk.SGLD(batch_size=None)),
+        Case("shared trunk", {"network": "trunk"}, lossk.SGLD()),
+        Case("token moves too", {}, lossk.SGLD()),
+        Case("token not loud", {"loudness": 1.0, "required_accuracy": 0.9}),
+        *(Case("four tasks", {**FOUR, "seed": seed}, num_draws=100) for seed in range(3)),
+    ]
+
+
+def measure(traces: lossk.LossTraces, tasks: Tensor) -> dict[str, float]:
+    """What the kernel of some traces says about the tasks [N] of its samples.
+
+    Means over pairs of different samples, of the same and of different tasks; standard errors from the spread of the
+    chains' own kernels, each centred on its own mean.
+    """
+    kernel = lossk.LossKernel.from_traces(traces)
+    neighbors = kernel.neighbors(K)
+    same = tasks.unsqueeze(1) == tasks
+    pairs = {"within": same & ~torch.eye(len(tasks), dtype=torch.bool), "across": ~same}
+    by_chain = [_correlation(losses) for losses in traces.losses]  # C times [N, N]
+    whole = kernel.correlation()
+    found: dict[str, float] = {}
+    for name, chosen in pairs.items():
+        means = torch.stack([each[chosen].mean() for each in by_chain])
+        found[f"R {name}"], found[f"R {name} se"] = float(whole[chosen].mean()), _error(means)
+        found[f"|R| {name}"] = float(whole[chosen].abs().mean())
+        found[f"|R| {name} se"] = _error(torch.stack([each[chosen].abs().mean() for each in by_chain]))
+    gaps = torch.stack([each[pairs["within"]].mean() - each[pairs["across"]].mean() for each in by_chain])
+    spreads = torch.stack([e[pairs["within"]].abs().mean() - e[pairs["across"]].abs().mean() for e in by_chain])
+    errors = kernel.standard_error(correlation=True)
+    beyond = ((whole.abs() > 1.96 * errors) & ~same).sum() / (~same).sum()
+    alive = ~kernel.dead
+    return {
+        **found,
+        "purity": class_purity(neighbors.index, tasks),
+        "chance": chance_purity(tasks),
+        "gap": float(gaps.mean()),
+        "gap se": _error(gaps),
+        "|R| gap z": float(spreads.mean()) / max(_error(spreads), 1e-30),
+        "noise floor": float(neighbors.noise_floor[alive].median()),
+        "null |R|": float(errors[~same].mean()) * math.sqrt(2 / math.pi),  # E|R| of unrelated samples
+        "across beyond 1.96 se": float(beyond),
+        "above floor": float((neighbors.correlation > neighbors.noise_floor.unsqueeze(1)).float().mean()),
+    }
+
+
+def _correlation(losses: Tensor) -> Tensor:
+    """[N, N] float64 of one chain's losses [T, N]; constant losses correlate with nothing."""
+    centred = losses.double() - losses.double().mean(dim=0)
+    norm = centred.norm(dim=0)
+    unit = torch.where(norm > 0, centred / norm.clamp(min=1e-300), 0.0)
+    return unit.T @ unit
+
+
+def _error(values: Tensor) -> float:
+    return float(values.double().std()) / math.sqrt(len(values))
+
+
+def run(case: Case, work: Path) -> dict[str, Any]:
+    """Train, sample and measure, or read what was measured before."""
+    path = work / f"{case.name}.json"
+    if path.exists():
+        return json.loads(path.read_text())
+    started = time.process_time()
+    task = multitask.make_task(**case.args, checkpoint=work / f"{case.name}.pt")
+    trained = time.process_time()
+    traces = lossk.sample_losses(
+        task.model, task.samples, train=task.train, sampler=case.sampler, num_chains=CHAINS, num_draws=case.num_draws
+    )
+    assert task.labels is not None
+    sampled = time.process_time()
+    diagnostics = lossk.LossKernel.from_traces(traces).diagnostics
+    assert diagnostics is not None
+    found = {
+        **measure(traces, task.labels),
+        "group": case.group,
+        "notes": task.notes,
+        "accuracy": least_accuracy(task),
+        "samples": len(task.labels),
+        "draws": case.num_draws,
+        "sampler": traces.meta["sampler"],
+        "ess": diagnostics.sample_ess,
+        "rhat": diagnostics.sample_rhat,
+        "training s": trained - started,
+        "sampling s": sampled - trained,
+        "git": provenance.git_sha(),
+    }
+    path.write_text(json.dumps(found, indent=1))
+    return found
+
+
+def least_accuracy(task: RecipeTask) -> float:
+    """Held-out accuracy of the worst task."""
+    inputs, targets = task.samples.tensors
+    assert task.labels is not None
+    assert task.held_out is not None
+    own = [task.held_out & (task.labels == number) for number in range(len(task.class_names))]
+    return min(multitask.accuracy(task.model, inputs[rows], targets[rows]) for rows in own)
+
+
+def snapshots(work: Path, at: Sequence[int] = SNAPSHOTS, **args: Any) -> list[dict[str, Any]]:
+    """The two-task network of seed 0 while it is trained, probed by independent draws w* + 0.001 xi."""
+    path = work / "snapshots.json"
+    if path.exists():
+        return json.loads(path.read_text())
+    settings = {"p": 23, "hidden": 256, "loudness": 3.0, "train_share": 0.8, "num_draws": 100, **args}
+    inputs, targets, tasks, num_train = arithmetic(settings["p"], settings["train_share"], 0)
+    model = multitask.make_network("one", settings["p"], 2, settings["hidden"], settings["loudness"], 0)
+    held_out, found = torch.arange(len(targets)) >= num_train, []
+
+    def note(epoch: int) -> None:
+        if epoch not in at:
+            return
+        model.eval()
+        traces = lossk.sample_losses(
+            model, (inputs, targets), sampler=lossk.Gaussian(sigma=1e-3, params=NOT_THE_TOKEN), num_chains=CHAINS,
+            num_draws=settings["num_draws"], progress=False,
+        )  # fmt: skip
+        training = multitask.accuracy(model, inputs[~held_out], targets[~held_out])
+        held = multitask.accuracy(model, inputs[held_out], targets[held_out])
+        found.append({"epoch": epoch, "training": training, "held out": held, **measure(traces, tasks)})
+
+    note(0)
+    multitask.train(model, inputs[:num_train], targets[:num_train], max(at), each_epoch=note)
+    path.write_text(json.dumps(found, indent=1))
+    return found
+
+
+def page(found: Sequence[Mapping[str, Any]], shots: Sequence[Mapping[str, Any]]) -> str:
+    """The tables of docs/multitask.md."""
+    head = ["network", "held out", "purity (chance)", "R within", "R across", "gap / se", "|R| within", "|R| across",
+            "unrelated", "beyond"]  # fmt: skip
+    rows = [
+        [
+            f"{one['group']}, seed {one['seed']}",
+            f"{one['accuracy']:.1%}",
+            f"{one['purity']:.3f} ({one['chance']:.2f})",
+            f"{one['R within']:.4f} ± {one['R within se']:.4f}",
+            f"{one['R across']:.4f} ± {one['R across se']:.4f}",
+            f"{one['gap'] / max(one['gap se'], 1e-30):.1f}",
+            f"{one['|R| within']:.4f}",
+            f"{one['|R| across']:.4f}",
+            f"{one['null |R|']:.4f}",
+            f"{one['across beyond 1.96 se']:.1%}",
+        ]
+        for one in found
+    ]
+    tried = ["epoch", "training accuracy", "held-out accuracy", "purity", "|R| within", "|R| across", "unrelated"]
+    stages = [
+        [
+            f"{one['epoch']:,}",
+            f"{one['training']:.1%}",
+            f"{one['held out']:.1%}",
+            f"{one['purity']:.3f}",
+            f"{one['|R| within']:.4f}",
+            f"{one['|R| across']:.4f}",
+            f"{one['null |R|']:.4f}",
+        ]
+        for one in shots
+    ]
+    return f"{table(head, rows)}\n\n## Snapshots through training\n\n{table(tried, stages)}\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, help="the page; its tables stand between two marks. Without: printed")
+    parser.add_argument("--work", type=Path, default=Path("multitask"), help="folder of networks and numbers")
+    parser.add_argument("--only", nargs="*", help="groups of cases")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    options.work.mkdir(parents=True, exist_ok=True)
+    wanted = [case for case in cases() if options.only is None or case.group in options.only]
+    found = [{**run(case, options.work), "seed": case.args.get("seed", 0)} for case in wanted]
+    text = page(found, snapshots(options.work))
+    if options.out is None:
+        print(text)
+    else:
+        options.out.write_text(replace_between_marks(options.out.read_text(), text))
+
+
+MARKS = "<!-- made by python -m bench.multitask -->", "<!-- end -->"
+
+
+def replace_between_marks(old: str, text: str) -> str:
+    """The page with its tables replaced; its prose is written by hand."""
+    before, rest = old.split(MARKS[0])
+    return f"{before}{MARKS[0]}\n{text}{MARKS[1]}{rest.split(MARKS[1])[1]}"
+
+
+if __name__ == "__main__":
+    main()
