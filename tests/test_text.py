@@ -122,11 +122,10 @@ def test_frequency_loss_is_that_of_the_counts() -> None:
 
 
 @pytest.fixture(scope="module")
-def both(folder: Path) -> tuple[RecipeTask, RecipeTask]:
-    """Padded sequences, their tokens and themselves."""
-    tokens, sequences = (
-        text.make_task(text=folder, sequences="padded", rows=rows, **{**SMALL, "num_probe": 5}) for rows in text.ROWS
-    )
+def both(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[RecipeTask, RecipeTask]:
+    """Padded sequences, their tokens and themselves, of one network."""
+    settings = {**SMALL, "num_probe": 5, "steps": 100, "checkpoint": tmp_path_factory.mktemp("weights") / "w.pt"}
+    tokens, sequences = (text.make_task(text=folder, sequences="padded", rows=rows, **settings) for rows in text.ROWS)
     return tokens, sequences
 
 
@@ -250,6 +249,8 @@ def test_a_hugging_face_model_goes_through_the_same_recipe(
     assert set(task.row_texts) <= {word for file in folder.glob("*.txt") for word in file.read_text().split()}
     whole = text.make_task(text=folder, model=tmp_path, rows="sequences", context=8, num_probe=4, required_gain=-9.0)
     assert build(whole.model, whole.samples, loss=whole.loss, sampler=sgld(lr=1e-4)).num_samples == 4
+    with pytest.raises(ValueError, match=r"context must be at most 16, the positions of .*, got 17"):
+        text.make_task(text=folder, model=tmp_path, context=17)
 
 
 def test_a_missing_hugging_face_model_is_named(folder: Path, tmp_path: Path) -> None:

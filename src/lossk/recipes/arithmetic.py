@@ -14,9 +14,9 @@ COEFFICIENTS = ((1, 1), (1, -1), (2, 1), (1, 2))
 class OneNetwork(nn.Module):
     """All tasks through the same weights: a hidden layer that sees the pair and, `loudness` times over, the task token.
 
-    Inputs [B, 2 p + tasks] one-hot to logits [B, p]. A loud token lets a unit serve one task at little weight, so that
-    under weight decay the tasks come to use units of their own. Its weights have a name of their own, "token.weight":
-    inputs of one task share them whatever was learned.
+    Inputs [B, 2 p + tasks] one-hot to logits [B, p]. A loud token lets a unit serve one task at little weight; it
+    also makes the hidden layers of one task's inputs alike before anything is learned (docs/multitask.md). Its weights
+    have a name of their own, "token.weight".
     """
 
     def __init__(self, p: int, tasks: int, hidden: int, loudness: float) -> None:

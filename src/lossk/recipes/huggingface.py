@@ -21,6 +21,7 @@ class HuggingFace:
     encode: Callable[[str], list[int]]
     decode: Callable[[Tensor], Sequence[str]]  # [n] int64 -> the text of each token
     vocabulary: int
+    context: int | None  # the longest sequence it takes, where it says
 
 
 def load(name: str | Path) -> HuggingFace:
@@ -49,4 +50,5 @@ def load(name: str | Path) -> HuggingFace:
     def decode(numbers: Tensor) -> list[str]:
         return [tokenizer.decode([number]) for number in numbers.tolist()]
 
-    return HuggingFace(model, encode, decode, int(model.config.vocab_size))
+    longest = getattr(model.config, "max_position_embeddings", None)
+    return HuggingFace(model, encode, decode, int(model.config.vocab_size), longest)

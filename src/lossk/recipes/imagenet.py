@@ -51,7 +51,7 @@ def make_task(
     if num_probe is not None:
         check_integer("num_probe", num_probe, 2)
     found = find_photos(data).chosen(num_probe, seed)  # cheap, and says what is missing, before the network is loaded
-    others = None if train is None else find_photos(train).chosen(num_train, seed + 1)
+    others = None if train is None else find_photos(train).chosen(num_train, seed)
     loaded = load_network(network, weights)
     photos = torch.from_numpy(cached_photos(found, cache, loaded.cut))  # [N, 3, S, S] uint8
     labels = torch.from_numpy(found.labels)

@@ -71,7 +71,7 @@ def make_task(
     if not 0 < num_train < len(targets):
         raise ValueError(f"train_share must leave training and held-out inputs of each task, got {train_share}")
     if answers == "random":
-        rng = np.random.default_rng(np.random.SeedSequence(seed))
+        rng = np.random.default_rng(np.random.SeedSequence([seed, 1]))  # the split's own is [seed]
         targets = torch.from_numpy(rng.integers(0, p, size=len(targets)))
 
     model = make_network(network, p, num_tasks, hidden, loudness, seed)

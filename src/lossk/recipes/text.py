@@ -42,7 +42,7 @@ def make_task(
     context: int = 64,
     num_probe: int | None = 32,
     held_out_share: float = 0.1,
-    steps: int = 1500,
+    steps: int = 1000,
     seed: int = 0,
     required_gain: float = 1.0,
     checkpoint: str | Path | None = None,
@@ -57,7 +57,7 @@ def make_task(
         sequences: "packed" (windows of `context` tokens) or "padded" (a paragraph each, cut at `context`).
         num_probe: sequences in the probe, chosen at random, training ones first; None is all.
         held_out_share: of the sequences, kept from training; 0 for none.
-        steps: training minibatches of 32 sequences (tiny transformer).
+        steps: training minibatches of 16 sequences (tiny transformer).
         required_gain: nats per token that the model must beat token frequencies by, on held-out sequences.
         checkpoint: the tiny transformer's weights are read from that file if it exists, else written there.
 
@@ -73,9 +73,9 @@ def make_task(
     if not held_out_share < 1:
         raise ValueError(f"held_out_share must be below 1, got {held_out_share}")
     documents = read_documents(text)
-    vocabulary = _words(" ".join(each.text for each in documents)) if model is None else _hugging_face(model)
+    vocabulary = _words(" ".join(each.text for each in documents)) if model is None else _hugging_face(model, context)
     data = cut(documents, vocabulary.encode, context=context, how=sequences)
-    held_out = _choose(len(data), round(held_out_share * len(data)), seed)  # [S] bool
+    held_out = _choose(len(data), round(held_out_share * len(data)), [seed, 0])  # [S] bool
     train = data.inputs[~held_out], data.targets[~held_out]
 
     if vocabulary.model is None:
@@ -163,10 +163,12 @@ def _words(text: str) -> _Vocabulary:
     return _Vocabulary(words.encode, lambda numbers: [words.tokens[n] for n in numbers.tolist()], len(words))
 
 
-def _hugging_face(name: str | Path) -> _Vocabulary:
+def _hugging_face(name: str | Path, context: int) -> _Vocabulary:
     from lossk.recipes.huggingface import load
 
     loaded = load(name)
+    if loaded.context is not None and context > loaded.context:
+        raise ValueError(f"context must be at most {loaded.context}, the positions of {name}, got {context}")
     return _Vocabulary(loaded.encode, loaded.decode, loaded.vocabulary, loaded.model)
 
 
@@ -179,13 +181,13 @@ def _tiny(
     if checkpoint is not None and Path(checkpoint).exists():
         model.load_state_dict(torch.load(checkpoint, weights_only=True))
         return model.eval()
-    train_language_model(model, *train, steps=steps, batch_size=32, lr=3e-3, seed=seed)
+    train_language_model(model, *train, steps=steps, batch_size=16, lr=3e-3, seed=seed)
     if checkpoint is not None:
         torch.save(model.state_dict(), checkpoint)
     return model
 
 
-def _choose(count: int, number: int, seed: int) -> Tensor:
+def _choose(count: int, number: int, seed: list[int]) -> Tensor:
     """[count] bool with `number` of them True, at random."""
     chosen = np.zeros(count, dtype=bool)
     rng = np.random.default_rng(np.random.SeedSequence(seed))
@@ -196,7 +198,7 @@ def _choose(count: int, number: int, seed: int) -> Tensor:
 def _probe_rows(held_out: Tensor, number: int | None, seed: int) -> Tensor:
     """[P] int64, ascending within the training sequences, which come first, and within the held-out ones."""
     number = min(number or len(held_out), len(held_out))
-    chosen = _choose(len(held_out), number, seed + 1)
+    chosen = _choose(len(held_out), number, [seed, 1])
     return torch.cat([(chosen & ~held_out).nonzero(), (chosen & held_out).nonzero()]).squeeze(1)
 
 

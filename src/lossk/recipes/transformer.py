@@ -20,7 +20,7 @@ class Shape:
 
     vocabulary: int
     context: int = 64  # positions that predict
-    width: int = 96
+    width: int = 64
     heads: int = 4
     layers: int = 2
 
