@@ -8,7 +8,7 @@ OUT ?= out
 READY := $(VENV)/.ready
 SOURCES := pyproject.toml CMakeLists.txt constraints.txt $(wildcard csrc/*)
 
-.PHONY: demo fashion test test-slow test-gpu aot lint bench doctor clean
+.PHONY: demo fashion test test-slow test-gpu aot lint bench docs doctor clean
 
 demo: $(READY)  ## the loss kernel of a network trained on real digits
 	$(BIN)/lossk demo --out $(OUT) --overwrite
@@ -35,6 +35,10 @@ lint: $(READY)
 
 bench: $(READY)  ## docs/bench.md, in an hour or so; BENCH="--quick", BENCH="--peer1-python PYTHON ..." and so on
 	$(BIN)/python -m bench $(BENCH)
+
+docs: $(READY)  ## the documentation, as a site in build/site
+	$(PIP) install -q -c constraints.txt --no-build-isolation -e ".[docs]"
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 doctor: $(READY)
 	$(BIN)/lossk doctor

@@ -65,8 +65,8 @@ def samplers(n_beta: float, localization: float, batch_size: int, hmc: Sequence[
     law: dict[str, Any] = {"n_beta": n_beta, "localization": localization}
     sgld = {**law, "batch_size": batch_size}
     return {
-        "SGLD": lossk.SGLD(**sgld, control_variate=False),
-        "SGLD, control variate": lossk.SGLD(**sgld, control_variate=True),
+        "SGLD": lossk.SGLD(**sgld, integrator="euler", control_variate=False),
+        "SGLD, control variate": lossk.SGLD(**sgld, integrator="euler", control_variate=True),
         "SGLD, averaged noise": lossk.SGLD(**sgld, integrator="leimkuhler-matthews", control_variate=False),
         "SGLD, averaged noise, control variate": lossk.SGLD(
             **sgld, integrator="leimkuhler-matthews", control_variate=True

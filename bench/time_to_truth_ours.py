@@ -36,9 +36,7 @@ VARIANTS: dict[str, Variant] = {
     "lossk SGLD, rmsprop-frozen": lambda law: lossk.SGLD(
         n_beta=law.n_beta, localization=law.localization, preconditioner="rmsprop-frozen"
     ),
-    "lossk SGLD, averaged noise": lambda law: lossk.SGLD(
-        n_beta=law.n_beta, localization=law.localization, integrator="leimkuhler-matthews"
-    ),
+    "lossk SGLD, Euler": lambda law: lossk.SGLD(n_beta=law.n_beta, localization=law.localization, integrator="euler"),
     "lossk BAOAB": lambda law: lossk.BAOAB(n_beta=law.n_beta, localization=law.localization),
 }
 
@@ -97,10 +95,12 @@ def timed(
 
 
 def find_law(network: Network, sampler: Any = None, seed: int = 0) -> Law:
-    """What lossk's defaults (or `sampler`) choose, and plain SGLD's settings there."""
+    """The law that lossk's defaults (or `sampler`) choose, and the settings there of Euler's step, the peer's."""
     chosen = timed(network, sampler, num_chains=1, num_draws=2, seed=seed)[0].meta["sampler"]
     law = {key: float(chosen[key]) for key in ("n_beta", "localization")}
-    resolved = timed(network, lossk.SGLD(**law), num_chains=1, num_draws=2, seed=seed)[0].meta["sampler"]
+    resolved = timed(network, lossk.SGLD(**law, integrator="euler"), num_chains=1, num_draws=2, seed=seed)[0].meta[
+        "sampler"
+    ]
     return Law(**law, sgld=lossk.SGLD(**resolved))
 
 

@@ -91,3 +91,22 @@ def test_criteria_are_unknown_for_other_probes_and_other_temperatures() -> None:
     own = lossk.build_kernel(model, data, **common)
     assert own.diagnostics.waic is not None
     assert own.diagnostics.wbic is None, "n_beta is not n / ln n"
+
+
+def test_r_hat_and_ess_of_the_llc_and_over_samples() -> None:
+    """Independent normal traces: R-hat 1 and as many effective draws as draws; one sample in eight that drifts shows in
+    the outer quantiles only."""
+    rng = np.random.default_rng(5)
+    chains, draws, samples = 4, 200, 64
+    losses = rng.normal(size=(chains, draws, samples))
+    losses[:, :, ::8] += 3 * np.arange(chains)[:, None, None]
+    excess = torch.from_numpy(rng.normal(size=(chains, draws)))
+    found = lossk.LossKernel.from_traces(lossk.LossTraces(losses, excess=excess, n_beta=2.0)).diagnostics
+    assert found is not None
+    assert found.llc_rhat is not None
+    assert found.llc_rhat < 1.02
+    assert found.llc_ess == pytest.approx(chains * draws, rel=0.25)
+    assert found.sample_rhat < 1.02 < 1.5 < found.sample_rhat_high
+    assert found.sample_ess > 0.75 * chains * draws > 50 > found.sample_ess_low
+    assert "(LLC)" in str(found)
+    assert lossk.LossKernel.from_traces(lossk.LossTraces(losses)).diagnostics.llc_rhat is None

@@ -32,7 +32,7 @@ def test_defaults() -> None:
         "num_burnin_steps": "auto",
         "num_steps_bw_draws": "auto",
         "preconditioner": None,
-        "integrator": "euler",
+        "integrator": "auto",
         "control_variate": "auto",
         "measure_acceptance": False,
         "params": None,

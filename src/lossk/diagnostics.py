@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from lossk.sgld import SGLD
     from lossk.traces import LossTraces
 
-WATCHED = 256  # samples whose own traces are kept for R-hat and ESS, evenly spaced over the probe
+WATCHED = 256  # samples whose own traces are kept, evenly spaced over the probe
+RANKED = 64  # of them, of which R-hat and ESS are taken: ArviZ goes through traces one by one, and medians need no more
 RHAT_LIMIT = 1.1
 NOISE_LIMIT = 1.0
 STEP_LIMIT = 0.25
@@ -41,8 +42,12 @@ class Diagnostics:
 
     rhat: float | None  # rank-normalised split R-hat of the mean probe loss (Vehtari et al. 2021), by ArviZ
     ess: float | None  # bulk effective sample size of the mean probe loss, over all chains
-    sample_rhat: float | None  # median R-hat over (up to 256) samples' own losses
+    sample_rhat: float | None  # median R-hat over (up to 64) samples' own losses
     sample_ess: float | None  # median ESS over the same samples
+    sample_rhat_high: float | None = None  # 95th percentile over them
+    sample_ess_low: float | None = None  # 5th percentile over them
+    llc_rhat: float | None = None  # of the rise of the training loss, whose mean the LLC is
+    llc_ess: float | None = None
     llc: float | None  # n_beta (E[L_n(w)] - L_n(w*)), the local learning coefficient
     llc_se: float | None  # Monte Carlo standard error of llc
     functional_variance: Estimate | None  # V: sum over the training samples of Var(loss), nats^2; probe = train only
@@ -90,8 +95,10 @@ class Diagnostics:
         return "\n".join(
             [
                 f"LLC          {llc}",
-                f"R-hat        {_number(self.rhat, 3)} (mean loss), {_number(self.sample_rhat, 3)} (median sample)",
-                f"ESS          {_number(self.ess, 0)} (mean loss), {_number(self.sample_ess, 0)} (median sample)",
+                f"R-hat        {_number(self.rhat, 3)} (mean loss), {_number(self.llc_rhat, 3)} (LLC), "
+                f"{_number(self.sample_rhat, 3)} (median sample), {_number(self.sample_rhat_high, 3)} (95 % quantile)",
+                f"ESS          {_number(self.ess, 0)} (mean loss), {_number(self.llc_ess, 0)} (LLC), "
+                f"{_number(self.sample_ess, 0)} (median sample), {_number(self.sample_ess_low, 0)} (5 % quantile)",
                 *criteria,
                 *moves,
                 f"noise floor  {_number(self.noise_floor)} (correlation that chance alone would show)",
@@ -210,8 +217,10 @@ def diagnose(
         acceptance: [C, T], NaN where it was not asked for.
         distance: [C, T], |w - w*|.
     """
-    rhat, ess = _rhat_ess(mean_loss.double().numpy()[..., None])
-    sample_rhat, sample_ess = _rhat_ess(watched.double().numpy())
+    rhats, sizes = _rhat_ess(mean_loss.double().numpy()[..., None])
+    few = watched[..., :: -(-watched.shape[-1] // RANKED)]
+    sample_rhats, sample_sizes = _rhat_ess(few.double().numpy())
+    llc_rhats, llc_sizes = _rhat_ess(np.empty((1, 0, 1)) if excess is None else excess.double().numpy()[..., None])
     drift, drift_z = _drift(mean_loss.double().numpy())
     llc = llc_se = None
     if excess is not None and n_beta is not None:
@@ -229,10 +238,14 @@ def diagnose(
         "waic": None if criteria is None else criteria.waic,
         "wbic": None if criteria is None else criteria.wbic,
         "noise_floor": noise_floor,
-        "rhat": rhat,
-        "ess": ess,
-        "sample_rhat": sample_rhat,
-        "sample_ess": sample_ess,
+        "rhat": _quantile(rhats, 0.5),
+        "ess": _quantile(sizes, 0.5),
+        "sample_rhat": _quantile(sample_rhats, 0.5),
+        "sample_ess": _quantile(sample_sizes, 0.5),
+        "sample_rhat_high": _quantile(sample_rhats, 0.95),
+        "sample_ess_low": _quantile(sample_sizes, 0.05),
+        "llc_rhat": _quantile(llc_rhats, 0.5),
+        "llc_ess": _quantile(llc_sizes, 0.5),
         "llc": llc,
         "llc_se": llc_se,
         "gradient_noise_ratio": noise,
@@ -298,16 +311,19 @@ def judge(numbers: Mapping[str, Any]) -> tuple[str, str]:
     return "unchecked", "no watched sample's loss varies enough to be checked"
 
 
-def _rhat_ess(traces: np.ndarray) -> tuple[float | None, float | None]:
-    """Medians of R-hat and bulk ESS over the last axis of [C, T, w]; constant traces are left out."""
+def _rhat_ess(traces: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """R-hat and bulk ESS of each of the last axis of [C, T, w], by ArviZ; traces that are constant or not finite, or
+    too short for either, are left out."""
     from arviz_stats.base import array_stats  # slow to import
 
-    varies = np.ptp(traces, axis=(0, 1)) > 0
-    if traces.shape[1] < 4 or not varies.any():
-        return None, None
-    rhat = array_stats.rhat(traces[..., varies], chain_axis=0, draw_axis=1)
-    ess = array_stats.ess(traces[..., varies], chain_axis=0, draw_axis=1)
-    return _median(rhat), _median(ess)
+    if traces.shape[1] < 4:
+        return np.empty(0), np.empty(0)
+    usable = np.isfinite(traces).all(axis=(0, 1)) & (np.ptp(traces, axis=(0, 1)) > 0)
+    if not usable.any():
+        return np.empty(0), np.empty(0)
+    rhat = array_stats.rhat(traces[..., usable], chain_axis=0, draw_axis=1)
+    ess = array_stats.ess(traces[..., usable], chain_axis=0, draw_axis=1)
+    return np.atleast_1d(rhat), np.atleast_1d(ess)
 
 
 def _drift(mean_loss: np.ndarray) -> tuple[float | None, float | None]:
@@ -322,9 +338,9 @@ def _drift(mean_loss: np.ndarray) -> tuple[float | None, float | None]:
     return move / deviation, move / error if error > 0 else None
 
 
-def _median(values: np.ndarray) -> float | None:
-    finite = np.asarray(values)[np.isfinite(values)]
-    return float(np.median(finite)) if finite.size else None
+def _quantile(values: np.ndarray, q: float) -> float | None:
+    finite = values[np.isfinite(values)]
+    return float(np.quantile(finite, q)) if finite.size else None
 
 
 def _mean(values: Tensor | None) -> float | None:

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Final, Literal
 
 import torch
 from torch import Tensor
@@ -31,7 +31,9 @@ from lossk.settings import SteppingSettings, check_automatic, check_choice
 from lossk.stepping import SteppingChain
 
 PRECONDITIONERS = (None, "rmsprop", "rmsprop-frozen")
-INTEGRATORS = ("euler", "leimkuhler-matthews")
+EULER: Final = "euler"
+AVERAGED: Final = "leimkuhler-matthews"
+INTEGRATORS = ("auto", EULER, AVERAGED)
 ALPHA, STABILITY = 0.99, 0.1  # of the RMSprop preconditioner
 
 
@@ -52,7 +54,8 @@ class SGLD(SteppingSettings):
             that moves with the weights (Li et al. 2016, eq. 7); or "rmsprop-frozen", the same until the end of burn-in
             and constant from then on, so that the law is p(w) up to discretisation and minibatch noise.
         integrator: "euler", the step above, or "leimkuhler-matthews", whose noise is averaged over two steps: no bias
-            in a quadratic, and where lr is "auto" a step up to five times as long. Without preconditioner only.
+            in a quadratic, and where lr is "auto" a step up to five times as long. Without preconditioner only. "auto"
+            averages where lr is "auto" too; an lr that is a number means the step above, as published ones do.
         control_variate: take g_B(w) - g_B(w*) + g_n(w*) for the minibatch gradient (Baker et al. 2019, arXiv
             1706.05439): the same mean, little noise near w*, twice the cost of a step. "auto" lets the pilot decide
             where lr is "auto" too, and is False where lr is a number.
@@ -66,7 +69,7 @@ class SGLD(SteppingSettings):
 
     lr: float | Literal["auto"] = "auto"
     preconditioner: Literal["rmsprop", "rmsprop-frozen"] | None = None
-    integrator: Literal["euler", "leimkuhler-matthews"] = "euler"
+    integrator: Literal["auto", "euler", "leimkuhler-matthews"] = "auto"
     control_variate: bool | Literal["auto"] = "auto"
     measure_acceptance: bool = False
 
@@ -77,14 +80,23 @@ class SGLD(SteppingSettings):
         check_choice("control_variate", self.control_variate, (True, False, "auto"))
         check_choice("measure_acceptance", self.measure_acceptance, (True, False))
         check_choice("integrator", self.integrator, INTEGRATORS)
-        if self.averaged and (self.preconditioner is not None or self.measure_acceptance):
-            given = "preconditioner" if self.preconditioner is not None else "measure_acceptance"
-            raise ValueError(f"integrator='leimkuhler-matthews' goes without {given}, got {getattr(self, given)!r}")
+        if self.averaged and self._needs_euler is not None:
+            given = self._needs_euler
+            raise ValueError(f"integrator={AVERAGED!r} goes without {given}, got {getattr(self, given)!r}")
+
+    @property
+    def _needs_euler(self) -> str | None:
+        """The setting that averaged noise cannot go with, if one is given."""
+        if self.preconditioner is not None:
+            return "preconditioner"
+        return "measure_acceptance" if self.measure_acceptance else None
 
     @property
     def averaged(self) -> bool:
         """Whether a step's noise is averaged with the next one's."""
-        return self.integrator == "leimkuhler-matthews"
+        if self.integrator == "auto":
+            return self.lr == "auto" and self._needs_euler is None
+        return self.integrator == AVERAGED
 
     @property
     def gain(self) -> float:

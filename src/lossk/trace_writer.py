@@ -54,7 +54,11 @@ class TraceWriter:
         centering: "chain" or "pooled", of the kernel.
         dtype: of the scaled deviations on disk, "float16" or "float32".
         chunk: samples per chunk; None = 16 MB each, at most 4,096 samples.
-        excess, n_beta, tokens, sets, meta: as of `LossTraces`.
+        excess: [C, T] rise of the training loss at each draw, if known, nats.
+        n_beta: of the probe, if known.
+        tokens: [N, 2] integers, (sample, position) of each column where these are losses of tokens.
+        sets: name -> slice of the columns of one of several probe sets.
+        meta: kept beside the numbers.
     """
 
     def __init__(
