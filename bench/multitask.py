@@ -8,11 +8,13 @@ A case is run once: its numbers are kept in FOLDER, and a case that is there is 
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -195,7 +197,56 @@ def snapshots(work: Path, at: Sequence[int] = SNAPSHOTS, **args: Any) -> list[di
     return found
 
 
-def page(found: Sequence[Mapping[str, Any]], shots: Sequence[Mapping[str, Any]]) -> str:
+GROUPS = {"all weights": ("*",), "all but the token's": ("pairs.*", "head.*"), "the pair's alone": ("pairs.weight",)}
+EXACT = (
+    ("two tasks", {}),
+    ("random answers", RANDOM),
+    ("untrained", UNTRAINED),
+    ("quiet token", QUIET),
+    ("quiet token, random answers", {**RANDOM, **QUIET}),
+    ("quiet token, untrained", {**QUIET, **UNTRAINED}),
+)
+
+
+def gradient_purity(task: RecipeTask, patterns: Sequence[str]) -> float:
+    """Purity of the kernel that independent draws ever nearer to w* tend to: cosines of the samples' gradients, exact.
+
+    Of the weights whose names match `patterns`; float64.
+    """
+    assert task.labels is not None
+    model = copy.deepcopy(task.model).double()
+    weights = {name: value.detach() for name, value in model.named_parameters()}
+    moved = {name: value for name, value in weights.items() if any(fnmatch(name, p) for p in patterns)}
+
+    def loss(values: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
+        logits = torch.func.functional_call(model, {**weights, **values}, (x.unsqueeze(0),))
+        return torch.nn.functional.cross_entropy(logits, y.unsqueeze(0))
+
+    inputs, targets = task.samples.tensors
+    of_each = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0, 0))(moved, inputs.double(), targets)
+    rows = torch.cat([value.flatten(1) for value in of_each.values()], dim=1)  # [N, weights]
+    rows /= rows.norm(dim=1, keepdim=True).clamp(min=1e-300)
+    cosine = (rows @ rows.T).fill_diagonal_(-math.inf)
+    return class_purity(cosine.topk(K, dim=1).indices, task.labels)
+
+
+def exact(work: Path, networks: Sequence[tuple[str, Mapping[str, Any]]] = EXACT) -> list[dict[str, Any]]:
+    """Purity without sampling noise, of what was learned and of what was not."""
+    path = work / "exact.json"
+    if path.exists():
+        return json.loads(path.read_text())
+    found = []
+    for name, args in networks:
+        task = multitask.make_task(**args, checkpoint=work / f"{name}, seed 0.pt")
+        purities = {group: gradient_purity(task, patterns) for group, patterns in GROUPS.items()}
+        found.append({"name": name, "accuracy": least_accuracy(task), **purities})
+    path.write_text(json.dumps(found, indent=1))
+    return found
+
+
+def page(
+    found: Sequence[Mapping[str, Any]], shots: Sequence[Mapping[str, Any]], limits: Sequence[Mapping[str, Any]]
+) -> str:
     """The tables of docs/multitask.md."""
     head = ["network", "held out", "purity (chance)", "R within", "R across", "gap / se", "|R| within", "|R| across",
             "unrelated", "beyond"]  # fmt: skip
@@ -227,7 +278,11 @@ def page(found: Sequence[Mapping[str, Any]], shots: Sequence[Mapping[str, Any]])
         ]
         for one in shots
     ]
-    return f"{table(head, rows)}\n\n## Snapshots through training\n\n{table(tried, stages)}\n"
+    bare = [[one["name"], f"{one['accuracy']:.1%}", *(f"{one[group]:.3f}" for group in GROUPS)] for one in limits]
+    return (
+        f"{table(head, rows)}\n\n## Without sampling noise\n\n{table(['network', 'held out', *GROUPS], bare)}\n\n"
+        f"## Snapshots through training\n\n{table(tried, stages)}\n"
+    )
 
 
 def main() -> None:
@@ -240,7 +295,7 @@ def main() -> None:
     options.work.mkdir(parents=True, exist_ok=True)
     wanted = [case for case in cases() if options.only is None or case.group in options.only]
     found = [{**run(case, options.work), "name": case.name} for case in wanted]
-    text = page(found, snapshots(options.work) if options.only is None else [])
+    text = page(found, snapshots(options.work), exact(options.work))
     if options.out is None:
         print(text)
     else:
