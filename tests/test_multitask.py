@@ -91,12 +91,12 @@ def test_a_network_that_knows_one_task_only_is_refused(tmp_path: Path) -> None:
         multitask.make_task(p=p, checkpoint=path)
 
 
-def test_the_default_network_generalises() -> None:
-    task = multitask.make_task()
+def test_the_default_network_generalises_in_half_its_epochs() -> None:
+    task = multitask.make_task(epochs=500, required_accuracy=0.9)
     assert task.held_out is not None
     assert task.held_out_accuracy is not None
     assert int(task.held_out.sum()) == 212
-    assert task.held_out_accuracy >= 0.99
+    assert task.held_out_accuracy >= 0.9
     with torch.inference_mode():  # losses that are all nothing would say nothing
         losses = torch.nn.functional.cross_entropy(task.model(task.train[0]), task.train[1], reduction="none")
     assert float(losses.median()) > 1e-3
