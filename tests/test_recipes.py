@@ -145,7 +145,7 @@ def assert_consistent(task: RecipeTask, *, num_samples: int, num_train: int, lea
 
 
 def test_packaged_configs_are_found_by_name() -> None:
-    assert packaged_names() == ["digits", "fashion", "multitask"]
+    assert packaged_names() == ["digits", "fashion", "imagenet", "multitask", "text"]
     assert packaged_config("fashion") is not None
     assert packaged_config("Fashion") is None
     assert packaged_config("../digits") is None

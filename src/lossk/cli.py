@@ -145,6 +145,7 @@ def _execute(
             task.samples,
             train=task.train,
             loss=task.loss,
+            transform=task.transform,
             sampler=read_sampler(config.sampler),
             passes=None if config.passes is None else Passes(**config.passes),
             out=out,
@@ -170,6 +171,12 @@ def _execute(
         draw_picture(kernel, what, picture, neighbors=neighbors)
     if report is not None:
         write_report(out, report, overwrite=True)
+    if task.row_texts is not None:
+        from lossk.report.contexts import describe_contexts, write_page
+
+        print(describe_contexts(kernel, task.row_texts, neighbors))
+        outputs.append(contexts_page(out))
+        write_page(kernel, task.row_texts, neighbors, outputs[-1], title=captions(kernel, task, neighbors)[0])
     print("wrote " + ", ".join(str(path) for path in outputs if path.exists()))
     return kernel
 
@@ -191,12 +198,19 @@ def _begin(config: RunConfig, outputs: Sequence[Path], *, overwrite: bool, resum
     for path in outputs:
         path.parent.mkdir(parents=True, exist_ok=True)
     task = config.make_task()
+    if task.row_texts is not None and contexts_page(out).exists() and not (overwrite or resume):
+        raise FileExistsError(f"{contexts_page(out)} exists; pass --overwrite to replace it, or another --out")
     print(task.notes)
     if task.held_out_accuracy is not None:
         print(f"held-out accuracy {task.held_out_accuracy:.2%}")
     if overwrite and out.exists():
         shutil.rmtree(out)
     return task
+
+
+def contexts_page(out: Path) -> Path:
+    """Where a run of a text recipe shows rows and their neighbours in context."""
+    return out.with_suffix(".html")
 
 
 def captions(kernel: LossKernel, task: RecipeTask, neighbors: Neighbors) -> tuple[str, str]:

@@ -103,7 +103,7 @@ def plan_grid(
         raise ValueError(f"lossk tune needs sampler.kind: sgld in the config, got {kind_of(asked)!r}")
     run = Run.prepare(
         task.model, probe, train, task.loss, asked, settings.num_chains, settings.num_draws,
-        build["backend"] or "auto", build["device"], build["precision"], build["seed"] or 0,
+        build["backend"] or "auto", build["device"], build["precision"], build["seed"] or 0, task.transform,
     )  # fmt: skip
     with run.task:
         run.tune(None)

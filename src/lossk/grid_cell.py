@@ -82,6 +82,7 @@ def run_cell(cell: PlannedCell, grid: Mapping[str, Any], task: RecipeTask, data:
             probe,
             train=train,
             loss=task.loss,
+            transform=task.transform,
             sampler=SGLD(**cell.sampler),
             num_chains=request["num_chains"],
             num_draws=request["num_draws"],

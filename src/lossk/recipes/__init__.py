@@ -31,12 +31,15 @@ class RecipeTask:
     samples: Any  # the N probe samples: (inputs, targets) tensors, a Dataset or a DataLoader
     train: Any = None  # the data that defines L_n; None = the samples
     loss: Any = "cross_entropy"  # name, or callable loss(model, batch) -> losses [B]
+    transform: Any = None  # what to do with a batch's inputs before the model is given them
     labels: Tensor | None = None  # [N] int64
-    images: Tensor | None = None  # [N, H, W] float32 in [0, 1], as shown in the picture
+    images: Tensor | None = None  # [N, H, W] or [N, H, W, 3] float32 in [0, 1], as shown in the picture
     class_names: Sequence[str] = ()
     held_out: Tensor | None = None  # [N] bool: True where the network was not trained on the sample
     held_out_accuracy: float | None = None  # in [0, 1]
     notes: str = ""  # one or two lines, printed before the kernel is built
+    row_texts: Sequence[str] | None = None  # the text of each row of the kernel, a token's or a sequence's
+    label_word: str = "class"  # what a label is called
 
 
 def packaged_config(name: str) -> Path | None:
@@ -88,12 +91,15 @@ def train_classifier(
 
 
 @torch.inference_mode()
-def predict(model: nn.Module, inputs: Tensor, batch_size: int = 1000) -> Tensor:
+def predict(
+    model: nn.Module, inputs: Tensor, batch_size: int = 200, transform: Callable[[Any], Any] | None = None
+) -> Tensor:
     """Predicted classes [N] int64 of a classifier in eval mode; the model's train/eval modes are put back."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
-        return torch.cat([model(part).argmax(dim=1) for part in inputs.split(batch_size)])
+        parts = inputs.split(batch_size)
+        return torch.cat([model(part if transform is None else transform(part)).argmax(dim=1) for part in parts])
     finally:
         for module, training in modes:
             module.training = training

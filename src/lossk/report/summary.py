@@ -39,7 +39,7 @@ def describe_neighbors(kernel: LossKernel, task: RecipeTask, neighbors: Neighbor
     k = neighbors.index.shape[1]
     if task.labels is not None:
         purity, chance = class_purity(neighbors.index, task.labels), chance_purity(task.labels)
-        lines.append(f"Of each sample's {k} nearest neighbours, these show the same class:")
+        lines.append(f"Of each sample's {k} nearest neighbours, these show the same {task.label_word}:")
         lines.append(f"  loss kernel  {purity:7.2%}")
         if task.images is not None:
             raw = class_purity(raw_neighbors(task.images, k), task.labels)
@@ -52,7 +52,9 @@ def describe_neighbors(kernel: LossKernel, task: RecipeTask, neighbors: Neighbor
             lines.append("  probe resolves the classes, not that it would classify.")
     lines.append(f"Neighbours above the noise floor: {above:.1%} (unrelated samples: about {1 / k:.0%})")
     lines.append("Largest self-covariance (losses that move most when the weights are jiggled):")
-    predicted = predict(task.model, inputs) if are_targets and inputs is not None else None
+    predicted = None
+    if are_targets and inputs is not None:
+        predicted = predict(task.model, inputs, transform=task.transform)
     for i in torch.argsort(kernel.variance, descending=True)[:5].tolist():
         text = f"  sample {i:5d}  loss {float(kernel.mean_loss[i]):7.3f}  std {float(kernel.variance[i]) ** 0.5:6.3f}"
         if task.labels is not None and predicted is not None:
