@@ -82,7 +82,7 @@ def run_neighbors(options: argparse.Namespace) -> None:
     print(f"{rows:,} samples, {k} {'most anti-correlated' if options.anti else 'nearest'} of each")
     print(f"significant   {found.share:.1%} above the noise floor (unrelated samples: about {1 / k:.0%})")
     sure = float((found.by_chance < 0.01).double().mean())
-    print(f"beyond doubt  {sure:.1%} expected by chance in fewer than one row of a hundred")
+    print(f"by_chance     {sure:.1%} are such as fewer than one row of a hundred would show by chance")
     for path in paths:
         columns = {
             "sample": samples.repeat_interleave(k),
