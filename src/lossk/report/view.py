@@ -63,7 +63,7 @@ def number(value: float | None, digits: int = 3) -> str:
     if value is None or np.isnan(value):
         return "unknown"
     if value != 0 and not 1e-3 <= abs(value) < 1e5:
-        return f"{value:.{digits - 1}e}"
+        return f"{value:.{max(digits - 1, 0)}e}"
     if 0 < abs(value) < 1:
         return f"{value:.{max(digits, 1)}g}".replace("-", "\N{MINUS SIGN}")
     return f"{value:.{min(digits, 1) if abs(value) >= 100 else digits}f}".replace("-", "\N{MINUS SIGN}")
