@@ -187,6 +187,7 @@ def test_bench_lds_runs(tmp_path: Path) -> None:
     assert "nan" not in out.read_text()
 
 
+@pytest.mark.slow  # the pilot and the trial chains of a convolutional network
 def test_bench_mislabels_runs(tmp_path: Path) -> None:
     out, record = tmp_path / "m.md", tmp_path / "m.json"
     mislabels.main([
