@@ -70,10 +70,10 @@ def test_a_case_is_run_once_and_the_page_holds_its_numbers(tmp_path: Path) -> No
 def test_near_w_star_the_kernel_is_gradient_similarity(tmp_path: Path) -> None:
     task = multitask.multitask.make_task(p=5, hidden=16, epochs=30, required_accuracy=0.0)
     sampler = lossk.Gaussian(sigma=1e-5, params=["pairs.*", "head.*"])
-    traces = lossk.sample_losses(task.model, task.samples, sampler=sampler, num_draws=2000, progress=False)
+    traces = lossk.sample_losses(task.model, task.samples, sampler=sampler, num_draws=400, progress=False)
     assert task.labels is not None
     expected = multitask.gradient_purity(task, ("pairs.*", "head.*"))
-    assert measure(traces, task.labels)["purity"] == pytest.approx(expected, abs=0.03)
+    assert measure(traces, task.labels)["purity"] == pytest.approx(expected, abs=0.05)
 
 
 def test_generated_pictures_have_imagenets_layout(tmp_path: Path) -> None:
