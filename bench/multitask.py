@@ -172,8 +172,8 @@ def least_accuracy(task: RecipeTask) -> float:
 def snapshots(work: Path, at: Sequence[int] = SNAPSHOTS, **args: Any) -> list[dict[str, Any]]:
     """The two-task network of seed 0 while it is trained, probed by independent draws w* + 0.001 xi."""
     path = work / "snapshots.json"
-    if path.exists():
-        return json.loads(path.read_text())
+    if path.exists() or not at:
+        return json.loads(path.read_text()) if path.exists() else []
     settings = {"p": 23, "hidden": 256, "loudness": 3.0, "train_share": 0.8, "num_draws": 100, **args}
     inputs, targets, tasks, num_train = arithmetic(settings["p"], settings["train_share"], 0)
     model = multitask.make_network("one", settings["p"], 2, settings["hidden"], settings["loudness"], 0)
@@ -233,8 +233,8 @@ def gradient_purity(task: RecipeTask, patterns: Sequence[str]) -> float:
 def exact(work: Path, networks: Sequence[tuple[str, Mapping[str, Any]]] = EXACT) -> list[dict[str, Any]]:
     """Purity without sampling noise, of what was learned and of what was not."""
     path = work / "exact.json"
-    if path.exists():
-        return json.loads(path.read_text())
+    if path.exists() or not networks:
+        return json.loads(path.read_text()) if path.exists() else []
     found = []
     for name, args in networks:
         task = multitask.make_task(**args, checkpoint=work / f"{name}, seed 0.pt")
@@ -290,12 +290,16 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="the page; its tables stand between two marks. Without: printed")
     parser.add_argument("--work", type=Path, default=Path("multitask"), help="folder of networks and numbers")
     parser.add_argument("--only", nargs="*", help="groups of cases")
+    parser.add_argument("--finished", action="store_true", help="nothing is run: a page of what FOLDER holds")
     options = parser.parse_args()
     torch.set_num_threads(1)
     options.work.mkdir(parents=True, exist_ok=True)
     wanted = [case for case in cases() if options.only is None or case.group in options.only]
+    if options.finished:
+        wanted = [case for case in wanted if (options.work / f"{case.name}.json").exists()]
     found = [{**run(case, options.work), "name": case.name} for case in wanted]
-    text = page(found, snapshots(options.work), exact(options.work))
+    shots = snapshots(options.work, at=() if options.finished else SNAPSHOTS)
+    text = page(found, shots, exact(options.work, () if options.finished else EXACT))
     if options.out is None:
         print(text)
     else:
