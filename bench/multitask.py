@@ -287,8 +287,8 @@ def page(
     return "\n\n".join(parts) + "\n"
 
 
-BARE = """Purity by cosines of the samples' gradients at w\\* (float64), the limit of ever nearer draws, for some or all of
-the weights."""
+BARE = """Purity by cosines of the samples' gradients at w\\* (float64), the limit of ever nearer draws, of some or all
+weights."""
 
 
 def main() -> None:
@@ -318,7 +318,7 @@ MARKS = "<!-- made by python -m bench.multitask -->", "<!-- end -->"
 def replace_between_marks(old: str, text: str) -> str:
     """The page with its tables replaced; its prose is written by hand."""
     before, rest = old.split(MARKS[0])
-    return f"{before}{MARKS[0]}\n{text}{MARKS[1]}{rest.split(MARKS[1])[1]}"
+    return f"{before}{MARKS[0]}\n\n{text}\n{MARKS[1]}{rest.split(MARKS[1])[1]}"
 
 
 if __name__ == "__main__":

@@ -63,7 +63,7 @@ def test_a_case_is_run_once_and_the_page_holds_its_numbers(tmp_path: Path) -> No
     page = multitask.page([{**found, "name": "tiny, local"}], shots, limits)
     assert f"| tiny, local | {found['accuracy']:.1%} | {found['purity']:.3f} ({found['chance']:.2f}) |" in page
     text = f"before\n{multitask.MARKS[0]}\nold\n{multitask.MARKS[1]}\nafter\n"
-    assert replace_between_marks(text, page).startswith(f"before\n{multitask.MARKS[0]}\n| network")
+    assert replace_between_marks(text, page).startswith(f"before\n{multitask.MARKS[0]}\n\n| network")
     assert replace_between_marks(replace_between_marks(text, page), page) == replace_between_marks(text, page)
 
 
