@@ -63,17 +63,17 @@ def test_a_case_is_run_once_and_the_page_holds_its_numbers(tmp_path: Path) -> No
     page = multitask.page([{**found, "name": "tiny, local"}], shots, limits)
     assert f"| tiny, local | {found['accuracy']:.1%} | {found['purity']:.3f} ({found['chance']:.2f}) |" in page
     text = f"before\n{multitask.MARKS[0]}\nold\n{multitask.MARKS[1]}\nafter\n"
-    assert replace_between_marks(text, page).startswith(f"before\n{multitask.MARKS[0]}\n| network")
+    assert replace_between_marks(text, page).startswith(f"before\n{multitask.MARKS[0]}\n\n| network")
     assert replace_between_marks(replace_between_marks(text, page), page) == replace_between_marks(text, page)
 
 
 def test_near_w_star_the_kernel_is_gradient_similarity(tmp_path: Path) -> None:
     task = multitask.multitask.make_task(p=5, hidden=16, epochs=30, required_accuracy=0.0)
     sampler = lossk.Gaussian(sigma=1e-5, params=["pairs.*", "head.*"])
-    traces = lossk.sample_losses(task.model, task.samples, sampler=sampler, num_draws=2000, progress=False)
+    traces = lossk.sample_losses(task.model, task.samples, sampler=sampler, num_draws=400, progress=False)
     assert task.labels is not None
     expected = multitask.gradient_purity(task, ("pairs.*", "head.*"))
-    assert measure(traces, task.labels)["purity"] == pytest.approx(expected, abs=0.03)
+    assert measure(traces, task.labels)["purity"] == pytest.approx(expected, abs=0.05)
 
 
 def test_generated_pictures_have_imagenets_layout(tmp_path: Path) -> None:
