@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import socket
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -24,6 +25,7 @@ from lossk.errors import DistributedError
 LAUNCHED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what torchrun sets, and env:// needs
 TIMEOUT = timedelta(hours=3)  # of a collective: longer than a panel, or a pilot that the others wait for, may take
 Made = TypeVar("Made")
+LINGERING = 5.0  # seconds that a killed process may take to be gone
 MEETING = timedelta(minutes=10)  # within which every rank must have called
 
 
@@ -146,11 +148,15 @@ class Ranks:
 
     def _what_happened(self, error: Exception) -> str:
         here = socket.gethostname()
-        gone = [
-            f"rank {rank} (process {peer['pid']} on {peer['host']})"
-            for rank, peer in enumerate(self.peers)
-            if peer and peer["host"] == here and not _is_running(peer["pid"])
-        ]
+        gone: list[str] = []
+        until = time.monotonic() + LINGERING
+        while not gone and time.monotonic() < until:  # its connections are closed a little before the process is gone
+            gone = [
+                f"rank {rank} (process {peer['pid']} on {peer['host']})"
+                for rank, peer in enumerate(self.peers)
+                if peer and peer["host"] == here and not _is_running(peer["pid"])
+            ]
+            time.sleep(0.05)
         who = ", ".join(gone) or "another rank"
         verb = "have" if len(gone) > 1 else "has"
         reason = " ".join(str(error).split())

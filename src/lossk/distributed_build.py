@@ -142,10 +142,11 @@ def _chosen(
 ) -> Iterator[tuple[dict[str, Any], Layout]]:  # fmt: skip
     """What rank 0 chooses, as a process alone would, on every rank, with the task entered."""
     if not ranks.first:
-        chosen, plain = ranks.decide(lambda: None)
-        run.arrange(None, chosen)
+        run.arrange(None, {"passes": ranks.decide(lambda: None)})
         with run.task:
-            run.tune(chosen)
+            run.evaluate_anchor()  # while rank 0 has its pilot
+            chosen, plain = ranks.decide(lambda: None)
+            run.settle(chosen)
             layout = Layout(**plain)
             ranks.all_or_none(_too_large(ranks, request, layout, budget, path))
             yield chosen, layout
@@ -154,6 +155,7 @@ def _chosen(
     waiting = True
     try:
         run.arrange(passes, before)
+        ranks.broadcast_json({"found": run.task.passes.to_dict()})
         with run.task:
             run.tune(before)
             run.announce(bar)

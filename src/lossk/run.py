@@ -211,6 +211,11 @@ class Run:
 
     def tune(self, chosen: dict[str, Any] | None) -> None:
         """Losses at w*, the pilot's measurements, and every "auto" filled in (or all as `chosen` before)."""
+        self.evaluate_anchor()
+        self.settle(chosen)
+
+    def evaluate_anchor(self) -> None:
+        """The losses of the training samples at w*."""
         out = torch.empty(len(self.train))
         with self.timings.measure("anchor"):
             probe_losses(self.task, self.train, out)
@@ -218,6 +223,9 @@ class Run:
         if bad is not None:
             raise ValueError(f"loss must be finite at the trained weights; training sample {bad} has {float(out[bad])}")
         self.anchor_losses = out.double()
+
+    def settle(self, chosen: dict[str, Any] | None) -> None:
+        """The pilot's measurements, and every "auto" filled in (or all as `chosen` before)."""
         self._choose(chosen)
         with self.timings.measure("pilot"):
             self.fitted = fit(self.sampler, self.task, self.train, seed=self.seed)
