@@ -48,7 +48,7 @@ def load(name: str | Path) -> HuggingFace:
         return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
     def decode(numbers: Tensor) -> list[str]:
-        return [tokenizer.decode([number]) for number in numbers.tolist()]
+        return [str(tokenizer.decode([number])) for number in numbers.tolist()]
 
     longest = getattr(model.config, "max_position_embeddings", None)
     return HuggingFace(model, encode, decode, int(model.config.vocab_size), longest)
