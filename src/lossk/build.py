@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from lossk import record
 from lossk.chain import ChainState
 from lossk.data import Transform
 from lossk.disk import full_disk_named
@@ -146,7 +147,7 @@ def build_kernel(
                 ranks, run, settings, passes=passes, panel=panel, path=path, resume=resume, budget=budget, bar=bar
             )
         panel = panel or saved_panel(path) or choose_panel(len(run.probe), num_draws, budget.asked)
-        request = {**run.request(), "tile": tile, "panel": panel, "dtype": dtype, "centering": centering}
+        request = {**record.request(run), "tile": tile, "panel": panel, "dtype": dtype, "centering": centering}
         if path is not None and path.exists():
             finished = open_finished(path, request)
             if finished is not None:
@@ -164,7 +165,7 @@ def build_kernel(
                 layout = run.plan(bar, budget, tile=tile, panel=panel, dtype=dtype, out=path, saved=saved)
                 if path is not None and log is None:
                     columns = log_columns(len(run.probe), tile) if layout.tiles == "store" else None
-                    log = RunLog.create(path, request, {**run.chosen(), "layout": layout.to_dict()}, columns)
+                    log = RunLog.create(path, request, {**record.chosen(run), "layout": layout.to_dict()}, columns)
                 return _accumulate(run, request, log, layout, budget, bar)
         finally:
             if log is not None:
@@ -211,7 +212,7 @@ def sample_losses(
             losses,
             excess=run.watch.excess,
             n_beta=n_beta,
-            meta=run.meta(run.request()),
+            meta=record.meta(run, record.request(run)),
             tokens=run.probe.tokens,
             sets=run.probe.sets,
         )
@@ -250,7 +251,7 @@ def _accumulate(
         tokens=run.probe.tokens,
         sets=run.probe.sets,
     )
-    kernel.meta = {**run.meta(request), "memory": {**layout.to_dict(), "planned_peak_bytes": layout.peak_bytes}}
+    kernel.meta = {**record.meta(run, request), "memory": {**layout.to_dict(), "planned_peak_bytes": layout.peak_bytes}}
     if log is not None:
         log.finish(kernel, with_tiles=layout.tiles != "store")
     return kernel

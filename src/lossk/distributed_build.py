@@ -17,6 +17,7 @@ from typing import Any
 import zarr
 from torch import Tensor
 
+from lossk import record
 from lossk.blocks import Moments, TileBlocks, tile_spans
 from lossk.disk import sync
 from lossk.distributed import Ranks, gather_tiles
@@ -103,7 +104,7 @@ def build_on_ranks(
     saved = ranks.decide(lambda: _look(path, resume))
     at_a_time = min(ranks.size, run.num_chains)
     usual = max(1, choose_panel(len(run.probe), run.num_draws, budget.asked) // at_a_time)
-    request = {**run.request(), **settings, "panel": panel or saved or usual}
+    request = {**record.request(run), **settings, "panel": panel or saved or usual}
     ranks.agree({**request, "passes": None if passes is None else passes.to_dict(), "out": str(path), "resume": resume})
     if path is not None and ranks.decide(lambda: path.exists() and open_finished(path, request) is not None):
         bar.say(f"{path} is already complete")
@@ -172,7 +173,7 @@ def _chosen(
                 path,
                 None if before is None else before["layout"],
             )
-            chosen = {**run.chosen(), "layout": layout.to_dict(), "mesh": dataclasses.asdict(mesh)}
+            chosen = {**record.chosen(run), "layout": layout.to_dict(), "mesh": dataclasses.asdict(mesh)}
             waiting = False
             ranks.broadcast_json({"found": [chosen, dataclasses.asdict(layout)]})
             ranks.all_or_none(_too_large(ranks, request, layout, budget, path))
@@ -334,7 +335,7 @@ def _kernel(work: Work, blocks: TileBlocks, moments: Moments, sums: TileAccumula
         sets=run.probe.sets,
     )
     kernel.meta = {
-        **run.meta(work.request),
+        **record.meta(run, work.request),
         "memory": {**work.layout.to_dict(), "planned_peak_bytes": work.layout.peak_bytes},
         "ranks": {"size": work.ranks.size, **dataclasses.asdict(work.mesh)},
     }

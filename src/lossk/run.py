@@ -43,7 +43,7 @@ from lossk.probe import (
     token_fingerprint,
 )
 from lossk.probe_sets import read_sources
-from lossk.samplers import KINDS, Sampler, fit, kind_of, make_chain
+from lossk.samplers import KINDS, Sampler, fit, make_chain
 from lossk.settings import SteppingSettings
 from lossk.sgld import SGLD
 from lossk.task import Task
@@ -137,24 +137,6 @@ class Run:
         """n, the terms of the training loss: samples, or unmasked tokens."""
         return self.task.loss.num_terms(len(self.train))
 
-    def request(self) -> dict[str, Any]:
-        """What determines the result: saved with it, and compared on resuming."""
-        return {
-            "num_samples": len(self.probe),
-            "num_train": self.num_train,
-            "sets": {name: [rows.start, rows.stop] for name, rows in self.probe.sets.items()} or None,
-            "num_chains": self.num_chains,
-            "num_draws": self.num_draws,
-            "loss": self.task.loss.name,
-            "sampler": self.asked.to_dict(),
-            "sampler_kind": kind_of(self.asked),
-            "backend": self.backend,
-            "precision": self.task.precision,
-            "seed": self.seed,
-            "num_weights": self.task.num_weights,
-            "fingerprints": self.fingerprints,
-        }
-
     def arrange(self, passes: Passes | None, chosen: dict[str, Any] | None) -> None:
         """Settle how the passes are run: as given, as `chosen` before, or by a pilot; before the task is entered."""
         if chosen is not None:
@@ -242,16 +224,6 @@ class Run:
                 num_probe=self.probe.num_samples,
                 run_passes=self._load().forward_passes(self.probe.num_samples),
             )
-
-    def chosen(self) -> dict[str, Any]:
-        """What `tune` chose, to be saved: a resumed run must not choose anew."""
-        pilot = None if self.pilot is None else self.pilot.to_dict()
-        return {
-            "pilot": pilot,
-            "sampler": self.sampler.to_dict(),
-            "reasons": self.reasons,
-            "passes": self.task.passes.to_dict(),
-        }
 
     def announce(self, bar: Progress) -> None:
         """Say what was chosen."""
@@ -396,25 +368,3 @@ class Run:
             acceptance=self.watch.acceptance,
             distance=self.watch.distance,
         )
-
-    def meta(self, request: dict[str, Any]) -> dict[str, Any]:
-        """What is kept beside the numbers."""
-        seconds = {stage: round(value, 4) for stage, value in self.timings.seconds.items()}
-        return {
-            "config": request,
-            "sampler": self.sampler.to_dict(),
-            "reasons": self.reasons,
-            "passes": self.task.passes.to_dict(),
-            "passes_reasons": self.passes_reasons,
-            "pilot": None if self.pilot is None else self.pilot.to_dict(),
-            "backend": self.backend,
-            "ops": self.ops,
-            "anchor_loss": float(self.anchor_losses.mean()),
-            "timings": {**seconds, "total": round(time.perf_counter() - self.started, 4)},
-            "peak_rss_bytes": provenance.peak_rss_bytes(),
-            "versions": provenance.versions(),
-            "git_sha": provenance.git_sha(),
-            "warnings": self.warnings,
-            "mean_loss_trace": self.watch.mean_loss.tolist(),
-            "excess_trace": self.watch.excess.tolist(),
-        }

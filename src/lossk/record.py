@@ -1,0 +1,65 @@
+"""What is written down of a run: what was asked for, what was chosen, and what is kept beside the numbers."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Any
+
+from lossk import provenance
+from lossk.samplers import kind_of
+
+if TYPE_CHECKING:
+    from lossk.run import Run
+
+
+def request(run: Run) -> dict[str, Any]:
+    """What determines the result: saved with it, and compared on resuming."""
+    return {
+        "num_samples": len(run.probe),
+        "num_train": run.num_train,
+        "sets": {name: [rows.start, rows.stop] for name, rows in run.probe.sets.items()} or None,
+        "num_chains": run.num_chains,
+        "num_draws": run.num_draws,
+        "loss": run.task.loss.name,
+        "sampler": run.asked.to_dict(),
+        "sampler_kind": kind_of(run.asked),
+        "backend": run.backend,
+        "precision": run.task.precision,
+        "seed": run.seed,
+        "num_weights": run.task.num_weights,
+        "fingerprints": run.fingerprints,
+    }
+
+
+def chosen(run: Run) -> dict[str, Any]:
+    """What `tune` chose, to be saved: a resumed run must not choose anew."""
+    pilot = None if run.pilot is None else run.pilot.to_dict()
+    return {
+        "pilot": pilot,
+        "sampler": run.sampler.to_dict(),
+        "reasons": run.reasons,
+        "passes": run.task.passes.to_dict(),
+    }
+
+
+def meta(run: Run, request: dict[str, Any]) -> dict[str, Any]:
+    """What is kept beside the numbers."""
+    seconds = {stage: round(value, 4) for stage, value in run.timings.seconds.items()}
+    return {
+        "config": request,
+        "sampler": run.sampler.to_dict(),
+        "reasons": run.reasons,
+        "passes": run.task.passes.to_dict(),
+        "passes_reasons": run.passes_reasons,
+        "pilot": None if run.pilot is None else run.pilot.to_dict(),
+        "backend": run.backend,
+        "ops": run.ops,
+        "anchor_loss": float(run.anchor_losses.mean()),
+        "timings": {**seconds, "total": round(time.perf_counter() - run.started, 4)},
+        "peak_rss_bytes": provenance.peak_rss_bytes(),
+        "versions": provenance.versions(),
+        "git_sha": provenance.git_sha(),
+        "warnings": run.warnings,
+        "mean_loss_trace": run.watch.mean_loss.tolist(),
+        "excess_trace": run.watch.excess.tolist(),
+    }
