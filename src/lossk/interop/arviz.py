@@ -58,8 +58,8 @@ def to_inferencedata(traces: LossTraces) -> Any:
     """Traces in ArviZ's groups, as the `xarray.DataTree` that ArviZ 1.x works on.
 
     Returns:
-        `log_likelihood` with `loss` (chain, draw, observation): minus the losses, in nats, a log likelihood where the loss
-        is one (cross entropy), for `arviz_stats.loo` and its like; `posterior` with `mean_loss` (chain, draw), and
+        `log_likelihood` with `loss` (chain, draw, observation): minus the losses, in nats, a log likelihood where the
+        loss is one (cross entropy), for `arviz_stats.loo` and its like; `posterior` with `mean_loss` (chain, draw), and
         `excess_loss` where the traces know it, for `summary`, `rhat`, `ess` and trace plots.
 
     Raises:
