@@ -99,7 +99,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--peer2-python", help="a Python with devinterp 2.0.1")
     parser.add_argument("--num-samples", type=int, nargs="+", default=[2000, 8000])
     parser.add_argument("--num-draws", type=int, default=100, help="per chain, of 4")
-    parser.add_argument("--widths", type=int, nargs="+", default=[256, 1000])
+    parser.add_argument("--widths", type=int, nargs="*", default=[256, 1000])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--record", type=Path, default=ROOT / "bench" / "results" / "interop.json")
     options = parser.parse_args(arguments)
