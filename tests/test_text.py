@@ -208,15 +208,15 @@ def test_run_writes_the_page_and_refuses_to_overwrite_it(
     for key, value in fixed.items():
         arguments += ["--set", f"sampler.{key}={value}"]
     arguments += ["--set", "build.num_draws=4", "--set", "build.num_chains=2", "--set", "picture=null"]
-    (tmp_path / "t.html").write_text("mine")
+    (tmp_path / "t.contexts.html").write_text("mine")
     assert main(arguments) == 2
-    assert "t.html exists" in capsys.readouterr().err
-    assert (tmp_path / "t.html").read_text() == "mine"
+    assert "t.contexts.html exists" in capsys.readouterr().err
+    assert (tmp_path / "t.contexts.html").read_text() == "mine"
     assert main([*arguments, "--overwrite"]) == 0
     shown = capsys.readouterr().out
     assert "nearest neighbours, these show the same token" in shown
     assert "Nearest tokens, in context" in shown
-    assert "<section>" in (tmp_path / "t.html").read_text(encoding="utf-8")
+    assert "<section>" in (tmp_path / "t.contexts.html").read_text(encoding="utf-8")
 
 
 def save_tiny_gpt2(path: Path, folder: Path) -> None:

@@ -210,7 +210,7 @@ def _begin(config: RunConfig, outputs: Sequence[Path], *, overwrite: bool, resum
 
 def contexts_page(out: Path) -> Path:
     """Where a run of a text recipe shows rows and their neighbours in context."""
-    return out.with_suffix(".html")
+    return out.with_suffix(".contexts.html")
 
 
 def captions(kernel: LossKernel, task: RecipeTask, neighbors: Neighbors) -> tuple[str, str]:

@@ -145,15 +145,17 @@ def samples_path(store: Path) -> Path:
 
 
 def samples_of(task: RecipeTask, num_samples: int) -> Samples | None:
-    """What a recipe says of its samples; None where the kernel's rows are not its samples (those of tokens)."""
+    """What a recipe says of the kernel's rows; None where it says nothing of them."""
+    texts = task.row_texts if task.row_texts is not None and len(task.row_texts) == num_samples else None
     if task.labels is None or len(task.labels) != num_samples:
-        return None
+        return None if texts is None else Samples(texts=texts, notes=task.notes).checked(num_samples)
     images = None if task.images is None else task.images.numpy()
     held_out = None if task.held_out is None else task.held_out.numpy()
     return Samples(
         labels=task.labels.numpy(),
         class_names=task.class_names,
         images=images,
+        texts=texts,
         predictions=_answers(task),
         held_out=held_out,
         notes=task.notes,
@@ -164,7 +166,7 @@ def _answers(task: RecipeTask) -> np.ndarray | None:
     """The network's own answers, where its targets are the labels."""
     if not isinstance(task.samples, tuple) or task.labels is None or not torch.equal(task.samples[1], task.labels):
         return None
-    return predict(task.model, task.samples[0]).cpu().numpy()
+    return predict(task.model, task.samples[0], transform=task.transform).cpu().numpy()
 
 
 def write_samples(samples: Samples, path: Path) -> None:
