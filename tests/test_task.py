@@ -263,7 +263,7 @@ class Watch:
         (["tied.weight"], {"square.weight"}),
         (["gain"], {"gain"}),
     ],
-    ids=str,
+    ids=["all", "first", "head and biases", "tied", "gain"],  # a set has no order of its own
 )
 def test_which_parameters_move(
     build: Build, problem: Any, mixed: Mixed, sgld: Any, patterns: list[str] | None, expected: set[str]
