@@ -150,7 +150,7 @@ def test_the_floors_passes_are_the_jobs(job: jobs.Job) -> None:
 
 
 def test_the_search_takes_the_fastest(monkeypatch: pytest.MonkeyPatch, job: jobs.Job) -> None:
-    monkeypatch.setattr(floor, "_time", lambda run: run() or 0.0)
+    monkeypatch.setattr(floor, "_time", lambda run, clock: run() or 0.0)
     slow = {32: 3.0, 64: 1.0, 100: 2.0}
     candidates = [floor.Passes(False, batch, 1) for batch in slow]
     best, seen = floor.fastest(lambda job, passes: lambda: slow[passes.batch], job, candidates)

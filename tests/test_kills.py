@@ -75,14 +75,15 @@ def largest_file(size: int) -> Iterator[None]:
 
 
 def test_a_write_that_fails_half_way(build: Build, problem: Any, assert_same_kernel: Same, tmp_path: Path) -> None:
-    """Files may have 700 bytes: config.json fails; 1,600: the commit log does, after some panels. Named; resumed."""
-    whole, path = build(problem.model(), problem.data, panel=1), tmp_path / "k.lossk"
-    for size in (700, 1600):
+    """Files may have 700 bytes: config.json fails; 2,600: the commit log does, after some panels. Named; resumed."""
+    asked: dict[str, Any] = {"panel": 1, "num_draws": 14}
+    whole, path = build(problem.model(), problem.data, **asked), tmp_path / "k.lossk"
+    for size in (700, 2600):
         with largest_file(size), pytest.raises(lossk.StoreError, match=r"k\.lossk.* full .*resume=True"):
-            build(problem.model(), problem.data, panel=1, out=path, resume=True)
-    with pytest.raises(lossk.StoreError, match=r"unfinished: [1-9]\d? of 12 draws"):
+            build(problem.model(), problem.data, out=path, resume=True, **asked)
+    with pytest.raises(lossk.StoreError, match=r"unfinished: [1-9]\d? of 28 draws"):
         lossk.open(path)
-    assert_same_kernel(build(problem.model(), problem.data, panel=1, out=path, resume=True), whole)
+    assert_same_kernel(build(problem.model(), problem.data, out=path, resume=True, **asked), whole)
 
 
 @pytest.mark.parametrize("at", range(0, 40, 6))

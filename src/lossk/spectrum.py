@@ -56,13 +56,17 @@ def by_gram(factor: FactorBlocks, scale: Tensor, k: int) -> tuple[Tensor, Tensor
     vectors = torch.empty(len(scale), k, dtype=torch.float64)
     for span, stripe in factor.stripes():
         vectors[span] = scale[span].unsqueeze(1) * (stripe.double().T @ (directions * gain))
-    if not positive.all():
-        _complete(vectors, int(positive.sum()))
-    return values, vectors
+    return values, _orthonormal(vectors, int(positive.sum()))
 
 
-def _complete(vectors: Tensor, found: int) -> None:
-    """Past the rank of K any vectors orthogonal to those found are eigenvectors, of eigenvalue 0: take some."""
+def _orthonormal(vectors: Tensor, found: int) -> Tensor:
+    """[N, k] with orthonormal columns, each near its own.
+
+    A'u / sqrt(w) is orthogonal to the others to D 1e-16 times the largest eigenvalue over w only, so small eigenvalues'
+    vectors are set right by the larger ones. Past the rank of K (columns from `found` on) any vectors orthogonal to
+    those found are eigenvectors, of eigenvalue 0: take some.
+    """
     generator = torch.Generator().manual_seed(0)
     vectors[:, found:] = torch.randn(vectors[:, found:].shape, generator=generator, dtype=torch.float64)
-    vectors[:, found:] = torch.linalg.qr(vectors).Q[:, found:]
+    basis, triangle = torch.linalg.qr(vectors)
+    return basis.mul_(triangle.diagonal().sign())

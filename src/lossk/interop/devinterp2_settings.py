@@ -99,6 +99,7 @@ class Settings:
             num_burnin_steps=self.num_burnin_steps,
             num_steps_bw_draws=self.num_steps_bw_draws,
             preconditioner="rmsprop" if self.sampling_method == "rmsprop_sgld" else None,
+            integrator="euler",
             control_variate=False,
         )
 
