@@ -187,3 +187,15 @@ def test_broken_settings_are_named(sampler: lossk.SGLD, verdict: str) -> None:
         model, data, loss=half_squares, sampler=sampler, num_chains=2, num_draws=20, progress=False
     )
     assert kernel.diagnostics.verdict == verdict, str(kernel.diagnostics)
+
+
+def test_draws_that_have_forgotten_what_was_learnt_are_called_diverged() -> None:
+    """Chains that agree and mix, around weights with which the network is no better than one that learnt nothing."""
+    model, data = classifiers()["mlp"]
+    train_a_little(model, data)
+    wide = lossk.SGLD(lr=0.5, n_beta=0.01, localization=0.5, num_burnin_steps=50, num_steps_bw_draws=10)
+    kernel = lossk.build_kernel(model, data, sampler=wide, num_chains=2, num_draws=30, progress=False)
+    found = kernel.diagnostics
+    assert found.rise > 0.5 * found.uninformed == pytest.approx(0.5 * math.log(4), rel=0.1)
+    assert found.verdict == "diverged", str(found)
+    assert lossk.LossKernel.from_traces(lossk.LossTraces(torch.rand(2, 9, 4))).diagnostics.uninformed is None

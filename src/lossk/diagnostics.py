@@ -27,6 +27,7 @@ BURNIN_LIMIT = 0.9
 ESS_LIMIT = 50.0
 FLOOR_LIMIT = 0.6
 DRIFT_LIMIT, DRIFT_Z_LIMIT = 0.7, 4.0
+FORGOTTEN = 0.5  # of an uninformed predictor's loss: draws that raise the training loss further have left w*
 
 
 class Estimate(NamedTuple):
@@ -60,6 +61,8 @@ class Diagnostics:
     burnin_completeness: float | None  # share of its stationary variance that a flat direction has at the first draw
     drift: float | None  # of the mean probe loss, first third of the draws to last, in standard deviations over draws
     drift_z: float | None  # the same in standard errors
+    rise: float | None = None  # E[L_n(w)] - L_n(w*), of the training loss
+    uninformed: float | None = None  # what a predictor that has learnt nothing loses, where that is known
     acceptance: float | None = None  # of a Metropolis test, mean over draws; of HMC, or of SGLD that measures it
     distance: float | None = None  # mean over draws of |w - w*|
     dead_share: float  # share of samples whose loss never varied
@@ -203,6 +206,7 @@ def diagnose(
     noise_ratio: float | None = None,
     acceptance: Tensor | None = None,
     distance: Tensor | None = None,
+    uninformed: float | None = None,
 ) -> Diagnostics:
     """Combine traces and pilot into diagnostics.
 
@@ -216,6 +220,7 @@ def diagnose(
         noise_ratio: minibatch noise over injected noise, of a sampler that is not SGLD.
         acceptance: [C, T], NaN where it was not asked for.
         distance: [C, T], |w - w*|.
+        uninformed: what a predictor that has learnt nothing loses, where that is known.
     """
     rhats, sizes = _rhat_ess(mean_loss.double().numpy()[..., None])
     few = watched[..., :: -(-watched.shape[-1] // RANKED)]
@@ -253,6 +258,8 @@ def diagnose(
         "burnin_completeness": completeness,
         "drift": drift,
         "drift_z": drift_z,
+        "rise": _mean(excess),
+        "uninformed": uninformed,
         "acceptance": _mean(acceptance),
         "distance": _mean(distance),
         "dead_share": dead_share,
@@ -284,6 +291,12 @@ def judge(numbers: Mapping[str, Any]) -> tuple[str, str]:
         return "not burned in", (
             f"the mean loss still moves: by {n['drift']:.1f} standard deviations from the first third of the draws to "
             "the last; raise num_burnin_steps"
+        )
+    if n["rise"] > FORGOTTEN * n["uninformed"]:
+        return "diverged", (
+            f"draws raise the training loss by {n['rise']:.2g}, where a predictor that has learnt nothing loses "
+            f"{n['uninformed']:.2g}: they have left the neighbourhood of the trained weights; raise localization or "
+            "n_beta, or shorten the step"
         )
     if n["dead_share"] > 0.5:
         share = 100 * n["dead_share"]

@@ -48,6 +48,7 @@ from lossk.settings import SteppingSettings
 from lossk.sgld import SGLD
 from lossk.task import Task
 from lossk.timings import Progress, Timings, as_table
+from lossk.trial import uninformed_loss
 
 USUAL_STEPS = 8  # of a draw, where a pilot has yet to say
 
@@ -354,6 +355,7 @@ class Run:
                 self.num_train,
                 float(n_beta),
             )
+        learnt_nothing = uninformed_loss(self.task.loss.name, self.train)
         return diagnose(
             mean_loss=self.watch.mean_loss,
             watched=self.watch.losses,
@@ -367,4 +369,5 @@ class Run:
             noise_ratio=momentum_noise_ratio(self.sampler, self.pilot),
             acceptance=self.watch.acceptance,
             distance=self.watch.distance,
+            uninformed=None if learnt_nothing is None else learnt_nothing[0],
         )

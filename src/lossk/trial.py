@@ -52,23 +52,33 @@ class Trial:
         return abs(self.drift) <= PLATEAU_Z and self.drifting <= 0.1
 
 
-def rise_bound(name: str, train: Samples) -> tuple[float, str]:
-    """How far draws may raise the mean training loss, in its own unit, and why that far.
+def uninformed_loss(name: str, train: Samples) -> tuple[float, str] | None:
+    """What a constant predictor that has learnt nothing loses, in the loss's own unit, and what that is.
 
-    5 % of what an uninformed constant predictor loses: the entropy of the training labels for cross entropy, the
-    variance of the targets for squared error; 0.1 nats for a loss of the caller's own.
+    The entropy of the training labels for cross entropy, the variance of the targets for squared error; None for a loss
+    of the caller's own, or for targets that do not vary.
     """
     if name in ("cross_entropy", "token_cross_entropy"):
         _, targets = split_batch(train.tree)
         counts = torch.unique(targets[targets != IGNORED], return_counts=True)[1].double()
         share = counts / counts.sum()
-        return RISE_SHARE * max(float(-(share * share.log()).sum()), 0.1), "5 % of the training labels' entropy"
+        return max(float(-(share * share.log()).sum()), 0.1), "the training labels' entropy"
     if name == "mse":
         _, targets = split_batch(train.tree)
         spread = float(targets.double().var(dim=0, correction=0).mean())
-        if spread > 0:
-            return RISE_SHARE * spread, "5 % of the targets' variance"
-    return RISE_NATS, "fixed, for a loss of your own"
+        return (spread, "the targets' variance") if spread > 0 else None
+    return None
+
+
+def rise_bound(name: str, train: Samples) -> tuple[float, str]:
+    """How far draws may raise the mean training loss, in its own unit, and why that far.
+
+    5 % of what an uninformed predictor loses; 0.1 nats where that is not known.
+    """
+    known = uninformed_loss(name, train)
+    if known is None:
+        return RISE_NATS, "fixed, for a loss of your own"
+    return RISE_SHARE * known[0], f"5 % of {known[1]}"
 
 
 def settle(sampler: SGLD, pilot: Pilot, around: Surroundings, *, num_probe: int) -> tuple[SGLD, Pilot, list[str]]:
