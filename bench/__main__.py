@@ -29,7 +29,7 @@ from bench import (
     sgld_step,
     stacking,
 )
-from bench.machine import ROOT, environment
+from bench.machine import ROOT, described, environment
 from bench.options import Found
 
 # In the order of the page.
@@ -68,7 +68,7 @@ def page(record: Found) -> str:
 
 def header(record: Found) -> list[str]:
     machine = record["environment"]
-    versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
+    versions = described(machine["versions"])
     taken = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in record["took"].items())
     found = [
         f"`{record['command']}`: {machine['device']}, {machine['cores']} cores, {machine['memory_gb']} GB, "

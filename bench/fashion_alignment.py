@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from bench.machine import described
 from lossk import provenance
 from lossk.analysis import ClassMatrix, align, class_similarity, dendrogram, wordnet_taxonomy
 from lossk.analysis.alignment import Alignment
@@ -89,7 +90,7 @@ def page(found: Mapping[str, ClassMatrix], alignment: Alignment, kernel: LossKer
     lines += ["", "## Signs", "", f"Highest mean R: {'; '.join(pair(a) for a in order[::-1][:4])}.", ""]
     lines.append(f"Lowest: {'; '.join(pair(a) for a in order[:4])}.")
     lines += ["", f"The dendrogram of mean R has cophenetic correlation {tree.cophenetic_correlation:.2f}."]
-    lines += ["", f"{provenance.versions()}; git {provenance.git_sha()}."]
+    lines += ["", f"{described(provenance.versions())}; git {provenance.git_sha()}."]
     return "\n".join(lines) + "\n"
 
 

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 import lossk
+from bench.machine import described
 from bench.time_to_truth_statistics import entries, reliability
 from lossk import provenance
 from lossk.diagnostics import diagnose, watched_samples
@@ -132,7 +133,7 @@ def main() -> None:
         "|--:|---|---|",
         *(f"| {factor:g} | {verdict} | {advice} |" for factor, verdict, advice in sorted(verdicts)),
         "",
-        f"{provenance.versions()}; git {sha}.",
+        f"{described(provenance.versions())}; git {sha}.",
     ]
     options.out.write_text("\n".join(lines) + "\n")
 

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 import lossk
-from bench.machine import environment
+from bench.machine import described, environment
 from bench.markdown import table
 from lossk.analysis import baselines, influence_functions
 from lossk.analysis.evaluate import linear_datamodeling_score, random_subsets, retrain_on_subsets
@@ -176,7 +176,7 @@ def page(record: dict[str, Any]) -> str:
         f"Kernels of {options['num_chains']} chains x {options['num_draws']} draws of `lossk.BAOAB()` ({laws}). "
         f"Retraining took {found['retraining_seconds']:.0f} processor seconds. One thread.",
         "",
-        f"{record['environment']['versions']}; git {record['environment']['git_sha']}.",
+        f"{described(record['environment']['versions'])}; git {record['environment']['git_sha']}.",
     ]) + "\n"  # fmt: skip
 
 

@@ -35,3 +35,8 @@ def processor() -> str:
     lines = info.read_text().splitlines() if info.exists() else []
     names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor() or platform.machine()
+
+
+def described(packages: dict[str, str]) -> str:
+    """Packages and their versions in one line."""
+    return ", ".join(f"{name} {version}" for name, version in packages.items())

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 import lossk
-from bench.machine import environment
+from bench.machine import described, environment
 from bench.markdown import table
 from lossk.analysis import baselines
 from lossk.analysis.attribution import class_scores, mislabel_scores
@@ -125,7 +125,7 @@ def page(record: dict[str, Any]) -> str:
         f"Test accuracy {spread(accuracy)}; the networks fit {spread(fitted)} of the wrong labels. Verdicts of the "
         f"runs: {', '.join(run['verdict'] for run in runs)}. {seconds:.0f} processor seconds in all, one thread.",
         "",
-        f"{record['environment']['versions']}; git {record['environment']['git_sha']}.",
+        f"{described(record['environment']['versions'])}; git {record['environment']['git_sha']}.",
     ]) + "\n"  # fmt: skip
 
 
