@@ -12,7 +12,6 @@ A JSON record goes to bench/results/.
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 import lossk
-from bench.machine import described, environment
+from bench.machine import deliver, described, environment
 from bench.markdown import table
 from lossk.analysis import baselines, influence_functions
 from lossk.analysis.evaluate import linear_datamodeling_score, random_subsets, retrain_on_subsets
@@ -196,13 +195,7 @@ def main(arguments: list[str] | None = None) -> None:
     torch.set_num_threads(1)
     record: dict[str, Any] = {"environment": environment(1), "options": {**vars(options), "out": None, "record": None}}
     record["found"] = measure(options)
-    text = page(record)
-    if options.out is None:
-        print(text)
-        return
-    options.out.write_text(text)
-    target = options.record or Path(__file__).parent / "results" / "lds.json"
-    target.write_text(json.dumps(record, indent=1) + "\n")
+    deliver(page(record), record, "lds", out=options.out, target=options.record)
 
 
 if __name__ == "__main__":

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -40,3 +42,13 @@ def processor() -> str:
 def described(packages: dict[str, str]) -> str:
     """Packages and their versions in one line."""
     return ", ".join(f"{name} {version}" for name, version in packages.items())
+
+
+def deliver(text: str, record: Mapping[str, Any], name: str, *, out: Path | None, target: Path | None) -> None:
+    """Print a page, or write it to `out` and its record to `target` (default: bench/results/NAME.json)."""
+    if out is None:
+        print(text)
+        return
+    out.write_text(text)
+    target = target or Path(__file__).parent / "results" / f"{name}.json"
+    target.write_text(json.dumps(record, indent=1) + "\n")

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 import lossk
-from bench.machine import described, environment
+from bench.machine import deliver, described, environment
 from bench.markdown import table
 from lossk.analysis import baselines
 from lossk.analysis.attribution import class_scores, mislabel_scores
@@ -152,13 +152,7 @@ def main(arguments: list[str] | None = None) -> None:
     for seed in range(options.seeds):
         record["runs"].append(one_seed(seed, data, options))
         print(json.dumps(record["runs"][-1]), flush=True)
-    text = page(record)
-    if options.out is None:
-        print(text)
-        return
-    options.out.write_text(text)
-    target = options.record or Path(__file__).parent / "results" / "mislabels.json"
-    target.write_text(json.dumps(record, indent=1) + "\n")
+    deliver(page(record), record, "mislabels", out=options.out, target=options.record)
 
 
 if __name__ == "__main__":
