@@ -48,6 +48,27 @@ def wordnet_taxonomy(synsets: Mapping[str, str | int], *, folder: str | Path | N
     return Taxonomy.of_graph(_noun_graph(reader), names)
 
 
+def require_wordnet() -> None:
+    """Raise LosskError, with what to install, unless a kernel can be aligned with WordNet and drawn in its colours.
+
+    To be asked before a run rather than after it; it does not read WordNet.
+    """
+    for module, package in (("umap", "umap-learn"), ("sklearn", "scikit-learn"), ("matplotlib", "matplotlib")):
+        require(module, package, "alignment with WordNet, and a map in its colours,")
+    require("nltk", "nltk", "WordNet")
+    if not (Path(DEBIAN_FOLDER) / "data.noun").is_file():
+        _reader(None)
+
+
+def node_words(taxonomy: Taxonomy, *, folder: str | Path | None = None) -> dict[str, str]:
+    """The first word of every node of a `wordnet_taxonomy`, as WordNet spells it."""
+    reader = _reader(folder)
+    return {
+        node: reader.synset_from_pos_and_offset("n", int(node)).lemma_names()[0].replace("_", " ")
+        for node in taxonomy.parents
+    }
+
+
 def _reader(folder: str | Path | None) -> Any:
     require("nltk", "nltk", "WordNet")
     where = Path(DEBIAN_FOLDER if folder is None else folder)

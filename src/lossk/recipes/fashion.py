@@ -39,13 +39,19 @@ def make_task(
     required_accuracy: float = 0.90,
     num_probe: int | None = None,
     checkpoint: str | Path | None = None,
+    checkpoints: str | Path | None = None,
 ) -> RecipeTask:
     """Train on the training images; probe the test images (the first `num_probe` of them, if given).
 
     About a minute of work on two cores. With `checkpoint`, the trained weights are read from that file if it exists
-    and written there if it does not. Raises RecipeError when the data is missing, or when test accuracy is below
-    `required_accuracy`.
+    and written there if it does not. With `checkpoints`, a folder, those before the first epoch and after each one are
+    kept there, and `lossk run` follows the kernel through them. Raises RecipeError when the data is missing, or when
+    test accuracy is below `required_accuracy`.
     """
+    if checkpoint is not None and checkpoints is not None:
+        raise ValueError(
+            "checkpoint and checkpoints must not be given together: the folder holds the trained weights too"
+        )
     train_images, train_labels, images, labels = read_fashion(data)
     # Normalised by the training set's own mean and deviation, so that any IDX folder of 28 x 28 images will do.
     mean, std = train_images.mean(), train_images.std()
@@ -54,13 +60,24 @@ def make_task(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = fashion_cnn()
-    if checkpoint is not None and Path(checkpoint).exists():
-        model.load_state_dict(torch.load(checkpoint, weights_only=True))
+    kept = [] if checkpoints is None else epoch_files(checkpoints, epochs, seed)
+    trained = kept[-1] if kept else checkpoint
+    if trained is not None and all(Path(path).exists() for path in kept or [trained]):
+        model.load_state_dict(torch.load(trained, weights_only=True))
         model.eval()
     else:
+
+        def after(epoch: int, loss: float) -> None:
+            print(f"epoch {epoch} of {epochs}: loss {loss:.3f}", file=sys.stderr)
+            if kept:
+                torch.save(model.state_dict(), kept[epoch])
+
+        if kept:
+            kept[0].parent.mkdir(parents=True, exist_ok=True)
+            torch.save(model.state_dict(), kept[0])
         train_classifier(
             model, train_inputs, train_labels, epochs=epochs, batch_size=256, lr=1e-2, weight_decay=0.05, seed=seed,
-            each_epoch=lambda epoch, loss: print(f"epoch {epoch} of {epochs}: loss {loss:.3f}", file=sys.stderr),
+            each_epoch=after,
         )  # fmt: skip
         if checkpoint is not None:
             torch.save(model.state_dict(), checkpoint)
@@ -77,7 +94,13 @@ def make_task(
         held_out=torch.ones(len(labels[probe]), dtype=torch.bool),
         held_out_accuracy=accuracy,
         notes=f"Fashion-MNIST: {len(train_labels):,} training images; the probe is {len(labels[probe]):,} test images",
+        checkpoints=kept[:-1],
     )
+
+
+def epoch_files(folder: str | Path, epochs: int, seed: int) -> list[Path]:
+    """Where the weights before the first epoch and after each lie: epochs + 1 files, named by what they depend on."""
+    return [Path(folder) / f"seed{seed}-epoch{epoch}of{epochs}.pt" for epoch in range(epochs + 1)]
 
 
 def read_fashion(folder: str | Path) -> tuple[Tensor, Tensor, Tensor, Tensor]:
