@@ -26,7 +26,7 @@ from lossk.neighbors import (
 )
 from lossk.settings import CENTERINGS, check_choice
 from lossk.spectrum import leading
-from lossk.standard_error import bartlett, chain_spread
+from lossk.standard_error import bartlett, from_draws
 
 if TYPE_CHECKING:
     from lossk.diagnostics import Diagnostics
@@ -205,13 +205,16 @@ class LossKernel:
             method: "lag1" from each loss's lag-1 autocorrelation r and D = C (T - 1) draws (Bartlett 1935, for traces
                 near AR(1)): with f = (1 + r_i r_j) / (1 - r_i r_j),
                 se(K_ij)^2 = (K_ii K_jj + K_ij^2) f / D,  se(R_ij) = (1 - R_ij^2) sqrt(f / D).
+                It takes the losses for jointly normal. Where few directions make them, as squares of one another,
+                errors are larger.
+                "products": from the draws' own products l_i l_j, whatever the law; needs the factor form.
                 "chains": the spread of the C chains' own kernels over sqrt(C), whatever the traces; needs the factor
                 form, chain centring, and at least 2 chains (and many for a steady answer).
         """
-        check_choice("method", method, ("lag1", "chains"))
+        check_choice("method", method, ("lag1", "products", "chains"))
         rows, columns = self._index(rows), self._index(columns)
-        if method == "chains":
-            return self._chain_spread(rows, columns, correlation)
+        if method != "lag1":
+            return from_draws(self._blocks, self._moments, self.centering, method)(rows, columns, correlation)
         relative = bartlett(self._moments, rows, columns)
         if correlation:
             return ((1 - self.correlation(rows, columns).double().square()) * relative).float()
@@ -220,14 +223,6 @@ class LossKernel:
         spread = ((ratio[rows].unsqueeze(1) * ratio[columns]).square() + scaled.square()).sqrt() * relative
         scale = self._moments.scale
         return (spread * scale[rows].unsqueeze(1) * scale[columns]).float()
-
-    def _chain_spread(self, rows: Tensor, columns: Tensor, correlation: bool) -> Tensor:
-        if not isinstance(self._blocks, FactorBlocks) or self.centering != "chain" or self.num_chains < 2:
-            raise ValueError(
-                "method='chains' needs a kernel from traces (LossKernel.from_traces), centering='chain' and at least "
-                f"2 chains, got {self.form}, {self.centering!r}, {self.num_chains}"
-            )
-        return chain_spread(self._blocks, self._moments, rows, columns, correlation)
 
     def _correlate(self, block: Tensor, rows: Tensor | slice, columns: Tensor | slice) -> Tensor:
         return (block * self._gain[rows].unsqueeze(1) * self._gain[columns]).clamp_(-1.0, 1.0)
