@@ -26,6 +26,14 @@ def bartlett_factor(product: Tensor) -> Tensor:
     return (1 + product) / (1 - product)
 
 
+METHODS = ("auto", "lag1", "products", "chains")
+
+
+def method_for(blocks: Blocks) -> str:
+    """What "auto" means: "products" where the draws are in memory, else "lag1"."""
+    return "products" if isinstance(blocks, FactorBlocks) and blocks.in_memory else "lag1"
+
+
 def from_draws(
     blocks: Blocks, moments: Moments, centering: str, method: str
 ) -> Callable[[Tensor, Tensor, bool], Tensor]:
