@@ -65,7 +65,7 @@ def compare(
     say(f"{network.name}: {network.what}")
     ready = None if peer is None else peer(network)  # first: better to fail now than after the reference
     law = find_law(network, seed=seed)
-    reference = make_reference(network, law, budget.reference)
+    reference = make_reference(network, law, budget.reference, clock)
     say(
         f"  reference: {reference.num_chains} chains x {reference.num_draws} draws in {reference.seconds:.0f} s, "
         f"reliability of R {reference.reliability['R']:.4f}, of K {reference.reliability['K']:.4f}"

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import lossk
 import oracles
-from lossk import trial, tune
+from lossk import trial, trial_chain, tune
 
 
 def ar1(rho: float, draws: int, width: int) -> Tensor:
@@ -24,13 +24,13 @@ def ar1(rho: float, draws: int, width: int) -> Tensor:
 @pytest.mark.parametrize(("rho", "low", "high"), [(0.0, 1.0, 1.1), (0.5, 2.5, 3.3), (0.8, 7.0, 10.0)])
 def test_autocorrelation_time_of_ar1(rho: float, low: float, high: float) -> None:
     """(1 + rho) / (1 - rho) = 1, 3, 9; centring and the median lower the longest by up to a fifth."""
-    assert low <= trial.autocorrelation_time(ar1(rho, 200, 64)) <= high
+    assert low <= trial_chain.autocorrelation_time(ar1(rho, 200, 64)) <= high
 
 
 def test_autocorrelation_time_leaves_dead_samples_out() -> None:
     traces = torch.cat([ar1(0.8, 200, 32), torch.full((200, 64), 0.5, dtype=torch.float64)], dim=1)
-    assert trial.autocorrelation_time(traces) > 6.0
-    assert trial.autocorrelation_time(torch.ones(50, 3, dtype=torch.float64)) == 1.0
+    assert trial_chain.autocorrelation_time(traces) > 6.0
+    assert trial_chain.autocorrelation_time(torch.ones(50, 3, dtype=torch.float64)) == 1.0
 
 
 @pytest.mark.parametrize("rho", [0.5, 0.9, 0.99])
@@ -50,10 +50,10 @@ def test_spacing_is_the_cheapest_allowed(rho: float) -> None:
 def test_a_drift_is_seen() -> None:
     steady = ar1(0.5, 200, 40)
     moving = steady + torch.linspace(0, 3, 200, dtype=torch.float64).unsqueeze(1)
-    assert abs(trial._drift(steady)[0]) < 4
-    assert trial._drift(steady)[1] <= 0.1
-    assert trial._drift(moving)[0] > 4
-    assert trial._drift(moving)[1] > 0.5
+    assert abs(trial_chain._drift(steady)[0]) < 4
+    assert trial_chain._drift(steady)[1] <= 0.1
+    assert trial_chain._drift(moving)[0] > 4
+    assert trial_chain._drift(moving)[1] > 0.5
 
 
 class Weights(nn.Module):

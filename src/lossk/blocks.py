@@ -122,6 +122,7 @@ class FactorBlocks:
     """
 
     kind = "factor"
+    in_memory = True
 
     def __init__(self, factor: Tensor, freedom: int, tile: int = 4096) -> None:
         self.factor, self.freedom = factor, freedom

@@ -159,7 +159,7 @@ def build_kernel(
             chosen = None if log is None else log.chosen
             run.arrange(passes, chosen)
             with run.task:
-                run.tune(chosen)
+                run.tune(chosen, bar)
                 run.announce(bar)
                 saved = None if chosen is None else chosen.get("layout", TILES_IN_MEMORY)
                 layout = run.plan(bar, budget, tile=tile, panel=panel, dtype=dtype, out=path, saved=saved)
@@ -200,7 +200,7 @@ def sample_losses(
         panel = choose_panel(len(run.probe), num_draws)
         run.arrange(passes, None)
         with run.task:
-            run.tune(None)
+            run.tune(None, bar)
             run.announce(bar)
             run.plan(bar, budget, tile=4096, panel=panel, dtype="float32", held_traces=True)
             losses = torch.empty(num_chains, num_draws, len(run.probe))

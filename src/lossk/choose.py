@@ -12,6 +12,7 @@ from lossk.gaussian import Gaussian
 from lossk.pilot import Pilot, default_n_beta, run_pilot
 from lossk.samplers import Sampler
 from lossk.sgld import EULER, SGLD
+from lossk.timings import Progress
 from lossk.trial import settle
 from lossk.tune import BURNIN_CAP, BURNIN_TARGET, LAG1_TARGET, NOISE_BUDGET, STABILITY_BUDGET, STEPS_CAP
 
@@ -19,7 +20,12 @@ WORTH_SAYING = 2.0  # times fewer gradients, or longer steps
 
 
 def choose(
-    sampler: Sampler, around: Surroundings, *, num_probe: int, run_passes: float = math.inf
+    sampler: Sampler,
+    around: Surroundings,
+    *,
+    num_probe: int,
+    run_passes: float = math.inf,
+    bar: Progress | None = None,
 ) -> tuple[Sampler, Pilot | None, list[str]]:
     """(the sampler with every "auto" and the default n_beta filled in, the pilot if one was run, reasons).
 
@@ -32,7 +38,7 @@ def choose(
     reasons: list[str] = []
     if isinstance(sampler, SGLD):
         pilot = run_pilot(task, train, sampler, seed=seed, run_passes=run_passes)
-        resolved, pilot, reasons = settle(sampler, pilot, around, num_probe=num_probe)
+        resolved, pilot, reasons = settle(sampler, pilot, around, num_probe=num_probe, bar=bar)
         if sampler.lr == "auto":
             reasons += _praise_of_averaging(resolved, pilot) + _praise_of_momentum(resolved, pilot)
         return resolved, pilot, reasons
@@ -54,7 +60,7 @@ def choose(
     # What a control variate leaves is known only away from w*, where a trial chain goes.
     unknown_noise = isinstance(sampler, BAOAB) and sampler.control_variate and sampler.step_size == "auto"
     if sampler.localization == "auto" or (unknown_noise and sampler.localization > 0 and pilot.batch_factor > 0):
-        sgld, pilot, whys = settle(alike, pilot, around, num_probe=num_probe)
+        sgld, pilot, whys = settle(alike, pilot, around, num_probe=num_probe, bar=bar)
         sampler = dataclasses.replace(sampler, localization=float(sgld.localization))
         reasons += [why for why in whys if why.startswith("localization")]
     if isinstance(sampler, BAOAB):

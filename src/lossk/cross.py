@@ -188,7 +188,7 @@ class CrossKernel:
         return self.kernel.correlation(*self._at(rows, columns))
 
     def standard_error(
-        self, rows: Any = slice(None), columns: Any = slice(None), *, correlation: bool = False, method: str = "lag1"
+        self, rows: Any = slice(None), columns: Any = slice(None), *, correlation: bool = False, method: str = "auto"
     ) -> Tensor:
         """Monte Carlo standard error of the covariances (or correlations): `LossKernel.standard_error`."""
         return self.kernel.standard_error(*self._at(rows, columns), correlation=correlation, method=method)

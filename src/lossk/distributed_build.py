@@ -158,7 +158,7 @@ def _chosen(
         run.arrange(passes, before)
         ranks.broadcast_json({"found": run.task.passes.to_dict()})
         with run.task:
-            run.tune(before)
+            run.tune(before, bar)
             run.announce(bar)
             step = run._time_a_step()
             mesh = _mesh(run, ranks, log, step)

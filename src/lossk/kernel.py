@@ -26,7 +26,7 @@ from lossk.neighbors import (
 )
 from lossk.settings import CENTERINGS, check_choice
 from lossk.spectrum import leading
-from lossk.standard_error import bartlett, chain_spread
+from lossk.standard_error import METHODS, bartlett, from_draws, method_for
 
 if TYPE_CHECKING:
     from lossk.diagnostics import Diagnostics
@@ -197,7 +197,7 @@ class LossKernel:
         return torch.where(rows.unsqueeze(1) == columns, torch.ones(()), block)
 
     def standard_error(
-        self, rows: Any = slice(None), columns: Any = slice(None), *, correlation: bool = False, method: str = "lag1"
+        self, rows: Any = slice(None), columns: Any = slice(None), *, correlation: bool = False, method: str = "auto"
     ) -> Tensor:
         """Monte Carlo standard error of a covariance block (or correlation block): [r, c] float32, nats^2 (or 1).
 
@@ -205,13 +205,19 @@ class LossKernel:
             method: "lag1" from each loss's lag-1 autocorrelation r and D = C (T - 1) draws (Bartlett 1935, for traces
                 near AR(1)): with f = (1 + r_i r_j) / (1 - r_i r_j),
                 se(K_ij)^2 = (K_ii K_jj + K_ij^2) f / D,  se(R_ij) = (1 - R_ij^2) sqrt(f / D).
+                It takes the losses for jointly normal, which losses of real networks are not: for single entries
+                it can be several times too small or too large.
+                "products": from the spread of the draws' own products l_i l_j, whatever the law of the losses; needs
+                the factor form.
                 "chains": the spread of the C chains' own kernels over sqrt(C), whatever the traces; needs the factor
                 form, chain centring, and at least 2 chains (and many for a steady answer).
+                "auto": "products" where the draws are in memory, else "lag1".
         """
-        check_choice("method", method, ("lag1", "chains"))
+        check_choice("method", method, METHODS)
         rows, columns = self._index(rows), self._index(columns)
-        if method == "chains":
-            return self._chain_spread(rows, columns, correlation)
+        method = method_for(self._blocks) if method == "auto" else method
+        if method != "lag1":
+            return from_draws(self._blocks, self._moments, self.centering, method)(rows, columns, correlation)
         relative = bartlett(self._moments, rows, columns)
         if correlation:
             return ((1 - self.correlation(rows, columns).double().square()) * relative).float()
@@ -220,14 +226,6 @@ class LossKernel:
         spread = ((ratio[rows].unsqueeze(1) * ratio[columns]).square() + scaled.square()).sqrt() * relative
         scale = self._moments.scale
         return (spread * scale[rows].unsqueeze(1) * scale[columns]).float()
-
-    def _chain_spread(self, rows: Tensor, columns: Tensor, correlation: bool) -> Tensor:
-        if not isinstance(self._blocks, FactorBlocks) or self.centering != "chain" or self.num_chains < 2:
-            raise ValueError(
-                "method='chains' needs a kernel from traces (LossKernel.from_traces), centering='chain' and at least "
-                f"2 chains, got {self.form}, {self.centering!r}, {self.num_chains}"
-            )
-        return chain_spread(self._blocks, self._moments, rows, columns, correlation)
 
     def _correlate(self, block: Tensor, rows: Tensor | slice, columns: Tensor | slice) -> Tensor:
         return (block * self._gain[rows].unsqueeze(1) * self._gain[columns]).clamp_(-1.0, 1.0)

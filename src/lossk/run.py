@@ -192,10 +192,10 @@ class Run:
             steps = 0
         return Load(draws, steps, min(batch, len(self.train)))
 
-    def tune(self, chosen: dict[str, Any] | None) -> None:
+    def tune(self, chosen: dict[str, Any] | None, bar: Progress | None = None) -> None:
         """Losses at w*, the pilot's measurements, and every "auto" filled in (or all as `chosen` before)."""
         self.evaluate_anchor()
-        self.settle(chosen)
+        self.settle(chosen, bar)
 
     def evaluate_anchor(self) -> None:
         """The losses of the training samples at w*."""
@@ -207,13 +207,13 @@ class Run:
             raise ValueError(f"loss must be finite at the trained weights; training sample {bad} has {float(out[bad])}")
         self.anchor_losses = out.double()
 
-    def settle(self, chosen: dict[str, Any] | None) -> None:
+    def settle(self, chosen: dict[str, Any] | None, bar: Progress | None = None) -> None:
         """The pilot's measurements, and every "auto" filled in (or all as `chosen` before)."""
-        self._choose(chosen)
+        self._choose(chosen, bar)
         with self.timings.measure("pilot"):
             self.fitted = fit(self.sampler, self.task, self.train, seed=self.seed)
 
-    def _choose(self, chosen: dict[str, Any] | None) -> None:
+    def _choose(self, chosen: dict[str, Any] | None, bar: Progress | None) -> None:
         if chosen is not None:
             self.pilot = None if chosen["pilot"] is None else Pilot(**chosen["pilot"])
             self.sampler, self.reasons = type(self.asked)(**chosen["sampler"]), chosen["reasons"]
@@ -224,6 +224,7 @@ class Run:
                 self._around(Timings()),
                 num_probe=self.probe.num_samples,
                 run_passes=self._load().forward_passes(self.probe.num_samples),
+                bar=bar,
             )
 
     def announce(self, bar: Progress) -> None:

@@ -22,6 +22,8 @@ class StoredFactor(FactorBlocks):
     caller asks for. Chunks are checked against their checksums whenever they are read.
     """
 
+    in_memory = False
+
     def __init__(self, array: zarr.Array, freedom: int, path: Path) -> None:
         self.path, self.freedom = path, freedom
         self.num_rows, self.num_samples = array.shape

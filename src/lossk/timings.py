@@ -28,7 +28,7 @@ class Timings:
 
 
 class Progress:
-    """A progress bar with an ETA over SGLD steps, and a few lines of text; nothing at all when switched off."""
+    """A progress bar with an ETA over SGLD steps, one at a time, and lines of text; nothing when switched off."""
 
     def __init__(self, enabled: bool) -> None:
         self.enabled = enabled
@@ -39,12 +39,17 @@ class Progress:
         if self.enabled:
             print(text, file=sys.stderr, flush=True)
 
-    def start(self, total: int, done: int = 0) -> None:
+    def start(self, total: int, done: int = 0, *, what: str = "sampling") -> None:
         """Show the bar, over `total` steps."""
+        self.stop()
         if self.enabled:
-            self._bar = tqdm(
-                total=total, initial=done, desc="sampling", unit="step", mininterval=0.5, dynamic_ncols=True
-            )
+            self._bar = tqdm(total=total, initial=done, desc=what, unit="step", mininterval=0.5, dynamic_ncols=True)
+
+    def stop(self) -> None:
+        """The bar stays as it is, if there is one."""
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
 
     def update(self) -> None:
         """One more step is done."""
@@ -57,8 +62,7 @@ class Progress:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._bar is not None:
-            self._bar.close()
+        self.stop()
 
 
 def as_table(reasons: Sequence[str]) -> list[str]:

@@ -1,55 +1,35 @@
-"""The trial chain: a short chain at the chosen settings, whose losses show what no measurement at w* can.
+"""Trial chains: short chains at the chosen settings, whose losses show what no measurement at w* can.
 
-It checks that the training loss rises no further than its bound, that the losses have reached their plateau after the
+They check that the training loss rises no further than its bound, that the losses have reached their plateau after the
 burn-in, what noise a control variate leaves away from w*, and how long the samples' losses remember; the draws are
-spaced by that. Whatever fails is chosen again and tried again.
+spaced by that. Whatever fails is chosen again and tried again, within a stated number of steps.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+import time
 
 import torch
-from torch import Tensor
 
 from lossk.chain import Surroundings
 from lossk.data import Samples
-from lossk.diagnostics import watched_samples
 from lossk.errors import DivergedError
 from lossk.force import FULL_GRADIENT, full_gradient
 from lossk.losses import IGNORED, split_batch
-from lossk.pilot import PILOT_CHAIN, Pilot, control_variance
-from lossk.sgld import SGLD, SGLDChain
-from lossk.task import fitting_batch
+from lossk.pilot import Pilot
+from lossk.sgld import SGLD
+from lossk.timings import Progress
+from lossk.trial_chain import Trial, run_trial
 from lossk.tune import LAG1_TARGET, NOISE_BUDGET, STEPS_CAP, Limits, choose_settings
 
 RISE_SHARE = 0.05  # of an uninformed predictor's loss
 RISE_NATS = 0.1  # where no such predictor is known: a loss of the caller's own
 TRIES = 12
-MEMORIES = 10  # length of a trial after its burn-in, in decorrelation times of flat directions
-LONGEST = 2000  # steps of a trial
-RECORDS = 200
-PLATEAU_Z = 4.0
+MOST_STEPS = 4000  # of all tries; whatever the number of draws, which must not change the law
+NEAR = 2.0  # times the localization of a trial: so far its noise and memory can be foreseen
+SLOW = 5.0  # seconds that are announced
 SPACINGS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 15, 20, 25, 30, 40, 50, 65, 80, 100, 130, 160, 200, 250, 300, 400, STEPS_CAP)
-
-
-@dataclass(frozen=True)
-class Trial:
-    """What a trial chain showed."""
-
-    rise: float  # of the training loss over its value at w*, after burn-in, nats
-    memory: float  # integrated autocorrelation time of the median sample's loss, in steps
-    drift: float  # z of the mean loss between the two halves after burn-in
-    drifting: float  # share of samples whose own loss drifts by |z| > 3 between them
-    steps: int
-    whole: bool  # long enough to see flat directions forget
-
-    @property
-    def settled(self) -> bool:
-        return abs(self.drift) <= PLATEAU_Z and self.drifting <= 0.1
 
 
 def uninformed_loss(name: str, train: Samples) -> tuple[float, str] | None:
@@ -81,45 +61,81 @@ def rise_bound(name: str, train: Samples) -> tuple[float, str]:
     return RISE_SHARE * known[0], f"5 % of {known[1]}"
 
 
-def settle(sampler: SGLD, pilot: Pilot, around: Surroundings, *, num_probe: int) -> tuple[SGLD, Pilot, list[str]]:
+def settle(
+    sampler: SGLD, pilot: Pilot, around: Surroundings, *, num_probe: int, bar: Progress | None = None
+) -> tuple[SGLD, Pilot, list[str]]:
     """Choose every "auto" by the pilot, then by trial chains until one passes. Returns what is resolved, and why."""
-    train, task = around.train, around.task
+    train, task, bar = around.train, around.task, bar or Progress(False)
     bound, why_bound = rise_bound(task.loss.name, train)
-    limits, trial = Limits(), None
-    for _ in range(TRIES):
+    limits, trial, left = Limits(), None, MOST_STEPS
+    for attempt in range(TRIES):
         chosen, reasons = choose_settings(sampler, pilot, task, num_train=len(train), limits=limits)
         if "auto" not in (sampler.lr, sampler.localization, sampler.num_burnin_steps, sampler.num_steps_bw_draws):
             return chosen, pilot, reasons
         if chosen.control_variate and FULL_GRADIENT not in around.fitted:
             around = dataclasses.replace(around, fitted={FULL_GRADIENT: full_gradient(task, train)})
+        if attempt == 0:
+            _announce(chosen, around, bar)
         try:
-            trial, noise = run_trial(chosen, around)
+            trial = run_trial(
+                chosen, around, bound=bound if sampler.localization == "auto" else float("inf"), most=left, bar=bar
+            )
         except DivergedError:
             trial = None
-            if sampler.lr == "auto":
-                limits = dataclasses.replace(limits, lr=float(chosen.lr) / 4)
-            elif sampler.localization == "auto":
-                limits = dataclasses.replace(limits, localization=4 * float(chosen.localization))
-            else:
-                return chosen, pilot, reasons  # nothing left to choose: the run itself will say it diverged
+            if not {sampler.lr, sampler.localization} & {"auto"}:
+                break  # nothing left to choose: the run itself will say it diverged
+            limits = _tighter(sampler, chosen, limits)
             continue
         finally:
             task.reset()
-        if noise is not None:
-            pilot = dataclasses.replace(pilot, control_variance=noise, control_localization=float(chosen.localization))
+        left -= trial.steps
+        if trial.noise is not None:
+            localization = float(chosen.localization)
+            pilot = dataclasses.replace(pilot, control_variance=trial.noise, control_localization=localization)
         if sampler.localization == "auto" and trial.rise > bound:
             factor = min(max(1.2 * trial.rise / bound, 1.5), 16.0)
             limits = dataclasses.replace(limits, localization=factor * float(chosen.localization))
-        elif sampler.lr == "auto" and chosen.control_variate and pilot.noise_ratio(chosen) > 1.05 * NOISE_BUDGET:
             continue
-        elif sampler.num_burnin_steps == "auto" and trial.whole and not trial.settled and limits.burnin < 8:
+        if sampler.lr == "auto" and chosen.control_variate and pilot.noise_ratio(chosen) > 1.05 * NOISE_BUDGET:
+            foreseen, whys = choose_settings(sampler, pilot, task, num_train=len(train), limits=limits)
+            if not 1.0 <= float(foreseen.localization) / float(chosen.localization) <= NEAR:
+                continue
+            trial = dataclasses.replace(trial, memory=trial.memory * _pull(chosen) / _pull(foreseen))
+            chosen, reasons = foreseen, whys
+        if sampler.num_burnin_steps == "auto" and trial.whole and not trial.settled and limits.burnin < 8:
             limits = dataclasses.replace(limits, burnin=2 * limits.burnin)
-        else:
-            break
+            continue
+        break
+    bar.stop()
     if trial is None:
         return chosen, pilot, reasons
     chosen, reasons = _space(sampler, chosen, reasons, trial, around, num_probe, f"bound {bound:.3g}, {why_bound}")
     return chosen, pilot, reasons
+
+
+def _tighter(sampler: SGLD, chosen: SGLD, limits: Limits) -> Limits:
+    """After an explosion: a shorter step, or else a stronger localization."""
+    if sampler.lr == "auto":
+        return dataclasses.replace(limits, lr=float(chosen.lr) / 4)
+    return dataclasses.replace(limits, localization=4 * float(chosen.localization))
+
+
+def _pull(sampler: SGLD) -> float:
+    """Per step, on directions that only the localization pulls back."""
+    return float(sampler.lr) * sampler.gain * float(sampler.localization)
+
+
+def _announce(chosen: SGLD, around: Surroundings, bar: Progress) -> None:
+    """Say how long all trials may take, by the time of one gradient, and show their progress."""
+    if not bar.enabled:
+        return
+    few = torch.arange(min(chosen.batch_size or len(around.train), len(around.train)))
+    start = time.perf_counter()
+    around.task.gradient(around.train, few)
+    seconds = MOST_STEPS * (time.perf_counter() - start) * (2 if chosen.control_variate else 1)
+    if seconds > SLOW:
+        bar.say(f"pilot: trial chains of at most {MOST_STEPS:,} steps together, at most about {seconds:.0f} s")
+        bar.start(MOST_STEPS, what="trial chains")
 
 
 def _space(
@@ -158,93 +174,3 @@ def worth_spacing(memory: float, step_cost: float, probe_cost: float) -> int:
 
     allowed = [steps for steps in SPACINGS if rho**steps <= LAG1_TARGET] or [STEPS_CAP]
     return min(allowed, key=cost)
-
-
-def run_trial(sampler: SGLD, around: Surroundings) -> tuple[Trial, float | None]:
-    """One chain from w* at resolved settings; the noise a control variate leaves at its end, if it has one.
-
-    What the settings need of `fit` must be in `around.fitted`.
-
-    Raises:
-        DivergedError: it exploded.
-    """
-    task, train = around.task, around.train
-    chain = SGLDChain(around, sampler, PILOT_CHAIN)
-    pull = float(sampler.lr) * sampler.gain * float(sampler.localization)
-    burnin = min(int(sampler.num_burnin_steps), LONGEST // 2)
-    wanted = MEMORIES * math.ceil(2 / pull) if pull > 0 else math.inf
-    after = int(min(wanted, LONGEST - burnin))
-    every = max(1, -(-after // RECORDS))
-    few = [train[part] for part in watched_samples(len(train)).split(fitting_batch(256, task.loss.positions))]
-    task.reset()
-    chain.begin()
-    for _ in range(burnin):
-        chain.advance()
-    excess, rows = [], []
-    for step in range(after):
-        excess.append(chain.advance())
-        if (step + 1) % every == 0:
-            rows.append(torch.cat([task.losses(part) for part in few]).double())
-    traces = torch.stack(rows)
-    if not torch.isfinite(traces).all():
-        raise chain.diverged("a training sample has a loss that is not finite")
-    noise = None
-    if chain.force.control is not None:
-        noise = control_variance(task, train, seed=around.seed)
-    task.reset()
-    memory = every * autocorrelation_time(traces)
-    drift, drifting = _drift(traces)
-    return Trial(sum(excess) / len(excess), memory, drift, drifting, burnin + after, after == wanted), noise
-
-
-def autocorrelation_time(traces: Tensor) -> float:
-    """1 + 2 sum rho_k of the median sample: [T, w] -> in records, by Geyer's initial positive pairs (1992).
-
-    rho_k is the median over samples of the autocorrelation at lag k; samples that do not vary are left out.
-    """
-    centred = traces - traces.mean(dim=0)
-    variance = centred.square().mean(dim=0)
-    centred = centred[:, variance > 0] / variance[variance > 0].sqrt()
-    t = len(centred)
-    if centred.shape[1] == 0 or t < 4:
-        return 1.0
-    rho = [float((centred[: t - k] * centred[k:]).sum(dim=0).div(t - k).median()) for k in range(t // 2)]
-    total = _positive_pairs(rho)
-    # Centring on the trace's own mean lowers every rho_k by about total / T (Marriott and Pope 1954): put back once.
-    return max(_positive_pairs([r + (1 - r) * min(total / t, 0.25) for r in rho]), 1.0)
-
-
-def _positive_pairs(rho: Sequence[float]) -> float:
-    total = -1.0
-    for even, odd in zip(rho[::2], rho[1::2], strict=False):
-        if even + odd <= 0.05:  # what the correction above adds to no correlation at all
-            break
-        total += 2 * (even + odd)
-    return total
-
-
-def _drift(traces: Tensor) -> tuple[float, float]:
-    """z of the mean loss between the halves, and the share of samples that drift by |z| > 3; [T, w]."""
-    half = len(traces) // 2
-    if half < 4:
-        return 0.0, 0.0
-
-    def z(x: Tensor) -> Tensor:
-        first, second = x[:half], x[half : 2 * half]
-        # A trend is what is looked for: it must not pass for noise with a long memory.
-        noise = torch.cat([_without_trend(first), _without_trend(second)])
-        time = min(autocorrelation_time(noise), half)
-        error = (2 * noise.square().mean(dim=0) * time / half).sqrt().clamp(min=1e-300)
-        return (second.mean(dim=0) - first.mean(dim=0)) / error
-
-    mean = traces.mean(dim=1, keepdim=True)
-    samples = traces[:, traces.var(dim=0) > 0]
-    share = float((z(samples).abs() > 3).double().mean()) if samples.shape[1] else 0.0
-    return float(z(mean)[0]) if float(mean.var()) > 0 else 0.0, share
-
-
-def _without_trend(x: Tensor) -> Tensor:
-    """[T, w] less each column's least-squares line."""
-    time = torch.linspace(-1, 1, len(x), dtype=x.dtype)
-    centred = x - x.mean(dim=0)
-    return centred - time.outer(time @ centred / time.square().sum())

@@ -9,7 +9,7 @@ from scipy import stats
 from torch import Tensor
 
 from lossk.indexing import resolve
-from lossk.standard_error import bartlett_factor
+from lossk.standard_error import bartlett_factor, method_for
 
 if TYPE_CHECKING:
     from lossk.kernel import LossKernel
@@ -20,7 +20,7 @@ class SignificantNeighbors(NamedTuple):
 
     index: Tensor  # type: ignore[assignment]  # [N, k] int64; -1 where a sample has fewer than k
     correlation: Tensor  # [N, k] float32; 0 where the index is -1
-    standard_error: Tensor  # [N, k] float32, of the correlation (Bartlett 1935); NaN where the index is -1
+    standard_error: Tensor  # [N, k] float32, of the correlation; NaN where the index is -1
     noise_floor: Tensor  # [N] float32: what the best of the unrelated samples would reach
     significant: Tensor  # [N, k] bool: |R| above the row's noise floor
     share: float  # significant ones among the N k; unrelated samples: about 1 / k for k of 3 or more
@@ -36,9 +36,9 @@ def significant_neighbors(
     begins, not that a neighbour just above it is certain. `by_chance` is that expected number for each neighbour (as
     BLAST's E-value): 1 at the floor, 0.01 where one row in a hundred would show such a neighbour by chance.
 
-    Standard errors and `by_chance` take the traces for AR(1): with lag-1 autocorrelations r and D = C (T - 1) draws a
-    null correlation has D_eff = D (1 - r_i r_j) / (1 + r_i r_j) effective draws, and R sqrt(D_eff - 2) / sqrt(1 - R^2)
-    is Student's t.
+    `standard_error` is `kernel.standard_error`'s. `by_chance` takes unrelated traces for independent and AR(1): with
+    lag-1 autocorrelations r and D = C (T - 1) draws a null correlation has D_eff = D (1 - r_i r_j) / (1 + r_i r_j)
+    effective draws, and R sqrt(D_eff - 2) / sqrt(1 - R^2) is Student's t.
 
     Args:
         rows: the samples whose neighbours are wanted, as `kernel[rows]` takes; None = all.
@@ -51,7 +51,12 @@ def significant_neighbors(
     draws = kernel.num_chains * (kernel.num_draws - 1)
     variance = bartlett_factor(lag1[here].unsqueeze(1) * lag1[found.index.clamp(min=0)]) / draws
     size = (-found.correlation if anti else found.correlation).double()
-    error = ((1 - size.square()) * variance.sqrt()).masked_fill(~exists, float("nan"))
+    if method_for(kernel._blocks) == "products":
+        pairs = zip(here.tolist(), found.index.clamp(min=0), strict=True)
+        error = torch.cat([kernel.standard_error([i], index, correlation=True) for i, index in pairs])
+    else:
+        error = ((1 - size.square()) * variance.sqrt()).float()
+    error = error.masked_fill(~exists, float("nan"))
     freedom = (1 / variance - 2.0).clamp(min=1e-3)
     t = size * freedom.sqrt() / (1 - size.square()).clamp(min=1e-15).sqrt()
     others = max(int((~kernel.dead).sum()) - 1, 0)
@@ -61,7 +66,7 @@ def significant_neighbors(
     return SignificantNeighbors(
         found.index,
         found.correlation,
-        error.float(),
+        error,
         found.noise_floor,
         significant,
         share,

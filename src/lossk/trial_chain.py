@@ -1,0 +1,151 @@
+"""One trial chain: how far the training loss rises, whether the losses have reached a plateau, what they remember."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from scipy.stats import norm, t
+from torch import Tensor
+
+from lossk.chain import Surroundings
+from lossk.diagnostics import watched_samples
+from lossk.pilot import PILOT_CHAIN, control_variance
+from lossk.sgld import SGLD, SGLDChain
+from lossk.task import fitting_batch
+from lossk.timings import Progress
+
+MEMORIES = 10  # length of a trial after its burn-in, in decorrelation times of flat directions
+LONGEST = 2000  # steps of a trial
+RECORDS = 200
+WINDOW, FAR = 20, 2.0  # a rise this many times too high over so many steps is no news to wait for
+PLATEAU_Z = 4.0
+DRIFT_Z, DRIFTING = 3.0, 0.1  # of a sample, and the share of samples that may have it
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What a trial chain showed."""
+
+    rise: float  # of the training loss over its value at w*, after burn-in, nats
+    steps: int
+    whole: bool  # long enough to see flat directions forget
+    memory: float = math.nan  # integrated autocorrelation time of the median sample's loss, in steps
+    drift: float = 0.0  # of the mean loss between the two halves after burn-in, as a normal z
+    drifting: float = 0.0  # share of samples whose own loss drifts by |z| > 3 between them
+    noise: float | None = None  # lambda_max(Cov(g_i(w) - g_i(w*))) at its end, with a control variate
+
+    @property
+    def settled(self) -> bool:
+        return abs(self.drift) <= PLATEAU_Z and self.drifting <= DRIFTING
+
+
+def run_trial(
+    sampler: SGLD, around: Surroundings, *, bound: float = math.inf, most: int = LONGEST, bar: Progress | None = None
+) -> Trial:
+    """One chain from w* at resolved settings.
+
+    What the settings need of `fit` must be in `around.fitted`.
+
+    Args:
+        bound: of the rise; where the chain is far beyond it, it ends early, and only `rise` says something.
+        most: steps.
+
+    Raises:
+        DivergedError: it exploded.
+    """
+    task, train, bar = around.task, around.train, bar or Progress(False)
+    chain = SGLDChain(around, sampler, PILOT_CHAIN)
+    pull = float(sampler.lr) * sampler.gain * float(sampler.localization)
+    most = max(min(most, LONGEST), 2 * WINDOW)
+    burnin = min(int(sampler.num_burnin_steps), most // 2)
+    wanted = MEMORIES * math.ceil(2 / pull) if pull > 0 else math.inf
+    after = int(min(wanted, most - burnin))
+    every = max(1, -(-after // RECORDS))
+    few = [train[part] for part in watched_samples(len(train)).split(fitting_batch(256, task.loss.positions))]
+    task.reset()
+    chain.begin()
+    excess: list[float] = []
+    rows: list[Tensor] = []
+    for step in range(1, burnin + after + 1):
+        excess.append(chain.advance())
+        bar.update()
+        recent = sum(excess[-WINDOW:]) / WINDOW
+        if len(excess) >= WINDOW and recent > FAR * bound:
+            return Trial(recent, step, whole=False)
+        if step > burnin and (step - burnin) % every == 0:
+            rows.append(torch.cat([task.losses(part) for part in few]).double())
+    traces = torch.stack(rows)
+    if not torch.isfinite(traces).all():
+        raise chain.diverged("a training sample has a loss that is not finite")
+    drift, drifting = _drift(traces)
+    return Trial(
+        rise=sum(excess[burnin:]) / after,
+        steps=burnin + after,
+        whole=after == wanted and burnin == int(sampler.num_burnin_steps),
+        memory=every * autocorrelation_time(traces),
+        drift=drift,
+        drifting=drifting,
+        noise=control_variance(task, train, seed=around.seed) if chain.force.control is not None else None,
+    )
+
+
+def autocorrelation_time(traces: Tensor) -> float:
+    """1 + 2 sum rho_k of the median sample: [T, w] -> in records, by Geyer's initial positive pairs (1992).
+
+    rho_k is the median over samples of the autocorrelation at lag k; samples that do not vary are left out.
+    """
+    centred = traces - traces.mean(dim=0)
+    variance = centred.square().mean(dim=0)
+    centred = centred[:, variance > 0] / variance[variance > 0].sqrt()
+    t = len(centred)
+    if centred.shape[1] == 0 or t < 4:
+        return 1.0
+    rho = [float((centred[: t - k] * centred[k:]).sum(dim=0).div(t - k).median()) for k in range(t // 2)]
+    total = _positive_pairs(rho)
+    # Centring on the trace's own mean lowers every rho_k by about total / T (Marriott and Pope 1954): put back once.
+    return max(_positive_pairs([r + (1 - r) * min(total / t, 0.25) for r in rho]), 1.0)
+
+
+def _positive_pairs(rho: Sequence[float]) -> float:
+    total = -1.0
+    for even, odd in zip(rho[::2], rho[1::2], strict=False):
+        if even + odd <= 0.05:  # what the correction above adds to no correlation at all
+            break
+        total += 2 * (even + odd)
+    return total
+
+
+def _drift(traces: Tensor) -> tuple[float, float]:
+    """z of the mean loss between the halves, and the share of samples that drift by |z| > 3; [T, w].
+
+    A half is worth half / time draws: with few, the difference over its error has Student's tails, and z is the normal
+    deviate that is as rare.
+    """
+    half = len(traces) // 2
+    if half < 4:
+        return 0.0, 0.0
+
+    def z(x: Tensor) -> Tensor:
+        first, second = x[:half], x[half : 2 * half]
+        # A trend is what is looked for: it must not pass for noise with a long memory.
+        noise = torch.cat([_without_trend(first), _without_trend(second)])
+        time = min(autocorrelation_time(noise), half)
+        error = (2 * noise.square().mean(dim=0) * time / half).sqrt().clamp(min=1e-300)
+        ratio = ((second.mean(dim=0) - first.mean(dim=0)) / error).abs().numpy()
+        freedom = max(2 * half / time - 4, 1.0)  # less two means and two trends
+        return torch.from_numpy(norm.isf(t.sf(ratio, freedom)))
+
+    mean = traces.mean(dim=1, keepdim=True)
+    samples = traces[:, traces.var(dim=0) > 0]
+    share = float((z(samples) > DRIFT_Z).double().mean()) if samples.shape[1] else 0.0
+    return float(z(mean)[0]) if float(mean.var()) > 0 else 0.0, share
+
+
+def _without_trend(x: Tensor) -> Tensor:
+    """[T, w] less each column's least-squares line."""
+    time = torch.linspace(-1, 1, len(x), dtype=x.dtype)
+    centred = x - x.mean(dim=0)
+    return centred - time.outer(time @ centred / time.square().sum())
