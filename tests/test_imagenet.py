@@ -291,7 +291,8 @@ def test_run_aligns_with_wordnet_and_draws_its_map(
     assert "4 classes in WordNet." in shown
     assert "wu_palmer  mean |R|  spearman" in shown
     assert str(tmp_path / "i.wordnet.png") in shown
-    assert Image.open(tmp_path / "i.wordnet.png").size == (1155, 792)
+    with Image.open(tmp_path / "i.wordnet.png") as picture:
+        assert picture.size == (1155, 792)
 
 
 def test_what_wordnet_needs_is_asked_for_before_the_photos(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -42,10 +44,14 @@ class Follow:
     config: RunConfig
     kernel: LossKernel  # of the trained network
 
-    def build(self, model: nn.Module, *, seed: int | None = None) -> LossKernel:
-        """In memory, at the settings that were chosen for the trained network."""
+    def build(self, model: nn.Module, number: int) -> LossKernel:
+        """In memory, at the settings that were chosen for the trained network, with random numbers of its own.
+
+        Kernels of the same random numbers would be alike for those, and not only for their networks.
+        """
         meta, task = self.kernel.meta, self.task
-        settings = {**self.config.build, **({} if seed is None else {"seed": seed})}
+        own = np.random.SeedSequence(int(meta["config"]["seed"]), spawn_key=(number,))
+        settings = {**self.config.build, "seed": int(own.generate_state(1)[0])}
         return lossk.build_kernel(
             model,
             task.samples,
@@ -80,13 +86,17 @@ class Follow:
 
     def stages(self) -> Iterator[Stage]:
         """One by one: each checkpoint's, the trained network's, and the same network's again with another seed."""
-        before = None
-        for step in over_checkpoints(self.task.model, self.task.checkpoints, self.build, k=K):
+        before, numbers = None, count()
+
+        def build(model: nn.Module) -> LossKernel:
+            return self.build(model, next(numbers))
+
+        for step in over_checkpoints(self.task.model, self.task.checkpoints, build, k=K):
             before = step.kernel
             yield self.stage(Path(step.name).stem, before, step.change, compare_kernels(before, self.kernel, k=K))
         change = None if before is None else compare_kernels(before, self.kernel, k=K)
         yield self.stage("trained", self.kernel, change, None)
-        again = self.build(self.task.model, seed=int(self.kernel.meta["config"]["seed"]) + 1)
+        again = self.build(self.task.model, next(numbers))
         repeated = compare_kernels(again, self.kernel, k=K)
         yield self.stage("trained, again", again, repeated, repeated)
 
@@ -94,8 +104,8 @@ class Follow:
 def show_checkpoints(kernel: LossKernel, task: RecipeTask, config: RunConfig, out: Path) -> tuple[Path, Path]:
     """Build, print, write; returns the paths of the table and of the picture.
 
-    Every kernel is built at the settings that were chosen for the trained network; the last row, the trained network's
-    kernel with other random numbers, says how alike two kernels of one network are at this many draws.
+    Every kernel is built at the settings that were chosen for the trained network, with random numbers of its own; the
+    last row, the trained network's kernel once more, says how alike two kernels of one network are at this many draws.
     """
     from lossk.analysis.tables import write_table
 
