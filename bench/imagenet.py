@@ -178,6 +178,7 @@ MARKS = "<!-- made by python -m bench.imagenet -->", "<!-- end -->"
 def page(found: dict[str, Any]) -> str:
     """What stands between the marks of docs/recipes/imagenet.md."""
     machine, seconds = found["machine"], found["seconds"]
+    told = "\n".join(line for line in found["told"].splitlines() if not line.startswith("wrote "))
     of_weights = "\n".join(
         f"| {row['reference']} | {row['statistic']} | {row['value']:.3f} | {row['p']:.2f} |"
         for row in found["weights"]
@@ -191,7 +192,7 @@ def page(found: dict[str, Any]) -> str:
     )
     parts = (f"{name} {value:.1f} s" for name, value in found["weights s"].items())
     return "\n\n".join([
-        made, "What it printed:", f"```\n{found['told'].strip()}\n```", "**Costs, and what follows for more photos**",
+        made, "What it printed:", f"```\n{told.strip()}\n```", "**Costs, and what follows for more photos**",
         costs(found), "**The 1,000 class weights against WordNet** (" + ", ".join(parts) + ")",
         "| reference | statistic | value | p |\n|---|---|--:|--:|\n" + of_weights.replace("nan", "–"),
     ]) + "\n"  # fmt: skip

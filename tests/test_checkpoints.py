@@ -95,11 +95,11 @@ def test_a_second_run_trains_nothing_and_refuses_to_overwrite(folder: Path, caps
 
 def test_a_folder_half_full_is_trained_again(tmp_path: Path) -> None:
     write_fashion(tmp_path)
-    settings = {"data": tmp_path, "epochs": 2, "required_accuracy": 0.0, "checkpoints": tmp_path / "kept"}
+    settings = {"data": tmp_path, "epochs": 3, "required_accuracy": 0.0, "checkpoints": tmp_path / "kept"}
     first = fashion.make_task(**settings)
-    (tmp_path / "kept" / "seed0-epoch1of2.pt").unlink()
+    (tmp_path / "kept" / "seed0-epoch1of3.pt").unlink()
     again = fashion.make_task(**settings)
-    assert (tmp_path / "kept" / "seed0-epoch1of2.pt").exists()
+    assert (tmp_path / "kept" / "seed0-epoch1of3.pt").exists()
     assert all(torch.equal(a, b) for a, b in zip(first.model.parameters(), again.model.parameters(), strict=True))
     with pytest.raises(ValueError, match="checkpoint and checkpoints must not be given together"):
         fashion.make_task(**settings, checkpoint=tmp_path / "one.pt")

@@ -12,7 +12,7 @@ import lossk
 from lossk.analysis import Taxonomy, map_kernel
 from lossk.analysis.taxonomy_order import Stretch, places, stretches
 from lossk.report.taxonomy_picture import draw_taxonomy_map
-from lossk.report.taxonomy_summary import describe_taxonomy, wordnet_classes, write_taxonomy_map
+from lossk.report.taxonomy_summary import Classes, describe_taxonomy, wordnet_classes, write_taxonomy_map
 
 TREE = {"animal": {"dog": ["pug", "husky"], "cat": ["tabby"]}, "thing": {"cup": None, "car": ["van", "taxi"]}}
 DOGS_AND_CARS = ("n02110958", "n02110185", "n02099601", "n02930766", "n03769881", "n04467665")  # three of each
@@ -84,6 +84,7 @@ def test_planted_kinds_are_found_in_wordnet(tmp_path: Path) -> None:
     synsets = ["n01440764", *DOGS_AND_CARS, "n15075141"]
     classes = wordnet_classes(labels + 1, ["tench", *NAMES, "toilet tissue"], synsets)
     assert tuple(classes.names) == NAMES
+    assert classes.words["02084071"] == "dog"
     assert torch.equal(classes.labels, labels)
     told = describe_taxonomy(kernel, classes, kernel.neighbors(5)).splitlines()
     assert told[0] == "6 classes in WordNet."
@@ -101,7 +102,8 @@ def test_planted_kinds_are_found_in_wordnet(tmp_path: Path) -> None:
 
 def test_few_classes_have_no_alignment() -> None:
     kernel, labels = kernel_of_classes(0.3)
-    classes = wordnet_classes(labels // 3, ["pug", "cab"], DOGS_AND_CARS[2:4])
+    taxonomy = Taxonomy.from_nested({"dog": ["pug"], "car": ["cab"]})
+    classes = Classes(taxonomy, labels // 3, ["pug", "cab"], {})
     assert describe_taxonomy(kernel, classes, kernel.neighbors(5)).endswith("with WordNet, which takes 4.")
 
 

@@ -43,9 +43,7 @@ def wordnet_taxonomy(synsets: Mapping[str, str | int], *, folder: str | Path | N
         LosskError: NLTK or WordNet is missing, with what to install.
         ValueError: no such noun synset.
     """
-    reader = _reader(folder)
-    names = {name: _resolve(reader, name, given) for name, given in synsets.items()}
-    return Taxonomy.of_graph(_noun_graph(reader), names)
+    return _taxonomy(_reader(folder), synsets)
 
 
 def require_wordnet() -> None:
@@ -60,13 +58,22 @@ def require_wordnet() -> None:
         _reader(None)
 
 
-def node_words(taxonomy: Taxonomy, *, folder: str | Path | None = None) -> dict[str, str]:
-    """The first word of every node of a `wordnet_taxonomy`, as WordNet spells it."""
+def wordnet_with_words(
+    synsets: Mapping[str, str | int], *, folder: str | Path | None = None
+) -> tuple[Taxonomy, dict[str, str]]:
+    """`wordnet_taxonomy`, and the first word of every node of it."""
     reader = _reader(folder)
-    return {
+    taxonomy = _taxonomy(reader, synsets)
+    words = {
         node: reader.synset_from_pos_and_offset("n", int(node)).lemma_names()[0].replace("_", " ")
         for node in taxonomy.parents
     }
+    return taxonomy, words
+
+
+def _taxonomy(reader: Any, synsets: Mapping[str, str | int]) -> Taxonomy:
+    names = {name: _resolve(reader, name, given) for name, given in synsets.items()}
+    return Taxonomy.of_graph(_noun_graph(reader), names)
 
 
 def _reader(folder: str | Path | None) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,11 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lossk.analysis import align, class_similarity, map_kernel, wordnet_taxonomy
+from lossk.analysis import align, class_similarity, map_kernel
 from lossk.analysis.alignment import Alignment
 from lossk.analysis.class_matrix import Array
 from lossk.analysis.taxonomy import Taxonomy
-from lossk.analysis.wordnet import node_words
+from lossk.analysis.wordnet import wordnet_with_words
 from lossk.kernel import LossKernel
 from lossk.neighbors import Neighbors
 from lossk.report.taxonomy_picture import draw_taxonomy_map
@@ -31,6 +31,7 @@ class Classes:
     taxonomy: Taxonomy
     labels: Tensor  # [N] int64, positions in the taxonomy's classes
     names: Sequence[str]  # [C]
+    words: Mapping[str, str]  # of each node of the taxonomy
 
 
 def wordnet_classes(labels: Tensor, class_names: Sequence[str], synsets: Sequence[str]) -> Classes:
@@ -38,8 +39,8 @@ def wordnet_classes(labels: Tensor, class_names: Sequence[str], synsets: Sequenc
     out. Needs lossk[analysis] and WordNet."""
     present, numbers = labels.unique(return_inverse=True)
     chosen = [synsets[i] for i in present.tolist()]
-    taxonomy = wordnet_taxonomy(dict(zip(chosen, chosen, strict=True)))
-    return Classes(taxonomy, numbers, [class_names[i] for i in present.tolist()])
+    taxonomy, words = wordnet_with_words(dict(zip(chosen, chosen, strict=True)))
+    return Classes(taxonomy, numbers, [class_names[i] for i in present.tolist()], words)
 
 
 def describe_taxonomy(kernel: LossKernel, classes: Classes, neighbors: Neighbors, seed: int = 0) -> str:
@@ -49,7 +50,7 @@ def describe_taxonomy(kernel: LossKernel, classes: Classes, neighbors: Neighbors
     if len(classes.names) < FEWEST_CLASSES:
         return "\n".join([*lines, f"Too few classes for an alignment with WordNet, which takes {FEWEST_CLASSES}."])
     alignment = aligned(kernel, classes, {"wu_palmer": similarity, "path": classes.taxonomy.similarity("path")}, seed)
-    lines.append("Class means against WordNet (value ± errors over images, chains; triplets: chance is 0.5):")
+    lines.append("Class means against WordNet (value ± standard errors; triplets: chance is 0.5):")
     for measure in MEASURES:
         for name in ("mean R", "mean |R|"):
             lines.append(f"  {measure:9s}  {name:9s} " + _statistics(alignment, name, measure))
@@ -72,7 +73,8 @@ def _statistics(alignment: Alignment, name: str, measure: str) -> str:
     parts = []
     for statistic in ("spearman", "triplets"):
         row = alignment.row(name, measure, statistic)
-        errors = [f"{error:.3f}" for error in (row.image_error, row.chain_error) if np.isfinite(error)]
+        both = (("images", row.image_error), ("chains", row.chain_error))
+        errors = [f"{error:.3f} ({over})" for over, error in both if np.isfinite(error)]
         p = f" (p = {row.p:.3f})" if np.isfinite(row.p) else ""
         parts.append(f"{statistic} {row.value:+.3f}" + (f" ± {', '.join(errors)}" if errors else "") + p)
     return "   ".join(parts)
@@ -96,5 +98,4 @@ def _of_neighbours(neighbors: Neighbors, classes: Classes, similarity: Array) ->
 def write_taxonomy_map(kernel: LossKernel, classes: Classes, path: Path, title: str) -> None:
     """The UMAP of a kernel, coloured by the place of each sample's class."""
     drawn = map_kernel(kernel)
-    words = node_words(classes.taxonomy)
-    draw_taxonomy_map(drawn, classes.labels.numpy(), classes.taxonomy, words, path, title=title)
+    draw_taxonomy_map(drawn, classes.labels.numpy(), classes.taxonomy, classes.words, path, title=title)
