@@ -61,9 +61,9 @@ def make_task(
         torch.manual_seed(seed)
         model = fashion_cnn()
     kept = [] if checkpoints is None else epoch_files(checkpoints, epochs, seed)
-    trained = kept[-1] if kept else checkpoint
-    if trained is not None and all(Path(path).exists() for path in kept or [trained]):
-        model.load_state_dict(torch.load(trained, weights_only=True))
+    wanted = kept or ([] if checkpoint is None else [Path(checkpoint)])
+    if wanted and all(path.exists() for path in wanted):
+        model.load_state_dict(torch.load(wanted[-1], weights_only=True))
         model.eval()
     else:
 
