@@ -44,7 +44,7 @@ def table(folder: Path) -> list[dict[str, str]]:
 
 def test_every_checkpoint_has_a_row_and_the_trained_network_two(folder: Path) -> None:
     rows = table(folder)
-    epochs = [f"seed0-epoch{epoch}of3" for epoch in range(3)]
+    epochs = [f"seed0-train300-epoch{epoch}of3" for epoch in range(3)]
     assert [row["kernel"] for row in rows] == [*epochs, "trained", "trained, again"]
     assert float(rows[0]["mean_loss"]) > 2.0  # ln 10 before training
     assert float(rows[0]["mean_loss"]) > float(rows[3]["mean_loss"])
@@ -83,7 +83,7 @@ def test_the_rows_are_kernels_at_the_trained_networks_settings(folder: Path) -> 
 
 def test_a_second_run_trains_nothing_and_refuses_to_overwrite(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     kept = {path.name: path.stat().st_mtime_ns for path in (folder / "kept").iterdir()}
-    assert sorted(kept) == [f"seed0-epoch{epoch}of3.pt" for epoch in range(4)]
+    assert sorted(kept) == [f"seed0-train300-epoch{epoch}of3.pt" for epoch in range(4)]
     fashion.make_task(data=folder, epochs=3, num_probe=40, required_accuracy=0.0, checkpoints=folder / "kept")
     assert {path.name: path.stat().st_mtime_ns for path in (folder / "kept").iterdir()} == kept
     fresh = [str(folder / "g.lossk") if part == str(folder / "f.lossk") else part for part in arguments(folder)]
@@ -97,9 +97,9 @@ def test_a_folder_half_full_is_trained_again(tmp_path: Path) -> None:
     write_fashion(tmp_path)
     settings = {"data": tmp_path, "epochs": 3, "required_accuracy": 0.0, "checkpoints": tmp_path / "kept"}
     first = fashion.make_task(**settings)
-    (tmp_path / "kept" / "seed0-epoch1of3.pt").unlink()
+    (tmp_path / "kept" / "seed0-train300-epoch1of3.pt").unlink()
     again = fashion.make_task(**settings)
-    assert (tmp_path / "kept" / "seed0-epoch1of3.pt").exists()
+    assert (tmp_path / "kept" / "seed0-train300-epoch1of3.pt").exists()
     assert all(torch.equal(a, b) for a, b in zip(first.model.parameters(), again.model.parameters(), strict=True))
     with pytest.raises(ValueError, match="checkpoint and checkpoints must not be given together"):
         fashion.make_task(**settings, checkpoint=tmp_path / "one.pt")

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from lossk.recipes import RecipeError, RecipeTask, require_accuracy, train_classifier
 from lossk.recipes.idx import find_idx, read_idx
+from lossk.settings import check_integer
 
 DEBIAN_FOLDER = "/usr/share/datasets/fashion-mnist"
 STEMS = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
@@ -37,11 +38,12 @@ def make_task(
     seed: int = 0,
     epochs: int = 5,
     required_accuracy: float = 0.90,
+    num_train: int | None = None,
     num_probe: int | None = None,
     checkpoint: str | Path | None = None,
     checkpoints: str | Path | None = None,
 ) -> RecipeTask:
-    """Train on the training images; probe the test images (the first `num_probe` of them, if given).
+    """Train on the training images, probe the test images (the first `num_train` and `num_probe` of them, if given).
 
     About a minute of work on two cores. With `checkpoint`, the trained weights are read from that file if it exists
     and written there if it does not. With `checkpoints`, a folder, those before the first epoch and after each one are
@@ -52,7 +54,11 @@ def make_task(
         raise ValueError(
             "checkpoint and checkpoints must not be given together: the folder holds the trained weights too"
         )
+    for name, number in (("num_train", num_train), ("num_probe", num_probe)):
+        if number is not None:
+            check_integer(name, number, 1)
     train_images, train_labels, images, labels = read_fashion(data)
+    train_images, train_labels = train_images[:num_train], train_labels[:num_train]
     # Normalised by the training set's own mean and deviation, so that any IDX folder of 28 x 28 images will do.
     mean, std = train_images.mean(), train_images.std()
     train_inputs, inputs = (((part - mean) / std).unsqueeze(1) for part in (train_images, images))
@@ -60,7 +66,7 @@ def make_task(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = fashion_cnn()
-    kept = [] if checkpoints is None else epoch_files(checkpoints, epochs, seed)
+    kept = [] if checkpoints is None else epoch_files(checkpoints, epochs, seed, len(train_labels))
     wanted = kept or ([] if checkpoint is None else [Path(checkpoint)])
     if wanted and all(path.exists() for path in wanted):
         model.load_state_dict(torch.load(wanted[-1], weights_only=True))
@@ -98,9 +104,9 @@ def make_task(
     )
 
 
-def epoch_files(folder: str | Path, epochs: int, seed: int) -> list[Path]:
+def epoch_files(folder: str | Path, epochs: int, seed: int, num_train: int) -> list[Path]:
     """Where the weights before the first epoch and after each lie: epochs + 1 files, named by what they depend on."""
-    return [Path(folder) / f"seed{seed}-epoch{epoch}of{epochs}.pt" for epoch in range(epochs + 1)]
+    return [Path(folder) / f"seed{seed}-train{num_train}-epoch{epoch}of{epochs}.pt" for epoch in range(epochs + 1)]
 
 
 def read_fashion(folder: str | Path) -> tuple[Tensor, Tensor, Tensor, Tensor]:

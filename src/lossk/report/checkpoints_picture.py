@@ -92,6 +92,6 @@ def _curves(figure: Any, stages: Sequence[Stage], chance: float) -> None:
 
 
 def _short(name: str) -> str:
-    """ "seed0-epoch3of5" as "epoch 3"; other names as they are."""
+    """ "seed0-train60000-epoch3of5" as "epoch 3"; other names as they are."""
     head, found, rest = name.rpartition("epoch")
     return f"epoch {rest.split('of')[0]}" if found and head.startswith("seed") else name
