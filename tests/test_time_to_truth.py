@@ -338,7 +338,7 @@ def record(tiny: Network) -> dict[str, Any]:
     machine = {"device": "a CPU", "num_threads": 1, "git_sha": "0123"}
     whole = {
         "environment": machine, "versions": {"torch": "2"}, "budget": vars(budget), "seed": 0, "clock": "wall",
-        "networks": {"tiny": found},
+        "networks": {"tiny": {**found, "git_sha": "0123"}},
     }  # fmt: skip
     return json.loads(json.dumps(bench.plain(whole), allow_nan=False))
 
