@@ -20,6 +20,8 @@ from zarr.errors import ZarrUserWarning
 from lossk.errors import StoreError
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+# Bytes per write: ext4 of Linux 6.18 takes five times the processor time for the same file in one write of 15 MB.
+PIECE = 2**18
 
 
 @contextmanager
@@ -150,7 +152,8 @@ def replace_file(path: Path, *content: bytes) -> None:
     parts = path.with_name(f".{path.name}.part")
     with parts.open("wb") as file:
         for part in content:
-            file.write(part)
+            for start in range(0, len(part), PIECE):
+                file.write(memoryview(part)[start : start + PIECE])
         file.flush()
         os.fsync(file.fileno())
     parts.replace(path)
