@@ -183,6 +183,7 @@ def test_tokens_convolutions_and_stacks_of_heads(build: Build, assert_same_kerne
         (network, images, {}, {"fold_norms": True}),
         (language, words, {"loss": "token_cross_entropy"}, {}),
         (head_only, points, heads, {"fused_head": True}),
+        (head_only, points, {}, {"fused_head": True}),
     ):
         beside, turns = (build(make(), data, passes=replace(p, **more), **changes) for p in (BESIDE, TURNS))
         assert_same_kernel(beside, turns)

@@ -199,7 +199,7 @@ class TileWriter:
         chunk.parent.mkdir(parents=True, exist_ok=True)
         replace_file(chunk, *encode_tile(self.side, tile))
         # Gigabytes that nobody reads soon: memory that they kept would be new to the process, page by page, where the
-        # next tile can have the same again (on a virtual machine six times cheaper); in a container it counts, too.
+        # next tile can have the same again (on a virtual machine several times cheaper); in a container it counts, too.
         forget(chunk)
         with (self.store / self.name).open("ab") as log:
             log.write(json.dumps(key).encode() + b"\n")
