@@ -3,7 +3,7 @@
 python -m bench.scaling --checkpoint CNN.pt [--num-samples 10000] [--num-draws 20] [--repeat 2] [--record FILE]
 
 One thread and one core to a process; contenders take turns, medians of the repeats. Needs two free cores. With
---num-train 500 --num-samples 300 --num-draws 1 --repeat 1 it is a check that it runs, and no measurement.
+--num-train 500 --num-samples 300 --num-draws 2 --repeat 1 it is a check that it runs, and no measurement.
 """
 
 from __future__ import annotations

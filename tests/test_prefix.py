@@ -142,7 +142,7 @@ def test_regression(build: Build) -> None:
 @pytest.mark.parametrize("form", ["tuple", "mapping"])
 def test_inputs_of_several_arguments(build: Build, form: str) -> None:
     x, y = vectors()
-    inputs: Any = (x, torch.rand(13, 1)) if form == "tuple" else {"x": x}
+    inputs: Any = (x, torch.rand(len(x), 1)) if form == "tuple" else {"x": x}
     assert_cached_and_the_same(build, Named(), (inputs, y), ["last.*"], "run")
     assert isinstance(inputs, tuple | Mapping)
 
