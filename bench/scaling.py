@@ -105,6 +105,8 @@ def main() -> None:
     if options.record is not None:
         options.record.write_text(json.dumps({"machine": machine, "found": found}, indent=1) + "\n")
     print(section(found))
+    if any(record["cores"] < 2 for records in found.values() for record in records):
+        print("\nNOT A MEASUREMENT: the two processes had one core between them.")
     print(
         f"\n{machine['device']}, 1 thread and 1 core to a process, load before {machine['load_average']}, "
         f"git {machine['git_sha'][:9]}; {options.num_samples:,} images, medians of {options.repeat}"

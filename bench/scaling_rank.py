@@ -20,7 +20,8 @@ from lossk.recipes import fashion
 
 def main(store: Path, checkpoint: Path, num_samples: int, num_chains: int, num_draws: int, num_train: int) -> None:
     rank = int(os.environ["RANK"])
-    os.sched_setaffinity(0, {sorted(os.sched_getaffinity(0))[int(os.environ["LOCAL_RANK"])]})
+    cores = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, {cores[int(os.environ["LOCAL_RANK"]) % len(cores)]})
     torch.set_num_threads(1)
     task = fashion.make_task(num_probe=1000, checkpoint=checkpoint)
     x, y = task.train
@@ -40,6 +41,7 @@ def main(store: Path, checkpoint: Path, num_samples: int, num_chains: int, num_d
             "ranks": kernel.meta.get("ranks", {"size": 1, "rows": 1, "shards": 1}),
             "peak_rss_bytes": peak_rss_bytes(),
             "losses": hashlib.sha256(losses.tobytes()).hexdigest(),
+            "cores": len(cores),
             "steps": SAMPLER.steps(num_draws),
         }
         print("record " + json.dumps(found), flush=True)
