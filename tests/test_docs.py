@@ -15,7 +15,17 @@ import lossk
 
 DOCS = Path(__file__).parent.parent / "docs"
 FENCE = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-PAGES = ("index.md", "probe.md", "reading.md", "analysis.md", "attribution.md", "distributed.md", "report.md", "gpu.md")
+PAGES = (
+    "index.md",
+    "probe.md",
+    "reading.md",
+    "analysis.md",
+    "attribution.md",
+    "distributed.md",
+    "report.md",
+    "gpu.md",
+    "factor.md",
+)
 ELSEWHERE = {
     "gpu.md": ('device="cuda"', 'device="cpu"')
 }  # what these pages say of a machine that tests cannot count on
