@@ -101,6 +101,9 @@ def measure_build(sizes: gpu_build.BuildSizes, device: torch.device) -> dict[str
     found = gpu_build.measure(sizes, device, lambda run: statistics.median(milliseconds(run, device, rounds=5)) / 1e3)
     for stage, seconds in found["stages"].items():
         print(f"build, per draw: {stage:10s} {seconds:10.4f} s")
+    turns, beside = found["sampling"]["turns"], found["sampling"]["beside"]
+    also = "not taken" if beside is None else f"{beside:.4f} s, {turns / beside:.2f} times as fast"
+    print(f"build, per draw: probe and steps in turns {turns:.4f} s, the probe beside the next steps {also}")
     print(f"build, 1,000 draws at this rate: {found['thousand_draws_seconds'] / 3600:.2f} h")
     return found
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -99,11 +99,17 @@ def measure(sizes: BuildSizes, device: torch.device, seconds_of: Callable[[Calla
         lr=1e-7, n_beta=100.0, localization=100.0, batch_size=sizes.batch,
         num_burnin_steps=0, num_steps_bw_draws=sizes.steps,
     )  # fmt: skip
-    settings: dict[str, Any] = {"num_chains": 1, "num_draws": sizes.draws, "tile": sizes.tile, "backend": "triton"}
-    kernel = lossk.build_kernel(
-        model, (images, labels), sampler=sampler, transform=as_floats, precision=sizes.precision, **settings
-    )
+    settings: dict[str, Any] = {
+        "num_chains": 1, "num_draws": sizes.draws, "tile": sizes.tile, "backend": "triton", "sampler": sampler,
+        "transform": as_floats, "precision": sizes.precision,
+    }  # fmt: skip
+    kernel = lossk.build_kernel(model, (images, labels), **settings)
     settle(device)
+    passes, beside = lossk.Passes(**kernel.meta["passes"]), None
+    if passes.overlap is True:  # stages are told apart only where they take turns
+        beside = sampling_seconds(kernel) / sizes.draws
+        kernel = lossk.build_kernel(model, (images, labels), passes=replace(passes, overlap=False), **settings)
+        settle(device)
     spent, draws = kernel.meta["timings"], sizes.draws
     stages = {"forward": spent["probe"] / draws, "gradient": spent["gradient"] / draws}
     weights = torch.zeros(3, sum(p.numel() for p in model.parameters()), device=device)
@@ -111,15 +117,21 @@ def measure(sizes: BuildSizes, device: torch.device, seconds_of: Callable[[Calla
     stages["update"] = _update_seconds(sizes, device, seconds_of)
     return {
         "stages": stages,
+        "sampling": {"turns": sampling_seconds(kernel) / draws, "beside": beside},
         "thousand_draws_seconds": 1000 * sum(stages.values()),
         "update_of_forward": stages["update"] / stages["forward"],
         "weights": weights.shape[1],
         "total_seconds": spent["total"],
-        "passes": kernel.meta["passes"],
+        "passes": passes.to_dict(),
         "passes_reasons": kernel.meta["passes_reasons"],
         "memory": kernel.meta["memory"],
         "ops": kernel.meta["ops"],
     }
+
+
+def sampling_seconds(kernel: lossk.LossKernel) -> float:
+    """Of passes and steps, by the host's clock; it waits for the device at every step and after every pass."""
+    return sum(kernel.meta["timings"].get(stage, 0.0) for stage in ("probe", "gradient", "step"))
 
 
 def _step(w: Tensor, grad: Tensor, anchor: Tensor) -> None:

@@ -2,7 +2,8 @@
 
 python -m bench.scaling --checkpoint CNN.pt [--num-samples 10000] [--num-draws 20] [--repeat 2] [--record FILE]
 
-One thread and one core to a process; contenders take turns, medians of the repeats. Needs two free cores.
+One thread and one core to a process; contenders take turns, medians of the repeats. Needs two free cores. With
+--num-train 500 --num-samples 300 --num-draws 2 --repeat 1 it is a check that it runs, and no measurement.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ def run(options: argparse.Namespace, ranks: int, num_chains: int, store: Path) -
     command = [
         sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={ranks}", "-m", "bench.scaling_rank",
         str(store), str(options.checkpoint), str(options.num_samples), str(num_chains),
-        str(options.num_draws * 2 // num_chains),
+        str(options.num_draws * 2 // num_chains), str(options.num_train),
     ]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     lines = [line for line in done.stdout.splitlines() if line.startswith("record ")]
@@ -91,6 +92,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", type=Path, required=True, help="the network, read or written")
     parser.add_argument("--num-samples", type=int, default=10_000)
+    parser.add_argument("--num-train", type=int, default=60_000, help="training images, of the first so many")
     parser.add_argument("--num-draws", type=int, default=20, help="of each of two chains; a lone chain has as many")
     parser.add_argument("--repeat", type=int, default=2)
     parser.add_argument("--record", type=Path)
@@ -103,6 +105,8 @@ def main() -> None:
     if options.record is not None:
         options.record.write_text(json.dumps({"machine": machine, "found": found}, indent=1) + "\n")
     print(section(found))
+    if any(record["cores"] < 2 for records in found.values() for record in records):
+        print("\nNOT A MEASUREMENT: the two processes had one core between them.")
     print(
         f"\n{machine['device']}, 1 thread and 1 core to a process, load before {machine['load_average']}, "
         f"git {machine['git_sha'][:9]}; {options.num_samples:,} images, medians of {options.repeat}"

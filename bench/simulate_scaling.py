@@ -44,7 +44,7 @@ Assumed: passes run at 25 % of the first (TF32), rank updates at 60 % of the sec
 forward pass; ResNet-50 on 224 x 224, 8.2 GFLOP; backward is twice that. Run: 4 chains x 200 draws, 200 steps of
 burn-in, 10 between draws, minibatches of 256; tiles of 4,096 in float32, panels of 16 draws. Left out: reading and
 decoding data (taken as resident), start-up, stragglers, the pilot, the end of the run. Where tiles do not fit, the
-factor form is priced instead: lossk does not yet write it from many ranks."""
+factor form (`form="factor"`) is priced instead."""
 
 NETWORKS = {
     50_000: ("ResNet-18", 1.1e9, 11.2e6),

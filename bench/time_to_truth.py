@@ -32,6 +32,8 @@ from bench.time_to_truth_ours import (
     find_law,
     make_reference,
     measure,
+    saved_reference,
+    saved_run,
 )
 from bench.time_to_truth_page import page
 from bench.time_to_truth_peer import DEFAULTS, Peer, at_defaults, grid, measure_grid, outcome, wholly_default
@@ -59,18 +61,30 @@ def compare(
     peer: Callable[[Network], Peer] | None = None,
     seed: int = 0,
     clock: str = "wall",
+    runs: Path | None = None,
     say: Callable[[str], None] = print,
 ) -> dict[str, Any]:
-    """All of one network, as plain data: its law, its reference, and a result per sampler."""
+    """All of one network, as plain data: its law, its reference, and a result per sampler.
+
+    Args:
+        runs: folder of `bench.fashion_auto`, whose long run then is the reference, and whose automatic run is ours.
+    """
     say(f"{network.name}: {network.what}")
     ready = None if peer is None else peer(network)  # first: better to fail now than after the reference
-    law = find_law(network, seed=seed)
-    reference = make_reference(network, law, budget.reference, clock)
+    if runs is None:
+        law = find_law(network, seed=seed)
+        reference = make_reference(network, law, budget.reference, clock)
+    else:
+        law, reference = saved_reference(runs, network, seed=seed)
     say(
         f"  reference: {reference.num_chains} chains x {reference.num_draws} draws in {reference.seconds:.0f} s, "
         f"reliability of R {reference.reliability['R']:.4f}, of K {reference.reliability['K']:.4f}"
     )
     ours = []
+    if runs is not None:
+        ours = [saved_run(runs, network, reference, level=budget.level, seed=seed, clock=clock)]
+        say(f"  {ours[0].name}: {outcome(ours[0])}")
+        variants = {}
     for name, make in variants.items():
         sampler = make(law)
         found = measure(
@@ -80,6 +94,9 @@ def compare(
         say(f"  {name}: {outcome(found)}")
     record = {
         "what": network.what,
+        "level": budget.level,
+        "budget": dataclasses.asdict(budget),
+        "runs": runs is not None,
         "num_samples": len(network.probe[1]),
         "num_train": len(network.train[1]),
         "law": {"n_beta": law.n_beta, "localization": law.localization},
@@ -135,6 +152,8 @@ def main() -> None:
         "--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS), help="the first is ours"
     )
     parser.add_argument("--fashion-checkpoint", type=Path, help="trained weights, read if there and else written")
+    parser.add_argument("--fashion-runs", type=Path, metavar="FOLDER", help="of bench.fashion_auto: used again")
+    parser.add_argument("--add", action="store_true", help="to the networks that --record has already")
     parser.add_argument("--clock", choices=list(CLOCKS), default="wall", help="cpu: the processor's, on a busy machine")
     parser.add_argument("--seed", type=int, default=0)
     for item in dataclasses.fields(Budget):
@@ -154,6 +173,8 @@ def main() -> None:
         "clock": options.clock,
         "networks": {},
     }
+    if options.add and options.record.exists():
+        record["networks"] = json.loads(options.record.read_text())["networks"]
     with tempfile.TemporaryDirectory() as folder:
         python = options.peer_python
         peer = None if python is None else lambda network: Peer(python, network, Path(folder), options.clock)
@@ -161,8 +182,12 @@ def main() -> None:
             start = time.perf_counter()
             network = NETWORKS[name](options.fashion_checkpoint)
             variants = {variant: VARIANTS[variant] for variant in options.variants}
-            found = compare(network, budget, variants=variants, peer=peer, seed=options.seed, clock=options.clock)
-            record["networks"][name] = {**found, "took": time.perf_counter() - start}
+            runs = options.fashion_runs if name == "fashion" else None
+            found = compare(
+                network, budget, variants=variants, peer=peer, seed=options.seed, clock=options.clock, runs=runs
+            )
+            sha = record["environment"]["git_sha"]
+            record["networks"][name] = {**found, "took": time.perf_counter() - start, "git_sha": sha}
             # After every network: an hour's work should not hang on the next one.
             text = page(plain(record))
             if options.out is not None:

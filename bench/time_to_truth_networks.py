@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from bench.peers_devinterp import describe
 from lossk.data import read_samples
 from lossk.recipes import RecipeTask, digits, fashion, multitask, require_accuracy, train_classifier
+from lossk.recipes.arithmetic import OneNetwork
 
 FASHION_PROBE = 1000
 
@@ -64,7 +66,21 @@ def make_fashion(checkpoint: Path | None) -> Network:
 
 
 def make_multitask(checkpoint: Path | None) -> Network:
-    return _from_recipe("multitask", "MLP 60-512-29, a + b and a - b modulo 29", multitask.make_task())
+    made = _from_recipe("multitask", "MLP 60-512-29, a + b and a - b modulo 29", multitask.make_task())
+    model, scale = as_layers(made.model)
+    probe, train = ((x * scale, y) for x, y in (made.probe, made.train))
+    return dataclasses.replace(made, model=model, probe=probe, train=train)
+
+
+def as_layers(model: OneNetwork) -> tuple[nn.Sequential, Tensor]:
+    """(the same function of scaled inputs, with the same weights, as plain layers; the scale [2 p + tasks])."""
+    pairs, token = model.pairs, model.token
+    inputs, tasks = pairs.in_features, token.in_features
+    layers = nn.Sequential(nn.Linear(inputs + tasks, pairs.out_features), nn.ReLU(), model.head)
+    with torch.no_grad():
+        layers[0].weight.copy_(torch.cat([pairs.weight, token.weight], dim=1))
+        layers[0].bias.copy_(pairs.bias)
+    return layers.eval(), torch.cat([torch.ones(inputs), torch.full((tasks,), model.loudness)])
 
 
 def _from_recipe(name: str, what: str, task: RecipeTask) -> Network:

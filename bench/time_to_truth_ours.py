@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
+
+import torch
 
 import lossk
 from bench.time_to_truth_networks import Network
@@ -180,4 +184,26 @@ def measure(
     settings = {"num_chains": NUM_CHAINS, **traces.meta["sampler"]}
     result = Result(name, settings)
     result.read(running, level, lambda draws: short + (draws - 2) * each)
+    return result
+
+
+def saved_reference(runs: Path, network: Network, *, seed: int) -> tuple[Law, Reference]:
+    """The law and the long run of `bench.fashion_auto`."""
+    auto, long = (torch.load(runs / f"{name}.pt", weights_only=True) for name in ("auto", "long"))
+    law = {key: float(json.loads(auto["meta"])["sampler"][key]) for key in ("n_beta", "localization")}
+    euler = timed(network, lossk.SGLD(**law, integrator="euler"), num_chains=1, num_draws=2, seed=seed)[0]
+    losses, settings = long["losses"], json.loads(long["meta"])["sampler"]
+    reference = Reference(
+        entries(losses), reliability(losses), losses.shape[0], losses.shape[1], long["seconds"], settings
+    )
+    return Law(**law, sgld=lossk.SGLD(**euler.meta["sampler"])), reference
+
+
+def saved_run(runs: Path, network: Network, reference: Reference, *, level: float, seed: int, clock: str) -> Result:
+    """The automatic run of `bench.fashion_auto`, and one of two draws for what comes before the draws."""
+    auto = torch.load(runs / "auto.pt", weights_only=True)
+    short = timed(network, None, num_chains=NUM_CHAINS, num_draws=2, seed=seed, clock=clock)[1]
+    each = max(auto["seconds"] - short, 0.0) / (auto["losses"].shape[1] - 2)
+    result = Result("lossk default", {"num_chains": NUM_CHAINS, **json.loads(auto["meta"])["sampler"]})
+    result.read(Running(auto["losses"], reference.entries), level, lambda draws: short + (draws - 2) * each)
     return result

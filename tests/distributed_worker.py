@@ -15,8 +15,8 @@ import yaml
 from torch import Tensor, nn
 
 import lossk
-import lossk.distributed_build
 import lossk.distributed_plan
+import lossk.distributed_run
 from lossk.cli import main
 from lossk.layout import in_store
 from lossk.recipes import RecipeTask
@@ -99,18 +99,35 @@ def run(scenario: str, folder: Path, rank: int) -> Any:
         changes = {"num_chains": 1, "tile": 4096}
         return numbers(build(model, samples, loss=loss, out=folder / "tokens.lossk", **settings(**changes)))
     if scenario == "outofcore":
-        chosen = lossk.distributed_build.plan_share
+        chosen = lossk.distributed_run.plan_share
 
         def in_the_store(run: Any, request: Any, *rest: Any) -> Any:
             chosen(run, request, *rest)
             size = lossk.distributed_plan.size_of(request, run.task.num_weights)
             return in_store(size, 0, super_panel=size.draws, stripes=1)
 
-        lossk.distributed_build.plan_share = in_the_store
+        lossk.distributed_run.plan_share = in_the_store
         try:
             return numbers(build(network(), data(), out=folder / "outofcore.lossk", **settings()))
         finally:
-            lossk.distributed_build.plan_share = chosen
+            lossk.distributed_run.plan_share = chosen
+    if scenario in ("factor", "factor16"):  # in the store
+        changes = {"dtype": "float16", "centering": "pooled", "num_chains": 1} if scenario == "factor16" else {}
+        path = folder / f"{scenario}.lossk"
+        return numbers(build(network(), data(), out=path, form="factor", **settings(**changes)))
+    if scenario == "heldfactor":  # on every rank
+        kernel = build(network(), data(), form="factor", **settings())
+        torch.save(kernel._blocks.factor, folder / f"heldfactor-{rank}.pt")
+        return numbers(kernel)
+    if scenario == "traces":
+        asked = {key: value for key, value in settings().items() if key not in ("tile", "panel")}
+        traces = lossk.sample_losses(network(), data(), **asked)
+        torch.save([traces.losses, traces.excess], folder / f"traces-{rank}.pt")
+        return {"n_beta": traces.n_beta, "ranks": traces.meta["ranks"], "config": sorted(traces.meta["config"])}
+    if scenario == "cross":
+        asked = {key: value for key, value in settings().items() if key not in ("tile", "panel")}
+        cross = lossk.cross_kernel(network(), data(), data(20), **asked)
+        return cross[:, :].tolist()
     if scenario == "memory":
         kernel = build(network(), data(), **settings())
         try:

@@ -33,7 +33,7 @@ def die() -> None:
 
 
 def build(path: Path, tiles: str) -> None:
-    """BAOAB, whose momenta are state; 2 x 12 draws of 300 samples by panels of 3; 15 tiles."""
+    """BAOAB, whose momenta are state; 2 x 12 draws of 300 samples by panels of 3; 15 tiles, or a factor of 5 chunks."""
     torch.set_num_threads(1)
     if tiles == "store":
         lossk.run.choose_layout = lambda size, _, taken, **__: in_store(size, taken, super_panel=size.draws, stripes=2)
@@ -49,7 +49,7 @@ def build(path: Path, tiles: str) -> None:
     )  # fmt: skip
     lossk.build_kernel(
         model, data, sampler=sampler, num_chains=2, num_draws=12, tile=64, panel=3, backend="torch", out=path,
-        passes=lossk.Passes(), resume=True, progress=False,
+        passes=lossk.Passes(), resume=True, progress=False, form="factor" if tiles == "factor" else "tiles",
     )  # fmt: skip
 
 
@@ -110,6 +110,7 @@ def arm(kind: str, at: int) -> None:
 
 
 NUMBER = {"panel": 8, "state": 6, "commit": 8, "update": 100, "product": 15, "tile": 15, "sync": 45, "time": 1}
+FORMS = ("memory", "store", "factor")
 PLACES = {"update": ("memory",), "product": ("store",), "tile": ("store",)}
 
 
@@ -137,7 +138,7 @@ def arrays(path: Path) -> dict[str, bytes]:
 def attempt(folder: Path, kind: str, number: int, rng: random.Random, seconds: dict[str, float]) -> dict[str, Any]:
     """One run, killed once, resumed, and compared."""
     for again in range(20):  # a kill that comes too late is tried again, sooner
-        tiles = rng.choice(PLACES.get(kind, ("memory", "store")))
+        tiles = rng.choice(PLACES.get(kind, FORMS))
         path = folder / f"{number}-{again}.lossk"
         at = rng.randrange(max(NUMBER[kind] >> again // 4, 1))
         after = rng.uniform(0, seconds[tiles] / (1 + again)) if kind == "time" else None
@@ -158,11 +159,11 @@ def attempt(folder: Path, kind: str, number: int, rng: random.Random, seconds: d
 
 def main(folder: Path, seed: int, kinds: Sequence[str]) -> None:
     rng, seconds, found = random.Random(seed), {}, []
-    for tiles in ("memory", "store"):
+    for tiles in FORMS:
         start = time.perf_counter()
         assert in_fork(lambda tiles=tiles: build(folder / f"{tiles}.lossk", tiles)) == 0
         seconds[tiles] = time.perf_counter() - start
-        assert len(arrays(folder / f"{tiles}.lossk")) > 25
+        assert len(arrays(folder / f"{tiles}.lossk")) > (15 if tiles == "factor" else 25)
     for number, kind in enumerate(kinds):
         found.append(attempt(folder, kind, number, rng, seconds))
     print(json.dumps(found))

@@ -33,6 +33,11 @@ SCENARIOS = [
     "pooled16",
     "tokens",
     "outofcore",
+    "factor",
+    "factor16",
+    "heldfactor",
+    "traces",
+    "cross",
     "memory",
     "disagree",
     "taken",
@@ -75,10 +80,14 @@ def alone(path: Path | None, **changes: Any) -> lossk.LossKernel:
 
 def same_store(found: Path, expected: Path) -> None:
     """Traces and moments to the bit, tiles within rounding."""
-    for name in EXACT:
+    same_arrays(found, expected, EXACT)
+    close(lossk.open(found), lossk.open(expected))
+
+
+def same_arrays(found: Path, expected: Path, names: tuple[str, ...]) -> None:
+    for name in names:
         a, b = (zarr.open_array(str(path / name), mode="r")[...] for path in (found, expected))
         np.testing.assert_array_equal(a, b, err_msg=name)
-    close(lossk.open(found), lossk.open(expected))
 
 
 def close(a: lossk.LossKernel, b: lossk.LossKernel) -> None:
@@ -129,6 +138,47 @@ def test_tiles_made_in_the_store_are_the_same_to_the_bit(
     for file in (tmp_path / "k.lossk" / "tiles" / "c").glob("*/*"):
         found = two / "outofcore.lossk" / file.relative_to(tmp_path / "k.lossk")
         assert found.read_bytes() == file.read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("scenario", "changes"),
+    [("factor", {}), ("factor16", {"dtype": "float16", "centering": "pooled", "num_chains": 1})],
+    ids=["side by side", "shared probe"],
+)
+def test_the_factor_in_the_store_is_the_same_to_the_bit(
+    two: Path, tmp_path: Path, scenario: str, changes: dict[str, Any]
+) -> None:
+    """Whoever writes which chunk of it: each is made of the logged draws and the moments; every rank has the store."""
+    alone(tmp_path / "k.lossk", form="factor", **changes)
+    same_arrays(two / f"{scenario}.lossk", tmp_path / "k.lossk", (*EXACT, "factor"))
+    first, second = said(two, scenario)
+    assert first == second
+    assert lossk.open(two / f"{scenario}.lossk").form == "factor"
+
+
+def test_a_factor_in_memory_is_on_every_rank(two: Path) -> None:
+    expected, (first, second) = alone(None, form="factor"), said(two, "heldfactor")
+    assert first == second
+    assert first["variance"] == expected.variance.tolist()
+    for rank in (0, 1):
+        assert torch.equal(torch.load(two / f"heldfactor-{rank}.pt", weights_only=True), expected._blocks.factor)
+
+
+def test_traces_are_on_every_rank(two: Path) -> None:
+    """`sample_losses`, of which every rank has all draws, to the bit those of one process; and what is made of them."""
+    asked = {key: value for key, value in worker.settings().items() if key not in ("tile", "panel")}
+    expected = lossk.sample_losses(worker.network(), worker.data(), **asked)
+    for rank, told in enumerate(said(two, "traces")):
+        losses, excess = torch.load(two / f"traces-{rank}.pt", weights_only=True)
+        assert torch.equal(losses, expected.losses)
+        assert torch.equal(excess, expected.excess)
+        assert told == {
+            "n_beta": expected.n_beta,
+            "ranks": {"size": 2, "rows": 2, "shards": 1},
+            "config": sorted(expected.meta["config"]),
+        }
+    cross = lossk.cross_kernel(worker.network(), worker.data(), worker.data(20), **asked)
+    assert said(two, "cross") == [cross[:, :].tolist()] * 2
 
 
 def test_tokens(two: Path, tmp_path: Path) -> None:
@@ -318,10 +368,12 @@ def test_shards_are_whole_batches(shards: int) -> None:
 def test_four_ranks_equal_one(tmp_path: Path, bereaved: tuple[Path, str, int]) -> None:
     """Two chains, each shared by two ranks; one chain shared by four; and four ranks that finish what two began."""
     shutil.copytree(bereaved[0], tmp_path / "finish.lossk")
-    torchrun(4, tmp_path, ["store", "shards", "outofcore", "finish"])
+    torchrun(4, tmp_path, ["store", "shards", "outofcore", "factor", "finish"])
     for scenario, changes in (("store", {}), ("shards", {"num_chains": 1}), ("outofcore", {})):
         alone(tmp_path / "alone" / f"{scenario}.lossk", **changes)
         same_store(tmp_path / f"{scenario}.lossk", tmp_path / "alone" / f"{scenario}.lossk")
+    alone(tmp_path / "alone" / "factor.lossk", form="factor")
+    same_arrays(tmp_path / "factor.lossk", tmp_path / "alone" / "factor.lossk", (*EXACT, "factor"))
     assert said(tmp_path, "store", 4)[3]["ranks"] == {"size": 4, "rows": 2, "shards": 2}
     assert said(tmp_path, "shards", 4)[3]["ranks"] == {"size": 4, "rows": 1, "shards": 4}
     loss = worker.KillAt(None)

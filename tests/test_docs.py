@@ -25,6 +25,7 @@ PAGES = (
     "report.md",
     "gpu.md",
     "recipes/imagenet.md",
+    "factor.md",
 )
 ELSEWHERE = {
     "gpu.md": ('device="cuda"', 'device="cpu"')

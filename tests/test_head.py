@@ -18,6 +18,7 @@ from lossk.head_choice import fuse_head
 from lossk.losses import resolve_loss
 from lossk.ops import head_loss as op
 from lossk.task import Task
+from small_networks import head_only, vectors
 from token_problems import IGNORED, TokenModel, text
 
 Build = Callable[..., lossk.LossKernel]
@@ -85,10 +86,6 @@ def task_of(model: nn.Module, data: Any, loss: str, **options: Any) -> tuple[Tas
     task = Task(model, resolve_loss(loss), **options)
     task.passes = FUSED
     return task, Samples(data, len(data[0]))
-
-
-def vectors(count: int = 19) -> tuple[Tensor, Tensor]:
-    return torch.randn(count, 4), torch.arange(count) % 3
 
 
 PROBLEMS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Any], str]] = {
@@ -213,23 +210,6 @@ def test_logits_are_never_formed_all_at_once(monkeypatch: pytest.MonkeyPatch) ->
 
 
 # --- several draws in one pass -----------------------------------------------------------------------------------
-
-
-class Counted(nn.Module):
-    """Counts the samples that reach it."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.count = 0
-
-    def forward(self, x: Tensor) -> Tensor:
-        self.count += len(x)
-        return x
-
-
-def head_only() -> nn.Sequential:
-    torch.manual_seed(5)
-    return nn.Sequential(nn.Linear(4, 6), nn.Tanh(), Counted(), nn.Linear(6, 3))
 
 
 @pytest.mark.parametrize(

@@ -61,7 +61,10 @@ def test_batch_sizes_are_those_asked_for(build: Build, problem: Any) -> None:
     forward = {size for size, grad in model.seen if not grad}
     assert max(size for size in backward if size <= 4) <= 3  # the minibatch is 4 samples
     assert {7, num_samples % 7 or 7} <= forward
-    assert kernel.meta["passes"] == lossk.Passes(probe_batch=7, gradient_batch=3, fused_head=False).to_dict()
+    assert (
+        kernel.meta["passes"]
+        == lossk.Passes(probe_batch=7, gradient_batch=3, fused_head=False, overlap=False).to_dict()
+    )
 
 
 def test_both_memory_formats_give_the_losses_and_gradients_of_the_model() -> None:

@@ -12,22 +12,11 @@ from torch import Tensor, nn
 
 import lossk
 from conftest import sgld
+from small_networks import Counted, vectors
 from token_problems import TokenModel, text
 
 Build = Callable[..., lossk.LossKernel]
 OFF = lossk.Passes(frozen_prefix=False)
-
-
-class Counted(nn.Module):
-    """Counts the samples that reach it."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.count = 0
-
-    def forward(self, x: Tensor) -> Tensor:
-        self.count += len(x)
-        return x
 
 
 class Residual(nn.Module):
@@ -73,10 +62,6 @@ class Named(nn.Module):
     def forward(self, x: Tensor, scale: Tensor | None = None, twice: bool = False) -> Tensor:
         x = self.first(x) if scale is None else self.first(x) * scale
         return self.last(x.relu() * 2 if twice else x.relu())
-
-
-def vectors(num_samples: int = 13) -> tuple[Tensor, Tensor]:
-    return torch.randn(num_samples, 4), torch.arange(num_samples) % 3
 
 
 def images(num_samples: int = 11) -> tuple[Tensor, Tensor]:
@@ -157,7 +142,7 @@ def test_regression(build: Build) -> None:
 @pytest.mark.parametrize("form", ["tuple", "mapping"])
 def test_inputs_of_several_arguments(build: Build, form: str) -> None:
     x, y = vectors()
-    inputs: Any = (x, torch.rand(13, 1)) if form == "tuple" else {"x": x}
+    inputs: Any = (x, torch.rand(len(x), 1)) if form == "tuple" else {"x": x}
     assert_cached_and_the_same(build, Named(), (inputs, y), ["last.*"], "run")
     assert isinstance(inputs, tuple | Mapping)
 

@@ -188,6 +188,24 @@ def test_killed_at_any_write(
         assert_same_kernel(lossk.open(copy), whole)
 
 
+@pytest.mark.parametrize("damage", ["missing", "changed", "cut"])
+def test_a_damaged_tile_is_named_when_it_is_read(build: Build, problem: Any, tmp_path: Path, damage: str) -> None:
+    """Zarr would read zeros for one that is missing; the other tiles stay readable."""
+    path = tmp_path / "k.lossk"
+    kernel = build(problem.model(), problem.data, out=path)
+    chunk = path / "tiles" / "c" / "0" / "1"
+    content = bytearray(chunk.read_bytes())
+    content[7] ^= 1
+    if damage == "missing":
+        chunk.unlink()
+    else:
+        chunk.write_bytes(content if damage == "changed" else content[:30])
+    found = lossk.open(path)
+    assert torch.equal(found[:16, :16], kernel[:16, :16])
+    with pytest.raises(lossk.StoreError, match=r"tile 0, 1 of .*k\.lossk.* is (missing|damaged)"):
+        found[0, 16:]
+
+
 def test_two_writers(build: Build, problem: Any, fail_at: Any, assert_same_kernel: Same, tmp_path: Path) -> None:
     """While a run writes, another that would resume the same store is refused; the first goes on unharmed."""
     path, refusals = tmp_path / "k.lossk", []

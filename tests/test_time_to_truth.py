@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from bench import peers_devinterp as script
 from bench import time_to_truth as bench
 from bench import time_to_truth_ours as ours
-from bench.time_to_truth_networks import Network
+from bench.time_to_truth_networks import Network, as_layers
 from bench.time_to_truth_page import page
 from bench.time_to_truth_peer import Cost, PeerRun, Settings, at_defaults, grid, measure_grid, wholly_default
 from bench.time_to_truth_statistics import (
@@ -33,6 +33,7 @@ from bench.time_to_truth_statistics import (
 )
 
 import lossk
+from lossk.recipes.arithmetic import OneNetwork
 
 LEVEL = 0.95
 
@@ -235,6 +236,14 @@ def test_networks_are_rebuilt_from_plain_data() -> None:
         script.describe(nn.Linear(2, 2))
 
 
+def test_the_multitask_network_as_layers_is_the_same_function() -> None:
+    model = OneNetwork(7, 2, 16, 3.0)
+    x = torch.rand(5, 16)
+    layers, scale = as_layers(model)
+    torch.testing.assert_close(layers(x * scale), model(x))
+    assert [layer[0] for layer in script.describe(layers)] == ["Linear", "ReLU", "Linear"]
+
+
 def test_losses_of_the_peer_keep_their_digits() -> None:
     model = nn.Identity()
     x = torch.tensor([[20.0, 0.0], [3.0, 1.0], [0.0, 25.0]]).repeat(700, 1)
@@ -338,7 +347,7 @@ def record(tiny: Network) -> dict[str, Any]:
     machine = {"device": "a CPU", "num_threads": 1, "git_sha": "0123"}
     whole = {
         "environment": machine, "versions": {"torch": "2"}, "budget": vars(budget), "seed": 0, "clock": "wall",
-        "networks": {"tiny": found},
+        "networks": {"tiny": {**found, "git_sha": "0123"}},
     }  # fmt: skip
     return json.loads(json.dumps(bench.plain(whole), allow_nan=False))
 

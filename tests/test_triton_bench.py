@@ -35,6 +35,7 @@ def test_the_whole_of_it_tiny(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     build = record["build"]
     assert set(build["stages"]) == {"forward", "gradient", "step", "update"}
     assert build["thousand_draws_seconds"] == pytest.approx(1000 * sum(build["stages"].values()))
+    assert build["sampling"]["turns"] > 0
     assert set(build["ops"].values()) == {"triton"}
     assert build["passes"]["fused_head"] is True
     assert "no measure of speed" in record["device"] or torch.cuda.is_available()

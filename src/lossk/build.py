@@ -14,6 +14,8 @@ from lossk.data import Transform
 from lossk.disk import full_disk_named
 from lossk.distributed import joined
 from lossk.distributed_build import build_on_ranks
+from lossk.distributed_traces import sample_on_ranks
+from lossk.factor_pass import FactorSums, HeldFactor, LoggedFactor
 from lossk.host_tiles import HostTiles
 from lossk.kernel import LossKernel
 from lossk.layout import TILES_IN_MEMORY, Layout, log_columns
@@ -47,6 +49,7 @@ def build_kernel(
     panel: int | None = None,
     dtype: str = "float32",
     centering: str = "chain",
+    form: str = "tiles",
     memory: int | str | None = None,
     out: str | Path | None = None,
     resume: bool = False,
@@ -82,8 +85,11 @@ def build_kernel(
         num_draws: draws per chain, at least 2.
         tile: side of a kernel tile in samples, a multiple of 16.
         panel: draws per rank-k update; None chooses by memory. Does not change the result beyond rounding.
-        dtype: of the finished tiles, "float32" or "float16"; sums are float32 either way.
+        dtype: of the finished tiles, or factor, "float32" or "float16"; sums are float32 either way.
         centering: "chain" (each chain about its own mean) or "pooled" (adds the between-chain term).
+        form: of the kernel: "tiles", N^2 / 2 entries whatever the number of draws; or "factor", the centred draws
+            themselves, N entries a draw, for N large and draws few. The same methods and, within rounding, the same
+            numbers. With `out` the factor is made there, from the log, in chunks of `tile` samples.
         memory: what the call may use beyond what the process holds when it begins: bytes, or text such as "8GB"; None
             is what is free. The plan is printed before work starts. Tiles are held in memory if they fit; if not, and
             `out` is given, they are made in that store at the end, from the log of the draws, within rounding the same.
@@ -101,8 +107,8 @@ def build_kernel(
             of them must then make this call, with the same arguments. False keeps to this process; True insists.
 
     Returns:
-        A LossKernel, in nats^2. Of a distributed run: with `out`, on every rank; without, on rank 0, while the others
-        get one that knows its moments and diagnostics only.
+        A LossKernel, in nats^2. Of a distributed run: with `out`, or as a factor, on every rank; tiles without `out` on
+        rank 0, while the others get one that knows its moments and diagnostics only.
 
     Raises:
         ValueError, TypeError: a bad argument, before sampling starts.
@@ -119,6 +125,7 @@ def build_kernel(
         panel=panel,
         dtype=dtype,
         centering=centering,
+        form=form,
         backend=backend,
         precision=precision,
         seed=seed,
@@ -141,13 +148,13 @@ def build_kernel(
         run = Run.prepare(
             model, loader, train, loss, sampler, num_chains, num_draws, backend, device, precision, seed, transform
         )
+        settings = {"tile": tile, "dtype": dtype, "centering": centering, "form": None if form == "tiles" else form}
         if ranks is not None:
-            settings = {"tile": tile, "dtype": dtype, "centering": centering}
             return build_on_ranks(
                 ranks, run, settings, passes=passes, panel=panel, path=path, resume=resume, budget=budget, bar=bar
             )
         panel = panel or saved_panel(path) or choose_panel(len(run.probe), num_draws, budget.asked)
-        request = {**record.request(run), "tile": tile, "panel": panel, "dtype": dtype, "centering": centering}
+        request = {**record.request(run), **settings, "panel": panel}
         if path is not None and path.exists():
             finished = open_finished(path, request)
             if finished is not None:
@@ -162,9 +169,10 @@ def build_kernel(
                 run.tune(chosen, bar)
                 run.announce(bar)
                 saved = None if chosen is None else chosen.get("layout", TILES_IN_MEMORY)
-                layout = run.plan(bar, budget, tile=tile, panel=panel, dtype=dtype, out=path, saved=saved)
+                layout = run.plan(bar, budget, tile=tile, panel=panel, dtype=dtype, out=path, form=form, saved=saved)
                 if path is not None and log is None:
-                    columns = log_columns(len(run.probe), tile) if layout.tiles == "store" else None
+                    read_back = layout.tiles in ("store", "factor")
+                    columns = log_columns(len(run.probe), tile) if read_back else None
                     log = RunLog.create(path, request, {**record.chosen(run), "layout": layout.to_dict()}, columns)
                 return _accumulate(run, request, log, layout, budget, bar)
         finally:
@@ -188,34 +196,34 @@ def sample_losses(
     passes: Passes | None = None,
     seed: int = 0,
     progress: bool = True,
+    distributed: bool | None = None,
 ) -> LossTraces:
-    """The loss traces themselves, [chain, draw, sample]: for N large and draws few. Arguments as in `build_kernel`."""
+    """The loss traces themselves, [chain, draw, sample]: for N large and draws few. Arguments as in `build_kernel`.
+
+    On many ranks, which must all make this call, every rank gets all traces.
+    """
     check_settings(num_chains=num_chains, num_draws=num_draws, backend=backend, precision=precision, seed=seed)
     check_passes(passes)
     budget = Budget.now(None)
-    with Progress(progress) as bar:
+    with joined(distributed) as ranks, Progress(progress and (ranks is None or ranks.first)) as bar:
+        if ranks is not None:
+            device = ranks.own_device(device)
         run = Run.prepare(
             model, loader, train, loss, sampler, num_chains, num_draws, backend, device, precision, seed, transform
         )
+        if ranks is not None:
+            return sample_on_ranks(ranks, run, passes=passes, budget=budget, bar=bar)
         panel = choose_panel(len(run.probe), num_draws)
         run.arrange(passes, None)
         with run.task:
             run.tune(None, bar)
             run.announce(bar)
-            run.plan(bar, budget, tile=4096, panel=panel, dtype="float32", held_traces=True)
+            run.plan(bar, budget, tile=4096, panel=panel, dtype="float32", form="traces")
             losses = torch.empty(num_chains, num_draws, len(run.probe))
             for part in (each.on_host() for each in run.panels(panel, bar, dict.fromkeys(range(num_chains)))):
                 losses[part.chain, part.first_draw : part.first_draw + len(part.losses)] = part.losses
                 run.watch.note(part.losses, part.draws)
-        n_beta = getattr(run.sampler, "n_beta", None)
-        return LossTraces(
-            losses,
-            excess=run.watch.excess,
-            n_beta=n_beta,
-            meta=record.meta(run, record.request(run)),
-            tokens=run.probe.tokens,
-            sets=run.probe.sets,
-        )
+        return record.traces(run, losses, record.meta(run, record.request(run)))
 
 
 def _accumulate(
@@ -242,7 +250,7 @@ def _accumulate(
                 log.append(part)
     if layout.tiles == "store":
         bar.say("all draws are logged; making the tiles from them")
-    with run.timings.measure("tiles" if layout.tiles == "store" else "update"):
+    with run.timings.measure({"store": "tiles", "factor": "store"}.get(layout.tiles, "update")):
         blocks, moments = tiles.finalize()
     kernel = LossKernel(
         blocks,
@@ -253,14 +261,14 @@ def _accumulate(
     )
     kernel.meta = {**record.meta(run, request), "memory": {**layout.to_dict(), "planned_peak_bytes": layout.peak_bytes}}
     if log is not None:
-        log.finish(kernel, with_tiles=layout.tiles != "store")
+        log.finish(kernel, with_tiles=layout.tiles not in ("store", "factor"))
     return kernel
 
 
 def _accumulator(
     run: Run, request: dict[str, Any], log: RunLog | None, layout: Layout, budget: Budget
-) -> TileAccumulator | OutOfCore:
-    """Where panels go: into tiles in memory, or, by way of the log, into tiles in the store."""
+) -> TileAccumulator | OutOfCore | FactorSums:
+    """Where panels go: into tiles or a factor in memory, or, by way of the log, in the store."""
     num_samples, tile = len(run.probe), request["tile"]
     settings = {key: request[key] for key in ("num_chains", "num_draws", "centering", "dtype")}
     if layout.tiles in ("memory", "device"):
@@ -271,6 +279,10 @@ def _accumulator(
             waiting = layout.super_panel
             return HostTiles(num_samples, tile, **settings, device=run.task.device, waiting=waiting)
         return TileAccumulator(num_samples, tile, **settings | {"backend": "torch"})
+    if layout.tiles == "traces":
+        return HeldFactor(num_samples, tile, **settings)
     assert log is not None
+    if layout.tiles == "factor":
+        return LoggedFactor(log, num_samples, tile, **settings)
     cache = CACHE_BYTES if budget.asked is None else min(CACHE_BYTES, budget.asked // 4)
     return OutOfCore(log, num_samples, tile, **settings, layout=layout, cache_bytes=cache)

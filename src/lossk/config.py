@@ -21,8 +21,8 @@ from lossk.samplers import KINDS, read_sampler
 from lossk.settings import check_integer, check_settings
 
 BUILD_KEYS = (
-    "num_chains", "num_draws", "tile", "panel", "dtype", "centering", "memory", "backend", "device", "precision",
-    "seed",
+    "num_chains", "num_draws", "tile", "panel", "dtype", "centering", "form", "memory", "backend", "device",
+    "precision", "seed",
 )  # fmt: skip
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from lossk.layout import Layout, Size, choose_layout, panel_bytes, weight_bytes
 from lossk.memory import Budget, gigabytes
+from lossk.passes import Passes
 
 PASSES_SHARE = 0.25  # of what is free before any pass has run: kept for activations, gradients and workspaces
 SPARE = 0.05  # of what is free: fragments, and what libraries take at first use
@@ -23,6 +24,7 @@ class Room:
 
     free: int
     working: int  # that the passes took at their peak, beyond weights and data
+    beside: int = 0  # that they take more where a probe pass and a gradient run at the same time
 
     @property
     def usable(self) -> int:
@@ -91,6 +93,35 @@ def choose_with_device(
     waiting = waiting_draws(size, room) if saved is None else saved["super_panel"]
     visiting = panel_bytes(size) + size.stack_bytes + 2 * 4 * size.side**2 + 8 * waiting * size.num_samples
     return replace(layout, super_panel=waiting, device_bytes=visiting if waiting else 0)
+
+
+def overlap_bytes(size: Size, room: Room) -> int:
+    """Of a probe that runs beside the next steps: its own activations, and the weights it reads unless they wait."""
+    return room.beside + (0 if size.stack_bytes else 4 * size.num_weights)
+
+
+def choose_overlap(passes: Passes, size: Size, layout: Layout, room: Room) -> tuple[bool, Layout, str]:
+    """Whether the probe runs beside the chain's next steps: what is asked for, or if what is left has room for it.
+
+    Returns:
+        The choice, the layout with it, and both in words.
+
+    Raises:
+        MemoryError: it was asked for and does not fit.
+    """
+    needed, left = overlap_bytes(size, room), room.usable - layout.device_bytes
+    if passes.overlap is False or passes.compile == "graphs":
+        why = "CUDA graphs replay in memory of their own" if passes.compile == "graphs" else "as asked"
+        return False, layout, f"overlap = no: probe and steps take turns; {why}"
+    if needed <= left:
+        told = f"overlap = yes: the probe runs beside the next steps, {gigabytes(needed)} more of the device"
+        return True, replace(layout, device_bytes=layout.device_bytes + needed), told
+    if passes.overlap is True:
+        raise MemoryError(
+            f"overlap=True needs {gigabytes(needed)} more of the device for a copy of the weights and a second pass, "
+            f"and {gigabytes(max(left, 0))} are left; overlap='auto' has probe and steps take turns there"
+        )
+    return False, layout, f"overlap = no: probe and steps take turns; {gigabytes(needed)} more are not free"
 
 
 def describe_room(layout: Layout, room: Room) -> str:

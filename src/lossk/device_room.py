@@ -29,4 +29,4 @@ def measure_room(task: Task, probe: Samples, train: Samples) -> Room:
     index = torch.arange(min(task.passes.gradient_batch, len(train)))
     probing = peak_bytes(task.device, lambda: task.rows(few))
     stepping = peak_bytes(task.device, lambda: task.gradient(train, index))
-    return Room(free_bytes(task.device), max(probing, stepping))
+    return Room(free_bytes(task.device), max(probing, stepping), min(probing, stepping))

@@ -91,6 +91,8 @@ def create_array(
     dtype: str,
     dimensions: tuple[str, ...],
     chunks: tuple[int, ...],
+    *,
+    overwrite: bool = False,
 ) -> zarr.Array:
     """An array whose every chunk is a file once written, zeros too: a chunk that is not there is one that was lost."""
     return group.create_array(
@@ -101,6 +103,7 @@ def create_array(
         dimension_names=dimensions,
         compressors=[Crc32cCodec()],
         config={"write_empty_chunks": True},
+        overwrite=overwrite,
     )
 
 
@@ -155,6 +158,16 @@ def replace_file(path: Path, *content: bytes) -> None:
         os.fsync(file.fileno())
     parts.replace(path)
     sync(path.parent)
+
+
+def forget(path: Path) -> None:
+    """Have the system give back the memory in which it keeps a durable file, where it can be told to."""
+    if hasattr(os, "posix_fadvise"):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        finally:
+            os.close(descriptor)
 
 
 def sync(path: Path) -> None:

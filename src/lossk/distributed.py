@@ -128,7 +128,7 @@ class Ranks:
         ]
         if differing:
             raise DistributedError(
-                "build_kernel must be called with the same model, data and arguments on every rank, but "
+                "every rank must make the same call, with the same model, data and arguments, but "
                 + "; ".join(differing)
             )
 
@@ -217,7 +217,7 @@ def joined(distributed: bool | None) -> Iterator[Ranks | None]:
             dist.monitored_barrier(group, timeout=MEETING, wait_all_ranks=True)
         except RuntimeError as error:
             raise DistributedError(
-                f"every rank must call build_kernel (or pass distributed=False), but one did not: {error}"
+                f"every rank must make the same call (or pass distributed=False), but one did not: {error}"
             ) from error
         yield Ranks(group)
     finally:

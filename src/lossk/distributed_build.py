@@ -1,16 +1,13 @@
-"""`build_kernel` on many ranks: rank 0 decides, every rank samples its share, panels are gathered, tiles are dealt.
+"""`build_kernel` on many ranks: every rank's panels go into its own tiles, or its share of the store.
 
-A step of the loop is one panel of each row of the mesh. While a panel is on its way the next one is computed; then it
-goes into this rank's tiles and, where there is a store, into the log: each rank writes some chunks, the first of a row
-its chain's state, and, once all are durable, rank 0 the commit of all of them. So a kill costs two panels at most.
+Panels are taken in as `lossk.distributed_run` yields them: into this rank's tiles and, where there is a store, into the
+log: each rank writes some chunks, the first of a row its chain's state, and, once all are durable, rank 0 the commit of
+all of them. So a kill costs two panels at most.
 """
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,17 +15,18 @@ import zarr
 from torch import Tensor
 
 from lossk import record
-from lossk.blocks import Moments, TileBlocks, tile_spans
+from lossk.blocks import Blocks, Moments, TileBlocks
 from lossk.disk import sync
 from lossk.distributed import Ranks, gather_tiles
-from lossk.distributed_plan import peak_of, plan_share, rank_limit
+from lossk.distributed_run import Work, chosen_by_first, meta, rounds, usual_panel
 from lossk.errors import DistributedError
-from lossk.exchange import Exchange, Received
+from lossk.exchange import Received
+from lossk.factor_pass import FactorSums, HeldFactor, LoggedFactor, create_factor
 from lossk.kernel import LossKernel
-from lossk.layout import Layout, log_columns
-from lossk.memory import Budget, gigabytes
-from lossk.mesh import Mesh, choose_mesh, cut_probe, deal_chains, deal_tiles, schedule, tile_shapes
-from lossk.panel import Panel, choose_panel
+from lossk.layout import log_columns
+from lossk.memory import Budget
+from lossk.mesh import Mesh
+from lossk.panel import Panel
 from lossk.passes import Passes
 from lossk.run import Run
 from lossk.runlog import RunLog, commit_of
@@ -39,6 +37,7 @@ from lossk.tiles import DTYPES, TileAccumulator
 from lossk.timings import Progress
 
 Key = tuple[int, int]
+Sums = TileAccumulator | OutOfCore | FactorSums
 
 
 class TilesElsewhere(Mapping[Key, Tensor]):
@@ -56,35 +55,6 @@ class TilesElsewhere(Mapping[Key, Tensor]):
         return 0
 
 
-@dataclass(frozen=True)
-class Work:
-    """What one rank of a run works with."""
-
-    ranks: Ranks
-    run: Run
-    request: dict[str, Any]
-    layout: Layout
-    mesh: Mesh
-    budget: Budget
-    bar: Progress
-    log: RunLog | None
-
-    @property
-    def side(self) -> int:
-        """Of a tile, in samples."""
-        return min(self.request["tile"], self.request["num_samples"])
-
-    @property
-    def shapes(self) -> dict[Key, tuple[int, int]]:
-        """Of all tiles."""
-        return tile_shapes(tile_spans(self.request["num_samples"], self.side))
-
-    @property
-    def owners(self) -> list[list[Key]]:
-        """The tiles of each rank."""
-        return deal_tiles(self.shapes, self.ranks.size)
-
-
 def build_on_ranks(
     ranks: Ranks, run: Run, settings: dict[str, Any], *, passes: Passes | None, panel: int | None, path: Path | None,
     resume: bool, budget: Budget, bar: Progress,
@@ -92,7 +62,7 @@ def build_on_ranks(
     """`build_kernel`, called by every rank with its own copy of model and data.
 
     Args:
-        settings: tile, dtype and centering.
+        settings: tile, dtype, centering and form.
 
     Returns:
         The kernel of the store on every rank; without a store, the kernel on rank 0 and, on the others, one that knows
@@ -102,9 +72,8 @@ def build_on_ranks(
         DistributedError: the ranks disagree, or one of them has stopped.
     """
     saved = ranks.decide(lambda: _look(path, resume))
-    at_a_time = min(ranks.size, run.num_chains)
-    usual = max(1, choose_panel(len(run.probe), run.num_draws, budget.asked) // at_a_time)
-    request = {**record.request(run), **settings, "panel": panel or saved or usual}
+    panel = panel or saved or usual_panel(ranks, run, budget)
+    request = {**record.request(run), **settings, "panel": panel}
     ranks.agree({**request, "passes": None if passes is None else passes.to_dict(), "out": str(path), "resume": resume})
     if path is not None and ranks.decide(lambda: path.exists() and open_finished(path, request) is not None):
         bar.say(f"{path} is already complete")
@@ -115,10 +84,11 @@ def build_on_ranks(
             log = ranks.first_makes(lambda: RunLog.open(path, request) if path.exists() else None)
         elif path is not None:
             ranks.decide(lambda: None)
-        with _chosen(ranks, run, request, passes, path, log, budget, bar) as (chosen, layout):
+        with chosen_by_first(ranks, run, request, passes, path, log, budget, bar) as (chosen, layout):
             ranks.use_device(run.task.device)
             if path is not None and ranks.first and log is None:
-                columns = log_columns(len(run.probe), request["tile"]) if layout.tiles == "store" else None
+                read_back = layout.tiles in ("store", "factor")
+                columns = log_columns(len(run.probe), request["tile"]) if read_back else None
                 log = RunLog.create(path, request, chosen, columns)
             if path is not None:
                 ranks.barrier()
@@ -136,82 +106,9 @@ def _look(path: Path | None, resume: bool) -> int | None:
     return saved_panel(path)
 
 
-@contextmanager
-def _chosen(
-    ranks: Ranks, run: Run, request: dict[str, Any], passes: Passes | None, path: Path | None, log: RunLog | None,
-    budget: Budget, bar: Progress,
-) -> Iterator[tuple[dict[str, Any], Layout]]:  # fmt: skip
-    """What rank 0 chooses, as a process alone would, on every rank, with the task entered."""
-    if not ranks.first:
-        run.arrange(None, {"passes": ranks.decide(lambda: None)})
-        with run.task:
-            run.evaluate_anchor()  # while rank 0 has its pilot
-            chosen, plain = ranks.decide(lambda: None)
-            run.settle(chosen)
-            layout = Layout(**plain)
-            ranks.all_or_none(_too_large(ranks, request, layout, budget, path))
-            yield chosen, layout
-        return
-    before = None if log is None else log.chosen
-    waiting = True
-    try:
-        run.arrange(passes, before)
-        ranks.broadcast_json({"found": run.task.passes.to_dict()})
-        with run.task:
-            run.tune(before, bar)
-            run.announce(bar)
-            step = run._time_a_step()
-            mesh = _mesh(run, ranks, log, step)
-            layout = plan_share(
-                run,
-                request,
-                mesh,
-                ranks.local_size,
-                budget,
-                bar,
-                step,
-                path,
-                None if before is None else before["layout"],
-            )
-            chosen = {**record.chosen(run), "layout": layout.to_dict(), "mesh": dataclasses.asdict(mesh)}
-            waiting = False
-            ranks.broadcast_json({"found": [chosen, dataclasses.asdict(layout)]})
-            ranks.all_or_none(_too_large(ranks, request, layout, budget, path))
-            yield chosen, layout
-    except Exception as error:
-        if waiting:
-            ranks.broadcast_json({"error": " ".join(str(error).split())})
-        raise
-
-
-def _mesh(run: Run, ranks: Ranks, log: RunLog | None, step_seconds: float) -> Mesh:
-    """The mesh of the run that is resumed, if it had as many ranks; else the quickest."""
-    saved = None if log is None or log.chosen is None else log.chosen.get("mesh")
-    if saved is not None and Mesh(**saved).ranks == ranks.size:
-        return Mesh(**saved)
-    draws = dict.fromkeys(range(run.num_chains), 0) if log is None else log.unfinished()
-    steps_per_draw = run.sampler.steps(run.num_draws) / run.num_draws
-    return choose_mesh(
-        ranks.size,
-        [run.num_draws - made for made in draws.values()],
-        steps_per_draw * step_seconds,
-        run.timings.seconds["anchor"] / len(run.train) * run.probe.num_samples,
-    )
-
-
-def _too_large(ranks: Ranks, request: dict[str, Any], layout: Layout, budget: Budget, path: Path | None) -> str | None:
-    """Why this rank cannot hold its share, or None."""
-    needed = peak_of(layout, request, ranks.first and path is None) - layout.taken_bytes
-    taken = budget.taken()
-    limit = rank_limit(budget, taken, ranks.local_size) - taken
-    if needed <= limit:
-        return None
-    return f"needs {gigabytes(needed)} more for its share of the kernel, and {gigabytes(limit)} are left for it"
-
-
 def _accumulate(work: Work) -> LossKernel:
     sums = _sums(work)
-    log, run, panel = work.log, work.run, work.request["panel"]
+    log, run = work.log, work.run
     if log is not None:
         for commit in log.commits:
             losses = log.read_panel(commit)
@@ -219,38 +116,20 @@ def _accumulate(work: Work) -> LossKernel:
             run.watch.note(losses, log.read_draws(commit))
         if log.commits:
             work.bar.say(f"resuming after {sum(len(commit['excess']) for commit in log.commits)} draws")
-    made = dict.fromkeys(range(run.num_chains), 0) if log is None else log.unfinished()
-    dealt = deal_chains(sorted(made), work.mesh)
-    steps = schedule(dealt, made, panel, run.num_draws)
-    row, shard = work.mesh.place(work.ranks.rank)
-    probes = cut_probe(run.probe, run.task.passes.probe_batch, work.mesh.shards)
-    exchange = Exchange(work.ranks, work.mesh, [probe.rows for probe in probes], panel)
-    starts = {chain: None if log is None else log.state_of(chain) for chain in dealt[row]}
-    done = sum(start.step for start in starts.values() if start is not None)
-    work.bar.start(len(starts) * run.sampler.steps(run.num_draws), done)
-    own = (
-        part
-        for chain, start in starts.items()
-        for part in run.chain_panels(chain, probes[shard], panel, work.bar, start)
-    )
-    sent: Panel | None = None
-    for number in range(max(map(len, steps)) + 1):
-        items = [items[number] if number < len(items) else None for items in steps]
-        part = next(own) if items[row] is not None else None
-        if number > 0:
-            with run.timings.measure("wait"):
-                received = exchange.receive()
-            _take(work, sums, received, sent)
-        if any(items):
-            exchange.send(items, part)
-            sent = part
+    for received, sent in rounds(work):
+        _take(work, sums, received, sent)
     return _finish(work, sums)
 
 
-def _sums(work: Work) -> TileAccumulator | OutOfCore:
-    """Where panels go: into this rank's tiles, or by way of the log into the store."""
+def _sums(work: Work) -> Sums:
+    """Where panels go: into this rank's tiles, a factor that every rank has, or by way of the log into the store."""
     num_samples, tile, rank = work.request["num_samples"], work.request["tile"], work.ranks.rank
     settings = {key: work.request[key] for key in ("num_chains", "num_draws", "centering", "dtype")}
+    if work.layout.tiles == "traces":
+        return HeldFactor(num_samples, tile, **settings)
+    if work.layout.tiles == "factor":
+        assert work.log is not None
+        return LoggedFactor(work.log, num_samples, tile, **settings, share=(rank, work.ranks.size))
     own = work.owners[rank]
     if work.layout.tiles == "memory":
         return TileAccumulator(num_samples, tile, **settings, keys=own)
@@ -259,7 +138,7 @@ def _sums(work: Work) -> TileAccumulator | OutOfCore:
     return OutOfCore(work.log, num_samples, tile, **settings, layout=work.layout, cache_bytes=CACHE_BYTES, share=share)
 
 
-def _take(work: Work, sums: TileAccumulator | OutOfCore, received: list[Received], sent: Panel | None) -> None:
+def _take(work: Work, sums: Sums, received: list[Received], sent: Panel | None) -> None:
     """Take in a panel of each row: into the log, into the tiles, into the diagnostics."""
     run = work.run
     if work.log is not None:
@@ -285,30 +164,38 @@ def _commit(work: Work, log: RunLog, received: list[Received], sent: Panel | Non
     log.commit(commits, durable=work.ranks.first)
 
 
-def _finish(work: Work, sums: TileAccumulator | OutOfCore) -> LossKernel:
+def _finish(work: Work, sums: Sums) -> LossKernel:
     run, ranks, log = work.run, work.ranks, work.log
     num_samples, dtype = work.request["num_samples"], work.request["dtype"]
-    out_of_core = isinstance(sums, OutOfCore)
-    if out_of_core:
+    from_log = isinstance(sums, OutOfCore | LoggedFactor)
+    if from_log:
         assert log is not None
-        work.bar.say("all draws are logged; making the tiles from them")
-        if ranks.first:
+        work.bar.say("all draws are logged; making the kernel from them")
+        if ranks.first and isinstance(sums, LoggedFactor):
+            create_factor(log, sums.tile, dtype)
+        elif ranks.first:
             prepare_tiles(log.path, num_samples, work.side, dtype)
         ranks.barrier()
-    with run.timings.measure("tiles" if out_of_core else "update"):
+    with run.timings.measure("tiles" if from_log else "update"):
         blocks, moments = sums.finalize()
     if log is None:
-        held = gather_tiles(ranks, dict(blocks.tiles), work.shapes, work.owners, DTYPES[dtype])
-        tiles = TilesElsewhere() if held is None else {key: held[key] for key in work.shapes}
-        return _kernel(work, TileBlocks(num_samples, work.request["tile"], tiles), moments, sums)
-    if not out_of_core:
-        with run.timings.measure("store"):
-            _write_tiles(work, log, blocks)
-    ranks.barrier()
+        if isinstance(blocks, TileBlocks):
+            held = gather_tiles(ranks, dict(blocks.tiles), work.shapes, work.owners, DTYPES[dtype])
+            tiles = TilesElsewhere() if held is None else {key: held[key] for key in work.shapes}
+            blocks = TileBlocks(num_samples, work.request["tile"], tiles)
+        return _kernel(work, blocks, moments, sums)
+    if isinstance(blocks, TileBlocks):
+        if not from_log:
+            with run.timings.measure("store"):
+                _write_tiles(work, log, blocks)
+        ranks.barrier()
+        if ranks.first:
+            stored = StoredTiles(log.path, work.side, CACHE_BYTES)
+            blocks = TileBlocks(num_samples, work.request["tile"], stored)
+    else:
+        ranks.barrier()
     if ranks.first:
-        array = zarr.open_array(log.path / "tiles", mode="r")
-        stored = TileBlocks(num_samples, work.request["tile"], StoredTiles(array, work.side, CACHE_BYTES))
-        log.finish(_kernel(work, stored, moments, sums), with_tiles=False)
+        log.finish(_kernel(work, blocks, moments, sums), with_tiles=False)
     ranks.barrier()
     return open_kernel(log.path)
 
@@ -325,7 +212,7 @@ def _write_tiles(work: Work, log: RunLog, blocks: TileBlocks) -> None:
         sync(chunk_path(log.path, key))
 
 
-def _kernel(work: Work, blocks: TileBlocks, moments: Moments, sums: TileAccumulator | OutOfCore) -> LossKernel:
+def _kernel(work: Work, blocks: Blocks, moments: Moments, sums: Sums) -> LossKernel:
     run = work.run
     kernel = LossKernel(
         blocks,
@@ -334,9 +221,5 @@ def _kernel(work: Work, blocks: TileBlocks, moments: Moments, sums: TileAccumula
         tokens=run.probe.tokens,
         sets=run.probe.sets,
     )
-    kernel.meta = {
-        **record.meta(run, work.request),
-        "memory": {**work.layout.to_dict(), "planned_peak_bytes": work.layout.peak_bytes},
-        "ranks": {"size": work.ranks.size, **dataclasses.asdict(work.mesh)},
-    }
+    kernel.meta = meta(work)
     return kernel

@@ -12,7 +12,17 @@ from lossk.blocks import tile_spans
 from lossk.layout import BYTES, Layout, Size, in_memory, panel_bytes, widest_in_store
 from lossk.memory import Budget, as_setting, gigabytes
 from lossk.mesh import Mesh, deal_tiles, tile_shapes
-from lossk.plan import Plan, check_disk, describe, duration
+from lossk.plan import (
+    Plan,
+    check_disk,
+    check_traces,
+    describe,
+    duration,
+    factor_layout,
+    has_tiles,
+    stored_bytes,
+    trace_layout,
+)
 from lossk.run import Run
 from lossk.timings import Progress
 
@@ -41,7 +51,11 @@ def plan_share(
     """
     size, taken = size_of(request, run.task.num_weights), budget.taken()
     limit = rank_limit(budget, taken, local_size)
-    layout = choose_share(size, mesh, taken, limit, path is not None, saved)
+    if request["form"] is None:
+        layout = choose_share(size, mesh, taken, limit, path is not None, saved)
+    else:
+        layout = traces_share(size, mesh, taken, request["form"], path is not None)
+        check_traces(layout, size, limit)
     needed = peak_of(layout, request, path is None)
     if needed > limit:
         raise MemoryError(
@@ -53,8 +67,9 @@ def plan_share(
     probe_seconds = run.timings.seconds["anchor"] / len(run.train) * run.probe.num_samples
     per_chain = run.sampler.steps(size.num_draws) * step_seconds + size.num_draws * probe_seconds / mesh.shards
     rounds = -(-size.num_chains // mesh.rows)
-    update = size.entries * size.draws / provenance.multiply_add_rate() / mesh.ranks
-    stored = 4 * size.draws * size.num_samples + BYTES[size.dtype] * size.entries + 16 * mesh.rows * size.num_weights
+    products = size.entries * size.draws if has_tiles(layout) else 0
+    update = products / provenance.multiply_add_rate() / mesh.ranks
+    stored = stored_bytes(size, layout) + 16 * mesh.rows * size.num_weights
     data = run.probe.nbytes + (0 if run.probe.holds(run.train) else run.train.nbytes)
     plan = Plan(rounds * per_chain + update, layout, data, stored if path is not None else 0)
     disk = f", {gigabytes(plan.disk_bytes)} on disk" if plan.disk_bytes else ""
@@ -74,9 +89,7 @@ def choose_share(
     size: Size, mesh: Mesh, taken: int, limit: int, on_disk: bool, saved: Mapping[str, Any] | None
 ) -> Layout:
     """Tiles in memory, each rank's own, if they fit; else in the store if there is one."""
-    widest = -(-size.num_samples // mesh.shards) + 1024
-    travelling = 4 * size.panel * (widest + 8) * (mesh.ranks + 2) + 4 * size.panel * size.num_samples * mesh.rows
-    beside = travelling + OPEN_CHAIN * size.num_samples * mesh.rows
+    beside = travelling_bytes(size, mesh)
     memory = in_memory(size, taken, on_disk=on_disk)
     share = largest_share(size, mesh.ranks)
     writing = memory.tile_bytes - 4 * size.entries
@@ -88,6 +101,19 @@ def choose_share(
     return dataclasses.replace(store, panel_bytes=store.panel_bytes + beside, taken_bytes=taken)
 
 
+def traces_share(size: Size, mesh: Mesh, taken: int, form: str, on_disk: bool) -> Layout:
+    """Traces, or the factor: every rank holds all of them or, in the store, what one process would."""
+    layout = trace_layout(size, taken) if form == "traces" else factor_layout(size, taken, on_disk=on_disk)
+    return dataclasses.replace(layout, panel_bytes=layout.panel_bytes + travelling_bytes(size, mesh))
+
+
+def travelling_bytes(size: Size, mesh: Mesh) -> int:
+    """Panels on their way between ranks, and the statistics of the chains that are stepped side by side."""
+    widest = -(-size.num_samples // mesh.shards) + 1024
+    panels = 4 * size.panel * (widest + 8) * (mesh.ranks + 2) + 4 * size.panel * size.num_samples * mesh.rows
+    return panels + OPEN_CHAIN * size.num_samples * mesh.rows
+
+
 def largest_share(size: Size, ranks: int) -> int:
     """Entries of the tiles of the rank that has most."""
     shapes = tile_shapes(tile_spans(size.num_samples, size.side))
@@ -96,7 +122,7 @@ def largest_share(size: Size, ranks: int) -> int:
 
 def peak_of(layout: Layout, request: Mapping[str, Any], gathering: bool) -> int:
     """The expected peak of a rank; of the one that all tiles are gathered on, with them."""
-    if not gathering:
+    if not (gathering and has_tiles(layout)):
         return layout.peak_bytes
     every = in_memory(size_of(request, 0), 0, on_disk=False).tile_bytes
     return layout.peak_bytes + every * BYTES[request["dtype"]] // 4

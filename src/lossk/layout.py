@@ -62,7 +62,7 @@ class Layout:
     What bears on the last bit of the result (`tiles`, `super_panel`) is saved with a run and kept on resuming.
     """
 
-    tiles: str  # "memory", "store", "device" (a CUDA device's memory), or "traces" where there are none
+    tiles: str  # "memory", "store", "device" (a CUDA device's memory); "traces" (held) or "factor" (stored) for none
     tile_bytes: int
     panel_bytes: int
     weight_bytes: int

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from lossk.chain import Chain, ChainState, Draw
-from lossk.probe import Probe, first_non_finite
+from lossk.evaluation import Evaluation
+from lossk.probe import Probe
 from lossk.timings import Progress, Timings
 
 PANEL_BYTES = 128 * 2**20
@@ -59,43 +60,27 @@ def chain_panels(
 ) -> Iterator[Panel]:
     """Run one chain and yield its draws a panel at a time (the last one may be shorter).
 
-    Draws that differ in a fused head only are evaluated several at a time, from copies of their weights.
-
     Args:
         device: where the panel is held.
     """
     buffer = torch.empty(panel, len(probe), dtype=torch.float32, device=device)
-    task, group = chain.task, chain.task.draws_at_a_time(panel)
-    stack = torch.empty(group, task.num_weights, device=task.device) if group > 1 else None
+    evaluation = Evaluation(chain, probe, panel, timings)
     draws: list[Draw] = []
-    waiting = 0  # of the draws so far, those not evaluated yet: their weights are in the stack
+    first = 0  # of the draws that are not evaluated yet
     for draw in chain.run(num_draws, start):
         progress.update()
         if draw is None:
             continue
         draws.append(draw)
-        if stack is not None:
-            stack[waiting] = task.flat
-        waiting += 1
+        enough = evaluation.keep(draw)
         full = len(draws) == panel or draw.draw + 1 == num_draws
-        if waiting < group and not full:
-            continue
-        rows = buffer[len(draws) - waiting : len(draws)]
-        with timings.measure("probe"):
-            probe.fill(task, rows[0] if stack is None else rows, None if stack is None else stack[:waiting])
-        _check_finite(rows, draws[-waiting:], chain, probe)
-        waiting = 0
+        if enough or full:
+            evaluation.start(buffer[first : len(draws)])
+            first = len(draws)
         if full:
+            evaluation.finish()
             yield Panel(draw.chain, draw.draw + 1 - len(draws), buffer[: len(draws)], draws, chain.state())
-            draws = []
-
-
-def _check_finite(rows: Tensor, draws: list[Draw], chain: Chain, probe: Probe) -> None:
-    for row, draw in zip(rows, draws, strict=True):
-        bad = first_non_finite(row)
-        if bad is not None:
-            late = "" if draw is draws[-1] else f" at draw {draw.draw}"
-            raise chain.diverged(f"{probe.describe(bad)} has loss {float(row[bad])}{late}")
+            draws, first = [], 0
 
 
 class ChainStatistics:

@@ -33,6 +33,9 @@ class Passes:
         fused_head: of a model that ends in a linear layer (named cross entropies only), form the losses of the probe
             without logits; if nothing but that layer is sampled, those of several draws at once. "auto" does so with
             backend "triton"; True also with the others, in chunks. `kernel.meta["passes"]` says what was done.
+        overlap: evaluate the probe at a copy of the weights while the chain's next steps go on, on a CUDA stream of its
+            own; the same numbers to the bit. "auto" does so on a CUDA device that has the memory for it. Not with
+            "graphs", which replay in memory of their own.
         update_precision: of the products in the rank-k update with backend "triton"; sums are float32. It puts an entry
             of K off by at most 2^-20 of sqrt(K_ii K_jj) with "tf32x3" (2^-23 with "fp32"), 2^-10 with "tf32" or "fp16",
             2^-7 with "bf16".
@@ -50,6 +53,7 @@ class Passes:
     prefix_bytes: int | None = None
     compile: bool | Literal["graphs"] = False
     fused_head: bool | Literal["auto"] = "auto"
+    overlap: bool | Literal["auto"] = "auto"
     update_precision: Literal["fp32", "tf32x3", "tf32", "fp16", "bf16"] = "tf32x3"
 
     def __post_init__(self) -> None:
@@ -65,6 +69,9 @@ class Passes:
         check_choice("fold_norms", self.fold_norms, (True, False))
         check_choice("compile", self.compile, (True, False, "graphs"))
         check_choice("fused_head", self.fused_head, (True, False, "auto"))
+        check_choice("overlap", self.overlap, (True, False, "auto"))
+        if self.overlap is True and self.compile == "graphs":
+            raise ValueError('overlap=True and compile="graphs" exclude one another')
         check_choice("update_precision", self.update_precision, UPDATE_PRECISIONS)
 
     def to_dict(self) -> dict[str, Any]:
@@ -73,10 +80,11 @@ class Passes:
 
     def __str__(self) -> str:
         threads = "" if self.num_threads is None else f", {self.num_threads} threads"
+        beside = ", probe beside steps" if self.overlap is True else ""
         return (
             f"{self.probe_batch} samples a probe pass, {self.gradient_batch} a gradient pass, {self.memory_format}"
             f"{threads}{', norms folded' if self.fold_norms else ''}{', compiled' if self.compile else ''}"
-            f"{', head fused' if self.fused_head is True else ''}"
+            f"{', head fused' if self.fused_head is True else ''}{beside}"
         )
 
 

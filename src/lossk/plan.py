@@ -8,9 +8,10 @@ from pathlib import Path
 
 from lossk.data import Samples
 from lossk.errors import StoreError
-from lossk.layout import BYTES, Layout, Size, weight_bytes
-from lossk.memory import Budget, gigabytes
+from lossk.layout import BYTES, Layout, Size, log_columns, panel_bytes, weight_bytes
+from lossk.memory import gigabytes
 from lossk.probe import Probe
+from lossk.running import STRIPE
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ class Plan:
 def describe(layout: Layout) -> str:
     """The memory of a run, in words."""
     parts = [
-        f"{gigabytes(layout.tile_bytes)} {'traces' if layout.tiles == 'traces' else 'tiles'}",
+        f"{gigabytes(layout.tile_bytes)} {'tiles' if has_tiles(layout) else layout.tiles}",
         f"{gigabytes(layout.panel_bytes)} panel",
         f"{gigabytes(layout.weight_bytes)} weights",
         f"{gigabytes(layout.taken_bytes)} taken already",
@@ -38,7 +39,12 @@ def describe(layout: Layout) -> str:
     if layout.tiles == "store":
         held = f"{layout.super_panel} draws of {layout.stripes + 1} tile rows"
         parts.insert(1, f"{gigabytes(layout.rows_bytes)} for {held}")
-    places = {"memory": "tiles in memory", "store": "tiles in the store", "traces": "traces in memory"}
+    places = {
+        "memory": "tiles in memory",
+        "store": "tiles in the store",
+        "traces": "traces in memory",
+        "factor": "factor in the store",
+    }
     where = places.get(layout.tiles, "tiles on the device")
     return f"{where}, at most {gigabytes(layout.peak_bytes)} of memory ({', '.join(parts)})"
 
@@ -62,8 +68,8 @@ def make_plan(
         update_rate: fused multiply-adds per second of a rank update.
     """
     sampling = size.num_chains * num_steps * step_seconds + size.draws * probe_seconds
-    update = 0.0 if layout.tiles == "traces" else size.entries * size.draws / update_rate
-    stored = 4 * size.draws * size.num_samples + BYTES[size.dtype] * size.entries + 16 * size.num_weights
+    update = size.entries * size.draws / update_rate if has_tiles(layout) else 0.0
+    stored = stored_bytes(size, layout) + 16 * size.num_weights
     return Plan(
         seconds=sampling + update,
         layout=layout,
@@ -72,23 +78,48 @@ def make_plan(
     )
 
 
-def trace_layout(size: Size, budget: Budget, taken: int) -> Layout:
-    """The traces themselves, held in memory.
+def has_tiles(layout: Layout) -> bool:
+    """Whether the run ends in tiles, and not in traces or their factor."""
+    return layout.tiles not in ("traces", "factor")
+
+
+def stored_bytes(size: Size, layout: Layout) -> int:
+    """Of a store: the log of draws, and what is made of them."""
+    made = size.entries if has_tiles(layout) else size.draws * size.num_samples
+    return 4 * size.draws * size.num_samples + BYTES[size.dtype] * made
+
+
+def trace_layout(size: Size, taken: int) -> Layout:
+    """The traces themselves, held in memory."""
+    panel = 4 * (size.panel + 1) * size.num_samples
+    return Layout("traces", 4 * size.draws * size.num_samples, panel, weight_bytes(size), taken)
+
+
+def factor_layout(size: Size, taken: int, *, on_disk: bool) -> Layout:
+    """The factor held in memory, in the place of the traces; or made in the store, a chunk at a time."""
+    running = panel_bytes(size)
+    if on_disk:
+        chunk = 20 * size.draws * size.side  # losses, deviations of a chain in float64, scaled, cast, encoded
+        reading = 36 * size.panel * log_columns(size.num_samples, size.tile)
+        return Layout("factor", chunk, running, weight_bytes(size), taken, rows_bytes=reading)
+    each = 4 if size.dtype == "float32" else 6
+    stripe = 16 * size.draws * min(size.num_samples, STRIPE)
+    return Layout("traces", each * size.draws * size.num_samples + stripe, running, weight_bytes(size), taken)
+
+
+def check_traces(layout: Layout, size: Size, limit: int) -> None:
+    """Refuse traces, or a factor, that need more memory than there is.
 
     Raises:
-        MemoryError: they do not fit; with the sizes and the number of samples that would.
+        MemoryError: with the sizes and the number of samples that would fit.
     """
-    panel = 4 * (size.panel + 1) * size.num_samples
-    layout = Layout("traces", 4 * size.draws * size.num_samples, panel, weight_bytes(size), taken)
-    limit = budget.limit(taken)
     if layout.peak_bytes > limit:
         per_sample = (layout.tile_bytes + layout.panel_bytes) / size.num_samples
         fitting = max(int(size.num_samples - (layout.peak_bytes - limit) / per_sample), 0)
         raise MemoryError(
-            f"the traces of {size.num_samples} samples need {gigabytes(layout.peak_bytes)} and "
-            f"{gigabytes(max(limit - taken, 0))} are free; about {fitting} samples would fit"
+            f"the {layout.tiles} of {size.num_samples} samples need {gigabytes(layout.peak_bytes)} and "
+            f"{gigabytes(max(limit - layout.taken_bytes, 0))} are free; about {fitting} samples would fit"
         )
-    return layout
 
 
 def check_disk(plan: Plan, path: Path) -> None:

@@ -5,8 +5,11 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING, Any
 
+from torch import Tensor
+
 from lossk import provenance
 from lossk.samplers import kind_of
+from lossk.traces import LossTraces
 
 if TYPE_CHECKING:
     from lossk.run import Run
@@ -63,3 +66,15 @@ def meta(run: Run, request: dict[str, Any]) -> dict[str, Any]:
         "mean_loss_trace": run.watch.mean_loss.tolist(),
         "excess_trace": run.watch.excess.tolist(),
     }
+
+
+def traces(run: Run, losses: Tensor, meta: dict[str, Any]) -> LossTraces:
+    """The losses [C, T, N] of a run, with what is known of them."""
+    return LossTraces(
+        losses,
+        excess=run.watch.excess,
+        n_beta=getattr(run.sampler, "n_beta", None),
+        meta=meta,
+        tokens=run.probe.tokens,
+        sets=run.probe.sets,
+    )

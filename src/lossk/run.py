@@ -20,7 +20,7 @@ from lossk.chain import Chain, ChainState, Surroundings
 from lossk.choose import choose, momentum_noise_ratio
 from lossk.data import Samples, Transform
 from lossk.device import settle
-from lossk.device_plan import choose_with_device, describe_room
+from lossk.device_plan import choose_overlap, choose_with_device, describe_room
 from lossk.device_room import measure_room, place_data
 from lossk.diagnostics import Criteria, Diagnostics, TraceWatch, diagnose
 from lossk.head_choice import fuse_head
@@ -32,7 +32,7 @@ from lossk.panel import ChainTotals, Panel, chain_panels
 from lossk.passes import Passes
 from lossk.passes_pilot import Load, choose_passes
 from lossk.pilot import Pilot
-from lossk.plan import check_disk, make_plan, trace_layout
+from lossk.plan import check_disk, check_traces, factor_layout, make_plan, trace_layout
 from lossk.prefix_cache import cut_prefix
 from lossk.probe import (
     Probe,
@@ -141,7 +141,8 @@ class Run:
     def arrange(self, passes: Passes | None, chosen: dict[str, Any] | None) -> None:
         """Settle how the passes are run: as given, as `chosen` before, or by a pilot; before the task is entered."""
         if chosen is not None:
-            self.task.passes = Passes(**chosen["passes"])
+            overlap = "auto" if passes is None else passes.overlap  # bears on nothing but time: not kept
+            self.task.passes = dataclasses.replace(Passes(**chosen["passes"]), overlap=overlap)
             if passes is not None and passes.fused_head == "auto":  # what it came to is kept
                 passes = dataclasses.replace(passes, fused_head=self.task.passes.fused_head)
             if passes not in (None, self.task.passes):
@@ -159,8 +160,15 @@ class Run:
                     self.task, self.probe.parts[0].samples, self.train, self._load()
                 )
             self.passes_reasons += reasons
+        if self.task.device.type != "cuda":
+            self.take_turns()
         if self.task.channels_last:
             self._hold(self.task.place)
+
+    def take_turns(self) -> None:
+        """Have probe and steps take turns where nobody has asked for anything else."""
+        if self.task.passes.overlap == "auto":
+            self.task.passes = dataclasses.replace(self.task.passes, overlap=False)
 
     def _cut(self) -> None:
         """Take off what lies before the first sampled weight, and the head."""
@@ -256,13 +264,13 @@ class Run:
         panel: int,
         dtype: str,
         out: Path | None = None,
-        held_traces: bool = False,
+        form: str = "tiles",
         saved: dict[str, Any] | None = None,
     ) -> Layout:
         """Say what the run will cost, and where its tiles will be; refuse what cannot fit.
 
         Args:
-            held_traces: traces are kept, in memory, instead of tiles.
+            form: "tiles", "factor", or "traces" for these alone.
             saved: `Layout.to_dict` of the run that is resumed.
 
         Raises:
@@ -273,14 +281,23 @@ class Run:
         stack = self.task.stack_bytes(panel)
         weights, draws = self.task.num_weights, self.num_draws
         size = Size(len(self.probe), tile, panel, self.num_chains, draws, dtype, weights, stack)
-        if held_traces:
-            layout = trace_layout(size, budget, taken)
-        elif self.task.device.type == "cuda":
+        room = None
+        if self.task.device.type == "cuda":
             room = measure_room(self.task, self.probe.parts[0].samples, self.train)
+        if form != "tiles":
+            held = form == "traces"
+            layout = trace_layout(size, taken) if held else factor_layout(size, taken, on_disk=out is not None)
+            check_traces(layout, size, budget.limit(taken))
+        elif room is not None:
             layout = choose_with_device(size, room, budget, taken, on_disk=out is not None, saved=saved)
             bar.say(describe_room(layout, room))
         else:
             layout = choose_layout(size, budget, taken, on_disk=out is not None, saved=saved)
+        if room is not None:
+            overlap, layout, why = choose_overlap(self.task.passes, size, layout, room)
+            self.task.passes = dataclasses.replace(self.task.passes, overlap=overlap)
+            self.passes_reasons.append(why)
+            bar.say(f"device: {why}")
         plan = make_plan(
             layout,
             size,

@@ -11,6 +11,7 @@ from lossk.memory import parse_memory
 
 DTYPES = ("float32", "float16")
 CENTERINGS = ("chain", "pooled")
+FORMS = ("tiles", "factor")
 BACKENDS = ("auto", "torch", "cpp", "triton", "cuda")
 PRECISIONS = (None, "bf16", "fp16", "tf32")
 
@@ -23,6 +24,7 @@ def check_settings(
     panel: Any = None,
     dtype: Any = "float32",
     centering: Any = "chain",
+    form: Any = "tiles",
     backend: Any = "auto",
     precision: Any = None,
     seed: Any = 0,
@@ -40,6 +42,7 @@ def check_settings(
     parse_memory(memory)
     check_choice("dtype", dtype, DTYPES)
     check_choice("centering", centering, CENTERINGS)
+    check_choice("form", form, FORMS)
     check_choice("backend", backend, BACKENDS)
     check_choice("precision", precision, PRECISIONS)
 

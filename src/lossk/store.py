@@ -3,7 +3,7 @@
     config.json    what was asked for, chosen and measured        losses      [chain, draw, sample] float32, nats
     mean, variance, scale, lag1  [sample] float64                 chain_mean  [chain, sample] float64
     tiles          [row, column] float16/32, upper triangle, one chunk per tile: covariance / (scale_i scale_j)
-    factor         [draw, sample] float32, instead of tiles       complete    written last
+    factor         [draw, sample] float16/32, instead of tiles    complete    written last
     tokens         [sample, 2] int64, (sample of its set, position) of a loss per token only
     commits.jsonl  one line per durable panel                     state-K.npz  a chain after its last one, line K
     tiles.jsonl    one line per durable tile, while tiles are made out of core
@@ -50,7 +50,7 @@ def write_kernel(kernel: LossKernel, path: Path, *, with_tiles: bool = True) -> 
     """Write a kernel's arrays and description into an existing group, `complete` last.
 
     Args:
-        with_tiles: False where its tiles are in that group already.
+        with_tiles: False where its tiles, or its factor, are in that group already.
     """
     group = zarr.open_group(path, mode="r+")
     moments, blocks = kernel._moments, kernel._blocks
@@ -59,7 +59,7 @@ def write_kernel(kernel: LossKernel, path: Path, *, with_tiles: bool = True) -> 
     _write_array(group, "chain_mean", moments.chain_mean, ("chain", "sample"))
     if kernel.tokens is not None:
         _write_array(group, "tokens", kernel.tokens, ("sample", "index"))
-    if isinstance(blocks, FactorBlocks):
+    if isinstance(blocks, FactorBlocks) and with_tiles:
         _write_array(group, "factor", blocks.factor, ("draw", "sample"))
     elif with_tiles:
         assert isinstance(blocks, TileBlocks)
@@ -71,12 +71,13 @@ def write_kernel(kernel: LossKernel, path: Path, *, with_tiles: bool = True) -> 
         "format": FORMAT,
         "kind": blocks.kind,
         "num_samples": blocks.num_samples,
-        "tile": blocks.tile,
+        "tile": saved.get("tile", blocks.tile),
         "num_chains": moments.num_chains,
         "num_draws": moments.num_draws,
         "centering": moments.centering,
         "sets": {name: [rows.start, rows.stop] for name, rows in kernel.sets.items()} or None,
         "freedom": getattr(blocks, "freedom", None),
+        **({"factor_chunk": blocks.tile} if isinstance(blocks, StoredFactor) else {}),
         "meta": kernel.meta,
         "diagnostics": None if kernel.diagnostics is None else kernel.diagnostics.to_dict(),
     }
@@ -131,7 +132,7 @@ def open_kernel(path: str | Path) -> LossKernel:
         blocks = FactorBlocks(_read(group, "factor"), description["freedom"], description["tile"])
     else:
         tile = description["tile"]
-        tiles = StoredTiles(_array(group, "tiles"), min(tile, description["num_samples"]))
+        tiles = StoredTiles(path, min(tile, description["num_samples"]))
         blocks = TileBlocks(description["num_samples"], tile, tiles)
     plain = description["diagnostics"]
     diagnostics = None if plain is None else Diagnostics.from_dict(plain)

@@ -39,7 +39,7 @@ class Task:
         flat: [P] float32, the sampled weights w.
         anchor: [P] float32, w*, the weights on entry.
         grad: [P] float32, where `gradient` leaves the gradient of the minibatch loss.
-        passes: how the passes are run; to be changed outside the `with` block only.
+        passes: how the passes are run; to be changed outside the `with` block only (`overlap` aside).
     """
 
     flat: Tensor
@@ -193,6 +193,23 @@ class Task:
                 torch.set_float32_matmul_precision(before)
         else:
             yield
+
+    @contextlib.contextmanager
+    def reading(self, weights: Tensor) -> Iterator[None]:
+        """Have the passes launched inside read their parameters from another buffer [P] like `flat`.
+
+        A launch takes the addresses it is given: it goes on reading them whatever the parameters are afterwards.
+        """
+        held = [parameter.data for parameter in self.sampled]
+        offset = 0
+        for parameter in self.sampled:
+            parameter.data = self._view(weights[offset : offset + parameter.numel()], parameter.shape)
+            offset += parameter.numel()
+        try:
+            yield
+        finally:
+            for parameter, data in zip(self.sampled, held, strict=True):
+                parameter.data = data
 
     def reset(self) -> None:
         """Return to w*."""

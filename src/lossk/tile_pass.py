@@ -28,7 +28,7 @@ import zarr
 from torch import Tensor
 
 from lossk.blocks import Moments, TileBlocks, tile_spans
-from lossk.disk import read_lines, replace_file
+from lossk.disk import forget, read_lines, replace_file
 from lossk.layout import Layout
 from lossk.panel import ChainTotals
 from lossk.runlog import RunLog
@@ -78,8 +78,7 @@ class OutOfCore:
             done = writer.done | self.share.others
             for key, tile in make_tiles(rows, spans, self.layout.stripes, done):
                 writer.put(key, finish_tile(tile, key, self.running.freedom, self.dtype))
-        stored = StoredTiles(zarr.open_array(self.log.path / "tiles", mode="r"), side, self.cache_bytes)
-        return TileBlocks(self.num_samples, self.tile, stored), moments
+        return TileBlocks(self.num_samples, self.tile, StoredTiles(self.log.path, side, self.cache_bytes)), moments
 
 
 class LoggedRows:
@@ -199,6 +198,9 @@ class TileWriter:
         chunk = chunk_path(self.store, key)
         chunk.parent.mkdir(parents=True, exist_ok=True)
         replace_file(chunk, *encode_tile(self.side, tile))
+        # Gigabytes that nobody reads soon: memory that they kept would be new to the process, page by page, where the
+        # next tile can have the same again (on a virtual machine several times cheaper); in a container it counts, too.
+        forget(chunk)
         with (self.store / self.name).open("ab") as log:
             log.write(json.dumps(key).encode() + b"\n")
             log.flush()

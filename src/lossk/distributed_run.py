@@ -1,0 +1,178 @@
+"""A run on many ranks, up to what is made of its panels: rank 0 decides, every rank samples its share, all get all.
+
+A round of the loop is one panel of each row of the mesh. While the panels of one round are on their way the next ones
+are computed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lossk import record
+from lossk.blocks import tile_spans
+from lossk.distributed import Ranks
+from lossk.distributed_plan import peak_of, plan_share, rank_limit
+from lossk.exchange import Exchange, Received
+from lossk.layout import Layout
+from lossk.memory import Budget, gigabytes
+from lossk.mesh import Mesh, choose_mesh, cut_probe, deal_chains, deal_tiles, schedule, tile_shapes
+from lossk.panel import Panel, choose_panel
+from lossk.passes import Passes
+from lossk.run import Run
+from lossk.runlog import RunLog
+from lossk.timings import Progress
+
+Key = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Work:
+    """What one rank of a run works with."""
+
+    ranks: Ranks
+    run: Run
+    request: dict[str, Any]
+    layout: Layout
+    mesh: Mesh
+    budget: Budget
+    bar: Progress
+    log: RunLog | None
+
+    @property
+    def side(self) -> int:
+        """Of a tile, in samples."""
+        return min(self.request["tile"], self.request["num_samples"])
+
+    @property
+    def shapes(self) -> dict[Key, tuple[int, int]]:
+        """Of all tiles."""
+        return tile_shapes(tile_spans(self.request["num_samples"], self.side))
+
+    @property
+    def owners(self) -> list[list[Key]]:
+        """The tiles of each rank."""
+        return deal_tiles(self.shapes, self.ranks.size)
+
+
+def usual_panel(ranks: Ranks, run: Run, budget: Budget) -> int:
+    """Draws per panel, where nobody has said: those of all chains that are stepped at a time fit where one's would."""
+    at_a_time = min(ranks.size, run.num_chains)
+    return max(1, choose_panel(len(run.probe), run.num_draws, budget.asked) // at_a_time)
+
+
+@contextmanager
+def chosen_by_first(
+    ranks: Ranks, run: Run, request: dict[str, Any], passes: Passes | None, path: Path | None, log: RunLog | None,
+    budget: Budget, bar: Progress,
+) -> Iterator[tuple[dict[str, Any], Layout]]:  # fmt: skip
+    """What rank 0 chooses, as a process alone would, on every rank, with the task entered."""
+    if not ranks.first:
+        run.arrange(None, {"passes": ranks.decide(lambda: None)})
+        with run.task:
+            run.evaluate_anchor()  # while rank 0 has its pilot
+            chosen, plain = ranks.decide(lambda: None)
+            run.settle(chosen)
+            layout = Layout(**plain)
+            ranks.all_or_none(_too_large(ranks, request, layout, budget, path))
+            yield chosen, layout
+        return
+    before = None if log is None else log.chosen
+    waiting = True
+    try:
+        run.arrange(passes, before)
+        ranks.broadcast_json({"found": run.task.passes.to_dict()})
+        with run.task:
+            run.tune(before, bar)
+            run.take_turns()  # what a device has left is not asked here
+            run.announce(bar)
+            step = run._time_a_step()
+            mesh = _mesh(run, ranks, log, step)
+            layout = plan_share(
+                run,
+                request,
+                mesh,
+                ranks.local_size,
+                budget,
+                bar,
+                step,
+                path,
+                None if before is None else before["layout"],
+            )
+            chosen = {**record.chosen(run), "layout": layout.to_dict(), "mesh": dataclasses.asdict(mesh)}
+            waiting = False
+            ranks.broadcast_json({"found": [chosen, dataclasses.asdict(layout)]})
+            ranks.all_or_none(_too_large(ranks, request, layout, budget, path))
+            yield chosen, layout
+    except Exception as error:
+        if waiting:
+            ranks.broadcast_json({"error": " ".join(str(error).split())})
+        raise
+
+
+def _mesh(run: Run, ranks: Ranks, log: RunLog | None, step_seconds: float) -> Mesh:
+    """The mesh of the run that is resumed, if it had as many ranks; else the quickest."""
+    saved = None if log is None or log.chosen is None else log.chosen.get("mesh")
+    if saved is not None and Mesh(**saved).ranks == ranks.size:
+        return Mesh(**saved)
+    draws = dict.fromkeys(range(run.num_chains), 0) if log is None else log.unfinished()
+    steps_per_draw = run.sampler.steps(run.num_draws) / run.num_draws
+    return choose_mesh(
+        ranks.size,
+        [run.num_draws - made for made in draws.values()],
+        steps_per_draw * step_seconds,
+        run.timings.seconds["anchor"] / len(run.train) * run.probe.num_samples,
+    )
+
+
+def _too_large(ranks: Ranks, request: dict[str, Any], layout: Layout, budget: Budget, path: Path | None) -> str | None:
+    """Why this rank cannot hold its share, or None."""
+    needed = peak_of(layout, request, ranks.first and path is None) - layout.taken_bytes
+    taken = budget.taken()
+    limit = rank_limit(budget, taken, ranks.local_size) - taken
+    if needed <= limit:
+        return None
+    return f"needs {gigabytes(needed)} more for its share of the kernel, and {gigabytes(limit)} are left for it"
+
+
+def rounds(work: Work) -> Iterator[tuple[list[Received], Panel | None]]:
+    """Round by round until all draws are made: a panel of each row that has one, and this rank's own as it was sent."""
+    log, run, panel = work.log, work.run, work.request["panel"]
+    made = dict.fromkeys(range(run.num_chains), 0) if log is None else log.unfinished()
+    dealt = deal_chains(sorted(made), work.mesh)
+    steps = schedule(dealt, made, panel, run.num_draws)
+    row, shard = work.mesh.place(work.ranks.rank)
+    probes = cut_probe(run.probe, run.task.passes.probe_batch, work.mesh.shards)
+    exchange = Exchange(work.ranks, work.mesh, [probe.rows for probe in probes], panel)
+    starts = {chain: None if log is None else log.state_of(chain) for chain in dealt[row]}
+    done = sum(start.step for start in starts.values() if start is not None)
+    work.bar.start(len(starts) * run.sampler.steps(run.num_draws), done)
+    own = (
+        part
+        for chain, start in starts.items()
+        for part in run.chain_panels(chain, probes[shard], panel, work.bar, start)
+    )
+    sent: Panel | None = None
+    for number in range(max(map(len, steps)) + 1):
+        items = [items[number] if number < len(items) else None for items in steps]
+        part = next(own) if items[row] is not None else None
+        if number > 0:
+            with run.timings.measure("wait"):
+                received = exchange.receive()
+            yield received, sent
+        if any(items):
+            exchange.send(items, part)
+            sent = part
+
+
+def meta(work: Work) -> dict[str, Any]:
+    """What is kept beside the numbers."""
+    return {
+        **record.meta(work.run, work.request),
+        "memory": {**work.layout.to_dict(), "planned_peak_bytes": work.layout.peak_bytes},
+        "ranks": {"size": work.ranks.size, **dataclasses.asdict(work.mesh)},
+    }

@@ -1,0 +1,37 @@
+"""`sample_losses` on many ranks: panels reach every rank, so every rank has all traces."""
+
+from __future__ import annotations
+
+import torch
+
+from lossk import record
+from lossk.distributed import Ranks
+from lossk.distributed_run import Work, chosen_by_first, meta, rounds, usual_panel
+from lossk.memory import Budget
+from lossk.mesh import Mesh
+from lossk.passes import Passes
+from lossk.run import Run
+from lossk.timings import Progress
+from lossk.traces import LossTraces
+
+SETTINGS = {"tile": 4096, "dtype": "float32", "centering": "chain", "form": "traces"}  # no tile is ever made
+
+
+def sample_on_ranks(ranks: Ranks, run: Run, *, passes: Passes | None, budget: Budget, bar: Progress) -> LossTraces:
+    """`sample_losses`, called by every rank with its own copy of model and data.
+
+    Raises:
+        DistributedError: the ranks disagree, or one of them has stopped.
+        MemoryError: the traces do not fit, on some rank.
+    """
+    request = {**record.request(run), **SETTINGS, "panel": usual_panel(ranks, run, budget)}
+    ranks.agree({**request, "passes": None if passes is None else passes.to_dict()})
+    with chosen_by_first(ranks, run, request, passes, None, None, budget, bar) as (chosen, layout):
+        ranks.use_device(run.task.device)
+        work = Work(ranks, run, request, layout, Mesh(**chosen["mesh"]), budget, bar, None)
+        losses = torch.empty(run.num_chains, run.num_draws, len(run.probe))
+        for received, _ in rounds(work):
+            for part in received:
+                losses[part.chain, part.first_draw : part.first_draw + len(part.losses)] = part.losses
+                run.watch.note(part.losses, part.draws)
+        return record.traces(run, losses, {**meta(work), "config": record.request(run)})
