@@ -28,3 +28,9 @@ def spread(found: Mapping[str, float], unit: str = "") -> str:
 def megabytes(count: float) -> str:
     """A number of bytes for people."""
     return f"{count / 1e6:,.0f} MB"
+
+
+def replace_between(old: str, marks: tuple[str, str], text: str) -> str:
+    """A page with what stands between two marks replaced; the rest of it is written by hand."""
+    before, rest = old.split(marks[0])
+    return f"{before}{marks[0]}\n\n{text}\n{marks[1]}{rest.split(marks[1], 1)[1]}"

@@ -1,6 +1,6 @@
 """Do the tasks of one network come apart in its kernel?  Networks, controls and snapshots; writes docs/multitask.md.
 
-    python -m bench.multitask --out docs/multitask.md [--work FOLDER] [--only NAME ...]
+    python -m bench.multitask --out docs/multitask.md [--picture FILE.png] [--work FOLDER] [--only NAME ...]
 
 A case is run once: its numbers are kept in FOLDER, and a case that is there is not run again.
 """
@@ -18,21 +18,28 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 import lossk
-from bench.markdown import table
+from bench.markdown import replace_between, table
 from lossk import provenance
+from lossk.analysis import map_kernel
 from lossk.analysis.purity import chance_purity, class_purity
 from lossk.recipes import RecipeTask, multitask
-from lossk.recipes.arithmetic import arithmetic
+from lossk.recipes.arithmetic import TASKS, arithmetic
+from lossk.report.picture import COLOURS
 from lossk.samplers import Sampler
 
 K, CHAINS = 10, 4
+ERROR_ROWS = 200  # of the kernel, whose entries' standard errors are worked out: each from all draws
 SGLD = lossk.SGLD()  # everything automatic
 LOCAL = lossk.Gaussian(sigma=1e-3)  # independent draws so near that only gradients count: no chain, no landscape
-SNAPSHOTS = (0, 30, 100, 300, 1000)
+SNAPSHOTS = (0, 30, 100, 200, 400, 750, 1000)
+# Of every snapshot, so that they can be compared: localization and n_beta as the trained network's pilot chooses them,
+# and half its step, as earlier networks may be more curved.
+SETTLED = lossk.SGLD(lr=1e-3, n_beta=125.0, localization=400.0, num_burnin_steps=20, num_steps_bw_draws=4)
 
 
 @dataclass(frozen=True)
@@ -57,6 +64,7 @@ class Case:
 QUIET = {"loudness": 1.0, "required_accuracy": 0.9}
 UNTRAINED = {"epochs": 0, "required_accuracy": 0.0}
 RANDOM = {"answers": "random", "epochs": 150}
+FOUR = {"num_tasks": 4, "p": 31, "hidden": 512, "train_share": 0.9, "epochs": 700, "plain_share": 0.15}
 
 
 def cases() -> list[Case]:
@@ -69,12 +77,13 @@ def cases() -> list[Case]:
         Case("random answers", RANDOM, LOCAL),
         Case("untrained", UNTRAINED, LOCAL),
         Case("disjoint", {"network": "disjoint", "hidden": 128}, disjoint),
-        Case("shared trunk", {"network": "trunk"}),
+        *(Case("shared trunk", {"network": "trunk", "seed": seed}) for seed in range(3)),
         *(Case("two tasks", {"seed": seed}) for seed in (1, 2)),
+        *(Case("random answers", {**RANDOM, "seed": seed}) for seed in (1, 2)),
+        *(Case("four tasks", {**FOUR, "seed": seed}) for seed in range(3)),
         Case("quiet token", QUIET, LOCAL),
         Case("quiet token, random answers", {**RANDOM, **QUIET}, LOCAL),
         Case("quiet token, untrained", {**QUIET, **UNTRAINED}, LOCAL),
-        *(Case("four tasks", {"num_tasks": 4, "p": 29, "hidden": 512, "seed": seed}) for seed in range(3)),
     ]
 
 
@@ -98,8 +107,9 @@ def measure(traces: lossk.LossTraces, tasks: Tensor) -> dict[str, float]:
         found[f"|R| {name} se"] = _error(torch.stack([each[chosen].abs().mean() for each in by_chain]))
     gaps = torch.stack([each[pairs["within"]].mean() - each[pairs["across"]].mean() for each in by_chain])
     spreads = torch.stack([e[pairs["within"]].abs().mean() - e[pairs["across"]].abs().mean() for e in by_chain])
-    errors = kernel.standard_error(correlation=True)
-    beyond = ((whole.abs() > 1.96 * errors) & ~same).sum() / (~same).sum()
+    rows = torch.linspace(0, len(tasks) - 1, min(ERROR_ROWS, len(tasks))).long()  # samples are in a random order
+    errors, other = kernel.standard_error(rows, torch.arange(len(tasks)), correlation=True), ~same[rows]
+    beyond = ((whole[rows].abs() > 1.96 * errors) & other).sum() / other.sum()
     alive = ~kernel.dead
     return {
         **found,
@@ -109,7 +119,7 @@ def measure(traces: lossk.LossTraces, tasks: Tensor) -> dict[str, float]:
         "gap se": _error(gaps),
         "|R| gap z": float(spreads.mean()) / max(_error(spreads), 1e-30),
         "noise floor": float(neighbors.noise_floor[alive].median()),
-        "null |R|": float(errors[~same].mean()) * math.sqrt(2 / math.pi),  # E|R| of unrelated samples
+        "null |R|": float(errors[other].mean()) * math.sqrt(2 / math.pi),  # E|R| of unrelated samples
         "across beyond 1.96 se": float(beyond),
         "above floor": float((neighbors.correlation > neighbors.noise_floor.unsqueeze(1)).float().mean()),
     }
@@ -140,8 +150,11 @@ def run(case: Case, work: Path) -> dict[str, Any]:
     )
     assert task.labels is not None
     sampled = time.process_time()
-    diagnostics = lossk.LossKernel.from_traces(traces).diagnostics
+    kernel = lossk.LossKernel.from_traces(traces)
+    diagnostics = kernel.diagnostics
     assert diagnostics is not None
+    if case.name in PICTURED:
+        np.savez(work / f"{case.name}.map.npz", points=map_kernel(kernel).coordinates, tasks=task.labels)
     found = {
         **measure(traces, task.labels),
         "group": case.group,
@@ -150,6 +163,7 @@ def run(case: Case, work: Path) -> dict[str, Any]:
         "samples": len(task.labels),
         "draws": case.num_draws,
         "sampler": traces.meta["sampler"],
+        "verdict": diagnostics.verdict,
         "ess": diagnostics.sample_ess,
         "rhat": diagnostics.sample_rhat,
         "training s": trained - started,
@@ -170,7 +184,7 @@ def least_accuracy(task: RecipeTask) -> float:
 
 
 def snapshots(work: Path, at: Sequence[int] = SNAPSHOTS, **args: Any) -> list[dict[str, Any]]:
-    """The two-task network of seed 0 while it is trained, probed by independent draws w* + 0.001 xi."""
+    """The two-task network of seed 0 while it is trained: by independent draws w* + 0.001 xi, and by settled SGLD."""
     path = work / "snapshots.json"
     if path.exists() or not at:
         return json.loads(path.read_text()) if path.exists() else []
@@ -183,13 +197,15 @@ def snapshots(work: Path, at: Sequence[int] = SNAPSHOTS, **args: Any) -> list[di
         if epoch not in at:
             return
         model.eval()
+        part = {"num_chains": CHAINS, "num_draws": settings["num_draws"], "progress": False}
+        local = lossk.sample_losses(model, (inputs, targets), sampler=LOCAL, **part)
         traces = lossk.sample_losses(
-            model, (inputs, targets), sampler=LOCAL, num_chains=CHAINS,
-            num_draws=settings["num_draws"], progress=False,
-        )  # fmt: skip
+            model, (inputs, targets), train=(inputs[:num_train], targets[:num_train]), sampler=SETTLED, **part
+        )
         training = multitask.accuracy(model, inputs[~held_out], targets[~held_out])
         held = multitask.accuracy(model, inputs[held_out], targets[held_out])
-        found.append({"epoch": epoch, "training": training, "held out": held, **measure(traces, tasks)})
+        rows = {"training": training, "held out": held, "local purity": measure(local, tasks)["purity"]}
+        found.append({"epoch": epoch, **rows, **measure(traces, tasks)})
 
     note(0)
     multitask.train(model, inputs[:num_train], targets[:num_train], max(at), each_epoch=note)
@@ -265,16 +281,17 @@ def page(
         ]
         for one in found
     ]
-    tried = ["epoch", "training accuracy", "held-out accuracy", "purity", *ABSOLUTE]
+    tried = ["epoch", "training", "held out", "purity, local", "purity, sgld", "R within", "R across", "gap / se"]
     stages = [
         [
             f"{one['epoch']:,}",
             f"{one['training']:.1%}",
             f"{one['held out']:.1%}",
+            f"{one['local purity']:.3f}",
             f"{one['purity']:.3f}",
-            f"{one['|R| within']:.4f}",
-            f"{one['|R| across']:.4f}",
-            f"{one['null |R|']:.4f}",
+            f"{one['R within']:.4f} ± {one['R within se']:.4f}",
+            f"{one['R across']:.4f} ± {one['R across se']:.4f}",
+            f"{one['gap'] / max(one['gap se'], 1e-30):.1f}",
         ]
         for one in shots
     ]
@@ -291,12 +308,42 @@ BARE = """Purity by cosines of the samples' gradients at w\\* (float64), the lim
 weights."""
 
 
+PICTURED = {
+    "two tasks, sgld, seed 0": "two tasks, generalising",
+    "random answers, sgld, seed 0": "two tables of random answers, memorised",
+    "shared trunk, sgld, seed 0": "two tasks, shared trunk",
+    "four tasks, sgld, seed 0": "four tasks, generalising",
+}
+
+
+def draw(work: Path, path: Path) -> None:
+    """UMAP maps of the networks in `PICTURED` that have been run, coloured by task."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    there = {name: title for name, title in PICTURED.items() if (work / f"{name}.map.npz").exists()}
+    figure = Figure(figsize=(3.3 * len(there), 3.8), dpi=110, layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(1, len(there), squeeze=False)[0]
+    for axes, (name, title) in zip(panels, there.items(), strict=True):
+        held = np.load(work / f"{name}.map.npz")
+        for task in np.unique(held["tasks"]):
+            axes.scatter(*held["points"][held["tasks"] == task].T, s=3, color=COLOURS[task], linewidths=0,
+                         label=TASKS[task] if "random" not in name else f"table {task + 1}")  # fmt: skip
+        axes.set(xticks=[], yticks=[])
+        axes.set_title(title, fontsize=9.5)
+        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.01), ncol=4, fontsize=8, frameon=False,
+                    markerscale=3, handletextpad=0.1, columnspacing=0.8)  # fmt: skip
+    figure.savefig(path)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="the page; its tables stand between two marks. Without: printed")
     parser.add_argument("--work", type=Path, default=Path("multitask"), help="folder of networks and numbers")
     parser.add_argument("--only", nargs="*", help="groups of cases")
     parser.add_argument("--finished", action="store_true", help="nothing is run: a page of what FOLDER holds")
+    parser.add_argument("--picture", type=Path, help="a PNG of the maps")
     options = parser.parse_args()
     torch.set_num_threads(1)
     options.work.mkdir(parents=True, exist_ok=True)
@@ -306,19 +353,15 @@ def main() -> None:
     found = [{**run(case, options.work), "name": case.name} for case in wanted]
     shots = snapshots(options.work, at=() if options.finished else SNAPSHOTS)
     text = page(found, shots, exact(options.work, () if options.finished else EXACT))
+    if options.picture is not None:
+        draw(options.work, options.picture)
     if options.out is None:
         print(text)
     else:
-        options.out.write_text(replace_between_marks(options.out.read_text(), text))
+        options.out.write_text(replace_between(options.out.read_text(), MARKS, text))
 
 
 MARKS = "<!-- made by python -m bench.multitask -->", "<!-- end -->"
-
-
-def replace_between_marks(old: str, text: str) -> str:
-    """The page with its tables replaced; its prose is written by hand."""
-    before, rest = old.split(MARKS[0])
-    return f"{before}{MARKS[0]}\n\n{text}\n{MARKS[1]}{rest.split(MARKS[1])[1]}"
 
 
 if __name__ == "__main__":

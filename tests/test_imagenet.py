@@ -19,6 +19,7 @@ from scipy.io import savemat
 from torch import nn
 
 import lossk
+from lossk.cli import main
 from lossk.config import load_config
 from lossk.errors import LosskError
 from lossk.recipes import RecipeError, imagenet, networks, photo_cache
@@ -266,6 +267,40 @@ def test_the_recipe_end_to_end(
                   sampler=sgld(lr=1e-4))  # fmt: skip
     torch.testing.assert_close(kernel.variance, plain.variance)
     assert (kernel.variance > 0).all()
+
+
+def test_run_aligns_with_wordnet_and_draws_its_map(
+    folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tiny = Network(TinyNetwork().eval(), CUT, Normalise())
+    monkeypatch.setattr(imagenet, "load_network", lambda name, weights: tiny)
+    arguments = ["run", "imagenet", "--out", str(tmp_path / "i.lossk"), "--set", "picture=null"]
+    settings = {
+        "task_args": {"data": folders, "cache": tmp_path / "cache", "required_accuracy": 0},
+        "sampler": {"lr": 1e-4, "n_beta": 10, "localization": 10, "num_burnin_steps": 2, "num_steps_bw_draws": 1},
+        "build": {"num_draws": 20, "num_chains": 2, "tile": 16},
+    }
+    for section, values in settings.items():
+        arguments += [part for key, value in values.items() for part in ("--set", f"{section}.{key}={value}")]
+    (tmp_path / "i.wordnet.png").write_text("mine")
+    assert main(arguments) == 2
+    assert "i.wordnet.png exists" in capsys.readouterr().err
+    assert (tmp_path / "i.wordnet.png").read_text() == "mine"
+    assert main([*arguments, "--overwrite"]) == 0
+    shown = capsys.readouterr().out
+    assert "4 classes in WordNet." in shown
+    assert "wu_palmer  mean |R|  spearman" in shown
+    assert str(tmp_path / "i.wordnet.png") in shown
+    with Image.open(tmp_path / "i.wordnet.png") as picture:
+        assert picture.size == (1155, 792)
+
+
+def test_what_wordnet_needs_is_asked_for_before_the_photos(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda wanted: None if wanted == "umap" else object())
+    with pytest.raises(LosskError, match=r'alignment with WordNet.* needs umap-learn: pip install "lossk\[analysis\]"'):
+        imagenet.make_task(data=tmp_path / "nothing")
+    with pytest.raises(RecipeError, match="there is no"):
+        imagenet.make_task(data=tmp_path / "nothing", wordnet=False)
 
 
 def fake(monkeypatch: pytest.MonkeyPatch, name: str, module: types.ModuleType) -> None:

@@ -175,6 +175,8 @@ def test_disjoint_networks_show_no_correlation_across_tasks_beyond_chance() -> N
         ({"epochs": -1}, "epochs must be at least 0, got -1"),
         ({"p": 3, "train_share": 0.99}, "train_share must leave training and held-out inputs of each task, got 0.99"),
         ({"p": 3, "train_share": 0.01}, "train_share must leave training and held-out inputs of each task, got 0.01"),
+        ({"plain_share": -0.1}, "plain_share must be finite and at least 0, got -0.1"),
+        ({"plain_share": 1.5}, "plain_share must be at most 1, got 1.5"),
         ({"train_share": 0.0}, "train_share must be finite and greater than 0, got 0.0"),
     ],
 )

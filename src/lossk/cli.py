@@ -17,7 +17,9 @@ import torch
 import lossk
 from lossk import cli_attribution, cli_insight, cli_report, cli_stores, cli_tune, provenance
 from lossk.analysis.purity import chance_purity, class_purity
+from lossk.cli_checkpoints import checkpoint_outputs, show_checkpoints
 from lossk.cli_distributed import follow, share_threads
+from lossk.cli_wordnet import show_wordnet, wordnet_picture
 from lossk.config import RunConfig, load_config, parse_override
 from lossk.disk import refuse_to_delete
 from lossk.distributed import Ranks, joined, rank_name
@@ -177,6 +179,10 @@ def _execute(
         print(describe_contexts(kernel, task.row_texts, neighbors))
         outputs.append(contexts_page(out))
         write_page(kernel, task.row_texts, neighbors, outputs[-1], title=captions(kernel, task, neighbors)[0])
+    if task.checkpoints:
+        outputs += show_checkpoints(kernel, task, config, out)
+    if task.labels is not None and task.synsets is not None:
+        outputs.append(show_wordnet(kernel, task.labels, task.class_names, task.synsets, neighbors, out))
     print("wrote " + ", ".join(str(path) for path in outputs if path.exists()))
     return kernel
 
@@ -198,14 +204,24 @@ def _begin(config: RunConfig, outputs: Sequence[Path], *, overwrite: bool, resum
     for path in outputs:
         path.parent.mkdir(parents=True, exist_ok=True)
     task = config.make_task()
-    if task.row_texts is not None and contexts_page(out).exists() and not (overwrite or resume):
-        raise FileExistsError(f"{contexts_page(out)} exists; pass --overwrite to replace it, or another --out")
+    more = [path for path in of_task(task, out) if path.exists()]
+    if more and not (overwrite or resume):
+        raise FileExistsError(f"{more[0]} exists; pass --overwrite to replace it, or another --out")
     print(task.notes)
     if task.held_out_accuracy is not None:
         print(f"held-out accuracy {task.held_out_accuracy:.2%}")
     if overwrite and out.exists():
         shutil.rmtree(out)
     return task
+
+
+def of_task(task: RecipeTask, out: Path) -> list[Path]:
+    """What a run writes besides, of a task that knows its texts, its checkpoints or its classes' synsets."""
+    return [
+        *([] if task.row_texts is None else [contexts_page(out)]),
+        *(checkpoint_outputs(out) if task.checkpoints else ()),
+        *([] if task.synsets is None else [wordnet_picture(out)]),
+    ]
 
 
 def contexts_page(out: Path) -> Path:

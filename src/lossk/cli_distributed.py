@@ -33,6 +33,7 @@ def follow(ranks: Ranks, config: RunConfig, *, resume: bool) -> LossKernel:
         task.samples,
         train=task.train,
         loss=task.loss,
+        transform=task.transform,
         sampler=read_sampler(config.sampler),
         passes=None if config.passes is None else Passes(**config.passes),
         out=Path(config.out),

@@ -16,6 +16,7 @@ from lossk.settings import check_choice, check_integer
 
 EXACT = 50_000  # permutations up to which all are tried: 8 classes have 40,320
 BATCH = 512
+MOST_ENTRIES = 4_000_000  # of a batch of relabelled matrices: 1,000 classes have half a million pairs
 SIDES = ("greater", "two-sided")
 SLACK = 1e-12  # relabellings that leave the statistic as it is must count, whatever rounding does
 
@@ -65,9 +66,9 @@ def mantel(
     orders = _all_orders(count) if exact else _random_orders(count, num_permutations, seed)
     if not math.isfinite(statistic):
         return Mantel(statistic, 1.0, len(orders), exact)
-    reached = 0
-    for start in range(0, len(orders), BATCH):
-        order = orders[start : start + BATCH]
+    reached, batch = 0, max(1, min(BATCH, MOST_ENTRIES // len(upper[0])))
+    for start in range(0, len(orders), batch):
+        order = orders[start : start + batch]
         found = _correlate(ranks[order[:, upper[0]], order[:, upper[1]]], target, basis)
         if alternative == "two-sided":
             reached += int((np.abs(found) >= abs(statistic) - SLACK).sum())

@@ -43,7 +43,35 @@ def wordnet_taxonomy(synsets: Mapping[str, str | int], *, folder: str | Path | N
         LosskError: NLTK or WordNet is missing, with what to install.
         ValueError: no such noun synset.
     """
+    return _taxonomy(_reader(folder), synsets)
+
+
+def require_wordnet() -> None:
+    """Raise LosskError, with what to install, unless a kernel can be aligned with WordNet and drawn in its colours.
+
+    To be asked before a run rather than after it; it does not read WordNet.
+    """
+    for module, package in (("umap", "umap-learn"), ("sklearn", "scikit-learn"), ("matplotlib", "matplotlib")):
+        require(module, package, "alignment with WordNet, and a map in its colours,")
+    require("nltk", "nltk", "WordNet")
+    if not (Path(DEBIAN_FOLDER) / "data.noun").is_file():
+        _reader(None)
+
+
+def wordnet_with_words(
+    synsets: Mapping[str, str | int], *, folder: str | Path | None = None
+) -> tuple[Taxonomy, dict[str, str]]:
+    """`wordnet_taxonomy`, and the first word of every node of it."""
     reader = _reader(folder)
+    taxonomy = _taxonomy(reader, synsets)
+    words = {
+        node: reader.synset_from_pos_and_offset("n", int(node)).lemma_names()[0].replace("_", " ")
+        for node in taxonomy.parents
+    }
+    return taxonomy, words
+
+
+def _taxonomy(reader: Any, synsets: Mapping[str, str | int]) -> Taxonomy:
     names = {name: _resolve(reader, name, given) for name, given in synsets.items()}
     return Taxonomy.of_graph(_noun_graph(reader), names)
 

@@ -40,6 +40,8 @@ class RecipeTask:
     notes: str = ""  # one or two lines, printed before the kernel is built
     row_texts: Sequence[str] | None = None  # the text of each row of the kernel, a token's or a sequence's
     label_word: str = "class"  # what a label is called
+    checkpoints: Sequence[Path] = ()  # state dicts of the model while it was trained, earliest first; not as it is now
+    synsets: Sequence[str] | None = None  # of label 0, 1, ...: WordNet's noun, by name, offset or wnid
 
 
 def packaged_config(name: str) -> Path | None:

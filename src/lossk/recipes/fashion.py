@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from lossk.recipes import RecipeError, RecipeTask, require_accuracy, train_classifier
 from lossk.recipes.idx import find_idx, read_idx
+from lossk.settings import check_integer
 
 DEBIAN_FOLDER = "/usr/share/datasets/fashion-mnist"
 STEMS = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
@@ -37,16 +38,27 @@ def make_task(
     seed: int = 0,
     epochs: int = 5,
     required_accuracy: float = 0.90,
+    num_train: int | None = None,
     num_probe: int | None = None,
     checkpoint: str | Path | None = None,
+    checkpoints: str | Path | None = None,
 ) -> RecipeTask:
-    """Train on the training images; probe the test images (the first `num_probe` of them, if given).
+    """Train on the training images, probe the test images (the first `num_train` and `num_probe` of them, if given).
 
     About a minute of work on two cores. With `checkpoint`, the trained weights are read from that file if it exists
-    and written there if it does not. Raises RecipeError when the data is missing, or when test accuracy is below
-    `required_accuracy`.
+    and written there if it does not. With `checkpoints`, a folder, those before the first epoch and after each one are
+    kept there, and `lossk run` follows the kernel through them. Raises RecipeError when the data is missing, or when
+    test accuracy is below `required_accuracy`.
     """
+    if checkpoint is not None and checkpoints is not None:
+        raise ValueError(
+            "checkpoint and checkpoints must not be given together: the folder holds the trained weights too"
+        )
+    for name, number in (("num_train", num_train), ("num_probe", num_probe)):
+        if number is not None:
+            check_integer(name, number, 1)
     train_images, train_labels, images, labels = read_fashion(data)
+    train_images, train_labels = train_images[:num_train], train_labels[:num_train]
     # Normalised by the training set's own mean and deviation, so that any IDX folder of 28 x 28 images will do.
     mean, std = train_images.mean(), train_images.std()
     train_inputs, inputs = (((part - mean) / std).unsqueeze(1) for part in (train_images, images))
@@ -54,13 +66,24 @@ def make_task(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = fashion_cnn()
-    if checkpoint is not None and Path(checkpoint).exists():
-        model.load_state_dict(torch.load(checkpoint, weights_only=True))
+    kept = [] if checkpoints is None else epoch_files(checkpoints, epochs, seed, len(train_labels))
+    wanted = kept or ([] if checkpoint is None else [Path(checkpoint)])
+    if wanted and all(path.exists() for path in wanted):
+        model.load_state_dict(torch.load(wanted[-1], weights_only=True))
         model.eval()
     else:
+
+        def after(epoch: int, loss: float) -> None:
+            print(f"epoch {epoch} of {epochs}: loss {loss:.3f}", file=sys.stderr)
+            if kept:
+                torch.save(model.state_dict(), kept[epoch])
+
+        if kept:
+            kept[0].parent.mkdir(parents=True, exist_ok=True)
+            torch.save(model.state_dict(), kept[0])
         train_classifier(
             model, train_inputs, train_labels, epochs=epochs, batch_size=256, lr=1e-2, weight_decay=0.05, seed=seed,
-            each_epoch=lambda epoch, loss: print(f"epoch {epoch} of {epochs}: loss {loss:.3f}", file=sys.stderr),
+            each_epoch=after,
         )  # fmt: skip
         if checkpoint is not None:
             torch.save(model.state_dict(), checkpoint)
@@ -77,7 +100,13 @@ def make_task(
         held_out=torch.ones(len(labels[probe]), dtype=torch.bool),
         held_out_accuracy=accuracy,
         notes=f"Fashion-MNIST: {len(train_labels):,} training images; the probe is {len(labels[probe]):,} test images",
+        checkpoints=kept[:-1],
     )
+
+
+def epoch_files(folder: str | Path, epochs: int, seed: int, num_train: int) -> list[Path]:
+    """Where the weights before the first epoch and after each lie: epochs + 1 files, named by what they depend on."""
+    return [Path(folder) / f"seed{seed}-train{num_train}-epoch{epoch}of{epochs}.pt" for epoch in range(epochs + 1)]
 
 
 def read_fashion(folder: str | Path) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -11,13 +11,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from lossk.analysis.wordnet import DEBIAN_FOLDER, require_wordnet
 from lossk.recipes import RecipeError, RecipeTask
 from lossk.recipes.networks import Network, load_network
 from lossk.recipes.photo_cache import cached_photos
 from lossk.recipes.photos import class_wnids, find_photos
 from lossk.settings import check_integer, check_number
 
-WORDNET = "/usr/share/wordnet/data.noun"  # Debian package wordnet-base: WordNet 3.0
+WORDNET = f"{DEBIAN_FOLDER}/data.noun"  # Debian package wordnet-base: WordNet 3.0
 THUMBNAIL = 32  # pixels
 MOST_THUMBNAILS = 20_000
 
@@ -34,6 +35,7 @@ def make_task(
     seed: int = 0,
     required_accuracy: float = 0.5,
     batch_size: int = 64,
+    wordnet: bool = True,
 ) -> RecipeTask:
     """Load the network; probe `num_probe` validation photos, as evenly over the classes as they allow.
 
@@ -46,10 +48,14 @@ def make_task(
         cache: folder of decoded photos, 150 kB each at 224 x 224 (7.5 GB for 50,000).
         required_accuracy: top-1, of the probe; RecipeError below it.
         batch_size: photos in a pass that measures accuracy.
+        wordnet: name the classes' synsets, so that `lossk run` aligns the kernel with WordNet and draws its map; needs
+            lossk[analysis] and WordNet (Debian's wordnet-base), of which LosskError says what is missing.
     """
     check_number("required_accuracy", required_accuracy, "a number", least=0.0)
     if num_probe is not None:
         check_integer("num_probe", num_probe, 2)
+    if wordnet:
+        require_wordnet()
     found = find_photos(data).chosen(num_probe, seed)  # cheap, and says what is missing, before the network is loaded
     others = None if train is None else find_photos(train).chosen(num_train, seed)
     loaded = load_network(network, weights)
@@ -78,6 +84,7 @@ def make_task(
         held_out_accuracy=accuracy,
         notes=f"ImageNet-1k: {len(labels):,} validation photos of {len(labels.unique()):,} classes, {network}\n"
         f"the training loss is over {whose}",
+        synsets=class_wnids() if wordnet else None,
     )
 
 

@@ -27,7 +27,7 @@ LR, LAST_LR, WEIGHT_DECAY = 1e-2, 1e-3, 1.0
 # Smoothed targets keep every input's gradient alive, which is what makes the network generalise within a thousand
 # epochs. Plain cross entropy then takes over, long enough to leave the weights where the kernel's own loss is flat, not
 # so long that the network starts to memorise.
-SMOOTHING, PLAIN_SHARE = 0.1, 0.25
+SMOOTHING = 0.1
 
 
 def make_task(
@@ -41,6 +41,7 @@ def make_task(
     seed: int = 0,
     train_share: float = 0.8,
     epochs: int = 1000,
+    plain_share: float = 0.25,
     required_accuracy: float = 0.99,
     checkpoint: str | Path | None = None,
 ) -> RecipeTask:
@@ -54,6 +55,7 @@ def make_task(
             `required_accuracy` is then of the training inputs.
         loudness: of the task token in "one" network.
         epochs: of full batches, so an epoch is a step; seconds of work on one core.
+        plain_share: of the epochs, the last ones, on plain targets; four tasks start to memorise in long ones.
         checkpoint: the trained weights are read from that file if it exists, and written there if it does not.
 
     The labels are the tasks, so class purity is the share of neighbours of the same task. Raises RecipeError when a
@@ -67,6 +69,9 @@ def make_task(
     check_number("loudness", loudness, "a number", above=0.0)
     check_integer("epochs", epochs, 0)
     check_number("train_share", train_share, "a number", above=0.0)
+    check_number("plain_share", plain_share, "a number", least=0.0)
+    if plain_share > 1:
+        raise ValueError(f"plain_share must be at most 1, got {plain_share}")
     inputs, targets, tasks, num_train = arithmetic(p, train_share, seed, num_tasks)
     if not 0 < num_train < len(targets):
         raise ValueError(f"train_share must leave training and held-out inputs of each task, got {train_share}")
@@ -78,7 +83,8 @@ def make_task(
     if checkpoint is not None and Path(checkpoint).exists():
         model.load_state_dict(torch.load(checkpoint, weights_only=True))
     else:
-        train(model, inputs[:num_train], targets[:num_train], epochs, memorise=answers == "random")
+        memorise = answers == "random"
+        train(model, inputs[:num_train], targets[:num_train], epochs, plain_share=plain_share, memorise=memorise)
         if checkpoint is not None:
             torch.save(model.state_dict(), checkpoint)
     model.eval()
@@ -131,6 +137,7 @@ def train(
     targets: Tensor,
     epochs: int,
     *,
+    plain_share: float = 0.25,
     memorise: bool = False,
     each_epoch: Callable[[int], None] | None = None,
 ) -> None:
@@ -138,7 +145,7 @@ def train(
 
     To `memorise`, without smoothing and weight decay. `each_epoch` is told how many epochs are done.
     """
-    plain = round(PLAIN_SHARE * epochs)
+    plain = round(plain_share * epochs)
     decay = 0.0 if memorise else WEIGHT_DECAY
     optimizer = torch.optim.AdamW(model.parameters(), lr=LR, weight_decay=decay, betas=(0.9, 0.98))
     for left in range(epochs, 0, -1):

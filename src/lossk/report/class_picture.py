@@ -15,7 +15,7 @@ from lossk.report.picture import COLOURS
 MOST_COLOURS = len(COLOURS)
 
 
-def _figure(width: float, height: float) -> Any:
+def new_figure(width: float, height: float) -> Any:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -30,7 +30,7 @@ def draw_map(
     """A scatter of the first two dimensions, coloured by label (at most ten have a colour of their own)."""
     points = drawn.coordinates[:, :2].numpy()
     alive = ~drawn.dead.numpy()
-    figure = _figure(8.5, 7)
+    figure = new_figure(8.5, 7)
     axes = figure.add_axes((0.04, 0.1, 0.92, 0.82))
     size = float(np.clip(20000 / max(len(points), 1), 1.0, 14.0))
     groups = [None] if labels is None else sorted(set(labels[alive].tolist()))
@@ -60,7 +60,7 @@ def draw_hierarchy(similarity: ClassSimilarity, tree: Dendrogram, path: Path) ->
     from scipy.cluster.hierarchy import dendrogram
 
     count = len(tree.class_names)
-    figure = _figure(11, max(4.5, 2.2 + 0.3 * count))
+    figure = new_figure(11, max(4.5, 2.2 + 0.3 * count))
     left = figure.add_axes((0.02, 0.12, 0.3, 0.76))
     found = dendrogram(tree.linkage, orientation="left", ax=left, no_labels=True, color_threshold=0,
                        above_threshold_color="0.25")  # fmt: skip
