@@ -22,8 +22,8 @@ import torch
 from torch import Tensor, nn
 
 from lossk.analysis.compare import Comparison, compare_kernels
-from lossk.interop.extras import require
 from lossk.kernel import LossKernel
+from lossk.optional import require
 
 Build = Callable[[nn.Module], LossKernel]
 
