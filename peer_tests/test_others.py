@@ -147,4 +147,4 @@ def test_torchdr() -> None:
     away = graphs.distance(lossk.LossKernel.from_traces(planted()))
     assert np.abs(np.linalg.norm(features[:, None] - features, axis=2) - away).max() < 1e-3
     points = torchdr.TSNE(perplexity=10, random_state=0, init="normal").fit_transform(torch.from_numpy(features))
-    assert groups_apart(np.asarray(points))
+    assert groups_apart(points.detach().numpy())
