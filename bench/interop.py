@@ -4,7 +4,7 @@
 
 Each call is made once in a fresh process, on one thread; theirs in the peer's Python, ours in this one. Turns
 alternate. Times are of the processor, which other work disturbs less than the clock's; even so, read ratios.
-Peak memory is what the call adds to its process, its data made and its libraries loaded before.
+Peak memory is what the call adds to its process, its data made and its libraries loaded before: the result counts.
 """
 
 from __future__ import annotations
@@ -61,6 +61,7 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
         for side, found in sides.items():
             if found:
                 row[side] = {
+                    "made_by": found[0]["made_by"],
                     "cpu_seconds": statistics.median(one["cpu_seconds"] for one in found),
                     "seconds": statistics.median(one["seconds"] for one in found),
                     "peak_bytes": max(one["peak_bytes"] for one in found),

@@ -6,15 +6,17 @@ PYTHON -m bench.interop_call SPEC.json   prints one line of JSON
 from __future__ import annotations
 
 import json
-import resource
 import sys
 import time
 import warnings
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+
+from bench.memory_watch import MemoryWatch
 
 
 def tree(spec: dict[str, Any]) -> Any:
@@ -72,20 +74,18 @@ def step(spec: dict[str, Any]) -> Any:
     return call
 
 
-def peak_bytes() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
 def main(path: str) -> None:
     warnings.simplefilter("ignore")
     spec = json.loads(Path(path).read_text())
     torch.set_num_threads(1)
     call = {"influence": influence, "step": step}[spec["call"]](spec)
-    before = peak_bytes()
+    watch = MemoryWatch()
     wall, cpu = time.perf_counter(), time.process_time()
     result = call()
     wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
-    found = {"seconds": wall, "cpu_seconds": cpu, "peak_bytes": peak_bytes() - before, "shape": list(result.shape)}
+    found = {"seconds": wall, "cpu_seconds": cpu, "peak_bytes": watch.bytes()["above"], "shape": list(result.shape)}
+    package = "devinterp" if spec["who"] == "theirs" else "lossk"
+    found["made_by"] = f"{package} {version(package)}, torch {torch.__version__}"
     if spec["call"] == "influence":
         found["corner"] = result[:20, :20].tolist()
     print(json.dumps(found))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,21 @@ def trees() -> dict[str, Any]:
         "theirs": sampling.sample(network(), TRAIN, OBSERVABLES, **SETTINGS),
         "ours": devinterp.sample(network(), TRAIN, OBSERVABLES, **SETTINGS),
     }
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs"),
+    [
+        (devinterp.sample, sampling.sample),
+        (devinterp.compute_bif, their_bif.compute_bif),
+        (devinterp.bif, their_bif.bif),
+    ],
+)
+def test_the_arguments_are_theirs(ours: Any, theirs: Any) -> None:
+    """By name, in their order, with their defaults and kinds."""
+    signatures = (inspect.signature(function).parameters.values() for function in (ours, theirs))
+    mine, expected = ([(p.name, p.kind, p.default) for p in parameters] for parameters in signatures)
+    assert mine == expected
 
 
 def test_the_trees_are_alike(trees: dict[str, Any]) -> None:

@@ -5,25 +5,31 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import lightning
 import numpy as np
 import posteriors
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers
+from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
+from trainers import DATA, Model, Module, Rows, huggingface_arguments, lightning_settings, network
 
 import lossk
 from lossk.interop import posteriors as ours
 from lossk.interop import sklearn as graphs
+from lossk.interop.checkpoints import (
+    CheckpointKernels,
+    checkpoints_of,
+    huggingface_callback,
+    lightning_callback,
+    over_checkpoints,
+)
 
 torch.set_num_threads(1)
-DATA = (torch.randn(40, 3, generator=torch.Generator().manual_seed(1)), torch.arange(40) % 2)
-
-
-def network() -> nn.Module:
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
+MODEL = network()  # made once: making one sets torch's seed
 
 
 def build(model: nn.Module) -> lossk.LossKernel:
@@ -33,16 +39,16 @@ def build(model: nn.Module) -> lossk.LossKernel:
     )
 
 
-def planted() -> lossk.LossKernel:
+def planted() -> lossk.LossTraces:
     generator = torch.Generator().manual_seed(0)
     factors = torch.randn(2, 100, 3, generator=generator)
     losses = factors[:, :, torch.arange(90) % 3] + 0.5 * torch.randn(2, 100, 90, generator=generator)
-    return lossk.LossKernel.from_traces(lossk.LossTraces(losses))
+    return lossk.LossTraces(losses)
 
 
 def log_posterior(params: dict[str, Tensor], batch: Any) -> tuple[Tensor, Tensor]:
-    outputs = torch.func.functional_call(network(), params, (batch[0],))
-    return -F.cross_entropy(outputs, batch[1]) - 0.01 * posteriors.diag_normal_log_prob(params), outputs
+    outputs = torch.func.functional_call(MODEL, params, (batch[0],))
+    return -F.cross_entropy(outputs, batch[1]) + 0.01 * posteriors.diag_normal_log_prob(params), outputs
 
 
 @pytest.mark.parametrize("inplace", [False, True])
@@ -54,7 +60,9 @@ def test_posteriors_step_is_ours(inplace: bool, monkeypatch: pytest.MonkeyPatch)
     mine = ours.build(log_posterior, **settings)
     a, b = theirs.init({k: v.clone() for k, v in params.items()}), mine.init(params)
     for step in range(5):
-        xi = iter(lossk.ops.philox.normals(0, 0, step, 26).split([p.numel() for p in params.values()]))
+        parts = lossk.ops.philox.normals(0, 0, step, 26).split([p.numel() for p in params.values()])
+        noise = dict(zip(params, parts, strict=True))
+        xi = iter([noise[name] for name in sorted(noise)])  # the order in which posteriors walks a dict
         monkeypatch.setattr(torch, "randn_like", lambda p: next(xi).view(p.shape))  # noqa: B023
         a, _ = theirs.update(a, DATA, inplace=inplace)
         b, aux = mine.update(b, DATA, inplace=inplace)
@@ -80,35 +88,9 @@ def test_draws_of_posteriors_make_a_kernel() -> None:
 
 
 def test_lightning(tmp_path: Path) -> None:
-    import lightning
-    from lightning.pytorch.callbacks import ModelCheckpoint
-
-    from lossk.interop.checkpoints import CheckpointKernels, checkpoints_of, lightning_callback, over_checkpoints
-
-    class Module(lightning.LightningModule):
-        def __init__(self) -> None:
-            super().__init__()
-            self.net = network()
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.net(x)
-
-        def training_step(self, batch: Any, _: int) -> Tensor:
-            return F.cross_entropy(self(batch[0]), batch[1])
-
-        def configure_optimizers(self) -> Any:
-            return torch.optim.SGD(self.parameters(), 0.5)
-
-    kernels = CheckpointKernels(build)
-    trainer = lightning.Trainer(
-        max_epochs=3,
-        accelerator="cpu",
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        callbacks=[lightning_callback(kernels), ModelCheckpoint(tmp_path, save_top_k=-1, every_n_epochs=1)],
-    )
-    module = Module()
+    kernels, module = CheckpointKernels(build), Module()
+    saving = ModelCheckpoint(tmp_path, save_top_k=-1, every_n_epochs=1)
+    trainer = lightning.Trainer(**lightning_settings(tmp_path), callbacks=[lightning_callback(kernels), saving])
     trainer.fit(module, DataLoader(TensorDataset(*DATA), batch_size=10))
     assert [step.name for step in kernels.steps] == ["epoch 0", "epoch 1", "epoch 2"]
     files = checkpoints_of(trainer)
@@ -118,42 +100,15 @@ def test_lightning(tmp_path: Path) -> None:
 
 
 def test_hugging_face(tmp_path: Path) -> None:
-    import transformers
-
-    from lossk.interop.checkpoints import CheckpointKernels, checkpoints_of, huggingface_callback, over_checkpoints
-
-    class Model(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.net = network()
-
-        def forward(self, x: Tensor, labels: Tensor | None = None) -> Any:
-            logits = self.net(x)
-            return {"logits": logits} if labels is None else {"loss": F.cross_entropy(logits, labels), "logits": logits}
-
     def of_net(model: nn.Module) -> lossk.LossKernel:
         return build(model.net)
 
-    class Rows(torch.utils.data.Dataset):
-        def __len__(self) -> int:
-            return 40
-
-        def __getitem__(self, i: int) -> dict[str, Tensor]:
-            return {"x": DATA[0][i], "labels": DATA[1][i]}
-
     kernels, model = CheckpointKernels(of_net), Model()
-    arguments = transformers.TrainingArguments(
-        output_dir=str(tmp_path),
-        max_steps=4,
-        save_steps=2,
-        per_device_train_batch_size=10,
-        report_to=[],
-        use_cpu=True,
-        learning_rate=0.1,
-        disable_tqdm=True,
-    )
     trainer = transformers.Trainer(
-        model=model, args=arguments, train_dataset=Rows(), callbacks=[huggingface_callback(kernels)]
+        model=model,
+        args=huggingface_arguments(tmp_path),
+        train_dataset=Rows(),
+        callbacks=[huggingface_callback(kernels)],
     )
     trainer.train()
     assert [step.name for step in kernels.steps] == ["step 2", "step 4"]
@@ -173,7 +128,7 @@ def groups_apart(points: np.ndarray) -> bool:
 def test_umap() -> None:
     import umap
 
-    kernel = planted()
+    kernel = lossk.LossKernel.from_traces(planted())
     knn = graphs.knn(kernel, 14)
     points = umap.UMAP(n_neighbors=15, precomputed_knn=(*knn, None), random_state=0, init="random").fit_transform(
         np.zeros((90, 1), dtype=np.float32) + np.arange(90)[:, None]
@@ -188,7 +143,8 @@ def test_umap() -> None:
 def test_torchdr() -> None:
     import torchdr
 
-    points = torchdr.TSNE(metric="precomputed", perplexity=10, random_state=0, init="normal").fit_transform(
-        torch.from_numpy(graphs.distance(planted())) ** 2
-    )
-    assert groups_apart(np.asarray(points))
+    features = graphs.LossKernelTransformer(output="features", num_chains=2).fit_transform(graphs.losses(planted()))
+    away = graphs.distance(lossk.LossKernel.from_traces(planted()))
+    assert np.abs(np.linalg.norm(features[:, None] - features, axis=2) - away).max() < 1e-3
+    points = torchdr.TSNE(perplexity=10, random_state=0, init="normal").fit_transform(torch.from_numpy(features))
+    assert groups_apart(points.detach().numpy())

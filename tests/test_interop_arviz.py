@@ -10,7 +10,6 @@ import torch
 
 import lossk
 from lossk.interop.arviz import to_inferencedata, to_xarray
-from lossk.interop.extras import require
 
 TRACES = lossk.LossTraces(
     torch.rand(4, 50, 6, generator=torch.Generator().manual_seed(0)) + 1.0,
@@ -56,11 +55,6 @@ def test_arviz_reads_it() -> None:
     loo = arviz_stats.loo(tree, pointwise=True)
     mean = np.log(np.exp(-losses.astype(np.float64)).mean(axis=(0, 1))).sum()
     assert loo.elpd < mean  # what leaving a sample out costs
-
-
-def test_a_missing_package_is_named() -> None:
-    with pytest.raises(ImportError, match=r"pip install 'lossk\[arviz\]'"):
-        require("no_such_package.module", "arviz")
 
 
 def test_importing_lossk_imports_none_of_them() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,10 +11,10 @@ import torch
 from tqdm import tqdm
 
 from lossk.config import RunConfig, load_config, parse_override
-from lossk.errors import LosskError
 from lossk.grid import GridSettings, parse_values, plan_grid, planned_cells, request_of
 from lossk.grid_cell import PlannedCell, read_cell
 from lossk.grid_jobs import PICTURE, open_grid, run_grid
+from lossk.optional import check_installed
 from lossk.plan import duration
 from lossk.report.grid_picture import draw_grid, number
 from lossk.settings import check_integer
@@ -52,8 +51,7 @@ def run_tune(options: argparse.Namespace) -> None:
     localization = parse_values("--localization", options.localization)
     config = load_config(options.config, dict(parse_override(text) for text in options.set))
     folder = Path(config.out).with_suffix(".tune") if options.out is None else Path(options.out)
-    if importlib.util.find_spec("matplotlib") is None:
-        raise LosskError('lossk tune needs matplotlib: pip install "lossk[demo]"')
+    check_installed("matplotlib", "demo", "lossk tune")
 
     grid = open_grid(
         folder,

@@ -21,3 +21,7 @@ class StoreError(LosskError):
 
 class DistributedError(LosskError):
     """The processes of one run do not agree, or one of them has stopped; the message names it."""
+
+
+class MissingPackageError(LosskError, ImportError):
+    """An optional package is not installed; the message names the extra of lossk that installs it."""

@@ -10,10 +10,10 @@ import numpy as np
 from scipy import stats
 
 from lossk.analysis.class_matrix import Array, ClassMatrix, as_class_matrix
-from lossk.analysis.extra import require
 from lossk.analysis.hierarchy import dendrogram
 from lossk.analysis.mantel import mantel, partial_spearman
 from lossk.analysis.taxonomy import MEASURES, Taxonomy
+from lossk.optional import check_installed
 
 BAR = "\\|"  # a bar inside a cell of a Markdown table
 
@@ -97,7 +97,7 @@ def align(
     Raises:
         ValueError: a matrix of another size, not symmetric, not finite, or above 1 off the diagonal (similarities).
     """
-    require("sklearn", "scikit-learn", "alignment")
+    check_installed("sklearn", "analysis", "alignment", package="scikit-learn")
     references = (
         {measure: taxonomy.similarity(measure) for measure in MEASURES} if isinstance(taxonomy, Taxonomy) else taxonomy
     )

@@ -19,8 +19,8 @@ from torch import Tensor
 from lossk.analysis.baselines import Baseline
 from lossk.blocks import tile_spans
 from lossk.cross import CrossKernel
-from lossk.errors import LosskError
 from lossk.kernel import LossKernel
+from lossk.optional import require
 from lossk.settings import check_choice, check_integer
 from lossk.traces import LossTraces
 
@@ -67,10 +67,7 @@ class Influence:
 
         A place is left out where fewer than `top` training samples have the kind's sign.
         """
-        try:
-            import pandas as pd
-        except ModuleNotFoundError as error:
-            raise LosskError(f'a table needs pandas: pip install "lossk[analysis]" ({error})') from error
+        pd = require("pandas", "analysis", "a table")
         parts = []
         for kind, ranked in (("helpful", self.helpful), ("harmful", self.harmful)):
             num_query, k = ranked.row.shape

@@ -13,8 +13,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from lossk.analysis.purity import chance_purity, class_purity
-from lossk.errors import LosskError
 from lossk.neighbors import Neighbors
+from lossk.optional import require
 from lossk.settings import check_integer, check_number
 
 Train = Callable[[Tensor, int], Tensor]  # (rows [m] int64 of the training samples, seed) -> losses of the queries [q]
@@ -157,10 +157,7 @@ def auroc(scores: Tensor, wrong: Tensor, *, num_bootstrap: int = 200, seed: int 
     Raises:
         ValueError: shapes that do not fit, a score that is not finite, or only one kind of labels.
     """
-    try:
-        from sklearn.metrics import roc_auc_score
-    except ModuleNotFoundError as error:
-        raise LosskError(f'an AUROC needs scikit-learn: pip install "lossk[analysis]" ({error})') from error
+    metrics = require("sklearn.metrics", "analysis", "an AUROC", package="scikit-learn")
     scores, wrong = torch.as_tensor(scores), torch.as_tensor(wrong)
     if scores.ndim != 1 or scores.shape != wrong.shape or wrong.dtype != torch.bool:
         raise ValueError(f"scores and wrong (bool) must be [N], got {list(scores.shape)} and {list(wrong.shape)}")
@@ -171,9 +168,9 @@ def auroc(scores: Tensor, wrong: Tensor, *, num_bootstrap: int = 200, seed: int 
     rng = np.random.default_rng(np.random.SeedSequence(seed))
     bad, good = scores[wrong].double().numpy(), scores[~wrong].double().numpy()
     truth = np.repeat([1, 0], [len(bad), len(good)])
-    value = roc_auc_score(truth, np.concatenate([bad, good]))
+    value = metrics.roc_auc_score(truth, np.concatenate([bad, good]))
     again = [
-        roc_auc_score(truth, np.concatenate([rng.choice(bad, len(bad)), rng.choice(good, len(good))]))
+        metrics.roc_auc_score(truth, np.concatenate([rng.choice(bad, len(bad)), rng.choice(good, len(good))]))
         for _ in range(num_bootstrap)
     ]
     return float(value), float(np.std(again, ddof=1))

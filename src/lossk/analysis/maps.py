@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lossk.analysis.extra import require
+from lossk.optional import check_installed
 from lossk.settings import check_integer, check_number
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ def map_kernel(
             f"a map in {dimensions} dimensions needs at least {fewest} live samples, got {len(alive)} "
             f"({kernel.num_samples} in all, {int(kernel.dead.sum())} whose loss never varied)"
         )
-    require("umap", "umap-learn", "a map")
+    check_installed("umap", "analysis", "a map", package="umap-learn")
     k = min(num_neighbors, len(alive) - 2)  # UMAP counts a sample among its own, and wants fewer than there are
     found = kernel.neighbors(k) if neighbors is None else _cut(neighbors, kernel.num_samples, k)
     distance = (2.0 * (1.0 - found.correlation)).clamp(min=0.0).sqrt().masked_fill(found.index < 0, float("nan"))
@@ -202,7 +202,7 @@ def cluster(
 
 
 def _hdbscan(points: np.ndarray, min_cluster_size: int, min_samples: int | None) -> Any:
-    require("sklearn", "scikit-learn", "clusters")
+    check_installed("sklearn", "analysis", "clusters", package="scikit-learn")
     from sklearn.cluster import HDBSCAN
 
     return HDBSCAN(min_cluster_size=min_cluster_size, min_samples=min_samples, copy=True).fit(points)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from lossk.analysis.extra import require
+from lossk.optional import check_installed
 
 TABLES = (".parquet", ".csv")
 PICTURES = (".png",)
@@ -28,11 +28,11 @@ def check_outputs(paths: Sequence[Path], suffixes: Sequence[str], *, overwrite: 
         if path.exists() and not overwrite:
             raise FileExistsError(f"{str(path)!r} exists; pass --overwrite to replace it")
         if path.suffix in TABLES:
-            require("pandas", "pandas", "a table")
+            check_installed("pandas", "analysis", "a table")
         if path.suffix == ".parquet":
-            require("pyarrow", "pyarrow", "a Parquet file")
+            check_installed("pyarrow", "analysis", "a Parquet file")
         if path.suffix in PICTURES:
-            require("matplotlib", "matplotlib", "a picture")
+            check_installed("matplotlib", "analysis", "a picture")
 
 
 def write_table(columns: Mapping[str, Any], path: Path) -> None:

@@ -9,9 +9,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lossk.analysis.extra import require
 from lossk.analysis.taxonomy import Taxonomy
 from lossk.errors import LosskError
+from lossk.optional import check_installed
 
 DEBIAN_FOLDER = "/usr/share/wordnet"
 LEXICOGRAPHER_FILES = 45
@@ -77,7 +77,7 @@ def _taxonomy(reader: Any, synsets: Mapping[str, str | int]) -> Taxonomy:
 
 
 def _reader(folder: str | Path | None) -> Any:
-    require("nltk", "nltk", "WordNet")
+    check_installed("nltk", "analysis", "WordNet")
     where = Path(DEBIAN_FOLDER if folder is None else folder)
     if (where / "data.noun").is_file():
         return _read_folder(where)

@@ -4,5 +4,6 @@ lossk.interop.devinterp    their samplers, callbacks and Bayesian influence func
 lossk.interop.sklearn      transformer, affinities, distances, neighbour graphs                   lossk[sklearn]
 lossk.interop.arviz        xarray datasets and ArviZ's DataTree                                   lossk[arviz]
 lossk.interop.posteriors   any torch sampler's weights to a kernel; SGLD as (init, update)        -
-lossk.interop.checkpoints  a kernel per checkpoint, Lightning, Hugging Face Trainer               -
+lossk.interop.checkpoints  a kernel per checkpoint (.safetensors: lossk[checkpoints]), Lightning (lossk[lightning]),
+                           Hugging Face Trainer (lossk[text])
 """

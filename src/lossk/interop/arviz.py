@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from lossk.interop.extras import require
 from lossk.kernel import LossKernel
+from lossk.optional import require
 from lossk.traces import LossTraces
 
 
@@ -65,7 +65,7 @@ def to_inferencedata(traces: LossTraces) -> Any:
     Raises:
         ImportError: arviz-base is not installed.
     """
-    base = require("arviz_base", "arviz")
+    base = require("arviz_base", "arviz", package="arviz-base")
     losses = traces.losses.numpy()
     posterior = {"mean_loss": losses.mean(axis=2, dtype=np.float64)}
     if traces.excess is not None:

@@ -22,8 +22,8 @@ import torch
 from torch import Tensor, nn
 
 from lossk.analysis.compare import Comparison, compare_kernels
-from lossk.interop.extras import require
 from lossk.kernel import LossKernel
+from lossk.optional import require
 
 Build = Callable[[nn.Module], LossKernel]
 
@@ -128,7 +128,7 @@ def read_state(path: str | Path) -> dict[str, Tensor]:
             raise FileNotFoundError(f"{path} must hold model.safetensors or pytorch_model.bin")
         path = found[0]
     if path.suffix == ".safetensors":
-        return require("safetensors.torch", "checkpoints").load_file(path)
+        return require("safetensors.torch", "checkpoints", "a .safetensors file").load_file(path)
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
@@ -180,7 +180,7 @@ def lightning_callback(kernels: CheckpointKernels, *, every_n_epochs: int = 1) -
     Raises:
         ImportError: lightning is not installed.
     """
-    lightning = require("lightning", "checkpoints")
+    lightning = require("lightning", "lightning", "its callback")
 
     class KernelsWhileTraining(lightning.pytorch.Callback):  # type: ignore[name-defined]
         def on_train_epoch_end(self, trainer: Any, pl_module: nn.Module) -> None:
@@ -196,7 +196,7 @@ def huggingface_callback(kernels: CheckpointKernels) -> Any:
     Raises:
         ImportError: transformers is not installed.
     """
-    transformers = require("transformers", "checkpoints")
+    transformers = require("transformers", "text", "its trainer's callback")
 
     class KernelsWhileTraining(transformers.TrainerCallback):  # type: ignore[name-defined]
         def on_save(self, args: Any, state: Any, control: Any, **local: Any) -> None:

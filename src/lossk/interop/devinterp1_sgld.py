@@ -36,7 +36,7 @@ class LangevinOptimizer(Optimizer):
     up instead of being lost.
 
     Attributes, each None unless named in `metrics`, of the last step (and of w before it, unless said otherwise):
-        noise: {group: [sigma xi of each parameter]}, not scaled by lr.
+        noise: {group: [sigma xi of each parameter, in its shape]}, not scaled by lr.
         dws: [G (nbeta g + localization (w - w0) + weight_decay w)] of each parameter, masked.
         localization_loss: localization/2 |w - w0|^2.
         distance: |w - w0|.  noise_norm: |M sigma xi|.  grad_norm: |lr/2 nbeta g|.  weight_norm: |w| after the step.
@@ -131,7 +131,7 @@ class LangevinOptimizer(Optimizer):
         g = p.grad.detach().float().flatten()
         pull = group["localization"] + group["weight_decay"]
         centre = start if group["weight_decay"] == 0 else start * (group["localization"] / pull)
-        before = self._before(w, g, group, at, number, state, sums) if self._wanted else None
+        before = self._before(p, w, g, group, at, number, sums) if self._wanted else None
         held = w[frozen] if frozen is not None else w
         sgld_step(
             w,
@@ -159,10 +159,11 @@ class LangevinOptimizer(Optimizer):
         sums["weight_norm"] += float(w.square().sum()) if "weight_norm" in self._wanted else 0.0
 
     def _before(
-        self, w: Tensor, g: Tensor, group: dict[str, Any], at: int, number: int, state: Any, sums: dict[str, float]
+        self, p: Tensor, w: Tensor, g: Tensor, group: dict[str, Any], at: int, number: int, sums: dict[str, float]
     ) -> Tensor | None:
         """Note what is wanted of the weights before the step and of its noise; the masked drift, if it is wanted."""
         assert self._key is not None
+        state = self.state[p]
         moves: Tensor | float = 1.0 if state["frozen"] is None else (~state["frozen"]).float()
         away = w - state["start"]
         square = float(away.square().sum())
@@ -173,7 +174,7 @@ class LangevinOptimizer(Optimizer):
             xi = normals(self._key, number, self._steps, w.numel()).to(w.device) * group["noise_level"] * moves
             sums["noise_norm"] += float(xi.square().sum())
             if self.noise is not None:
-                self.noise.setdefault(at, []).append(xi)
+                self.noise.setdefault(at, []).append(xi.view(p.shape))
         if self.dws is None:
             return None
         return moves * (group["nbeta"] * g + group["localization"] * away + group["weight_decay"] * w)

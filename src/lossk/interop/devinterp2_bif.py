@@ -23,7 +23,7 @@ from lossk.blocks import tile_spans
 from lossk.centring import centre, degrees_of_freedom
 from lossk.interop.devinterp2_sample import LossFn, ObservableSpec, ParamMasks, sample
 from lossk.interop.devinterp2_tree import loss_names, open_tree, read_losses
-from lossk.interop.extras import require
+from lossk.optional import require
 from lossk.settings import check_choice
 
 CorrelationMethod = Literal["token", "sequence"]

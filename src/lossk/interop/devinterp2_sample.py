@@ -22,8 +22,8 @@ from lossk.interop.devinterp2_chain import Law, LoggedChain, StepLog
 from lossk.interop.devinterp2_loss import LossFn, TokenLoss
 from lossk.interop.devinterp2_settings import Settings, stored_config
 from lossk.interop.devinterp2_tree import PREFIX, observable_id, open_tree
-from lossk.interop.extras import require
 from lossk.losses import resolve_loss
+from lossk.optional import require
 from lossk.panel import chain_panels
 from lossk.probe import Probe, prepare_probe
 from lossk.provenance import versions

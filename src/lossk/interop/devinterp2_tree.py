@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lossk.interop.extras import require
+from lossk.optional import require
 from lossk.traces import LossTraces
 
 PREFIX = "loss_"

@@ -17,12 +17,12 @@ import scipy.sparse
 
 from lossk.blocks import tile_spans
 from lossk.centring import degrees_of_freedom
-from lossk.interop.extras import require
 from lossk.kernel import LossKernel
+from lossk.optional import require
 from lossk.settings import check_choice, check_integer
 from lossk.traces import LossTraces
 
-require("sklearn", "sklearn")
+require("sklearn", "sklearn", package="scikit-learn")
 
 from sklearn.base import BaseEstimator, ClassNamePrefixFeaturesOutMixin, TransformerMixin  # noqa: E402
 from sklearn.utils.validation import check_is_fitted, validate_data  # noqa: E402

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from torch import Tensor, nn
 
-from lossk.errors import LosskError
+from lossk.optional import check_installed
 from lossk.recipes import RecipeError
 
 
@@ -32,8 +31,7 @@ def load(name: str | Path) -> HuggingFace:
 
     Raises LosskError naming the extra to install, and RecipeError when there is no such model or it is not causal.
     """
-    if importlib.util.find_spec("transformers") is None:
-        raise LosskError('a Hugging Face model needs transformers: pip install "lossk[text]"')
+    check_installed("transformers", "text", "a Hugging Face model")
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     try:

