@@ -52,8 +52,8 @@ def require_wordnet() -> None:
     To be asked before a run rather than after it; it does not read WordNet.
     """
     for module, package in (("umap", "umap-learn"), ("sklearn", "scikit-learn"), ("matplotlib", "matplotlib")):
-        require(module, package, "alignment with WordNet, and a map in its colours,")
-    require("nltk", "nltk", "WordNet")
+        check_installed(module, "analysis", "alignment with WordNet, and a map in its colours,", package=package)
+    check_installed("nltk", "analysis", "WordNet")
     if not (Path(DEBIAN_FOLDER) / "data.noun").is_file():
         _reader(None)
 
