@@ -15,7 +15,7 @@ from lossk.disk import full_disk_named
 from lossk.distributed import joined
 from lossk.distributed_build import build_on_ranks
 from lossk.distributed_traces import sample_on_ranks
-from lossk.factor_pass import FactorSums, HeldFactor, LoggedFactor
+from lossk.factor_pass import HeldFactor, LoggedFactor
 from lossk.host_tiles import HostTiles
 from lossk.kernel import LossKernel
 from lossk.layout import TILES_IN_MEMORY, Layout, log_columns
@@ -267,7 +267,7 @@ def _accumulate(
 
 def _accumulator(
     run: Run, request: dict[str, Any], log: RunLog | None, layout: Layout, budget: Budget
-) -> TileAccumulator | OutOfCore | FactorSums:
+) -> TileAccumulator | OutOfCore | HeldFactor | LoggedFactor:
     """Where panels go: into tiles or a factor in memory, or, by way of the log, in the store."""
     num_samples, tile = len(run.probe), request["tile"]
     settings = {key: request[key] for key in ("num_chains", "num_draws", "centering", "dtype")}

@@ -21,7 +21,7 @@ from lossk.distributed import Ranks, gather_tiles
 from lossk.distributed_run import Work, chosen_by_first, meta, rounds, usual_panel
 from lossk.errors import DistributedError
 from lossk.exchange import Received
-from lossk.factor_pass import FactorSums, HeldFactor, LoggedFactor, create_factor
+from lossk.factor_pass import HeldFactor, LoggedFactor, create_factor
 from lossk.kernel import LossKernel
 from lossk.layout import log_columns
 from lossk.memory import Budget
@@ -37,7 +37,7 @@ from lossk.tiles import DTYPES, TileAccumulator
 from lossk.timings import Progress
 
 Key = tuple[int, int]
-Sums = TileAccumulator | OutOfCore | FactorSums
+Sums = TileAccumulator | OutOfCore | HeldFactor | LoggedFactor
 
 
 class TilesElsewhere(Mapping[Key, Tensor]):

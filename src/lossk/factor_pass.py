@@ -13,39 +13,13 @@ from torch import Tensor
 
 from lossk.blocks import FactorBlocks, Moments, tile_spans
 from lossk.disk import create_array, sync
-from lossk.panel import ChainTotals
 from lossk.runlog import RunLog
-from lossk.running import STRIPE, RunningMoments
+from lossk.running import STRIPE, MomentsFirst
 from lossk.stored_factor import StoredFactor
 from lossk.tiles import DTYPES
 
 
-class FactorSums:
-    """What `TileAccumulator` does, for the factor: same methods, same moments to the bit."""
-
-    def __init__(
-        self, num_samples: int, tile: int, *, num_chains: int, num_draws: int, centering: str, dtype: str
-    ) -> None:
-        self.num_samples, self.tile, self.dtype = num_samples, tile, dtype
-        self.num_chains, self.num_draws = num_chains, num_draws
-        self.running = RunningMoments(num_samples, num_chains=num_chains, num_draws=num_draws, centering=centering)
-
-    @property
-    def totals(self) -> ChainTotals:
-        """What the information criteria need of each chain."""
-        return self.running.totals
-
-    def update(self, chain: int, panel: Tensor) -> None:
-        """Take in the next draws of a chain, [k, N] float32, nats."""
-        for _ in self.running.add(chain, panel.cpu()):
-            pass
-
-    def finalize(self) -> tuple[FactorBlocks, Moments]:
-        """The factor and the per-sample moments."""
-        raise NotImplementedError
-
-
-class HeldFactor(FactorSums):
+class HeldFactor(MomentsFirst):
     """In memory: 4 bytes per draw and sample, which the factor takes over (and 2 more of float16 while it is made)."""
 
     def __init__(
@@ -64,6 +38,7 @@ class HeldFactor(FactorSums):
         self._losses[chain, first : self._made[chain]] = panel
 
     def finalize(self) -> tuple[FactorBlocks, Moments]:
+        """The factor and the per-sample moments."""
         moments, losses = self.running.finish(), self._losses
         rows = losses.view(-1, self.num_samples)
         factor = rows if self.dtype == "float32" else torch.empty(rows.shape, dtype=DTYPES[self.dtype])
@@ -72,7 +47,7 @@ class HeldFactor(FactorSums):
         return FactorBlocks(factor, self.running.freedom, self.tile), moments
 
 
-class LoggedFactor(FactorSums):
+class LoggedFactor(MomentsFirst):
     """In the store of `log`, written in chunks [D, tile] from the draws read back; no more than a few chunks are held.
 
     Args:
@@ -89,6 +64,7 @@ class LoggedFactor(FactorSums):
         self.log, self.share = log, share
 
     def finalize(self) -> tuple[FactorBlocks, Moments]:
+        """The factor and the per-sample moments."""
         moments, store = self.running.finish(), self.log.path
         if self.share is None:
             create_factor(self.log, self.tile, self.dtype)
@@ -101,7 +77,7 @@ class LoggedFactor(FactorSums):
 
     def _read(self, columns: slice) -> Tensor:
         """Some samples' draws: [C, T, s] float32."""
-        losses = torch.empty(self.num_chains, self.num_draws, columns.stop - columns.start)
+        losses = torch.empty(self.running.num_chains, self.running.num_draws, columns.stop - columns.start)
         for commit in self.log.commits:
             first = commit["first_draw"]
             losses[commit["chain"], first : first + len(commit["excess"])] = self.log.read_panel(commit, columns)

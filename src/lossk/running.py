@@ -100,3 +100,23 @@ class RunningMoments:
             num_draws=self.num_draws,
             centering=self.centering,
         )
+
+
+class MomentsFirst:
+    """While draws are sampled only the moments are kept; a subclass's `finalize` makes the rest from the draws kept."""
+
+    def __init__(
+        self, num_samples: int, tile: int, *, num_chains: int, num_draws: int, centering: str, dtype: str
+    ) -> None:
+        self.num_samples, self.tile, self.dtype = num_samples, tile, dtype
+        self.running = RunningMoments(num_samples, num_chains=num_chains, num_draws=num_draws, centering=centering)
+
+    @property
+    def totals(self) -> ChainTotals:
+        """What the information criteria need of each chain."""
+        return self.running.totals
+
+    def update(self, chain: int, panel: Tensor) -> None:
+        """Take in the next draws of a chain, [k, N] float32, nats."""
+        for _ in self.running.add(chain, panel.cpu()):
+            pass

@@ -30,9 +30,8 @@ from torch import Tensor
 from lossk.blocks import Moments, TileBlocks, tile_spans
 from lossk.disk import forget, read_lines, replace_file
 from lossk.layout import Layout
-from lossk.panel import ChainTotals
 from lossk.runlog import RunLog
-from lossk.running import RunningMoments
+from lossk.running import MomentsFirst, RunningMoments
 from lossk.stored_tiles import COMPRESSED, StoredTiles, chunk_path, create_tiles, encode_tile
 from lossk.tiles import add_rows, finish_tile
 
@@ -48,26 +47,17 @@ class Share:
     others: frozenset[Key] = frozenset()
 
 
-class OutOfCore:
+class OutOfCore(MomentsFirst):
     """What `TileAccumulator` does, with the tiles in the store of `log`: same methods, same moments to the bit."""
 
     def __init__(
         self, log: RunLog, num_samples: int, tile: int, *, num_chains: int, num_draws: int, centering: str, dtype: str,
         layout: Layout, cache_bytes: int, share: Share | None = None,
     ) -> None:  # fmt: skip
-        self.log, self.num_samples, self.tile, self.dtype = log, num_samples, tile, dtype
-        self.layout, self.cache_bytes, self.share = layout, cache_bytes, share or Share()
-        self.running = RunningMoments(num_samples, num_chains=num_chains, num_draws=num_draws, centering=centering)
-
-    @property
-    def totals(self) -> ChainTotals:
-        """What the information criteria need of each chain."""
-        return self.running.totals
-
-    def update(self, chain: int, panel: Tensor) -> None:
-        """Take in the next draws of a chain, [k, N] float32, nats. They are read again from the log at the end."""
-        for _ in self.running.add(chain, panel.cpu()):
-            pass
+        super().__init__(
+            num_samples, tile, num_chains=num_chains, num_draws=num_draws, centering=centering, dtype=dtype
+        )
+        self.log, self.layout, self.cache_bytes, self.share = log, layout, cache_bytes, share or Share()
 
     def finalize(self) -> tuple[TileBlocks, Moments]:
         """Make the tiles that are not in the store yet, from a log that is whole; read lazily from then on."""
