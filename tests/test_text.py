@@ -204,7 +204,7 @@ def test_run_writes_the_page_and_refuses_to_overwrite_it(
     arguments = ["run", "text", "--out", str(tmp_path / "t.lossk"), "--set", f"task_args.text={folder}"]
     for key, value in {**SMALL, "checkpoint": tmp_path / "w.pt"}.items():
         arguments += ["--set", f"task_args.{key}={value}"]
-    fixed = {"lr": 1e-5, "n_beta": 30, "localization": 100, "num_burnin_steps": 2, "num_steps_bw_draws": 1}
+    fixed = {"step_size": 1e-3, "n_beta": 30, "localization": 100, "num_burnin_steps": 2, "num_steps_bw_draws": 1}
     for key, value in fixed.items():
         arguments += ["--set", f"sampler.{key}={value}"]
     arguments += ["--set", "build.num_draws=4", "--set", "build.num_chains=2", "--set", "picture=null"]
