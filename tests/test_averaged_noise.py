@@ -144,17 +144,18 @@ def test_backends_agree(build: Build, problem: Any, backend: str) -> None:
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4 * np.abs(expected).max())
 
 
-def test_the_automatic_step_is_up_to_five_times_as_long(build: Build, problem: Any) -> None:
+def test_the_automatic_step_is_about_nine_times_as_long(build: Build, problem: Any) -> None:
+    """Each by the curvature at its own trial's draws."""
     law = {"n_beta": 30.0, "localization": 20.0, "batch_size": None}
     plain, averaged = (
         build(problem.model(), problem.data, sampler=lossk.SGLD(integrator=name, **law))
         for name in ("euler", "leimkuhler-matthews")
     )
     ratio = averaged.meta["sampler"]["lr"] / plain.meta["sampler"]["lr"]
-    assert ratio == pytest.approx(tune.STABILITY_BUDGET / tune.DISCRETISATION_BUDGET)
+    assert ratio == pytest.approx(tune.STABILITY_BUDGET / tune.DISCRETISATION_BUDGET, rel=0.25)
     assert averaged.diagnostics is not None
     assert averaged.diagnostics.discretisation == pytest.approx(tune.STABILITY_BUDGET**2, rel=0.02)
-    assert any("22% of the stability limit" in reason for reason in averaged.meta["reasons"])
+    assert any("45% of the stability limit" in reason for reason in averaged.meta["reasons"])
 
 
 @pytest.mark.parametrize("given", [{"preconditioner": "rmsprop"}, {"measure_acceptance": True}])

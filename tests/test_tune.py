@@ -145,7 +145,7 @@ def test_everything_automatic_gives_a_kernel_within_its_budgets(name: str, capfd
     kernel = lossk.build_kernel(model, data, sampler=lossk.SGLD(batch_size=32), num_chains=2, num_draws=12)
     diagnostics = kernel.diagnostics
     assert diagnostics is not None
-    assert diagnostics.discretisation <= tune.DISCRETISATION_BUDGET * 1.01
+    assert diagnostics.discretisation <= tune.STABILITY_BUDGET**2 * 1.01
     assert diagnostics.gradient_noise_ratio <= tune.NOISE_BUDGET * 1.01
     assert diagnostics.burnin_completeness >= 0.98
     assert torch.isfinite(kernel.variance).all()

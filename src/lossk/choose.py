@@ -57,9 +57,9 @@ def choose(
     if isinstance(sampler, BAOAB) and sampler.control_variate:
         alike = dataclasses.replace(alike, control_variate=True)
     pilot = run_pilot(task, train, alike, seed=seed)
-    # What a control variate leaves is known only away from w*, where a trial chain goes.
-    unknown_noise = isinstance(sampler, BAOAB) and sampler.control_variate and sampler.step_size == "auto"
-    if sampler.localization == "auto" or (unknown_noise and sampler.localization > 0 and pilot.batch_factor > 0):
+    # How steep it is away from w*, and what noise a control variate leaves there, only a trial chain can say.
+    unknown = isinstance(sampler, BAOAB) and sampler.step_size == "auto"
+    if sampler.localization == "auto" or (unknown and sampler.localization > 0):
         sgld, pilot, whys = settle(alike, pilot, around, num_probe=num_probe, bar=bar)
         sampler = dataclasses.replace(sampler, localization=float(sgld.localization))
         reasons += [why for why in whys if why.startswith("localization")]
@@ -73,7 +73,7 @@ def _praise_of_averaging(sampler: SGLD, pilot: Pilot) -> list[str]:
     """A line, if averaged noise would allow a much longer step: where discretisation, not minibatch noise, binds."""
     if sampler.averaged or sampler.preconditioner is not None or sampler.measure_acceptance:
         return []
-    shares = (pilot.discretisation(sampler) / STABILITY_BUDGET, pilot.noise_ratio(sampler) / NOISE_BUDGET)
+    shares = (pilot.stability_share(sampler) / STABILITY_BUDGET, pilot.noise_ratio(sampler) / NOISE_BUDGET)
     if max(shares) <= 0 or max(shares) * WORTH_SAYING > 1:
         return []
     return [
@@ -85,7 +85,7 @@ def _praise_of_averaging(sampler: SGLD, pilot: Pilot) -> list[str]:
 def _praise_of_momentum(sampler: SGLD, pilot: Pilot) -> list[str]:
     """A line, if kinetic Langevin dynamics would forget flat directions with far fewer gradients (in a quadratic)."""
     lowest = float(sampler.localization)
-    highest = pilot.n_beta * pilot.curvature + lowest
+    highest = pilot.n_beta * pilot.steepest + lowest
     if lowest <= 0 or highest <= 0:
         return []
     h = 1.0 / math.sqrt(highest)
@@ -110,7 +110,7 @@ def _choose_baoab(sampler: BAOAB, pilot: Pilot) -> tuple[BAOAB, list[str]]:
     """h from the largest curvature; friction, burn-in and spacing from the exact linear map (`lossk.modes`)."""
     reasons: list[str] = []
     lowest = float(sampler.localization)
-    highest = pilot.n_beta * pilot.curvature + lowest
+    highest = pilot.n_beta * pilot.steepest + lowest
     if lowest <= 0:
         raise ValueError(
             "step_size, friction, num_burnin_steps and num_steps_bw_draws must be numbers when localization is 0: flat "

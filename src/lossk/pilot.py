@@ -1,4 +1,6 @@
-"""The pilot's measurements at w*: the largest curvature of the training loss and the largest gradient variance."""
+"""The pilot's measurements: the largest curvature of the training loss and the largest gradient variance.
+
+At w*, and again at typical draws of the trial chain: a trained network's curvature grows severalfold away from w*."""
 
 from __future__ import annotations
 
@@ -20,6 +22,7 @@ from lossk.task import Task, fitting_batch
 PILOT_SAMPLES = 512
 FEWER_SAMPLES, FEWER_ITERATIONS = 64, 8  # where nothing is chosen by what they say
 FEWEST_SAMPLES, FEWEST_ITERATIONS = 32, 4  # where that would be more than a share of the run's own passes
+DRAWN_SAMPLES, DRAWN_ITERATIONS = 256, 10  # at each of a few draws
 SHARE = 0.02
 PASSES_PER_ITERATION = 11  # forward passes' worth: three gradients for 3 each, and two of losses
 PILOT_BATCH = 128
@@ -31,7 +34,7 @@ PILOT_CHAIN = 2**32 - 1  # of the counter-based minibatches: no chain of a run h
 
 @dataclass(frozen=True, kw_only=True)
 class Pilot:
-    """What the pilot measured at w*."""
+    """What the pilot measured at w*, and the trial chain at its draws."""
 
     curvature: float  # h_max, the largest eigenvalue of the Hessian of L_n (0 if there is no positive one)
     gradient_variance: float  # lambda_max(Cov g) over per-sample gradients
@@ -40,14 +43,25 @@ class Pilot:
     num_samples: int  # training samples used
     control_variance: float | None = None  # lambda_max(Cov(g_i(w) - g_i(w*))) at a typical w of the trial chain
     control_localization: float | None = None  # the trial's
+    drawn_curvature: float | None = None  # h_max at typical draws of the trial chain
+    drawn_variance: float | None = None  # lambda_max(Cov g) likewise
+
+    @property
+    def steepest(self) -> float:
+        """The larger of the curvatures at w* and at typical draws: what a step must be stable for."""
+        return max(self.curvature, self.drawn_curvature or 0.0)
+
+    def stability_share(self, sampler: SGLD) -> float:
+        """eps a_max / 4 of a resolved sampler, at its largest gain; averaged noise needs less than 1."""
+        lr, localization = float(sampler.lr) * sampler.gain, float(sampler.localization)
+        return lr * (self.n_beta * self.steepest + localization) / 4.0
 
     def discretisation(self, sampler: SGLD) -> float:
         """eps a_max / 4 of a resolved sampler; with a preconditioner, at its largest gain: an upper bound.
 
         Its square for averaged noise, whose error is of second order (and zero in a quadratic).
         """
-        lr, localization = float(sampler.lr) * sampler.gain, float(sampler.localization)
-        first_order = lr * (self.n_beta * self.curvature + localization) / 4.0
+        first_order = self.stability_share(sampler)
         return first_order**2 if sampler.averaged else first_order
 
     def noise_ratio(self, sampler: SGLD) -> float:
@@ -57,7 +71,7 @@ class Pilot:
 
     def noise_per_lr(self, controlled: bool, localization: float) -> float:
         """n_beta^2 f lambda_max / 4. What a control variate leaves goes as the spread around w*, 1 / localization."""
-        variance = self.gradient_variance
+        variance = max(self.gradient_variance, self.drawn_variance or 0.0)
         if controlled:
             variance = 0.0
             if self.control_variance is not None and self.control_localization is not None:
@@ -98,6 +112,20 @@ def run_pilot(task: Task, train: Samples, sampler: SGLD, *, seed: int, run_passe
         batch_factor=(n - m) / (m * (n - 1)) if n > 1 else 0.0,
         num_samples=products.total,
     )
+
+
+def drawn_curvature(task: Task, train: Samples, *, seed: int) -> float:
+    """h_max on up to 256 training samples at the present weights w."""
+    products = _Products(task, train, seed, DRAWN_SAMPLES)
+    start = normals(seed, 0, 0, task.num_weights, stream=STREAM).to(task.device)
+    return max(_largest_eigenvalue(products.hessian, start, DRAWN_ITERATIONS), 0.0)
+
+
+def drawn_variance(task: Task, train: Samples, *, seed: int) -> float:
+    """lambda_max(Cov g) on up to 256 training samples at the present weights w."""
+    products = _Products(task, train, seed, DRAWN_SAMPLES)
+    start = normals(seed, 0, 0, task.num_weights, stream=STREAM).to(task.device)
+    return max(_largest_eigenvalue(products.gradient_covariance, start, DRAWN_ITERATIONS), 0.0)
 
 
 def control_variance(task: Task, train: Samples, *, seed: int) -> float:
@@ -199,7 +227,7 @@ def _power_iteration(product: Callable[[Tensor], Tensor], start: Tensor, iterati
         before, value = value, float(v @ image)
         norm = float(image.norm())
         if not math.isfinite(norm):
-            raise ValueError("model: derivatives of the loss at the trained weights are not finite")
+            raise ValueError("model: derivatives of the loss are not finite")
         if norm == 0.0 or abs(value - before) <= CONVERGED * abs(value):
             break
         v = image / norm

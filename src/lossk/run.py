@@ -243,8 +243,10 @@ class Run:
             f"{self.num_chains} chains x {self.num_draws} draws, backend {self.backend}"
         )
         if self.pilot is not None:
+            there = self.pilot.drawn_curvature
+            drawn = "" if there is None else f" at w* and {there:.3g} at a draw"
             bar.say(
-                f"pilot: curvature up to {self.pilot.curvature:.3g}, gradient variance "
+                f"pilot: curvature up to {self.pilot.curvature:.3g}{drawn}, gradient variance "
                 f"{self.pilot.gradient_variance:.3g} ({self.pilot.num_samples} of {n} training samples)"
             )
         for line in as_table([*self.passes_reasons, *self.reasons]):

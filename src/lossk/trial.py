@@ -8,6 +8,7 @@ spaced by that. Whatever fails is chosen again and tried again, within a stated 
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
 
 import torch
@@ -21,13 +22,14 @@ from lossk.pilot import Pilot
 from lossk.sgld import SGLD
 from lossk.timings import Progress
 from lossk.trial_chain import Trial, run_trial
-from lossk.tune import LAG1_TARGET, NOISE_BUDGET, STEPS_CAP, Limits, choose_settings
+from lossk.tune import LAG1_TARGET, STEPS_CAP, Limits, affordable_steps, choose_settings, step_budget
 
 RISE_SHARE = 0.05  # of an uninformed predictor's loss
 RISE_NATS = 0.1  # where no such predictor is known: a loss of the caller's own
 TRIES = 12
 MOST_STEPS = 4000  # of all tries; whatever the number of draws, which must not change the law
 NEAR = 2.0  # times the localization of a trial: so far its noise and memory can be foreseen
+UNSTABLE = 1.5  # times the budget of the step: so long a step may itself have raised the loss
 SLOW = 5.0  # seconds that are announced
 SPACINGS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 15, 20, 25, 30, 40, 50, 65, 80, 100, 130, 160, 200, 250, 300, 400, STEPS_CAP)
 
@@ -89,16 +91,14 @@ def settle(
         finally:
             task.reset()
         left -= trial.steps
-        if trial.noise is not None:
-            localization = float(chosen.localization)
-            pilot = dataclasses.replace(pilot, control_variance=trial.noise, control_localization=localization)
+        pilot = _informed(pilot, trial, chosen)
         if sampler.localization == "auto" and trial.rise > bound:
-            factor = min(max(1.2 * trial.rise / bound, 1.5), 16.0)
-            limits = dataclasses.replace(limits, localization=factor * float(chosen.localization))
+            limits = _closer(sampler, chosen, pilot, limits, trial.rise / bound)
             continue
-        if sampler.lr == "auto" and chosen.control_variate and pilot.noise_ratio(chosen) > 1.05 * NOISE_BUDGET:
+        limits = _no_wider(limits, sampler, chosen)
+        if sampler.lr == "auto":
             foreseen, whys = choose_settings(sampler, pilot, task, num_train=len(train), limits=limits)
-            if not 1.0 <= float(foreseen.localization) / float(chosen.localization) <= NEAR:
+            if _unstable(chosen, pilot) or not _foreseeable(foreseen, chosen):
                 continue
             trial = dataclasses.replace(trial, memory=trial.memory * _pull(chosen) / _pull(foreseen))
             chosen, reasons = foreseen, whys
@@ -111,6 +111,47 @@ def settle(
         return chosen, pilot, reasons
     chosen, reasons = _space(sampler, chosen, reasons, trial, around, num_probe, f"bound {bound:.3g}, {why_bound}")
     return chosen, pilot, reasons
+
+
+def _informed(pilot: Pilot, trial: Trial, chosen: SGLD) -> Pilot:
+    """What the trial found at its draws, where the next choice is made."""
+    pilot = dataclasses.replace(pilot, drawn_curvature=trial.curvature)
+    if trial.variance is not None:
+        pilot = dataclasses.replace(pilot, drawn_variance=trial.variance)
+    if trial.noise is not None:
+        localization = float(chosen.localization)
+        pilot = dataclasses.replace(pilot, control_variance=trial.noise, control_localization=localization)
+    return pilot
+
+
+def _closer(sampler: SGLD, chosen: SGLD, pilot: Pilot, limits: Limits, excess: float) -> Limits:
+    """After too far a rise, `excess` times its bound: a stronger localization, unless the step may be to blame."""
+    here = float(chosen.localization)
+    if sampler.lr == "auto" and _unstable(chosen, pilot):
+        return dataclasses.replace(limits, most=NEAR * here)  # a shorter step first, for what was found here
+    there = min(max(1.2 * excess, 1.5), 16.0) * here
+    return dataclasses.replace(limits, localization=there, most=there)
+
+
+def _unstable(chosen: SGLD, pilot: Pilot) -> bool:
+    """Whether a trial's draws are so steep that its own step may have driven them there."""
+    return pilot.stability_share(chosen) > UNSTABLE * step_budget(chosen)
+
+
+def _no_wider(limits: Limits, sampler: SGLD, chosen: SGLD) -> Limits:
+    """What has passed a trial is not widened afterwards."""
+    passed = float(chosen.localization)
+    if passed > limits.localization:
+        why = f"flat directions then forget within {affordable_steps(sampler)} steps"
+        limits = dataclasses.replace(limits, localization=passed, why_localization=why)
+    return dataclasses.replace(limits, most=math.inf)
+
+
+def _foreseeable(foreseen: SGLD, chosen: SGLD) -> bool:
+    """Whether the settings chosen by what a trial's draws showed are near enough to those it tried."""
+    if foreseen.control_variate and not chosen.control_variate:
+        return False  # what noise it leaves is not known
+    return float(foreseen.localization) <= NEAR * float(chosen.localization)
 
 
 def _tighter(sampler: SGLD, chosen: SGLD, limits: Limits) -> Limits:

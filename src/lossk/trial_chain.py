@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lossk.chain import Surroundings
 from lossk.diagnostics import watched_samples
-from lossk.pilot import PILOT_CHAIN, control_variance
+from lossk.pilot import PILOT_CHAIN, control_variance, drawn_curvature, drawn_variance
 from lossk.sgld import SGLD, SGLDChain
 from lossk.task import fitting_batch
 from lossk.timings import Progress
@@ -20,6 +20,7 @@ from lossk.timings import Progress
 MEMORIES = 10  # length of a trial after its burn-in, in decorrelation times of flat directions
 LONGEST = 2000  # steps of a trial
 RECORDS = 200
+MEASURED = 3  # draws at which the curvature is measured
 WINDOW, FAR = 20, 2.0  # a rise this many times too high over so many steps is no news to wait for
 PLATEAU_Z = 4.0
 DRIFT_Z, DRIFTING = 3.0, 0.1  # of a sample, and the share of samples that may have it
@@ -35,6 +36,8 @@ class Trial:
     memory: float = math.nan  # integrated autocorrelation time of the median sample's loss, in steps
     drift: float = 0.0  # of the mean loss between the two halves after burn-in, as a normal z
     drifting: float = 0.0  # share of samples whose own loss drifts by |z| > 3 between them
+    curvature: float | None = None  # h_max at its draws, the mean of a few
+    variance: float | None = None  # lambda_max(Cov g) at its end
     noise: float | None = None  # lambda_max(Cov(g_i(w) - g_i(w*))) at its end, with a control variate
 
     @property
@@ -64,19 +67,30 @@ def run_trial(
     wanted = MEMORIES * math.ceil(2 / pull) if pull > 0 else math.inf
     after = int(min(wanted, most - burnin))
     every = max(1, -(-after // RECORDS))
+    marks = {after * part // MEASURED for part in range(1, MEASURED + 1)}
     few = [train[part] for part in watched_samples(len(train)).split(fitting_batch(256, task.loss.positions))]
+
+    def measure(what: Callable[..., float]) -> float:
+        try:
+            return what(task, train, seed=around.seed)
+        except ValueError as error:
+            raise chain.diverged(str(error)) from error
+
     task.reset()
     chain.begin()
     excess: list[float] = []
     rows: list[Tensor] = []
+    curvatures: list[float] = []
     for step in range(1, burnin + after + 1):
         excess.append(chain.advance())
         bar.update()
         recent = sum(excess[-WINDOW:]) / WINDOW
         if len(excess) >= WINDOW and recent > FAR * bound:
-            return Trial(recent, step, whole=False)
+            return Trial(recent, step, whole=False, curvature=measure(drawn_curvature))
         if step > burnin and (step - burnin) % every == 0:
             rows.append(torch.cat([task.losses(part) for part in few]).double())
+        if step - burnin in marks:
+            curvatures.append(measure(drawn_curvature))
     traces = torch.stack(rows)
     if not torch.isfinite(traces).all():
         raise chain.diverged("a training sample has a loss that is not finite")
@@ -88,7 +102,9 @@ def run_trial(
         memory=every * autocorrelation_time(traces),
         drift=drift,
         drifting=drifting,
-        noise=control_variance(task, train, seed=around.seed) if chain.force.control is not None else None,
+        curvature=sum(curvatures) / len(curvatures),
+        variance=measure(drawn_variance),
+        noise=measure(control_variance) if chain.force.control is not None else None,
     )
 
 

@@ -6,12 +6,13 @@ worst direction is eps n_beta^2 f lambda_max(Cov g) / 4 with f = (n - m) / (m (n
     discretisation   eps (n_beta h_max + gamma) / 4 <= 0.05
     gradient noise   eps n_beta^2 f lambda_max / 4  <= 0.25
 
-With averaged noise (`integrator="leimkuhler-matthews"`, what "auto" means) the bias is of second order, and none in a
-quadratic: there the square of eps a / 4 is kept below 0.05.
+h_max and lambda_max are the larger of what they are at w* and at typical draws of the trial chain, where a trained
+network is several times as steep. With averaged noise (`integrator="leimkuhler-matthews"`, what "auto" means) the bias
+is of second order, and none in a quadratic: there eps a_max / 4 is kept below 0.45, where 1 is unstable.
 
 Flat directions, which only the localization pulls back, are the slowest: they forget at rate eps gamma / 2 per step.
-Burn-in takes them to 99 % of their stationary variance. The localization is the least at which they forget within 50
-steps, the affordable time; a trial chain (trial.py) then checks the rest and spaces the draws.
+Burn-in takes them to 99 % of their stationary variance. The localization is the least at which they forget within 25
+steps (50 of Euler's), the affordable time; a trial chain (trial.py) then checks the rest and spaces the draws.
 """
 
 from __future__ import annotations
@@ -24,11 +25,12 @@ from lossk.sgld import AVERAGED, EULER, SGLD
 from lossk.task import Task
 
 DISCRETISATION_BUDGET = 0.05
-STABILITY_BUDGET = math.sqrt(DISCRETISATION_BUDGET)  # eps a_max / 4 with averaged noise; at 1 the chain is unstable
+STABILITY_BUDGET = 0.45  # eps a_max / 4 with averaged noise; at 1 the chain is unstable
 NOISE_BUDGET = 0.25
 LAG1_TARGET = math.exp(-1.0)
 BURNIN_TARGET = 0.99
-AFFORDABLE_STEPS = 50  # in which a flat direction shall forget, when localization is free to be chosen
+AFFORDABLE_STEPS = 25  # in which a flat direction shall forget, when localization is free to be chosen
+AFFORDABLE_EULER = 50  # of Euler's step, which is shorter
 STEPS_CAP = 500  # between draws, when it is not
 BURNIN_CAP = 20_000
 CONTROL_PAYS = 2.0  # a control variate doubles the cost of a step, so lr must more than double
@@ -39,6 +41,8 @@ class Limits:
     """What a trial chain has taught the choice: bounds that the pilot at w* could not know."""
 
     localization: float = 0.0  # at least this, or the training loss rises too far
+    why_localization: str = "keeps the rise of the training loss within its bound"
+    most: float = math.inf  # localization at most this, in a trial: nearer to w* it may be less steep
     lr: float = math.inf  # at most this, or the chain explodes
     burnin: int = 1  # times the burn-in of flat directions, until the losses plateau
 
@@ -103,6 +107,13 @@ def step_budget(sampler: SGLD) -> float:
     return STABILITY_BUDGET if sampler.averaged else DISCRETISATION_BUDGET
 
 
+def affordable_steps(sampler: SGLD) -> int:
+    """In which flat directions shall forget; as many as the user wants between draws, if those are more."""
+    steps = AFFORDABLE_STEPS if sampler.averaged else AFFORDABLE_EULER
+    wanted = sampler.num_steps_bw_draws
+    return steps if wanted == "auto" else max(int(wanted), steps)
+
+
 def _choose_control(sampler: SGLD, pilot: Pilot, limits: Limits) -> bool:
     if sampler.control_variate != "auto":
         return bool(sampler.control_variate)
@@ -119,17 +130,15 @@ def _choose_law(sampler: SGLD, pilot: Pilot, controlled: bool, limits: Limits) -
     lr gamma = 2 / steps with lr at the tighter of its two bounds, so
     gamma = 2 / (steps noise_lr) or gamma = stiff / (2 B steps - 1), with B the discretisation budget.
     """
-    stiff, gain = pilot.n_beta * pilot.curvature, sampler.gain
-    steps = AFFORDABLE_STEPS
-    if sampler.num_steps_bw_draws != "auto":
-        steps = max(int(sampler.num_steps_bw_draws), AFFORDABLE_STEPS)
+    stiff, gain = pilot.n_beta * pilot.steepest, sampler.gain
+    steps = affordable_steps(sampler)
     if sampler.localization != "auto":
         localization, why_local = float(sampler.localization), ""
     else:
-        localization = _mixing_localization(sampler, pilot, controlled, stiff, steps, limits)
+        localization = min(_mixing_localization(sampler, pilot, controlled, stiff, steps, limits), limits.most)
         why_local = f"flat directions then forget within {steps} steps"
         if localization < limits.localization:
-            localization, why_local = limits.localization, "keeps the rise of the training loss within its bound"
+            localization, why_local = limits.localization, limits.why_localization
         elif localization == 0.0:
             localization, why_local = 1.0, "no curvature or gradient noise to choose it by"
     if sampler.lr != "auto":
