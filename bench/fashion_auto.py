@@ -80,7 +80,8 @@ def main() -> None:
     auto = run("auto", lossk.SGLD())
     chosen = auto["meta"]["sampler"]
     steps = chosen["num_burnin_steps"] + options.num_draws * chosen["num_steps_bw_draws"]
-    a_max = auto["meta"]["pilot"]["n_beta"] * auto["meta"]["pilot"]["curvature"] + chosen["localization"]
+    measured = Pilot(**auto["meta"]["pilot"])
+    a_max = measured.n_beta * measured.steepest + chosen["localization"]
     by_hand = lossk.BAOAB(
         n_beta=chosen["n_beta"],
         localization=chosen["localization"],
