@@ -236,3 +236,29 @@ def test_a_trial_too_short_for_flat_directions_does_not_space_the_draws() -> Non
                      num_burnin_steps=10)  # fmt: skip
     assert kernel.meta["sampler"]["num_steps_bw_draws"] == tune.STEPS_CAP
     assert any("too short a trial" in reason for reason in kernel.meta["reasons"])
+
+
+def test_settings_given_as_numbers_are_judged_by_the_curvature_where_they_went() -> None:
+    """L = sum (w^2 + 10 w^4) / 2: at w* the step is well within its limit, at the draws it is beyond it."""
+
+    def loss(model: Any, batch: tuple[Tensor, Tensor]) -> Tensor:
+        square = model.w.square()
+        return (0.5 * square + 5.0 * square.square()).sum() + 1e-3 * batch[0].squeeze(1) * model.w.sum()
+
+    sampler = lossk.SGLD(
+        lr=0.03, n_beta=2.0, localization=1.0, batch_size=None, num_burnin_steps=200, num_steps_bw_draws=20
+    )
+    kernel = lossk.build_kernel(
+        Weights(*[0.0] * 200),
+        (torch.randn(400, 1), torch.zeros(400)),
+        loss=loss,
+        sampler=sampler,
+        num_chains=2,
+        num_draws=20,
+        progress=False,
+    )
+    pilot = kernel.meta["pilot"]
+    assert sampler.lr * (2.0 * pilot["curvature"] + 1.0) / 4 < 0.1
+    assert pilot["drawn_curvature"] > 5 * pilot["curvature"]
+    assert kernel.diagnostics.verdict == "step too large", str(kernel.diagnostics)
+    assert kernel.meta["timings"]["curvature"] > 0

@@ -40,6 +40,7 @@ class Draw:
     excess_loss: float  # mean over the steps since the last draw of L_B(w) - L_B(w*), nats; NaN where unknown
     distance: float  # |w - w*|
     acceptance: float = math.nan  # that a Metropolis test of a step from here would have, where it was asked for
+    curvature: float = math.nan  # h_max of the training loss here, at a chain's last draw where nobody has measured it
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,7 @@ class Surroundings:
     backend: str
     timings: Timings
     fitted: Mapping[str, Tensor]  # what the sampler's `fit` returned
+    measures_curvature: bool = False  # whether chains measure it at their last draw
 
 
 class Chain(ABC):
@@ -86,6 +88,10 @@ class Chain(ABC):
         """Of a Metropolis test of a step from the present weights; NaN unless the sampler was asked for it."""
         return math.nan
 
+    def curvature(self) -> float:
+        """h_max of the training loss at the present weights; NaN where it is not to be measured."""
+        return math.nan
+
     def state(self) -> ChainState:
         memory = {name: tensor.clone() for name, tensor in self.memory.items()}
         return ChainState(self.chain, self.step, self.draw, self.task.flat.clone(), memory)
@@ -111,4 +117,5 @@ class Chain(ABC):
             excess += self.advance()
             self.draw += 1
             distance = float(torch.linalg.vector_norm(self.task.flat - self.task.anchor))
-            yield Draw(self.chain, self.draw - 1, excess / steps, distance, self.acceptance())
+            curvature = self.curvature() if self.draw == num_draws else math.nan
+            yield Draw(self.chain, self.draw - 1, excess / steps, distance, self.acceptance(), curvature)

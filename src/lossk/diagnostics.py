@@ -123,6 +123,7 @@ class TraceWatch:
         self.excess = torch.full((num_chains, num_draws), torch.nan, dtype=torch.float64)  # nats
         self.distance = torch.full((num_chains, num_draws), torch.nan, dtype=torch.float64)  # |w - w*|
         self.acceptance = torch.full((num_chains, num_draws), torch.nan, dtype=torch.float64)  # of a Metropolis test
+        self.curvature = torch.full((num_chains,), torch.nan, dtype=torch.float64)  # h_max at the chains' last draws
         self.losses = torch.full((num_chains, num_draws, len(self.index)), torch.nan)  # nats
 
     def note(self, losses: Tensor, draws: Sequence[Draw]) -> None:
@@ -132,6 +133,8 @@ class TraceWatch:
         self.excess[chain, rows] = torch.tensor([draw.excess_loss for draw in draws], dtype=torch.float64)
         self.distance[chain, rows] = torch.tensor([draw.distance for draw in draws], dtype=torch.float64)
         self.acceptance[chain, rows] = torch.tensor([draw.acceptance for draw in draws], dtype=torch.float64)
+        if math.isfinite(draws[-1].curvature):
+            self.curvature[chain] = draws[-1].curvature
         self.losses[chain, rows] = losses[:, self.index]
 
 

@@ -14,9 +14,7 @@ from lossk.distributed import Ranks
 from lossk.mesh import Item, Mesh
 from lossk.panel import Panel
 
-NUMBERS = (
-    4  # float64 beside each draw's losses: the panel's last step, and the draw's excess loss, distance, acceptance
-)
+NUMBERS = 5  # float64 beside each draw's losses: the panel's last step, and four numbers of the draw
 
 
 @dataclass(frozen=True)
@@ -54,7 +52,10 @@ class Exchange:
         self._items = list(items)
         if part is not None:
             k, samples = part.losses.shape
-            numbers = [[part.state.step, draw.excess_loss, draw.distance, draw.acceptance] for draw in part.draws]
+            numbers = [
+                [part.state.step, draw.excess_loss, draw.distance, draw.acceptance, draw.curvature]
+                for draw in part.draws
+            ]
             self._sent[:k, :samples] = part.losses
             self._sent[:k, self.width :] = torch.tensor(numbers, dtype=torch.float64).view(torch.float32)
         with self.ranks.watched():

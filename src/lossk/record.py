@@ -54,7 +54,7 @@ def meta(run: Run, request: dict[str, Any]) -> dict[str, Any]:
         "reasons": run.reasons,
         "passes": run.task.passes.to_dict(),
         "passes_reasons": run.passes_reasons,
-        "pilot": None if run.pilot is None else run.pilot.to_dict(),
+        "pilot": None if run.informed_pilot is None else run.informed_pilot.to_dict(),
         "backend": run.backend,
         "ops": run.ops,
         "anchor_loss": float(run.anchor_losses.mean()),

@@ -243,19 +243,11 @@ class Run:
             f"{self.num_chains} chains x {self.num_draws} draws, backend {self.backend}"
         )
         if self.pilot is not None:
-            there = self.pilot.drawn_curvature
-            drawn = "" if there is None else f" at w* and {there:.3g} at a draw"
-            bar.say(
-                f"pilot: curvature up to {self.pilot.curvature:.3g}{drawn}, gradient variance "
-                f"{self.pilot.gradient_variance:.3g} ({self.pilot.num_samples} of {n} training samples)"
-            )
+            bar.say(f"pilot: {self.pilot.describe(n)}")
         for line in as_table([*self.passes_reasons, *self.reasons]):
             bar.say(line)
         if isinstance(self.sampler, SGLD) and self.pilot is not None:
-            bar.say(
-                f"  expected: discretisation {self.pilot.discretisation(self.sampler):.1%}, gradient-noise ratio "
-                f"{self.pilot.noise_ratio(self.sampler):.2g} (minibatch {min(self.sampler.batch_size or n, n)})"
-            )
+            bar.say(f"  expected: {self.pilot.foresee(self.sampler, n)}")
 
     def plan(
         self,
@@ -318,8 +310,20 @@ class Run:
 
     def _around(self, timings: Timings) -> Surroundings:
         return Surroundings(
-            self.task, self.train, self.anchor_losses, self.seed, self.ops["sgld_step"], timings, fitted=self.fitted
+            self.task,
+            self.train,
+            self.anchor_losses,
+            self.seed,
+            self.ops["sgld_step"],
+            timings,
+            fitted=self.fitted,
+            measures_curvature=self.pilot is not None and self.pilot.drawn_curvature is None,
         )
+
+    @property
+    def informed_pilot(self) -> Pilot | None:
+        """The pilot with what the chains measured at their last draws, where no trial chain did."""
+        return None if self.pilot is None else self.pilot.informed(self.watch.curvature)
 
     def _chain(self, chain: int, timings: Timings) -> Chain:
         return make_chain(self.sampler, self._around(timings), chain)
@@ -384,7 +388,7 @@ class Run:
             excess=self.watch.excess,
             n_beta=n_beta,
             criteria=criteria,
-            pilot=self.pilot,
+            pilot=self.informed_pilot,
             sampler=sgld,
             noise_ratio=momentum_noise_ratio(self.sampler, self.pilot),
             acceptance=self.watch.acceptance,

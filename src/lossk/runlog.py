@@ -208,7 +208,7 @@ class RunLog:
     def read_draws(self, commit: dict[str, Any]) -> list[Draw]:
         """What the chain said of a committed panel's draws."""
         first = commit["first_draw"]
-        columns = zip(commit["excess"], commit["distance"], commit["acceptance"], strict=True)
+        columns = zip(*(commit[name] for name in ("excess", "distance", "acceptance", "curvature")), strict=True)
         return [Draw(commit["chain"], first + i, *numbers) for i, numbers in enumerate(columns)]
 
     def read_panel(self, commit: dict[str, Any], columns: slice = slice(None)) -> Tensor:
@@ -244,4 +244,5 @@ def commit_of(chain: int, first_draw: int, step: int, draws: Sequence[Draw]) -> 
         "excess": [draw.excess_loss for draw in draws],
         "distance": [draw.distance for draw in draws],
         "acceptance": [draw.acceptance for draw in draws],
+        "curvature": [draw.curvature for draw in draws],
     }

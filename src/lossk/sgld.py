@@ -54,7 +54,7 @@ class SGLD(SteppingSettings):
             that moves with the weights (Li et al. 2016, eq. 7); or "rmsprop-frozen", the same until the end of burn-in
             and constant from then on, so that the law is p(w) up to discretisation and minibatch noise.
         integrator: "euler", the step above, or "leimkuhler-matthews", whose noise is averaged over two steps: no bias
-            in a quadratic, and where lr is "auto" a step up to five times as long. Without preconditioner only. "auto"
+            in a quadratic, and where lr is "auto" a step up to nine times as long. Without preconditioner only. "auto"
             averages where lr is "auto" too; an lr that is a number means the step above, as published ones do.
         control_variate: take g_B(w) - g_B(w*) + g_n(w*) for the minibatch gradient (Baker et al. 2019, arXiv
             1706.05439): the same mean, little noise near w*, twice the cost of a step. "auto" lets the pilot decide

@@ -5,8 +5,12 @@ from __future__ import annotations
 import math
 
 from lossk.chain import Chain, Surroundings
+from lossk.curvature import DRAWN_ITERATIONS, DRAWN_SAMPLES, drawn_curvature
 from lossk.force import MinibatchForce
 from lossk.settings import SteppingSettings
+
+SHARE = 0.01  # of a chain's own gradients, that measuring the curvature at its last draw may take
+FEWEST = 32  # samples
 
 
 class SteppingChain(Chain):
@@ -40,6 +44,15 @@ class SteppingChain(Chain):
         if not (math.isfinite(loss) and loss < self.limit):
             raise self.diverged(f"minibatch loss {loss:.4g} (limit {self.limit:.4g})")
         return excess
+
+    def curvature(self) -> float:
+        """On as many samples as 1 % of the chain's own gradients pays for; NaN where those are too few."""
+        own = self.step * self.force.minibatches.batch_size
+        samples = min(int(SHARE * own / (2 * DRAWN_ITERATIONS)), DRAWN_SAMPLES)
+        if not self.around.measures_curvature or min(samples, len(self.around.train)) < FEWEST:
+            return math.nan
+        with self.around.timings.measure("curvature"):
+            return drawn_curvature(self.task, self.around.train, seed=self.around.seed, most=samples)
 
 
 def explosion_limit(anchor_loss: float, num_weights: int, n_beta: float) -> float:

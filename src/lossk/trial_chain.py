@@ -11,8 +11,8 @@ from scipy.stats import norm, t
 from torch import Tensor
 
 from lossk.chain import Surroundings
+from lossk.curvature import PILOT_CHAIN, control_variance, drawn_curvature, drawn_variance
 from lossk.diagnostics import watched_samples
-from lossk.pilot import PILOT_CHAIN, control_variance, drawn_curvature, drawn_variance
 from lossk.sgld import SGLD, SGLDChain
 from lossk.task import fitting_batch
 from lossk.timings import Progress
