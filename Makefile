@@ -17,7 +17,7 @@ fashion: $(READY)  ## Fashion-MNIST, 10,000 test images (Debian package dataset-
 	$(BIN)/lossk run fashion --out $(OUT)/fashion.lossk --overwrite
 
 test: $(READY) lint  ## everything CI runs
-	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --durations 20
 
 test-slow: $(READY)  ## the minutes-long tests too
 	$(BIN)/python -m pytest -m "slow or not slow"
