@@ -139,7 +139,7 @@ function drawLegend() {
   }
   const colours = groupColours(chosen.names.length);
   if (chosen.names.length > 40) {
-    LEGEND.append(element("span", { class: "note", text: `${chosen.names.length} groups, hues in their order.` }));
+    LEGEND.append(element("span", { class: "note", text: `${new Set(chosen.values).size} groups, hues in their order.` }));
     return;
   }
   chosen.names.forEach((name, i) => {
