@@ -14,7 +14,7 @@ from bench.markdown import megabytes, seconds, table
 from bench.one_build import Point, elsewhere
 from bench.options import Found, Options, run_alone
 
-STAGES = ("anchor", "pilot", "gradient", "step", "probe", "update")
+STAGES = ("anchor", "fit", "pilot", "gradient", "step", "probe", "update")
 HEADROOM = 0.7  # of the free memory that a kernel's triangle may take here
 
 

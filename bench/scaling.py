@@ -23,6 +23,7 @@ from bench.machine import environment
 from bench.markdown import table
 from lossk.recipes import fashion
 
+STAGES = ("anchor", "fit", "gradient", "probe", "wait", "update", "store")
 CASES = {"2 chains, side by side": 2, "1 chain, its probe shared": 1}
 
 
@@ -61,10 +62,7 @@ def section(found: dict[str, list[dict[str, Any]]]) -> str:
         times = [statistics.median(record["seconds"] for record in records) for records in (alone, both)]
         cpu = [statistics.median(record["cpu_seconds"] for record in records) for records in (alone, both)]
         mesh = both[0]["ranks"]
-        stages = [
-            statistics.median(record["timings"].get(stage, 0.0) for record in both)
-            for stage in ("gradient", "probe", "wait", "update", "store")
-        ]
+        stages = [statistics.median(record["timings"].get(stage, 0.0) for record in both) for stage in STAGES]
         words = [
             name,
             f"{mesh['rows']} x {mesh['shards']}",
@@ -83,7 +81,7 @@ def section(found: dict[str, list[dict[str, Any]]]) -> str:
         "2 processes",
         "speedup",
         *busy,
-        "gradient / probe / wait / update / store, s, of 2",
+        " / ".join(STAGES) + ", s, of 2",
     ]
     return table([*head, "traces, bit for bit"], rows)
 

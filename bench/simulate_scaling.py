@@ -128,8 +128,9 @@ def check(record: dict[str, Any]) -> str:
 
         total = statistics.median(found["seconds"] for found in alone)
         shared = stage("gradient") + stage("step")
-        rest = total - shared - stage("probe") - stage("update")
-        share = (shared / mesh.rows + (stage("probe") + stage("update")) / 2 + rest) / total
+        dealt = sum(stage(each) for each in ("anchor", "fit", "probe", "update"))  # to every rank alike
+        rest = total - shared - dealt
+        share = (shared / mesh.rows + dealt / 2 + rest) / total
         # In processor time, which other programs on the machine stretch less than they do wall time.
         predicted = share * statistics.median(found["cpu_seconds"] for found in alone)
         measured = statistics.median(found["cpu_seconds"] for found in both)

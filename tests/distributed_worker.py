@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from lossk.layout import in_store
 from lossk.recipes import RecipeTask
 
 N, CHAINS, DRAWS = 150, 2, 6
+NUM_TRAIN = 4000  # of `counted`: four parts of a full gradient, 125 batches
 
 
 def data(num_samples: int = N) -> tuple[Tensor, Tensor]:
@@ -80,6 +82,28 @@ class KillAt:
         return nn.functional.cross_entropy(model(batch[0]), batch[1], reduction="none")
 
 
+class Counted:
+    """Cross entropy that counts the samples it is asked for, and takes a tenth of a millisecond for each."""
+
+    def __init__(self) -> None:
+        self.samples = 0
+        self.__name__ = self.__qualname__ = "Counted"
+        self.__module__ = "distributed_worker"
+
+    def __call__(self, model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        self.samples += len(batch[1])
+        time.sleep(1e-4 * len(batch[1]))
+        return nn.functional.cross_entropy(model(batch[0]), batch[1], reduction="none")
+
+
+def counted() -> dict[str, Any]:
+    """Few draws around many training samples: most passes are those over all of these, at w*."""
+    loss = Counted()
+    kernel = lossk.build_kernel(network(), data(), train=data(NUM_TRAIN), loss=loss, **settings())
+    mean = kernel.meta["mean_loss_trace"]
+    return {"samples": loss.samples, "timings": kernel.meta["timings"], "losses": [mean, kernel.variance.tolist()]}
+
+
 def recipe() -> RecipeTask:
     x, y = data()
     return RecipeTask(model=network(), samples=(x, y), train=None, notes=f"by rank {os.environ.get('RANK')}")
@@ -136,6 +160,8 @@ def run(scenario: str, folder: Path, rank: int) -> Any:
             return {**numbers(kernel), "error": str(error)}
         torch.save(entries, folder / "memory.pt")
         return numbers(kernel)
+    if scenario == "counted":
+        return counted()
     if scenario == "disagree":
         try:
             build(network(), data(N - rank), **settings())

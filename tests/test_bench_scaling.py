@@ -16,7 +16,8 @@ from bench.simulate_scaling import CHAINS, DRAWS, NETWORKS, TILE, Device, foreca
 
 
 def record(seconds: float, losses: str, rows: int, shards: int) -> dict[str, Any]:
-    timings = {"gradient": 4.0, "step": 0.5, "probe": 4.0, "update": 0.5, "wait": 0.1, "store": 0.1}
+    timings = {"anchor": 0.6, "fit": 0.4, "gradient": 4.0, "step": 0.5, "probe": 3.0, "update": 0.5}
+    timings |= {"wait": 0.1, "store": 0.1}
     mesh = {"size": rows * shards, "rows": rows, "shards": shards}
     return {"seconds": seconds, "timings": timings, "ranks": mesh, "losses": losses, "cpu_seconds": seconds}
 
@@ -27,7 +28,7 @@ def test_the_page_of_scaling(digest: str, verdict: str) -> None:
     for name, mesh in zip(scaling.CASES, [(2, 1), (1, 2)], strict=True):
         found |= {f"{name}|1": [record(10.0, "a", 1, 1)], f"{name}|2": [record(5.0, digest, *mesh)]}
     page = scaling.section(found)
-    assert page.count(f"| 2.00 | 10.0 s | 5.0 s | 2.00 | 4.0 / 4.0 / 0.1 / 0.5 / 0.1 | {verdict} |") == 2
+    assert page.count(f"| 2.00 | 10.0 s | 5.0 s | 2.00 | 0.6 / 0.4 / 4.0 / 3.0 / 0.1 / 0.5 / 0.1 | {verdict} |") == 2
     # 10 s, of which 4.5 are shared by rows, 4.5 by ranks, and 1 by nobody
     checked = simulate_scaling.check({"found": found})
     assert "| 5.5 s | 5.0 s | -9% |" in checked

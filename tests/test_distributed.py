@@ -12,6 +12,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,9 @@ import distributed_worker as worker
 import lossk
 import oracles
 from lossk.layout import in_store
-from lossk.mesh import Mesh, choose_mesh, cut_probe, deal_chains, deal_tiles, schedule, tile_shapes
+from lossk.mesh import Mesh, choose_mesh, cut_probe, deal_batches, deal_chains, deal_tiles, schedule, tile_shapes
 from lossk.probe import Probe, ProbePart
+from lossk.timings import Timings
 
 SCENARIOS = [
     "store",
@@ -39,6 +41,7 @@ SCENARIOS = [
     "traces",
     "cross",
     "memory",
+    "counted",
     "disagree",
     "taken",
     "refused",
@@ -203,6 +206,20 @@ def test_in_memory(two: Path) -> None:
     assert np.all(np.abs(found - expected.to_numpy()) <= bound)
 
 
+def test_passes_over_the_training_samples_are_shared(two: Path) -> None:
+    """The losses and the gradient at w*: each rank has half of them, to within a part of 1,024, to the same bits."""
+    expected, found = worker.counted(), said(two, "counted")
+    for rank in found:
+        assert rank["losses"] == expected["losses"]
+        assert rank["samples"] <= expected["samples"] / 2 + 1024
+    assert sum(rank["samples"] for rank in found) <= expected["samples"] + 1024
+    for told in (expected, *found):
+        *stages, total = told["timings"].values()
+        assert 0.9 * total <= sum(stages) <= total + 0.01
+        assert all(seconds >= 0 for seconds in stages)
+    assert {"start", "wait"} <= set(found[1]["timings"])
+
+
 def test_what_rank_0_chooses_holds_for_all(two: Path) -> None:
     first, second = said(two, "auto")
     assert first["sampler"] == second["sampler"]
@@ -343,6 +360,31 @@ def test_tiles_are_dealt_by_area(ranks: int, n: int, side: int) -> None:
     areas = [sum(shapes[key][0] * shapes[key][1] for key in keys) for keys in dealt]
     largest = max(a * b for a, b in shapes.values())
     assert all(abs(area - sum(areas) / ranks) <= largest for area in areas)
+
+
+@pytest.mark.parametrize(("samples", "batch", "shares"), [(150, 32, 2), (150, 32, 9), (7, 8, 3), (4097, 1024, 4)])
+def test_batches_are_dealt_evenly(samples: int, batch: int, shares: int) -> None:
+    spans = deal_batches(samples, batch, shares)
+    assert [i for span in spans for i in range(span.start, span.stop)] == list(range(samples))
+    assert len(spans) == shares
+    assert spans[0].stop > 0
+    assert all(span.start % batch == 0 for span in spans if span.start < span.stop)
+    sizes = [-(-(span.stop - span.start) // batch) for span in spans]
+    assert max(sizes) - min(sizes) <= 1
+
+
+def test_a_stage_within_another_counts_once() -> None:
+    timings = Timings()
+    with timings.measure("outer"):
+        with timings.measure("inner"):
+            time.sleep(0.05)
+        with timings.measure("inner"), timings.measure("innermost"):
+            time.sleep(0.02)
+    with timings.measure("outer"):
+        time.sleep(0.01)
+    assert timings.seconds["inner"] >= 0.05
+    assert timings.seconds["innermost"] >= 0.02
+    assert 0.01 <= timings.seconds["outer"] < 0.05
 
 
 @pytest.mark.parametrize("shards", [1, 2, 3, 9])

@@ -169,11 +169,15 @@ def build_kernel(
                 run.tune(chosen, bar)
                 run.announce(bar)
                 saved = None if chosen is None else chosen.get("layout", TILES_IN_MEMORY)
-                layout = run.plan(bar, budget, tile=tile, panel=panel, dtype=dtype, out=path, form=form, saved=saved)
+                with run.timings.measure("plan"):
+                    layout = run.plan(
+                        bar, budget, tile=tile, panel=panel, dtype=dtype, out=path, form=form, saved=saved
+                    )
                 if path is not None and log is None:
                     read_back = layout.tiles in ("store", "factor")
                     columns = log_columns(len(run.probe), tile) if read_back else None
-                    log = RunLog.create(path, request, {**record.chosen(run), "layout": layout.to_dict()}, columns)
+                    with run.timings.measure("store"):
+                        log = RunLog.create(path, request, {**record.chosen(run), "layout": layout.to_dict()}, columns)
                 return _accumulate(run, request, log, layout, budget, bar)
         finally:
             if log is not None:
@@ -218,7 +222,8 @@ def sample_losses(
         with run.task:
             run.tune(None, bar)
             run.announce(bar)
-            run.plan(bar, budget, tile=4096, panel=panel, dtype="float32", form="traces")
+            with run.timings.measure("plan"):
+                run.plan(bar, budget, tile=4096, panel=panel, dtype="float32", form="traces")
             losses = torch.empty(num_chains, num_draws, len(run.probe))
             for part in (each.on_host() for each in run.panels(panel, bar, dict.fromkeys(range(num_chains)))):
                 losses[part.chain, part.first_draw : part.first_draw + len(part.losses)] = part.losses
@@ -243,8 +248,9 @@ def _accumulate(
     for part in run.panels(request["panel"], bar, starts):
         with run.timings.measure("update"):
             tiles.update(part.chain, part.losses)
-        part = part.on_host()
-        run.watch.note(part.losses, part.draws)
+            part = part.on_host()
+        with run.timings.measure("diagnostics"):
+            run.watch.note(part.losses, part.draws)
         if log is not None:
             with run.timings.measure("store"):
                 log.append(part)
@@ -252,13 +258,9 @@ def _accumulate(
         bar.say("all draws are logged; making the tiles from them")
     with run.timings.measure({"store": "tiles", "factor": "store"}.get(layout.tiles, "update")):
         blocks, moments = tiles.finalize()
-    kernel = LossKernel(
-        blocks,
-        moments,
-        diagnostics=run.diagnose(moments, tiles.totals),
-        tokens=run.probe.tokens,
-        sets=run.probe.sets,
-    )
+    with run.timings.measure("diagnostics"):
+        diagnostics = run.diagnose(moments, tiles.totals)
+    kernel = LossKernel(blocks, moments, diagnostics=diagnostics, tokens=run.probe.tokens, sets=run.probe.sets)
     kernel.meta = {**record.meta(run, request), "memory": {**layout.to_dict(), "planned_peak_bytes": layout.peak_bytes}}
     if log is not None:
         log.finish(kernel, with_tiles=layout.tiles not in ("store", "factor"))

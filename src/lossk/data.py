@@ -77,6 +77,12 @@ class Samples:
             self._views[size] = [(start, self[start : start + size]) for start in starts]
         yield from self._views[size]
 
+    def cut(self, span: slice) -> Samples:
+        """Some of them, consecutive, as views."""
+        start, stop, _ = span.indices(len(self))
+        tree = map_tensors(lambda t: t[start:stop], self.tree)
+        return dataclasses.replace(self, tree=tree, num_samples=stop - start)
+
     def transformed(self, transform: Transform | None, name: str) -> Samples:
         """The same data with a transform, tried on one batch.
 

@@ -21,6 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lossk.errors import DistributedError
+from lossk.timings import Timings
 
 LAUNCHED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what torchrun sets, and env:// needs
 TIMEOUT = timedelta(hours=3)  # of a collective: longer than a panel, or a pilot that the others wait for, may take
@@ -34,17 +35,20 @@ class Ranks:
 
     Args:
         group: a gloo group of all of them.
+        called: `time.perf_counter()` when this rank began to look for the others.
     """
 
-    def __init__(self, group: Any) -> None:
-        self.group = group
+    def __init__(self, group: Any, called: float) -> None:
+        self.group, self.called = group, called
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
         self.peers: list[dict[str, Any]] = [{}] * self.size
+        self.timings = Timings()  # of the run, once there is one
         self.panel_group, self.device = group, torch.device("cpu")  # of panels
         me = {"host": socket.gethostname(), "pid": os.getpid()}
         self.peers = self.gather_json(me)
         here = [rank for rank, peer in enumerate(self.peers) if peer["host"] == me["host"]]
         self.local_rank, self.local_size = here.index(self.rank), len(here)
+        self.start_seconds = time.perf_counter() - called  # until all had called
 
     @property
     def first(self) -> bool:
@@ -138,11 +142,26 @@ class Ranks:
         if found:
             raise MemoryError("; ".join(found))
 
+    def broadcast(self, tensor: Tensor, source: int) -> Tensor:
+        """A rank's tensor, on every rank; theirs, of the same shape and dtype, stays as it is."""
+        held = tensor.cpu() if self.rank == source else torch.empty_like(tensor, device="cpu")
+        with self.watched():
+            dist.broadcast(held, source, group=self.group)
+        return held.to(tensor.device)
+
+    def exchange_spans(self, vector: Tensor, spans: Sequence[slice]) -> None:
+        """Fill a vector, on the CPU, of which each rank has its own span."""
+        with self.watched():
+            for source, span in enumerate(spans):
+                if span.start < span.stop:
+                    dist.broadcast(vector[span], source, group=self.group)
+
     @contextmanager
     def watched(self) -> Iterator[None]:
-        """Say which rank is gone when a collective fails, as far as this host can tell."""
+        """Say which rank is gone when a collective fails, as far as this host can tell; its time counts as "wait"."""
         try:
-            yield
+            with self.timings.measure("wait"):
+                yield
         except (RuntimeError, ValueError) as error:
             raise DistributedError(self._what_happened(error)) from error
 
@@ -205,7 +224,7 @@ def joined(distributed: bool | None) -> Iterator[Ranks | None]:
     if distributed is False or not is_launched():
         yield None
         return
-    own = not dist.is_initialized()
+    own, called = not dist.is_initialized(), time.perf_counter()
     if own:
         try:
             dist.init_process_group("gloo", timeout=TIMEOUT)
@@ -219,7 +238,7 @@ def joined(distributed: bool | None) -> Iterator[Ranks | None]:
             raise DistributedError(
                 f"every rank must make the same call (or pass distributed=False), but one did not: {error}"
             ) from error
-        yield Ranks(group)
+        yield Ranks(group, called)
     finally:
         dist.destroy_process_group(None if own else group)  # a rank that leaves early is seen by the others at once
 

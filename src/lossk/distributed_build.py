@@ -18,7 +18,7 @@ from lossk import record
 from lossk.blocks import Blocks, Moments, TileBlocks
 from lossk.disk import sync
 from lossk.distributed import Ranks, gather_tiles
-from lossk.distributed_run import Work, chosen_by_first, meta, rounds, usual_panel
+from lossk.distributed_run import Work, chosen_by_first, meta, rounds, start_clock, usual_panel
 from lossk.errors import DistributedError
 from lossk.exchange import Received
 from lossk.factor_pass import HeldFactor, LoggedFactor, create_factor
@@ -71,6 +71,7 @@ def build_on_ranks(
     Raises:
         DistributedError: the ranks disagree, or one of them has stopped.
     """
+    start_clock(ranks, run)
     saved = ranks.decide(lambda: _look(path, resume))
     panel = panel or saved or usual_panel(ranks, run, budget)
     request = {**record.request(run), **settings, "panel": panel}
@@ -89,10 +90,12 @@ def build_on_ranks(
             if path is not None and ranks.first and log is None:
                 read_back = layout.tiles in ("store", "factor")
                 columns = log_columns(len(run.probe), request["tile"]) if read_back else None
-                log = RunLog.create(path, request, chosen, columns)
+                with run.timings.measure("store"):
+                    log = RunLog.create(path, request, chosen, columns)
             if path is not None:
                 ranks.barrier()
-                log = log or RunLog.open(path, request, lock=False)
+                with run.timings.measure("store"):
+                    log = log or RunLog.open(path, request, lock=False)
             return _accumulate(Work(ranks, run, request, layout, Mesh(**chosen["mesh"]), budget, bar, log))
     finally:
         if log is not None:
@@ -147,7 +150,8 @@ def _take(work: Work, sums: Sums, received: list[Received], sent: Panel | None) 
     for part in received:
         with run.timings.measure("update"):
             sums.update(part.chain, part.losses)
-        run.watch.note(part.losses, part.draws)
+        with run.timings.measure("diagnostics"):
+            run.watch.note(part.losses, part.draws)
 
 
 def _commit(work: Work, log: RunLog, received: list[Received], sent: Panel | None) -> None:
@@ -214,12 +218,8 @@ def _write_tiles(work: Work, log: RunLog, blocks: TileBlocks) -> None:
 
 def _kernel(work: Work, blocks: Blocks, moments: Moments, sums: Sums) -> LossKernel:
     run = work.run
-    kernel = LossKernel(
-        blocks,
-        moments,
-        diagnostics=run.diagnose(moments, sums.totals),
-        tokens=run.probe.tokens,
-        sets=run.probe.sets,
-    )
+    with run.timings.measure("diagnostics"):
+        diagnostics = run.diagnose(moments, sums.totals)
+    kernel = LossKernel(blocks, moments, diagnostics=diagnostics, tokens=run.probe.tokens, sets=run.probe.sets)
     kernel.meta = meta(work)
     return kernel

@@ -64,7 +64,7 @@ def plan_share(
             f"{'' if path is not None else 'out=PATH would too, '}"
             f"or pass memory={as_setting(needed)!r} if that was the limit"
         )
-    probe_seconds = run.timings.seconds["anchor"] / len(run.train) * run.probe.num_samples
+    probe_seconds = run.pass_seconds * run.probe.num_samples
     per_chain = run.sampler.steps(size.num_draws) * step_seconds + size.num_draws * probe_seconds / mesh.shards
     rounds = -(-size.num_chains // mesh.rows)
     products = size.entries * size.draws if has_tiles(layout) else 0

@@ -59,6 +59,13 @@ class Work:
         return deal_tiles(self.shapes, self.ranks.size)
 
 
+def start_clock(ranks: Ranks, run: Run) -> None:
+    """Count what this rank waits for others among the run's stages, and its time from the call on."""
+    ranks.timings = run.timings
+    run.timings.seconds["start"] = ranks.start_seconds
+    run.started = ranks.called
+
+
 def usual_panel(ranks: Ranks, run: Run, budget: Budget) -> int:
     """Draws per panel, where nobody has said: those of all chains that are stepped at a time fit where one's would."""
     at_a_time = min(ranks.size, run.num_chains)
@@ -70,48 +77,30 @@ def chosen_by_first(
     ranks: Ranks, run: Run, request: dict[str, Any], passes: Passes | None, path: Path | None, log: RunLog | None,
     budget: Budget, bar: Progress,
 ) -> Iterator[tuple[dict[str, Any], Layout]]:  # fmt: skip
-    """What rank 0 chooses, as a process alone would, on every rank, with the task entered."""
-    if not ranks.first:
-        run.arrange(None, {"passes": ranks.decide(lambda: None)})
-        with run.task:
-            run.evaluate_anchor()  # while rank 0 has its pilot
-            chosen, plain = ranks.decide(lambda: None)
-            run.settle(chosen)
-            layout = Layout(**plain)
-            ranks.all_or_none(_too_large(ranks, request, layout, budget, path))
-            yield chosen, layout
-        return
+    """What rank 0 chooses, as a process alone would, on every rank, with the task entered.
+
+    Passes over all training samples that go before are shared by the ranks; what they cannot share (placing and cutting
+    data, the fit of a Gaussian) all do at the same time; only for the pilots, and for the plan, do the others wait.
+    """
     before = None if log is None else log.chosen
-    waiting = True
-    try:
-        run.arrange(passes, before)
-        ranks.broadcast_json({"found": run.task.passes.to_dict()})
-        with run.task:
-            run.tune(before, bar)
-            run.take_turns()  # what a device has left is not asked here
+    run.arrange(passes, ranks.decide(lambda: None if before is None else {"passes": before["passes"]}), ranks)
+    with run.task:
+        run.tune(before, bar, ranks)
+        run.take_turns()  # what a device has left is not asked here
+
+        def plan() -> dict[str, Any]:
             run.announce(bar)
-            step = run._time_a_step()
-            mesh = _mesh(run, ranks, log, step)
-            layout = plan_share(
-                run,
-                request,
-                mesh,
-                ranks.local_size,
-                budget,
-                bar,
-                step,
-                path,
-                None if before is None else before["layout"],
-            )
-            chosen = {**record.chosen(run), "layout": layout.to_dict(), "mesh": dataclasses.asdict(mesh)}
-            waiting = False
-            ranks.broadcast_json({"found": [chosen, dataclasses.asdict(layout)]})
-            ranks.all_or_none(_too_large(ranks, request, layout, budget, path))
-            yield chosen, layout
-    except Exception as error:
-        if waiting:
-            ranks.broadcast_json({"error": " ".join(str(error).split())})
-        raise
+            with run.timings.measure("plan"):
+                step = run.time_a_step()
+                mesh = _mesh(run, ranks, log, step)
+                saved = None if before is None else before["layout"]
+                layout = plan_share(run, request, mesh, ranks.local_size, budget, bar, step, path, saved)
+            return {"layout": dataclasses.asdict(layout), "mesh": dataclasses.asdict(mesh)}
+
+        planned = ranks.decide(plan)
+        layout = Layout(**planned["layout"])
+        ranks.all_or_none(_too_large(ranks, request, layout, budget, path))
+        yield {**record.chosen(run), "layout": layout.to_dict(), "mesh": planned["mesh"]}, layout
 
 
 def _mesh(run: Run, ranks: Ranks, log: RunLog | None, step_seconds: float) -> Mesh:
@@ -125,7 +114,7 @@ def _mesh(run: Run, ranks: Ranks, log: RunLog | None, step_seconds: float) -> Me
         ranks.size,
         [run.num_draws - made for made in draws.values()],
         steps_per_draw * step_seconds,
-        run.timings.seconds["anchor"] / len(run.train) * run.probe.num_samples,
+        run.pass_seconds * run.probe.num_samples,
     )
 
 

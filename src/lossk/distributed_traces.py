@@ -6,7 +6,7 @@ import torch
 
 from lossk import record
 from lossk.distributed import Ranks
-from lossk.distributed_run import Work, chosen_by_first, meta, rounds, usual_panel
+from lossk.distributed_run import Work, chosen_by_first, meta, rounds, start_clock, usual_panel
 from lossk.memory import Budget
 from lossk.mesh import Mesh
 from lossk.passes import Passes
@@ -24,6 +24,7 @@ def sample_on_ranks(ranks: Ranks, run: Run, *, passes: Passes | None, budget: Bu
         DistributedError: the ranks disagree, or one of them has stopped.
         MemoryError: the traces do not fit, on some rank.
     """
+    start_clock(ranks, run)
     request = {**record.request(run), **SETTINGS, "panel": usual_panel(ranks, run, budget)}
     ranks.agree({**request, "passes": None if passes is None else passes.to_dict()})
     with chosen_by_first(ranks, run, request, passes, None, None, budget, bar) as (chosen, layout):

@@ -7,10 +7,15 @@ from torch import Tensor
 
 from lossk.chain import Surroundings
 from lossk.data import Samples
+from lossk.distributed import Ranks
+from lossk.mesh import deal_batches
 from lossk.minibatches import Minibatches
 from lossk.task import Task
 
 FULL_GRADIENT = "full_gradient"  # [P] float32, the gradient of L_n at w*, among what a sampler's `fit` returns
+PART = 1024  # samples whose gradient is one float32 vector, before the sum
+FEWEST_BLOCKS, MOST_BLOCKS = 8, 64  # of the sum, however many ranks share them: more ranks have nothing to do
+TRAVELLING = 2**32  # bytes of all blocks, each of which every rank receives, above which there are fewer
 
 
 class MinibatchForce:
@@ -49,11 +54,27 @@ class MinibatchForce:
         self.task.grad += control
 
 
-def full_gradient(task: Task, samples: Samples) -> Tensor:
-    """[P] float32: the gradient of L_n at the present weights, summed in float64."""
+def full_gradient(task: Task, samples: Samples, ranks: Ranks | None = None) -> Tensor:
+    """[P] float32: the gradient of L_n at the present weights, summed in float64, first within blocks of samples.
+
+    Args:
+        ranks: they share the blocks, and each adds up all of them in the same order: to the bit what one process finds.
+    """
     total = torch.zeros(task.num_weights, dtype=torch.float64, device=task.device)
-    everything = torch.arange(len(samples))
-    for part in everything.split(1024):
+    count = min(max(TRAVELLING // (8 * task.num_weights), FEWEST_BLOCKS), MOST_BLOCKS)
+    blocks = [block for block in deal_batches(len(samples), PART, count) if block.start < block.stop]
+    rank, size = (0, 1) if ranks is None else (ranks.rank, ranks.size)
+    for first in range(0, len(blocks), size):
+        at_once = blocks[first : first + size]
+        own = torch.zeros_like(total)
+        if rank < len(at_once):
+            _add_gradients(task, samples, at_once[rank], own)
+        for owner in range(len(at_once)):
+            total += own if ranks is None else ranks.broadcast(own, owner)
+    return total.float()
+
+
+def _add_gradients(task: Task, samples: Samples, block: slice, total: Tensor) -> None:
+    for part in torch.arange(block.start, block.stop).split(PART):
         task.gradient(samples, part)
         total += task.grad.double() * (len(part) / len(samples))
-    return total.float()

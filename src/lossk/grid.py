@@ -112,8 +112,8 @@ def plan_grid(
         assert isinstance(middle, SGLD)
         if float(middle.localization) == 0.0:
             raise ValueError("localization must be greater than 0 or 'auto' in the config of a grid, got 0")
-        step_seconds = run._time_a_step()
-        probe_seconds = run.timings.seconds["anchor"] * run.probe.num_samples / len(run.train)
+        step_seconds = run.time_a_step()
+        probe_seconds = run.pass_seconds * run.probe.num_samples
         cells = []
         for strength in _values(n_beta, N_BETA_FACTORS, float(middle.n_beta or 0)):
             pilot = dataclasses.replace(run.pilot, n_beta=strength)

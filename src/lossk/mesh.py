@@ -11,10 +11,10 @@ import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 from lossk.blocks import upper_triangle
-from lossk.data import Samples, map_tensors
 from lossk.probe import Probe, ProbePart
 from lossk.task import fitting_batch
 
@@ -104,6 +104,13 @@ def tile_shapes(spans: Sequence[slice]) -> dict[Key, tuple[int, int]]:
     return {(i, j): (sides[i], sides[j]) for i, j in upper_triangle(len(sides))}
 
 
+def deal_batches(num_samples: int, batch: int, shares: int) -> list[slice]:
+    """Samples in runs of whole batches, one to a share, as equal as batches allow; the first is never empty."""
+    batches = -(-num_samples // batch)
+    ends = [min(-(-batches * share // shares) * batch, num_samples) for share in range(shares + 1)]
+    return [slice(start, stop) for start, stop in pairwise(ends)]
+
+
 @dataclass(frozen=True)
 class ProbeShard(Probe):
     """A run of whole forward batches of a probe: each batch is the very one that a process alone would evaluate."""
@@ -146,10 +153,7 @@ def cut_probe(probe: Probe, probe_batch: int, shards: int) -> list[ProbeShard]:
 def _cut_part(part: ProbePart, start: int, stop: int) -> ProbePart:
     if (start, stop) == (0, len(part.samples)):
         return part
-    samples: Samples = dataclasses.replace(
-        part.samples, tree=map_tensors(lambda t: t[start:stop], part.samples.tree), num_samples=stop - start
-    )
-    changes: dict[str, Any] = {"samples": samples}
+    changes: dict[str, Any] = {"samples": part.samples.cut(slice(start, stop))}
     if part.tokens is not None:
         inside = (part.tokens[:, 0] >= start) & (part.tokens[:, 0] < stop)
         tokens = part.tokens[inside].clone()

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lossk import provenance
+from lossk import provenance, record
+from lossk.anchor import evaluate_anchor
 from lossk.backends import choose_ops
 from lossk.blocks import Moments
 from lossk.chain import Chain, ChainState, Surroundings
@@ -23,6 +24,7 @@ from lossk.device import settle
 from lossk.device_plan import choose_overlap, choose_with_device, describe_room
 from lossk.device_room import measure_room, place_data
 from lossk.diagnostics import Criteria, Diagnostics, TraceWatch, diagnose
+from lossk.distributed import Ranks
 from lossk.head_choice import fuse_head
 from lossk.layout import Layout, Size, choose_layout
 from lossk.losses import LossFunction, resolve_loss
@@ -34,16 +36,9 @@ from lossk.passes_pilot import Load, choose_passes
 from lossk.pilot import Pilot
 from lossk.plan import check_disk, check_traces, factor_layout, make_plan, trace_layout
 from lossk.prefix_cache import cut_prefix
-from lossk.probe import (
-    Probe,
-    first_non_finite,
-    prepare_probe,
-    probe_losses,
-    rows_fingerprint,
-    token_fingerprint,
-)
+from lossk.probe import Probe, prepare_probe, rows_fingerprint, token_fingerprint
 from lossk.probe_sets import read_sources
-from lossk.samplers import KINDS, Sampler, fit, make_chain
+from lossk.samplers import KINDS, Sampler, fit, fit_early, make_chain
 from lossk.settings import SteppingSettings
 from lossk.sgld import SGLD
 from lossk.task import Task
@@ -76,6 +71,7 @@ class Run:
     passes_reasons: list[str] = field(default_factory=list)
     fitted: dict[str, Tensor] = field(default_factory=dict)  # what the sampler's chains share
     timings: Timings = field(default_factory=Timings)
+    pass_seconds: float = 0.0  # of one training sample's loss at w*
     anchor_losses: Tensor = field(default_factory=lambda: torch.zeros(0))  # [n] float64, losses of `train` at w*
 
     @classmethod
@@ -115,7 +111,7 @@ class Run:
             probe, train_samples = prepare_probe(task, sets, train_samples)
         if probe.tokens is not None:
             fingerprints["tokens"] = token_fingerprint(probe.tokens)
-        return cls(
+        run = cls(
             task=task,
             probe=probe,
             train=train_samples,
@@ -132,14 +128,20 @@ class Run:
             warnings=[str(warning.message) for warning in caught],
             watch=TraceWatch(num_chains, num_draws, len(probe)),
         )
+        run.timings.seconds["prepare"] = time.perf_counter() - started
+        return run
 
     @property
     def num_train(self) -> int:
         """n, the terms of the training loss: samples, or unmasked tokens."""
         return self.task.loss.num_terms(len(self.train))
 
-    def arrange(self, passes: Passes | None, chosen: dict[str, Any] | None) -> None:
-        """Settle how the passes are run: as given, as `chosen` before, or by a pilot; before the task is entered."""
+    def arrange(self, passes: Passes | None, chosen: dict[str, Any] | None, ranks: Ranks | None = None) -> None:
+        """Settle how the passes are run: as given, as `chosen` before, or by a pilot; before the task is entered.
+
+        Args:
+            ranks: of the run, which all call this; rank 0's pilot is everyone's.
+        """
         if chosen is not None:
             overlap = "auto" if passes is None else passes.overlap  # bears on nothing but time: not kept
             self.task.passes = dataclasses.replace(Passes(**chosen["passes"]), overlap=overlap)
@@ -155,15 +157,18 @@ class Run:
             self._cut()
         else:
             self._cut()
-            with self.timings.measure("pilot"):
-                self.task.passes, reasons = choose_passes(
-                    self.task, self.probe.parts[0].samples, self.train, self._load()
-                )
+            found, reasons = self._measure_passes() if ranks is None else ranks.decide(self._measure_passes)
+            self.task.passes = Passes(**found)
             self.passes_reasons += reasons
         if self.task.device.type != "cuda":
             self.take_turns()
         if self.task.channels_last:
             self._hold(self.task.place)
+
+    def _measure_passes(self) -> tuple[dict[str, Any], list[str]]:
+        with self.timings.measure("pilot"):
+            passes, reasons = choose_passes(self.task, self.probe.parts[0].samples, self.train, self._load())
+        return passes.to_dict(), reasons
 
     def take_turns(self) -> None:
         """Have probe and steps take turns where nobody has asked for anything else."""
@@ -200,26 +205,28 @@ class Run:
             steps = 0
         return Load(draws, steps, min(batch, len(self.train)))
 
-    def tune(self, chosen: dict[str, Any] | None, bar: Progress | None = None) -> None:
-        """Losses at w*, the pilot's measurements, and every "auto" filled in (or all as `chosen` before)."""
-        self.evaluate_anchor()
-        self.settle(chosen, bar)
+    def tune(self, chosen: dict[str, Any] | None, bar: Progress | None = None, ranks: Ranks | None = None) -> None:
+        """Losses at w*, the pilot's measurements, and every "auto" filled in (or all as `chosen` before).
 
-    def evaluate_anchor(self) -> None:
-        """The losses of the training samples at w*."""
-        out = torch.empty(len(self.train))
-        with self.timings.measure("anchor"):
-            probe_losses(self.task, self.train, out)
-        bad = first_non_finite(out)
-        if bad is not None:
-            raise ValueError(f"loss must be finite at the trained weights; training sample {bad} has {float(out[bad])}")
-        self.anchor_losses = out.double()
+        Args:
+            ranks: of the run, which all call this: they share the passes over all training samples, to the same bits.
+                Rank 0 has the pilot, or knows what was `chosen`; its choices are everyone's.
+        """
+        self.anchor_losses, self.pass_seconds = evaluate_anchor(self.task, self.train, self.timings, ranks)
+        with self.timings.measure("fit"):
+            self.fitted = fit_early(self.sampler, self.task, self.train, ranks)
+        if ranks is None:
+            self._choose(chosen, bar)
+        else:
+            choices = ranks.decide(lambda: self._chosen_here(chosen, bar))
+            if not ranks.first:
+                self._choose(choices, bar)
+        with self.timings.measure("fit"):
+            self.fitted = fit(self.sampler, self.task, self.train, seed=self.seed, early=self.fitted, ranks=ranks)
 
-    def settle(self, chosen: dict[str, Any] | None, bar: Progress | None = None) -> None:
-        """The pilot's measurements, and every "auto" filled in (or all as `chosen` before)."""
+    def _chosen_here(self, chosen: dict[str, Any] | None, bar: Progress | None) -> dict[str, Any]:
         self._choose(chosen, bar)
-        with self.timings.measure("pilot"):
-            self.fitted = fit(self.sampler, self.task, self.train, seed=self.seed)
+        return record.chosen(self)
 
     def _choose(self, chosen: dict[str, Any] | None, bar: Progress | None) -> None:
         if chosen is not None:
@@ -271,7 +278,7 @@ class Run:
             MemoryError: it needs more than the budget.
             StoreError: it needs more than the disk has.
         """
-        step_seconds, taken = self._time_a_step(), budget.taken()
+        step_seconds, taken = self.time_a_step(), budget.taken()
         stack = self.task.stack_bytes(panel)
         weights, draws = self.task.num_weights, self.num_draws
         size = Size(len(self.probe), tile, panel, self.num_chains, draws, dtype, weights, stack)
@@ -298,7 +305,7 @@ class Run:
             num_steps=self.sampler.steps(self.num_draws),
             probe=self.probe,
             train=self.train,
-            probe_seconds=self.timings.seconds["anchor"] / len(self.train) * self.probe.num_samples,
+            probe_seconds=self.pass_seconds * self.probe.num_samples,
             step_seconds=step_seconds,
             update_rate=provenance.multiply_add_rate(),
             on_disk=out is not None,
@@ -328,7 +335,7 @@ class Run:
     def _chain(self, chain: int, timings: Timings) -> Chain:
         return make_chain(self.sampler, self._around(timings), chain)
 
-    def _time_a_step(self) -> float:
+    def time_a_step(self) -> float:
         """Seconds per step: the quickest of three, from w* and back."""
         chain, best = self._chain(0, Timings()), float("inf")
         chain.begin()

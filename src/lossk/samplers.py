@@ -10,6 +10,7 @@ from torch import Tensor
 from lossk.baoab import BAOAB, BAOABChain
 from lossk.chain import Chain, Surroundings
 from lossk.data import Samples
+from lossk.distributed import Ranks
 from lossk.force import FULL_GRADIENT, full_gradient
 from lossk.gaussian import Gaussian, GaussianChain
 from lossk.hmc import HMC, HMCChain
@@ -39,10 +40,27 @@ def read_sampler(plain: Mapping[str, Any]) -> Sampler:
     return KINDS[kind](**settings)
 
 
-def fit(sampler: Sampler, task: Task, train: Samples, *, seed: int) -> dict[str, Tensor]:
-    """What every chain of a resolved sampler needs and is worked out once, at w*."""
+def fit_early(sampler: Sampler, task: Task, train: Samples, ranks: Ranks | None) -> dict[str, Tensor]:
+    """Of what `fit` returns, what no "auto" has a part in: trial chains need it too."""
+    if isinstance(sampler, SGLD | BAOAB) and sampler.control_variate is True:
+        return {FULL_GRADIENT: full_gradient(task, train, ranks)}
+    return {}
+
+
+def fit(
+    sampler: Sampler, task: Task, train: Samples, *, seed: int, early: dict[str, Tensor] | None = None,
+    ranks: Ranks | None = None,
+) -> dict[str, Tensor]:  # fmt: skip
+    """What every chain of a resolved sampler needs and is worked out once, at w*.
+
+    Args:
+        early: what `fit_early` returned.
+        ranks: of the run, which all call this and share the gradient of the training loss; the rest each works out.
+    """
+    if early:
+        return early
     if isinstance(sampler, SGLD | BAOAB) and sampler.control_variate:
-        return {FULL_GRADIENT: full_gradient(task, train)}
+        return {FULL_GRADIENT: full_gradient(task, train, ranks)}
     if isinstance(sampler, Laplace):
         return fit_laplace(sampler, task, train, seed)
     return {}

@@ -13,18 +13,21 @@ from tqdm import tqdm
 
 
 class Timings:
-    """Seconds spent per stage."""
+    """Seconds spent per stage; of a stage within another, in the inner one only, so that they add up."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = defaultdict(float)
+        self._within = 0.0  # seconds that stages within the present one have taken
 
     @contextmanager
     def measure(self, stage: str) -> Iterator[None]:
-        start = time.perf_counter()
+        before, self._within, start = self._within, 0.0, time.perf_counter()
         try:
             yield
         finally:
-            self.seconds[stage] += time.perf_counter() - start
+            elapsed = time.perf_counter() - start
+            self.seconds[stage] += elapsed - self._within
+            self._within = before + elapsed
 
 
 class Progress:

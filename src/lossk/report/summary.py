@@ -20,7 +20,7 @@ def describe(kernel: LossKernel) -> str:
         lines.append(str(kernel.diagnostics))
     seconds = kernel.meta.get("timings", {})
     if seconds:
-        stages = ("pilot", "gradient", "step", "probe", "update", "store")
+        stages = ("anchor", "fit", "pilot", "gradient", "step", "probe", "update", "store", "wait")
         split = ", ".join(f"{stage} {seconds[stage]:.1f} s" for stage in stages if stage in seconds)
         lines.append(f"time         {duration(seconds['total'])}: {split}")
     if "peak_rss_bytes" in kernel.meta:

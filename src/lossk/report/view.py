@@ -15,7 +15,7 @@ from lossk.report.samples import Samples, thumbnails
 from lossk.report.sprites import Sprites, thumbnail_uri
 
 CARD = 56  # CSS pixels of a card's image, its longer side
-STAGES = ("pilot", "prefix", "anchor", "gradient", "step", "probe", "update", "tiles", "store")
+STAGES = ("pilot", "prefix", "anchor", "fit", "gradient", "step", "probe", "update", "tiles", "store", "wait")
 
 
 def make_view(
