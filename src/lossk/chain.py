@@ -7,14 +7,16 @@ and, of its chain, `begin` (the state at w*) and `advance` (one step).
 from __future__ import annotations
 
 import math
+import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from lossk.data import Samples
+from lossk.device import settle
 from lossk.errors import DivergedError
 from lossk.task import Task
 from lossk.timings import Timings
@@ -53,7 +55,7 @@ class Surroundings:
     seed: int
     backend: str
     timings: Timings
-    fitted: Mapping[str, Tensor]  # what the sampler's `fit` returned
+    fitted: dict[str, Tensor]  # what the sampler's `fit` returned
     measures_curvature: bool = False  # whether chains measure it at their last draw
 
 
@@ -119,3 +121,16 @@ class Chain(ABC):
             distance = float(torch.linalg.vector_norm(self.task.flat - self.task.anchor))
             curvature = self.curvature() if self.draw == num_draws else math.nan
             yield Draw(self.chain, self.draw - 1, excess / steps, distance, self.acceptance(), curvature)
+
+
+def time_a_step(chain: Chain) -> float:
+    """Seconds per step: the quickest of three, from w* and back."""
+    best = math.inf
+    chain.begin()
+    for _ in range(3):
+        start = time.perf_counter()
+        chain.advance()
+        settle(chain.task.device)
+        best = min(best, time.perf_counter() - start)
+    chain.task.reset()
+    return best

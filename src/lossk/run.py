@@ -17,10 +17,9 @@ from lossk import provenance, record
 from lossk.anchor import evaluate_anchor
 from lossk.backends import choose_ops
 from lossk.blocks import Moments
-from lossk.chain import Chain, ChainState, Surroundings
+from lossk.chain import Chain, ChainState, Surroundings, time_a_step
 from lossk.choose import choose, momentum_noise_ratio
 from lossk.data import Samples, Transform
-from lossk.device import settle
 from lossk.device_plan import choose_overlap, choose_with_device, describe_room
 from lossk.device_room import measure_room, place_data
 from lossk.diagnostics import Criteria, Diagnostics, TraceWatch, diagnose
@@ -214,15 +213,17 @@ class Run:
         """
         self.anchor_losses, self.pass_seconds = evaluate_anchor(self.task, self.train, self.timings, ranks)
         with self.timings.measure("fit"):
-            self.fitted = fit_early(self.sampler, self.task, self.train, ranks)
+            early = fit_early(self.sampler, self.task, self.train, ranks)
+        self.fitted = dict(early)
         if ranks is None:
             self._choose(chosen, bar)
+            early = self.fitted  # with what trial chains needed
         else:
             choices = ranks.decide(lambda: self._chosen_here(chosen, bar))
             if not ranks.first:
                 self._choose(choices, bar)
         with self.timings.measure("fit"):
-            self.fitted = fit(self.sampler, self.task, self.train, seed=self.seed, early=self.fitted, ranks=ranks)
+            self.fitted = fit(self.sampler, self.task, self.train, seed=self.seed, early=early, ranks=ranks)
 
     def _chosen_here(self, chosen: dict[str, Any] | None, bar: Progress | None) -> dict[str, Any]:
         self._choose(chosen, bar)
@@ -336,16 +337,8 @@ class Run:
         return make_chain(self.sampler, self._around(timings), chain)
 
     def time_a_step(self) -> float:
-        """Seconds per step: the quickest of three, from w* and back."""
-        chain, best = self._chain(0, Timings()), float("inf")
-        chain.begin()
-        for _ in range(3):
-            start = time.perf_counter()
-            chain.advance()
-            settle(self.task.device)
-            best = min(best, time.perf_counter() - start)
-        self.task.reset()
-        return best
+        """Seconds per step, from w* and back."""
+        return time_a_step(self._chain(0, Timings()))
 
     def panels(self, panel: int, bar: Progress, starts: Mapping[int, ChainState | None]) -> Iterator[Panel]:
         """The panels of some chains, one chain after the other.

@@ -54,12 +54,12 @@ def fit(
     """What every chain of a resolved sampler needs and is worked out once, at w*.
 
     Args:
-        early: what `fit_early` returned.
+        early: what `fit_early` returned, or trial chains left; with `ranks` the same on all of them.
         ranks: of the run, which all call this and share the gradient of the training loss; the rest each works out.
     """
-    if early:
-        return early
     if isinstance(sampler, SGLD | BAOAB) and sampler.control_variate:
+        if early and FULL_GRADIENT in early:
+            return {FULL_GRADIENT: early[FULL_GRADIENT]}
         return {FULL_GRADIENT: full_gradient(task, train, ranks)}
     if isinstance(sampler, Laplace):
         return fit_laplace(sampler, task, train, seed)

@@ -66,7 +66,10 @@ def rise_bound(name: str, train: Samples) -> tuple[float, str]:
 def settle(
     sampler: SGLD, pilot: Pilot, around: Surroundings, *, num_probe: int, bar: Progress | None = None
 ) -> tuple[SGLD, Pilot, list[str]]:
-    """Choose every "auto" by the pilot, then by trial chains until one passes. Returns what is resolved, and why."""
+    """Choose every "auto" by the pilot, then by trial chains until one passes. Returns what is resolved, and why.
+
+    The full gradient at w*, where trial chains need it, is kept in `around.fitted`.
+    """
     train, task, bar = around.train, around.task, bar or Progress(False)
     bound, why_bound = rise_bound(task.loss.name, train)
     limits, trial, left = Limits(), None, MOST_STEPS
@@ -75,7 +78,7 @@ def settle(
         if "auto" not in (sampler.lr, sampler.localization, sampler.num_burnin_steps, sampler.num_steps_bw_draws):
             return chosen, pilot, reasons
         if chosen.control_variate and FULL_GRADIENT not in around.fitted:
-            around = dataclasses.replace(around, fitted={FULL_GRADIENT: full_gradient(task, train)})
+            around.fitted[FULL_GRADIENT] = full_gradient(task, train)
         if attempt == 0:
             _announce(chosen, around, bar)
         try:
