@@ -45,7 +45,8 @@ class BAOAB(SteppingSettings):
     """Sampler settings; "auto" values are chosen before sampling, printed, and saved with the result.
 
     Args:
-        step_size: h, in units of 1 / sqrt(curvature of U), or "auto": h^2 (n_beta h_max + localization) = 1.
+        step_size: h, in units of 1 / sqrt(curvature of U), or "auto": h^2 (n_beta h_max + localization) = 1,
+            with h_max the largest curvature at w* and at typical draws of a trial chain.
         friction: rate at which velocities forget, in the inverse unit of h, greater than 0, or "auto": the value at
             which the slowest mode of a quadratic U forgets soonest, 1.4 to 2 times sqrt(localization) (`lossk.modes`).
         n_beta: n times the inverse temperature; None is n / ln n with n the number of *training* samples.
