@@ -340,25 +340,6 @@ def test_neighbors_of_dead_samples(kernel: lossk.LossKernel) -> None:
     np.testing.assert_array_equal(r[index == -1], 0)
 
 
-def test_noise_floor() -> None:
-    """Independent samples: about one row in e has a best neighbour below its floor, whatever the autocorrelation.
-
-    The floor is what the best of N unrelated samples reaches; over 300 rows its share has an error of 3 %. A shared
-    signal in 40 of them stands far above.
-    """
-    rng = np.random.default_rng(6)
-    for rho in (0.0, 0.6):
-        traces = oracles.ar1_traces(rng, (4, 250, 300), rho)
-        kernel = lossk.LossKernel.from_traces(lossk.LossTraces(traces.astype(np.float32)))
-        best, floor = (np.asarray(v, dtype=np.float64) for v in kernel.neighbors(1)[1:])
-        assert np.all((floor > 0) & (floor < 1))
-        assert 0.2 < np.mean(best[:, 0] < floor) < 0.8
-    traces[:, :, :40] += 2 * oracles.ar1_traces(rng, (4, 250, 1), rho)
-    kernel = lossk.LossKernel.from_traces(lossk.LossTraces(traces.astype(np.float32)))
-    best, floor = (np.asarray(v, dtype=np.float64) for v in kernel.neighbors(1)[1:])
-    assert np.all(best[:40, 0] > 2 * floor[:40])
-
-
 @pytest.mark.parametrize("rows", ["list", "repeated", "negative", "none", "strided", "everything", "mask"])
 def test_neighbors_of_some_rows(kernel: lossk.LossKernel, rows: str) -> None:
     """They are those that `neighbors` finds for these rows; dead ones among them have none."""
