@@ -232,10 +232,12 @@ def test_a_trial_too_short_for_flat_directions_does_not_space_the_draws() -> Non
     x = torch.randn(100, 3) * torch.tensor([3.0, 0.3, 0.003])
     model = nn.Linear(3, 1, bias=False)
     data = (x, x @ torch.ones(3) + torch.randn(100))
-    kernel = settled(model, data, lambda m, b: 0.5 * (m(b[0]).squeeze(1) - b[1]).square(), localization=0.1,
-                     num_burnin_steps=10)  # fmt: skip
-    assert kernel.meta["sampler"]["num_steps_bw_draws"] == tune.STEPS_CAP
-    assert any("too short a trial" in reason for reason in kernel.meta["reasons"])
+    traces = lossk.sample_losses(
+        model, data, loss=lambda m, b: 0.5 * (m(b[0]).squeeze(1) - b[1]).square(),
+        sampler=lossk.SGLD(localization=0.1, num_burnin_steps=10), num_chains=1, num_draws=2, progress=False,
+    )  # fmt: skip
+    assert traces.meta["sampler"]["num_steps_bw_draws"] == tune.STEPS_CAP
+    assert any("too short a trial" in reason for reason in traces.meta["reasons"])
 
 
 def test_settings_given_as_numbers_are_judged_by_the_curvature_where_they_went() -> None:
