@@ -25,24 +25,20 @@ STREAM = 2
 PILOT_CHAIN = 2**32 - 1  # of the counter-based minibatches: no chain of a run has this number
 
 
-def measure(task: Task, train: Samples, *, seed: int, most: int, iterations: int) -> tuple[float, float, int]:
-    """(h_max, lambda_max(Cov g), samples used) on up to `most` training samples."""
-    products, start = Products(task, train, seed, most), _start(task, seed)
-    curvature = largest_eigenvalue(products.hessian, start, iterations)
-    variance = largest_eigenvalue(products.gradient_covariance, start, iterations)
-    return max(curvature, 0.0), max(variance, 0.0), products.total
-
-
-def drawn_curvature(task: Task, train: Samples, *, seed: int, most: int = DRAWN_SAMPLES) -> float:
+def largest_curvature(
+    task: Task, train: Samples, *, seed: int, most: int = DRAWN_SAMPLES, iterations: int = DRAWN_ITERATIONS
+) -> float:
     """h_max on up to `most` training samples."""
     products = Products(task, train, seed, most)
-    return max(largest_eigenvalue(products.hessian, _start(task, seed), DRAWN_ITERATIONS), 0.0)
+    return max(largest_eigenvalue(products.hessian, _start(task, seed), iterations), 0.0)
 
 
-def drawn_variance(task: Task, train: Samples, *, seed: int) -> float:
-    """lambda_max(Cov g) on up to 256 training samples."""
-    products = Products(task, train, seed, DRAWN_SAMPLES)
-    return max(largest_eigenvalue(products.gradient_covariance, _start(task, seed), DRAWN_ITERATIONS), 0.0)
+def gradient_variance(
+    task: Task, train: Samples, *, seed: int, most: int = DRAWN_SAMPLES, iterations: int = DRAWN_ITERATIONS
+) -> float:
+    """lambda_max(Cov g) on up to `most` training samples."""
+    products = Products(task, train, seed, most)
+    return max(largest_eigenvalue(products.gradient_covariance, _start(task, seed), iterations), 0.0)
 
 
 def control_variance(task: Task, train: Samples, *, seed: int) -> float:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lossk.curvature import ITERATIONS, MOST_SAMPLES, measure
+from lossk.curvature import ITERATIONS, MOST_SAMPLES, gradient_variance, largest_curvature
 from lossk.data import Samples
 from lossk.sgld import SGLD
 from lossk.task import Task
@@ -111,11 +111,11 @@ def run_pilot(task: Task, train: Samples, sampler: SGLD, *, seed: int, run_passe
     most, iterations = (MOST_SAMPLES, ITERATIONS) if "auto" in settings else (FEWER_SAMPLES, FEWER_ITERATIONS)
     if "auto" not in settings and most * iterations * PASSES_PER_ITERATION > SHARE * run_passes:
         most, iterations = FEWEST_SAMPLES, FEWEST_ITERATIONS
-    curvature, variance, used = measure(task, train, seed=seed, most=most, iterations=iterations)
+    asked = {"seed": seed, "most": most, "iterations": iterations}
     return Pilot(
-        curvature=curvature,
-        gradient_variance=variance,
+        curvature=largest_curvature(task, train, **asked),
+        gradient_variance=gradient_variance(task, train, **asked),
         n_beta=sampler.n_beta if sampler.n_beta is not None else default_n_beta(task.loss.num_terms(n)),
         batch_factor=(n - m) / (m * (n - 1)) if n > 1 else 0.0,
-        num_samples=used,
+        num_samples=min(most, n),
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from lossk.chain import Chain, Surroundings
-from lossk.curvature import DRAWN_ITERATIONS, DRAWN_SAMPLES, drawn_curvature
+from lossk.curvature import DRAWN_ITERATIONS, DRAWN_SAMPLES, largest_curvature
 from lossk.force import MinibatchForce
 from lossk.settings import SteppingSettings
 
@@ -52,7 +52,7 @@ class SteppingChain(Chain):
         if not self.around.measures_curvature or min(samples, len(self.around.train)) < FEWEST:
             return math.nan
         with self.around.timings.measure("curvature"):
-            return drawn_curvature(self.task, self.around.train, seed=self.around.seed, most=samples)
+            return largest_curvature(self.task, self.around.train, seed=self.around.seed, most=samples)
 
 
 def explosion_limit(anchor_loss: float, num_weights: int, n_beta: float) -> float:

@@ -11,7 +11,7 @@ from scipy.stats import norm, t
 from torch import Tensor
 
 from lossk.chain import Surroundings
-from lossk.curvature import PILOT_CHAIN, control_variance, drawn_curvature, drawn_variance
+from lossk.curvature import PILOT_CHAIN, control_variance, gradient_variance, largest_curvature
 from lossk.diagnostics import watched_samples
 from lossk.sgld import SGLD, SGLDChain
 from lossk.task import fitting_batch
@@ -86,11 +86,11 @@ def run_trial(
         bar.update()
         recent = sum(excess[-WINDOW:]) / WINDOW
         if len(excess) >= WINDOW and recent > FAR * bound:
-            return Trial(recent, step, whole=False, curvature=measure(drawn_curvature))
+            return Trial(recent, step, whole=False, curvature=measure(largest_curvature))
         if step > burnin and (step - burnin) % every == 0:
             rows.append(torch.cat([task.losses(part) for part in few]).double())
         if step - burnin in marks:
-            curvatures.append(measure(drawn_curvature))
+            curvatures.append(measure(largest_curvature))
     traces = torch.stack(rows)
     if not torch.isfinite(traces).all():
         raise chain.diverged("a training sample has a loss that is not finite")
@@ -103,7 +103,7 @@ def run_trial(
         drift=drift,
         drifting=drifting,
         curvature=sum(curvatures) / len(curvatures),
-        variance=measure(drawn_variance),
+        variance=measure(gradient_variance),
         noise=measure(control_variance) if chain.force.control is not None else None,
     )
 
