@@ -22,6 +22,7 @@ from bench.time_to_truth_networks import NETWORKS, Network
 from bench.time_to_truth_ours import NUM_CHAINS, find_law, make_reference, timed
 from bench.time_to_truth_statistics import MEASURES, entries, reliability
 from lossk import provenance
+from lossk.pilot import Pilot
 from lossk.sgld import AVERAGED
 
 FACTORS = (0.25, 0.5, 1.0, 1.5, 2.0, 3.0)
@@ -51,12 +52,14 @@ def main() -> None:
     law = find_law(network)
     reference = make_reference(network, law, options.reference, "cpu")
     auto = timed(network, None, num_chains=NUM_CHAINS, num_draws=4, seed=0)[0].meta
-    chosen, pilot = auto["sampler"], auto["pilot"]
-    stiff = {name: pilot["n_beta"] * pilot[name] + chosen["localization"] for name in ("curvature", "drawn_curvature")}
+    chosen, pilot = auto["sampler"], Pilot(**auto["pilot"])
+    localization = chosen["localization"]
+    curvatures = (pilot.curvature, pilot.steepest(localization))
+    stiff = [pilot.n_beta * curvature + localization for curvature in curvatures]
     rows = []
     for factor in FACTORS:
         lr = chosen["lr"] * factor
-        shares = [f"{lr * stiff[name] / 4:.0%}" for name in ("curvature", "drawn_curvature")]
+        shares = [f"{lr * most / 4:.0%}" for most in stiff]
         try:
             losses = run_at(network, chosen, factor, options.seconds).losses
         except lossk.DivergedError:
@@ -71,8 +74,8 @@ def main() -> None:
         "# Steps and the law they draw from",
         "",
         f"`python -m bench.step_bias --out docs/step_bias.md`: {network.what}, n_beta {law.n_beta:.4g}, localization "
-        f"{law.localization:.4g}. Largest curvature of the training loss {pilot['curvature']:.3g} at w\\*, "
-        f"{pilot['drawn_curvature']:.3g} at the trial chain's draws. Reference: {reference.num_chains} chains x "
+        f"{law.localization:.4g}. Largest curvature of the training loss {curvatures[0]:.3g} at w\\*, "
+        f"{curvatures[1]:.3g} at typical draws. Reference: {reference.num_chains} chains x "
         f"{reference.num_draws} draws of `lossk.BAOAB`, reliability {reference.reliability['R']:.3f} (R), "
         f"{reference.reliability['K']:.3f} (K). Likeness with the noise of both runs taken out: 1 is the right law.",
         "",

@@ -13,6 +13,12 @@ from torch import Tensor, nn
 import lossk
 import oracles
 from lossk import trial, trial_chain, tune
+from lossk.chain import Surroundings
+from lossk.data import read_samples
+from lossk.force import FULL_GRADIENT, full_gradient
+from lossk.losses import resolve_loss
+from lossk.task import Task
+from lossk.timings import Timings
 
 
 def ar1(rho: float, draws: int, width: int) -> Tensor:
@@ -39,12 +45,12 @@ def test_spacing_is_the_cheapest_allowed(rho: float) -> None:
     memory = (1 + rho) / (1 - rho)
     for probe_cost in (0.0, 10.0, 1000.0):
         found = trial.worth_spacing(memory, 1.0, probe_cost)
-        assert rho**found <= tune.LAG1_TARGET
+        assert rho**found <= trial.CLOSEST
 
         def cost(s: int, probe_cost: float = probe_cost) -> float:
-            return (s + probe_cost) * (1 + rho**s) / (1 - rho**s)
+            return (s + probe_cost) * (1 + rho ** (2 * s)) / (1 - rho ** (2 * s))
 
-        assert all(cost(found) <= cost(s) for s in trial.SPACINGS if rho**s <= tune.LAG1_TARGET)
+        assert all(cost(found) <= cost(s) for s in trial.SPACINGS if rho**s <= trial.CLOSEST)
     assert trial.worth_spacing(memory, 1.0, 1000.0) > trial.worth_spacing(memory, 1.0, 0.0)
 
 
@@ -131,6 +137,38 @@ def test_a_step_is_stable_where_the_draws_are_and_not_only_at_the_trained_weight
     truth = float((density * w**2).sum() / density.sum())
     by_chain = traces.losses[..., 0].double().mean(dim=1)
     assert abs(float(by_chain.mean()) / truth - 1) < 0.02 + 5 * float(by_chain.std()) / 2 / truth
+
+
+def test_a_trial_of_no_use_ends_after_its_burn_in() -> None:
+    """What it shows by then is what it would have shown of itself; of use, it goes on to the same end as unasked."""
+    model, asked = nn.Linear(3, 2), []
+    x = torch.randn(60, 3)
+    train = read_samples((x, (x[:, 0] > 0).long()))
+    sampler = lossk.SGLD(
+        n_beta=15.0, localization=2.0, lr=0.03, batch_size=20, num_burnin_steps=40, num_steps_bw_draws=1,
+        integrator="leimkuhler-matthews", control_variate=True,
+    )  # fmt: skip
+    trials = []
+    with Task(model, resolve_loss("cross_entropy")) as task:
+        losses, gradient = torch.cat([task.losses(train[torch.arange(60)])]).double(), full_gradient(task, train)
+        around = Surroundings(task, train, losses, 0, "torch", Timings(), {FULL_GRADIENT: gradient})
+        for verdict in (None, True, False):
+
+            def of_use(found: trial_chain.Trial, verdict: bool | None = verdict) -> bool:
+                asked.append(found)
+                return bool(verdict)
+
+            trials.append(trial_chain.run_trial(sampler, around, of_use=None if verdict is None else of_use))
+            task.reset()
+    unasked, kept, ended = trials
+    assert kept == unasked
+    assert kept.whole
+    assert kept.steps > 300
+    assert asked == [ended, ended]
+    assert (ended.steps, ended.whole) == (40, False)
+    assert ended.curvature is not None
+    assert ended.noise is not None
+    assert 0.5 < ended.curvature / kept.curvature < 2.0
 
 
 def test_one_huge_curvature_meets_the_bias_budget() -> None:

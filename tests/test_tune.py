@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import re
 from typing import Any
@@ -199,3 +200,35 @@ def test_draws_that_have_forgotten_what_was_learnt_are_called_diverged() -> None
     assert found.rise > 0.5 * found.uninformed == pytest.approx(0.5 * math.log(4), rel=0.1)
     assert found.verdict == "diverged", str(found)
     assert lossk.LossKernel.from_traces(lossk.LossTraces(torch.rand(2, 9, 4))).diagnostics.uninformed is None
+
+
+def test_a_law_is_foreseen_by_how_steep_it_will_be_there() -> None:
+    """Curvature 2 at w*, 10 at draws of localization 50: at another, 2 + 8 * 50 / localization.
+
+    The localization then solves lr gamma = 2 / 25 with lr at 45 % of its own stability limit, not of the trial's.
+    """
+    model, _ = regression(10, 2, 10.0)
+    pilot = pilots.Pilot(
+        curvature=2.0, gradient_variance=0.0, n_beta=200.0, batch_factor=0.0, num_samples=10,
+        drawn_curvature=10.0, drawn_localization=50.0,
+    )  # fmt: skip
+    with Task(model, resolve_loss(half_squares)) as task:
+        chosen, _ = tune.choose_settings(lossk.SGLD(batch_size=None), pilot, task, num_train=100)
+        elsewhere = dataclasses.replace(pilot, drawn_localization=None)
+        unmoved, _ = tune.choose_settings(lossk.SGLD(batch_size=None), elsewhere, task, num_train=100)
+    for found, curvature in ((chosen, 2.0 + 8.0 * 50.0 / float(chosen.localization)), (unmoved, 10.0)):
+        lr, localization = float(found.lr), float(found.localization)
+        assert lr * localization == pytest.approx(2 / tune.AFFORDABLE_STEPS)
+        assert lr * (200.0 * curvature + localization) / 4 == pytest.approx(tune.STABILITY_BUDGET)
+    assert pilot.steepest(50.0) == 10.0
+
+
+def test_the_curvature_of_draws_grows_as_their_squared_distance() -> None:
+    """L = sum (w^2 + w^4 / 2) / 2: h* = 1 and E h - h* = 3 E w^2, which goes as 1 / localization where that rules."""
+    pilot = pilots.Pilot(
+        curvature=1.0, gradient_variance=0.0, n_beta=1.0, batch_factor=0.0, num_samples=10,
+        drawn_curvature=1.0 + 3.0 / 100.0, drawn_localization=100.0,
+    )  # fmt: skip
+    assert pilot.steepest(200.0) == pytest.approx(1.0 + 3.0 / 200.0)
+    assert pilot.steepest(math.inf) == 1.0
+    assert pilot.informed(torch.tensor([4.0, math.nan, 6.0])).steepest(7.0) == 5.0  # measured at the law itself

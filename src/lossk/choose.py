@@ -85,7 +85,7 @@ def _praise_of_averaging(sampler: SGLD, pilot: Pilot) -> list[str]:
 def _praise_of_momentum(sampler: SGLD, pilot: Pilot) -> list[str]:
     """A line, if kinetic Langevin dynamics would forget flat directions with far fewer gradients (in a quadratic)."""
     lowest = float(sampler.localization)
-    highest = pilot.n_beta * pilot.steepest + lowest
+    highest = pilot.n_beta * pilot.steepest(lowest) + lowest
     if lowest <= 0 or highest <= 0:
         return []
     h = 1.0 / math.sqrt(highest)
@@ -110,7 +110,7 @@ def _choose_baoab(sampler: BAOAB, pilot: Pilot) -> tuple[BAOAB, list[str]]:
     """h from the largest curvature; friction, burn-in and spacing from the exact linear map (`lossk.modes`)."""
     reasons: list[str] = []
     lowest = float(sampler.localization)
-    highest = pilot.n_beta * pilot.steepest + lowest
+    highest = pilot.n_beta * pilot.steepest(lowest) + lowest
     if lowest <= 0:
         raise ValueError(
             "step_size, friction, num_burnin_steps and num_steps_bw_draws must be numbers when localization is 0: flat "

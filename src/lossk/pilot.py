@@ -34,18 +34,27 @@ class Pilot:
     num_samples: int  # training samples used
     control_variance: float | None = None  # lambda_max(Cov(g_i(w) - g_i(w*))) at a typical w of the trial chain
     control_localization: float | None = None  # the trial's
-    drawn_curvature: float | None = None  # h_max at typical draws of the trial chain
+    drawn_curvature: float | None = None  # h_max at typical draws of the trial chain, or of the run
+    drawn_localization: float | None = None  # the trial's
     drawn_variance: float | None = None  # lambda_max(Cov g) likewise
 
     @property
-    def steepest(self) -> float:
-        """The larger of the curvatures at w* and at typical draws: what a step must be stable for."""
-        return max(self.curvature, self.drawn_curvature or 0.0)
+    def steepening(self) -> float:
+        """How much larger the curvature is at typical draws than at w*."""
+        return max((self.drawn_curvature or 0.0) - self.curvature, 0.0)
+
+    def steepest(self, localization: float) -> float:
+        """h_max that a step must be stable for: at typical draws of that localization.
+
+        What it has more than at w* goes as the draws' squared distance, 1 / localization, from where it was measured.
+        """
+        moved = self.drawn_localization / max(localization, 1e-30) if self.drawn_localization else 1.0
+        return self.curvature + self.steepening * moved
 
     def stability_share(self, sampler: SGLD) -> float:
         """eps a_max / 4 of a resolved sampler, at its largest gain; averaged noise needs less than 1."""
         lr, localization = float(sampler.lr) * sampler.gain, float(sampler.localization)
-        return lr * (self.n_beta * self.steepest + localization) / 4.0
+        return lr * (self.n_beta * self.steepest(localization) + localization) / 4.0
 
     def discretisation(self, sampler: SGLD) -> float:
         """eps a_max / 4 of a resolved sampler; with a preconditioner, at its largest gain: an upper bound.
@@ -72,7 +81,9 @@ class Pilot:
     def informed(self, curvature: Tensor) -> Pilot:
         """With the mean of what chains measured at their last draws, [C] with NaN where they did not."""
         measured = curvature[torch.isfinite(curvature)]
-        return self if len(measured) == 0 else dataclasses.replace(self, drawn_curvature=float(measured.mean()))
+        if len(measured) == 0:
+            return self
+        return dataclasses.replace(self, drawn_curvature=float(measured.mean()), drawn_localization=None)
 
     def describe(self, num_train: int) -> str:
         """What was measured, in a line."""

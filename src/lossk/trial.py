@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
+from functools import partial
 
 import torch
 
@@ -22,7 +23,7 @@ from lossk.pilot import Pilot
 from lossk.sgld import SGLD
 from lossk.timings import Progress
 from lossk.trial_chain import Trial, run_trial
-from lossk.tune import LAG1_TARGET, STEPS_CAP, Limits, affordable_steps, choose_settings, step_budget
+from lossk.tune import STEPS_CAP, Limits, affordable_steps, choose_settings, step_budget
 
 RISE_SHARE = 0.05  # of an uninformed predictor's loss
 RISE_NATS = 0.1  # where no such predictor is known: a loss of the caller's own
@@ -30,6 +31,7 @@ TRIES = 12
 MOST_STEPS = 4000  # of all tries; whatever the number of draws, which must not change the law
 NEAR = 2.0  # times the localization of a trial: so far its noise and memory can be foreseen
 UNSTABLE = 1.5  # times the budget of the step: so long a step may itself have raised the loss
+CLOSEST = 0.5  # autocorrelation of a loss from one draw to the next
 SLOW = 5.0  # seconds that are announced
 SPACINGS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 15, 20, 25, 30, 40, 50, 65, 80, 100, 130, 160, 200, 250, 300, 400, STEPS_CAP)
 
@@ -83,7 +85,12 @@ def settle(
             _announce(chosen, around, bar)
         try:
             trial = run_trial(
-                chosen, around, bound=bound if sampler.localization == "auto" else float("inf"), most=left, bar=bar
+                chosen,
+                around,
+                bound=bound if sampler.localization == "auto" else math.inf,
+                most=left,
+                of_use=partial(_near, sampler, chosen, pilot, limits, around) if sampler.lr == "auto" else None,
+                bar=bar,
             )
         except DivergedError:
             trial = None
@@ -100,11 +107,11 @@ def settle(
             continue
         limits = _no_wider(limits, sampler, chosen)
         if sampler.lr == "auto":
-            foreseen, whys = choose_settings(sampler, pilot, task, num_train=len(train), limits=limits)
-            if _unstable(chosen, pilot) or not _foreseeable(foreseen, chosen):
+            refined = _refine(sampler, chosen, pilot, limits, around)
+            if refined is None:
                 continue
-            trial = dataclasses.replace(trial, memory=trial.memory * _pull(chosen) / _pull(foreseen))
-            chosen, reasons = foreseen, whys
+            trial = dataclasses.replace(trial, memory=trial.memory * _pull(chosen) / _pull(refined[0]))
+            chosen, reasons = refined
         if sampler.num_burnin_steps == "auto" and trial.whole and not trial.settled and limits.burnin < 8:
             limits = dataclasses.replace(limits, burnin=2 * limits.burnin)
             continue
@@ -118,13 +125,30 @@ def settle(
 
 def _informed(pilot: Pilot, trial: Trial, chosen: SGLD) -> Pilot:
     """What the trial found at its draws, where the next choice is made."""
-    pilot = dataclasses.replace(pilot, drawn_curvature=trial.curvature)
+    localization = float(chosen.localization)
+    pilot = dataclasses.replace(pilot, drawn_curvature=trial.curvature, drawn_localization=None)
+    if not _unstable(chosen, pilot):  # else its draws are where its step has driven them
+        pilot = dataclasses.replace(pilot, drawn_localization=localization)
     if trial.variance is not None:
         pilot = dataclasses.replace(pilot, drawn_variance=trial.variance)
     if trial.noise is not None:
-        localization = float(chosen.localization)
         pilot = dataclasses.replace(pilot, control_variance=trial.noise, control_localization=localization)
     return pilot
+
+
+def _refine(
+    sampler: SGLD, chosen: SGLD, pilot: Pilot, limits: Limits, around: Surroundings
+) -> tuple[SGLD, list[str]] | None:
+    """The settings by what the trial of `chosen` has shown; None where they are too far from those it tried."""
+    limits = _no_wider(limits, sampler, chosen)
+    refined, reasons = choose_settings(sampler, pilot, around.task, num_train=len(around.train), limits=limits)
+    near = not _unstable(chosen, pilot) and _foreseeable(refined, chosen)
+    return (refined, reasons) if near else None
+
+
+def _near(sampler: SGLD, chosen: SGLD, pilot: Pilot, limits: Limits, around: Surroundings, trial: Trial) -> bool:
+    """Whether the settings by what a trial shows are near those it tries: else its end would be of no use."""
+    return _refine(sampler, chosen, _informed(pilot, trial, chosen), limits, around) is not None
 
 
 def _closer(sampler: SGLD, chosen: SGLD, pilot: Pilot, limits: Limits, excess: float) -> Limits:
@@ -206,15 +230,16 @@ def _space(
 
 
 def worth_spacing(memory: float, step_cost: float, probe_cost: float) -> int:
-    """Steps between draws: the least cost per effective draw, (s steps + probe) (1 + rho^s) / (1 - rho^s).
+    """Steps between draws: the least cost per effective draw of a kernel entry.
 
-    rho per step is that of an AR(1) trace with the integrated autocorrelation time `memory`; draws closer than
-    rho^s = 1/e are never taken, for draws are also asked to count.
+    That is (s steps + probe) (1 + r^2) / (1 - r^2): an entry is a mean of products of two losses, which forget as the
+    square of r = rho^s. rho per step is that of an AR(1) trace with the integrated autocorrelation time `memory`; draws
+    closer than r = 1/2 are never taken, for draws are also asked to count.
     """
     rho = max((memory - 1.0) / (memory + 1.0), 1e-9)
 
     def cost(steps: int) -> float:
-        return (steps * step_cost + probe_cost) * (1 + rho**steps) / (1 - rho**steps)
+        return (steps * step_cost + probe_cost) * (1 + rho ** (2 * steps)) / (1 - rho ** (2 * steps))
 
-    allowed = [steps for steps in SPACINGS if rho**steps <= LAG1_TARGET] or [STEPS_CAP]
+    allowed = [steps for steps in SPACINGS if rho**steps <= CLOSEST] or [STEPS_CAP]
     return min(allowed, key=cost)

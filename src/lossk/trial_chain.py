@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -20,7 +21,8 @@ from lossk.timings import Progress
 MEMORIES = 10  # length of a trial after its burn-in, in decorrelation times of flat directions
 LONGEST = 2000  # steps of a trial
 RECORDS = 200
-MEASURED = 3  # draws at which the curvature is measured
+MEASURED = 3  # draws at which the curvature is measured, the first right after burn-in
+LONG = 100  # steps after burn-in: so many are worth asking first whether they are of use
 WINDOW, FAR = 20, 2.0  # a rise this many times too high over so many steps is no news to wait for
 PLATEAU_Z = 4.0
 DRIFT_Z, DRIFTING = 3.0, 0.1  # of a sample, and the share of samples that may have it
@@ -37,8 +39,8 @@ class Trial:
     drift: float = 0.0  # of the mean loss between the two halves after burn-in, as a normal z
     drifting: float = 0.0  # share of samples whose own loss drifts by |z| > 3 between them
     curvature: float | None = None  # h_max at its draws, the mean of a few
-    variance: float | None = None  # lambda_max(Cov g) at its end
-    noise: float | None = None  # lambda_max(Cov(g_i(w) - g_i(w*))) at its end, with a control variate
+    variance: float | None = None  # lambda_max(Cov g) at its last draw
+    noise: float | None = None  # lambda_max(Cov(g_i(w) - g_i(w*))) there, with a control variate
 
     @property
     def settled(self) -> bool:
@@ -46,7 +48,13 @@ class Trial:
 
 
 def run_trial(
-    sampler: SGLD, around: Surroundings, *, bound: float = math.inf, most: int = LONGEST, bar: Progress | None = None
+    sampler: SGLD,
+    around: Surroundings,
+    *,
+    bound: float = math.inf,
+    most: int = LONGEST,
+    of_use: Callable[[Trial], bool] | None = None,
+    bar: Progress | None = None,
 ) -> Trial:
     """One chain from w* at resolved settings.
 
@@ -55,6 +63,7 @@ def run_trial(
     Args:
         bound: of the rise; where the chain is far beyond it, it ends early, and only `rise` says something.
         most: steps.
+        of_use: asked right after the burn-in of a long trial with what it has shown by then; False ends it.
 
     Raises:
         DivergedError: it exploded.
@@ -67,7 +76,7 @@ def run_trial(
     wanted = MEMORIES * math.ceil(2 / pull) if pull > 0 else math.inf
     after = int(min(wanted, most - burnin))
     every = max(1, -(-after // RECORDS))
-    marks = {after * part // MEASURED for part in range(1, MEASURED + 1)}
+    marks = {after * part // (MEASURED - 1) for part in range(MEASURED)}
     few = [train[part] for part in watched_samples(len(train)).split(fitting_batch(256, task.loss.positions))]
 
     def measure(what: Callable[..., float]) -> float:
@@ -81,30 +90,35 @@ def run_trial(
     excess: list[float] = []
     rows: list[Tensor] = []
     curvatures: list[float] = []
+
+    def shown(rise: float, whole: bool) -> Trial:
+        noise = measure(control_variance) if chain.force.control is not None else None
+        curvature = sum(curvatures) / len(curvatures)
+        variance = measure(gradient_variance)
+        return Trial(rise, len(excess), whole, curvature=curvature, variance=variance, noise=noise)
+
     for step in range(1, burnin + after + 1):
         excess.append(chain.advance())
         bar.update()
-        recent = sum(excess[-WINDOW:]) / WINDOW
+        recent = sum(excess[-WINDOW:]) / min(len(excess), WINDOW)
         if len(excess) >= WINDOW and recent > FAR * bound:
             return Trial(recent, step, whole=False, curvature=measure(largest_curvature))
         if step > burnin and (step - burnin) % every == 0:
             rows.append(torch.cat([task.losses(part) for part in few]).double())
         if step - burnin in marks:
             curvatures.append(measure(largest_curvature))
+        if step == burnin and after >= LONG and of_use is not None:
+            so_far = shown(recent, whole=False)
+            if not of_use(so_far):
+                return so_far
     traces = torch.stack(rows)
     if not torch.isfinite(traces).all():
         raise chain.diverged("a training sample has a loss that is not finite")
     drift, drifting = _drift(traces)
-    return Trial(
-        rise=sum(excess[burnin:]) / after,
-        steps=burnin + after,
-        whole=after == wanted and burnin == int(sampler.num_burnin_steps),
-        memory=every * autocorrelation_time(traces),
-        drift=drift,
-        drifting=drifting,
-        curvature=sum(curvatures) / len(curvatures),
-        variance=measure(gradient_variance),
-        noise=measure(control_variance) if chain.force.control is not None else None,
+    whole = after == wanted and burnin == int(sampler.num_burnin_steps)
+    memory = every * autocorrelation_time(traces)
+    return dataclasses.replace(
+        shown(sum(excess[burnin:]) / after, whole), memory=memory, drift=drift, drifting=drifting
     )
 
 

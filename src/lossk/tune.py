@@ -128,14 +128,13 @@ def _choose_law(sampler: SGLD, pilot: Pilot, controlled: bool, limits: Limits) -
 
     Flat directions have that gain: there V is small. The least localization that mixes within `steps` has
     lr gamma = 2 / steps with lr at the tighter of its two bounds, so
-    gamma = 2 / (steps noise_lr) or gamma = stiff / (2 B steps - 1), with B the discretisation budget.
+    gamma = 2 / (steps noise_lr) or gamma = stiff / (2 B steps - 1), with B the step's budget.
     """
-    stiff, gain = pilot.n_beta * pilot.steepest, sampler.gain
-    steps = affordable_steps(sampler)
+    gain, steps = sampler.gain, affordable_steps(sampler)
     if sampler.localization != "auto":
         localization, why_local = float(sampler.localization), ""
     else:
-        localization = min(_mixing_localization(sampler, pilot, controlled, stiff, steps, limits), limits.most)
+        localization = min(_mixing_localization(sampler, pilot, controlled, steps, limits), limits.most)
         why_local = f"flat directions then forget within {steps} steps"
         if localization < limits.localization:
             localization, why_local = limits.localization, limits.why_localization
@@ -143,6 +142,7 @@ def _choose_law(sampler: SGLD, pilot: Pilot, controlled: bool, limits: Limits) -
             localization, why_local = 1.0, "no curvature or gradient noise to choose it by"
     if sampler.lr != "auto":
         return localization, float(sampler.lr), why_local, ""
+    stiff = pilot.n_beta * pilot.steepest(localization)
     noise = pilot.noise_per_lr(controlled, localization)
     noise_lr = NOISE_BUDGET / noise if noise > 0 else math.inf
     step_lr = 4 * step_budget(sampler) / (stiff + localization) if stiff + localization > 0 else math.inf
@@ -164,12 +164,17 @@ def _choose_law(sampler: SGLD, pilot: Pilot, controlled: bool, limits: Limits) -
     return localization, lr, why_local, why_lr
 
 
-def _mixing_localization(
-    sampler: SGLD, pilot: Pilot, controlled: bool, stiff: float, steps: int, limits: Limits
-) -> float:
+def _mixing_localization(sampler: SGLD, pilot: Pilot, controlled: bool, steps: int, limits: Limits) -> float:
     if sampler.lr != "auto":
         return 2.0 / (steps * float(sampler.lr) * sampler.gain)
-    from_step = stiff / (2 * step_budget(sampler) * steps - 1)
+    # gamma (2 B steps - 1) = stiff, of which the draws' own part goes as 1 / gamma: a quadratic.
+    times = 2 * step_budget(sampler) * steps - 1
+    fixed = pilot.n_beta * pilot.steepest(math.inf) / times
+    drawn = pilot.n_beta * pilot.steepening / times
+    if pilot.drawn_localization:
+        from_step = (fixed + math.sqrt(fixed**2 + 4 * drawn * pilot.drawn_localization)) / 2
+    else:
+        from_step = fixed
     if controlled:  # noise per lr is c / gamma: gamma^2 = 2 c / (steps budget)
         from_noise = math.sqrt(2.0 * pilot.noise_per_lr(True, 1.0) / (steps * NOISE_BUDGET))
     else:
