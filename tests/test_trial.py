@@ -165,7 +165,8 @@ def test_a_trial_of_no_use_ends_after_its_burn_in() -> None:
     assert kept.whole
     assert kept.steps > 300
     assert asked == [ended, ended]
-    assert (ended.steps, ended.whole) == (40, False)
+    assert (ended.steps, ended.whole, ended.cut) == (40, False, True)
+    assert not kept.cut
     assert ended.curvature is not None
     assert ended.noise is not None
     assert 0.5 < ended.curvature / kept.curvature < 2.0

@@ -11,7 +11,7 @@ from lossk.chain import Surroundings
 from lossk.gaussian import Gaussian
 from lossk.pilot import Pilot, default_n_beta, run_pilot
 from lossk.samplers import Sampler
-from lossk.sgld import EULER, SGLD
+from lossk.sgld import SGLD
 from lossk.timings import Progress
 from lossk.trial import settle
 from lossk.tune import BURNIN_CAP, BURNIN_TARGET, LAG1_TARGET, NOISE_BUDGET, STABILITY_BUDGET, STEPS_CAP
@@ -49,10 +49,10 @@ def choose(
         reasons.append(f"n_beta = {n_beta:.4g}: n / ln n of the {terms} training {task.loss.unit}")
     if not sampler.has_auto:
         return sampler, None, reasons
-    # By Euler's step: the wider law that averaged noise affords is too wide for the long step of kinetic dynamics.
+    # The law is that of SGLD's default, whatever the sampler.
     alike = SGLD(
         n_beta=sampler.n_beta, localization=sampler.localization, batch_size=getattr(sampler, "batch_size", 256),
-        params=sampler.params, integrator=EULER,
+        params=sampler.params,
     )  # fmt: skip
     if isinstance(sampler, BAOAB) and sampler.control_variate:
         alike = dataclasses.replace(alike, control_variate=True)

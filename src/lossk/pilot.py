@@ -17,7 +17,7 @@ from lossk.data import Samples
 from lossk.sgld import SGLD
 from lossk.task import Task
 
-FEWER_SAMPLES, FEWER_ITERATIONS = 64, 8  # where nothing is chosen by what they say
+FEWER_SAMPLES, FEWER_ITERATIONS = 64, 6  # where nothing is chosen by what they say
 FEWEST_SAMPLES, FEWEST_ITERATIONS = 32, 4  # where that would be more than a share of the run's own passes
 SHARE = 0.02
 PASSES_PER_ITERATION = 11  # forward passes' worth: three gradients for 3 each, and two of losses
@@ -36,6 +36,7 @@ class Pilot:
     control_localization: float | None = None  # the trial's
     drawn_curvature: float | None = None  # h_max at typical draws of the trial chain, or of the run
     drawn_localization: float | None = None  # the trial's
+    drawn_stably: bool = True  # False: so steep for its step that this may have driven the draws there
     drawn_variance: float | None = None  # lambda_max(Cov g) likewise
 
     @property
@@ -43,13 +44,27 @@ class Pilot:
         """How much larger the curvature is at typical draws than at w*."""
         return max((self.drawn_curvature or 0.0) - self.curvature, 0.0)
 
-    def steepest(self, localization: float) -> float:
-        """h_max that a step must be stable for: at typical draws of that localization.
+    @property
+    def loudening(self) -> float:
+        """How much larger the gradient variance is at typical draws than at w*."""
+        return max((self.drawn_variance or 0.0) - self.gradient_variance, 0.0)
 
-        What it has more than at w* goes as the draws' squared distance, 1 / localization, from where it was measured.
+    def steepest(self, localization: float) -> float:
+        """h_max that a step must be stable for: at typical draws of that localization."""
+        return self.curvature + self.steepening * self._moved(localization)
+
+    def loudest(self, localization: float) -> float:
+        """lambda_max(Cov g) at typical draws of that localization."""
+        return self.gradient_variance + self.loudening * self._moved(localization)
+
+    def _moved(self, localization: float) -> float:
+        """What is found at draws more than at w* goes as their squared distance, 1 / localization.
+
+        Not relied upon where the draws that were measured were not the law's.
         """
-        moved = self.drawn_localization / max(localization, 1e-30) if self.drawn_localization else 1.0
-        return self.curvature + self.steepening * moved
+        if self.drawn_localization and self.drawn_stably:
+            return self.drawn_localization / max(localization, 1e-30)
+        return 1.0
 
     def stability_share(self, sampler: SGLD) -> float:
         """eps a_max / 4 of a resolved sampler, at its largest gain; averaged noise needs less than 1."""
@@ -71,9 +86,8 @@ class Pilot:
 
     def noise_per_lr(self, controlled: bool, localization: float) -> float:
         """n_beta^2 f lambda_max / 4. What a control variate leaves goes as the spread around w*, 1 / localization."""
-        variance = max(self.gradient_variance, self.drawn_variance or 0.0)
+        variance = 0.0 if controlled else self.loudest(localization)
         if controlled:
-            variance = 0.0
             if self.control_variance is not None and self.control_localization is not None:
                 variance = self.control_variance * self.control_localization / max(localization, 1e-30)
         return self.n_beta**2 * self.batch_factor * variance / 4.0

@@ -22,7 +22,7 @@ from lossk.losses import IGNORED, split_batch
 from lossk.pilot import Pilot
 from lossk.sgld import SGLD
 from lossk.timings import Progress
-from lossk.trial_chain import Trial, run_trial
+from lossk.trial_chain import Trial, run_trial, steps_after_burnin
 from lossk.tune import STEPS_CAP, Limits, affordable_steps, choose_settings, step_budget
 
 RISE_SHARE = 0.05  # of an uninformed predictor's loss
@@ -106,6 +106,8 @@ def settle(
             limits = _closer(sampler, chosen, pilot, limits, trial.rise / bound)
             continue
         limits = _no_wider(limits, sampler, chosen)
+        if trial.cut:
+            continue
         if sampler.lr == "auto":
             refined = _refine(sampler, chosen, pilot, limits, around)
             if refined is None:
@@ -126,9 +128,8 @@ def settle(
 def _informed(pilot: Pilot, trial: Trial, chosen: SGLD) -> Pilot:
     """What the trial found at its draws, where the next choice is made."""
     localization = float(chosen.localization)
-    pilot = dataclasses.replace(pilot, drawn_curvature=trial.curvature, drawn_localization=None)
-    if not _unstable(chosen, pilot):  # else its draws are where its step has driven them
-        pilot = dataclasses.replace(pilot, drawn_localization=localization)
+    pilot = dataclasses.replace(pilot, drawn_curvature=trial.curvature, drawn_localization=localization)
+    pilot = dataclasses.replace(pilot, drawn_stably=not _unstable(chosen, pilot))
     if trial.variance is not None:
         pilot = dataclasses.replace(pilot, drawn_variance=trial.variance)
     if trial.noise is not None:
@@ -147,8 +148,12 @@ def _refine(
 
 
 def _near(sampler: SGLD, chosen: SGLD, pilot: Pilot, limits: Limits, around: Surroundings, trial: Trial) -> bool:
-    """Whether the settings by what a trial shows are near those it tries: else its end would be of no use."""
-    return _refine(sampler, chosen, _informed(pilot, trial, chosen), limits, around) is not None
+    """Whether a trial's end is of use: the settings by what it shows are near, and would not be tried anew sooner."""
+    refined = _refine(sampler, chosen, _informed(pilot, trial, chosen), limits, around)
+    if refined is None:
+        return False
+    anew = int(refined[0].num_burnin_steps) + steps_after_burnin(refined[0])
+    return steps_after_burnin(chosen) <= anew
 
 
 def _closer(sampler: SGLD, chosen: SGLD, pilot: Pilot, limits: Limits, excess: float) -> Limits:

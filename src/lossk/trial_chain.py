@@ -35,6 +35,7 @@ class Trial:
     rise: float  # of the training loss over its value at w*, after burn-in, nats
     steps: int
     whole: bool  # long enough to see flat directions forget
+    cut: bool = False  # of no use beyond its burn-in: curvature, variance and noise are what it says
     memory: float = math.nan  # integrated autocorrelation time of the median sample's loss, in steps
     drift: float = 0.0  # of the mean loss between the two halves after burn-in, as a normal z
     drifting: float = 0.0  # share of samples whose own loss drifts by |z| > 3 between them
@@ -70,10 +71,9 @@ def run_trial(
     """
     task, train, bar = around.task, around.train, bar or Progress(False)
     chain = SGLDChain(around, sampler, PILOT_CHAIN)
-    pull = float(sampler.lr) * sampler.gain * float(sampler.localization)
     most = max(min(most, LONGEST), 2 * WINDOW)
     burnin = min(int(sampler.num_burnin_steps), most // 2)
-    wanted = MEMORIES * math.ceil(2 / pull) if pull > 0 else math.inf
+    wanted = steps_after_burnin(sampler)
     after = int(min(wanted, most - burnin))
     every = max(1, -(-after // RECORDS))
     marks = {after * part // (MEASURED - 1) for part in range(MEASURED)}
@@ -91,11 +91,11 @@ def run_trial(
     rows: list[Tensor] = []
     curvatures: list[float] = []
 
-    def shown(rise: float, whole: bool) -> Trial:
+    def shown(rise: float, **how: bool) -> Trial:
         noise = measure(control_variance) if chain.force.control is not None else None
         curvature = sum(curvatures) / len(curvatures)
         variance = measure(gradient_variance)
-        return Trial(rise, len(excess), whole, curvature=curvature, variance=variance, noise=noise)
+        return Trial(rise, len(excess), **how, curvature=curvature, variance=variance, noise=noise)
 
     for step in range(1, burnin + after + 1):
         excess.append(chain.advance())
@@ -108,7 +108,7 @@ def run_trial(
         if step - burnin in marks:
             curvatures.append(measure(largest_curvature))
         if step == burnin and after >= LONG and of_use is not None:
-            so_far = shown(recent, whole=False)
+            so_far = shown(recent, whole=False, cut=True)
             if not of_use(so_far):
                 return so_far
     traces = torch.stack(rows)
@@ -118,8 +118,14 @@ def run_trial(
     whole = after == wanted and burnin == int(sampler.num_burnin_steps)
     memory = every * autocorrelation_time(traces)
     return dataclasses.replace(
-        shown(sum(excess[burnin:]) / after, whole), memory=memory, drift=drift, drifting=drifting
+        shown(sum(excess[burnin:]) / after, whole=whole), memory=memory, drift=drift, drifting=drifting
     )
+
+
+def steps_after_burnin(sampler: SGLD) -> float:
+    """That a trial of resolved settings wants: so many decorrelation times of flat directions."""
+    pull = float(sampler.lr) * sampler.gain * float(sampler.localization)
+    return MEMORIES * math.ceil(2 / pull) if pull > 0 else math.inf
 
 
 def autocorrelation_time(traces: Tensor) -> float:

@@ -167,17 +167,19 @@ def _choose_law(sampler: SGLD, pilot: Pilot, controlled: bool, limits: Limits) -
 def _mixing_localization(sampler: SGLD, pilot: Pilot, controlled: bool, steps: int, limits: Limits) -> float:
     if sampler.lr != "auto":
         return 2.0 / (steps * float(sampler.lr) * sampler.gain)
-    # gamma (2 B steps - 1) = stiff, of which the draws' own part goes as 1 / gamma: a quadratic.
-    times = 2 * step_budget(sampler) * steps - 1
-    fixed = pilot.n_beta * pilot.steepest(math.inf) / times
-    drawn = pilot.n_beta * pilot.steepening / times
-    if pilot.drawn_localization:
-        from_step = (fixed + math.sqrt(fixed**2 + 4 * drawn * pilot.drawn_localization)) / 2
-    else:
-        from_step = fixed
+
+    def least(per: float, fixed: float, drawn: float) -> float:
+        """gamma = per (fixed + drawn gamma_drawn / gamma)."""
+        fixed, drawn = per * fixed, per * drawn
+        if pilot.drawn_localization:
+            return (fixed + math.sqrt(fixed**2 + 4 * drawn * pilot.drawn_localization)) / 2
+        return fixed + drawn
+
+    from_step = least(pilot.n_beta / (2 * step_budget(sampler) * steps - 1), pilot.curvature, pilot.steepening)
     if controlled:  # noise per lr is c / gamma: gamma^2 = 2 c / (steps budget)
         from_noise = math.sqrt(2.0 * pilot.noise_per_lr(True, 1.0) / (steps * NOISE_BUDGET))
     else:
-        from_noise = 2.0 * pilot.noise_per_lr(False, 1.0) / (steps * NOISE_BUDGET)
+        per = pilot.n_beta**2 * pilot.batch_factor / (2.0 * steps * NOISE_BUDGET)
+        from_noise = least(per, pilot.gradient_variance, pilot.loudening)
     from_explosion = 2.0 / (steps * limits.lr * sampler.gain) if math.isfinite(limits.lr) else 0.0
     return max(from_step, from_noise, from_explosion)
