@@ -57,6 +57,12 @@ class Pilot:
         """lambda_max(Cov g) at typical draws of that localization."""
         return self.gradient_variance + self.loudening * self._moved(localization)
 
+    def _left(self, localization: float) -> float:
+        """lambda_max(Cov(g_i(w) - g_i(w*))) at typical draws of that localization; 0 while it has not been measured."""
+        if self.control_variance is None or self.control_localization is None:
+            return 0.0
+        return self.control_variance * self.control_localization / max(localization, 1e-30)
+
     def _moved(self, localization: float) -> float:
         """What is found at draws more than at w* goes as their squared distance, 1 / localization.
 
@@ -86,10 +92,7 @@ class Pilot:
 
     def noise_per_lr(self, controlled: bool, localization: float) -> float:
         """n_beta^2 f lambda_max / 4. What a control variate leaves goes as the spread around w*, 1 / localization."""
-        variance = 0.0 if controlled else self.loudest(localization)
-        if controlled:
-            if self.control_variance is not None and self.control_localization is not None:
-                variance = self.control_variance * self.control_localization / max(localization, 1e-30)
+        variance = self._left(localization) if controlled else self.loudest(localization)
         return self.n_beta**2 * self.batch_factor * variance / 4.0
 
     def informed(self, curvature: Tensor) -> Pilot:
