@@ -14,7 +14,8 @@ from lossk.samplers import Sampler
 from lossk.sgld import SGLD
 from lossk.timings import Progress
 from lossk.trial import settle
-from lossk.tune import BURNIN_CAP, BURNIN_TARGET, LAG1_TARGET, NOISE_BUDGET, STABILITY_BUDGET, STEPS_CAP
+from lossk.tune import LAG1_TARGET, NOISE_BUDGET, STABILITY_BUDGET, STEPS_CAP
+from lossk.tune_baoab import afford, choose_baoab, kick_noise, longest_step
 
 WORTH_SAYING = 2.0  # times fewer gradients, or longer steps
 
@@ -49,7 +50,7 @@ def choose(
         reasons.append(f"n_beta = {n_beta:.4g}: n / ln n of the {terms} training {task.loss.unit}")
     if not sampler.has_auto:
         return sampler, None, reasons
-    # The law is that of SGLD's default, whatever the sampler.
+    # The law is that of SGLD's default, whatever the sampler, where that sampler can afford it.
     alike = SGLD(
         n_beta=sampler.n_beta, localization=sampler.localization, batch_size=getattr(sampler, "batch_size", 256),
         params=sampler.params,
@@ -61,10 +62,14 @@ def choose(
     unknown = isinstance(sampler, BAOAB) and sampler.step_size == "auto"
     if sampler.localization == "auto" or (unknown and sampler.localization > 0):
         sgld, pilot, whys = settle(alike, pilot, around, num_probe=num_probe, bar=bar)
-        sampler = dataclasses.replace(sampler, localization=float(sgld.localization))
-        reasons += [why for why in whys if why.startswith("localization")]
+        asked, sampler = sampler, dataclasses.replace(sampler, localization=float(sgld.localization))
+        why = [why for why in whys if why.startswith("localization")]
+        if isinstance(sampler, BAOAB) and asked.localization == "auto" and unknown:
+            sampler, more = afford(sampler, pilot)
+            why = more or why
+        reasons += why
     if isinstance(sampler, BAOAB):
-        sampler, more = _choose_baoab(sampler, pilot)
+        sampler, more = choose_baoab(sampler, pilot)
         reasons += more
     return sampler, pilot, reasons
 
@@ -88,7 +93,9 @@ def _praise_of_momentum(sampler: SGLD, pilot: Pilot) -> list[str]:
     highest = pilot.n_beta * pilot.steepest(lowest) + lowest
     if lowest <= 0 or highest <= 0:
         return []
-    h = 1.0 / math.sqrt(highest)
+    if pilot.batch_factor > 0 and pilot.control_variance is None:
+        return []  # what noise its kicks would have is not known
+    h, _ = longest_step(pilot, lowest, controlled=True)
     friction = modes.choose_friction(h, lowest, highest, STEPS_CAP)
     theirs = 2 * modes.steps_to_forget(h, friction, lowest, highest, LAG1_TARGET, STEPS_CAP)
     ours = (2 if sampler.control_variate else 1) * 2.0 / (float(sampler.lr) * sampler.gain * lowest)
@@ -101,61 +108,5 @@ def momentum_noise_ratio(sampler: Sampler, pilot: Pilot | None) -> float | None:
     """Minibatch noise of BAOAB's kicks over its thermostat's, in its worst direction; None where there are none."""
     if not isinstance(sampler, BAOAB) or pilot is None:
         return None
-    h = float(sampler.step_size)
-    lost = 1.0 - math.exp(-2.0 * float(sampler.friction) * h)
-    return 4.0 * h * h * pilot.noise_per_lr(sampler.control_variate, float(sampler.localization)) / lost
-
-
-def _choose_baoab(sampler: BAOAB, pilot: Pilot) -> tuple[BAOAB, list[str]]:
-    """h from the largest curvature; friction, burn-in and spacing from the exact linear map (`lossk.modes`)."""
-    reasons: list[str] = []
-    lowest = float(sampler.localization)
-    highest = pilot.n_beta * pilot.steepest(lowest) + lowest
-    if lowest <= 0:
-        raise ValueError(
-            "step_size, friction, num_burnin_steps and num_steps_bw_draws must be numbers when localization is 0: flat "
-            "directions then have no stationary spread to choose them by"
-        )
-    if sampler.step_size == "auto":
-        h, why = 1.0 / math.sqrt(highest), f"h^2 a_max = 1 at curvature a_max = {highest:.3g} (4 is the limit)"
-        noise = pilot.noise_per_lr(sampler.control_variate, lowest)
-        # Minibatch noise of a kick over the thermostat's: h^2 4 noise / (1 - c^2), with friction about 2 sqrt(gamma).
-        if noise > 0 and math.sqrt(lowest) * NOISE_BUDGET / noise < h:
-            h = float(math.sqrt(lowest) * NOISE_BUDGET / noise)
-            why = f"gradient-noise budget {NOISE_BUDGET:.2g}"
-        reasons.append(f"step_size = {h:.3g}: {why}")
-    else:
-        h = float(sampler.step_size)
-        if h * h * highest >= 4.0:
-            raise ValueError(
-                f"step_size must be less than 2 / sqrt(a_max) = {2 / math.sqrt(highest):.3g} at the measured curvature "
-                f"a_max = {highest:.3g}, got {h:.3g}"
-            )
-    if sampler.friction == "auto":
-        friction = modes.choose_friction(h, lowest, highest, STEPS_CAP)
-        reasons.append(
-            f"friction = {friction:.3g}: {friction / math.sqrt(lowest):.2g} sqrt(localization), where the slowest mode "
-            "forgets soonest"
-        )
-    else:
-        friction = float(sampler.friction)
-    if sampler.num_burnin_steps == "auto":
-        burnin = modes.steps_to_spread(h, friction, lowest, highest, BURNIN_TARGET, BURNIN_CAP)
-        reached = modes.spread(h, friction, lowest, highest, burnin)
-        reasons.append(
-            f"num_burnin_steps = {burnin}: the slowest mode reaches {reached:.0%} of its stationary variance"
-        )
-    else:
-        burnin = int(sampler.num_burnin_steps)
-    if sampler.num_steps_bw_draws == "auto":
-        thinning = modes.steps_to_forget(h, friction, lowest, highest, LAG1_TARGET, STEPS_CAP)
-        lag1 = modes.lag_correlation(h, friction, lowest, highest, thinning)
-        reasons.append(
-            f"num_steps_bw_draws = {thinning}: the slowest mode keeps autocorrelation {lag1:.2f} between draws"
-        )
-    else:
-        thinning = int(sampler.num_steps_bw_draws)
-    resolved = dataclasses.replace(
-        sampler, step_size=h, friction=friction, num_burnin_steps=burnin, num_steps_bw_draws=thinning
-    )
-    return resolved, reasons
+    noise = pilot.noise_per_lr(sampler.control_variate, float(sampler.localization))
+    return kick_noise(float(sampler.step_size), float(sampler.friction), noise)
