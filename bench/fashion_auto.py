@@ -81,7 +81,7 @@ def main() -> None:
     chosen = auto["meta"]["sampler"]
     steps = chosen["num_burnin_steps"] + options.num_draws * chosen["num_steps_bw_draws"]
     measured = Pilot(**auto["meta"]["pilot"])
-    a_max = measured.n_beta * measured.steepest(chosen["localization"]) + chosen["localization"]
+    a_max = measured.stiffest(chosen["localization"])
     by_hand = lossk.BAOAB(
         n_beta=chosen["n_beta"],
         localization=chosen["localization"],

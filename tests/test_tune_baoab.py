@@ -8,9 +8,9 @@ import math
 import pytest
 
 import lossk
-from lossk import choose, modes, tune
+from lossk import choose, tune
 from lossk.pilot import Pilot
-from lossk.tune_baoab import afford, choose_baoab, longest_step
+from lossk.tune_baoab import afford, choose_baoab, longest_step, steps_to_forget
 
 NOISY = Pilot(
     curvature=5.0, gradient_variance=3.0, n_beta=200.0, batch_factor=0.003, num_samples=500,
@@ -23,11 +23,7 @@ SGLD = lossk.SGLD(
 
 
 def memory(pilot: Pilot, localization: float) -> int:
-    """Steps in which BAOAB's slowest mode forgets, at its longest step and best friction."""
-    h, _ = longest_step(pilot, localization, controlled=True)
-    highest = pilot.n_beta * pilot.steepest(localization) + localization
-    friction = modes.choose_friction(h, localization, highest, tune.STEPS_CAP)
-    return modes.steps_to_forget(h, friction, localization, highest, tune.LAG1_TARGET, tune.STEPS_CAP)
+    return steps_to_forget(pilot, localization, controlled=True)
 
 
 def test_the_law_is_the_least_local_that_the_noise_of_kicks_affords() -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import math
 
-from lossk import modes
 from lossk.baoab import BAOAB
 from lossk.chain import Surroundings
 from lossk.gaussian import Gaussian
@@ -14,8 +13,8 @@ from lossk.samplers import Sampler
 from lossk.sgld import SGLD
 from lossk.timings import Progress
 from lossk.trial import settle
-from lossk.tune import LAG1_TARGET, NOISE_BUDGET, STABILITY_BUDGET, STEPS_CAP
-from lossk.tune_baoab import afford, choose_baoab, kick_noise, longest_step
+from lossk.tune import NOISE_BUDGET, STABILITY_BUDGET
+from lossk.tune_baoab import afford, choose_baoab, kick_noise, steps_to_forget
 
 WORTH_SAYING = 2.0  # times fewer gradients, or longer steps
 
@@ -90,14 +89,11 @@ def _praise_of_averaging(sampler: SGLD, pilot: Pilot) -> list[str]:
 def _praise_of_momentum(sampler: SGLD, pilot: Pilot) -> list[str]:
     """A line, if kinetic Langevin dynamics would forget flat directions with far fewer gradients (in a quadratic)."""
     lowest = float(sampler.localization)
-    highest = pilot.n_beta * pilot.steepest(lowest) + lowest
-    if lowest <= 0 or highest <= 0:
+    if lowest <= 0 or pilot.stiffest(lowest) <= 0:
         return []
     if pilot.batch_factor > 0 and pilot.control_variance is None:
         return []  # what noise its kicks would have is not known
-    h, _ = longest_step(pilot, lowest, controlled=True)
-    friction = modes.choose_friction(h, lowest, highest, STEPS_CAP)
-    theirs = 2 * modes.steps_to_forget(h, friction, lowest, highest, LAG1_TARGET, STEPS_CAP)
+    theirs = 2 * steps_to_forget(pilot, lowest, controlled=True)
     ours = (2 if sampler.control_variate else 1) * 2.0 / (float(sampler.lr) * sampler.gain * lowest)
     if ours < WORTH_SAYING * theirs:
         return []

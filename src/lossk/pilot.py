@@ -53,6 +53,10 @@ class Pilot:
         """h_max that a step must be stable for: at typical draws of that localization."""
         return self.curvature + self.steepening * self._moved(localization)
 
+    def stiffest(self, localization: float) -> float:
+        """a_max = n_beta h_max + localization at typical draws of that localization."""
+        return self.n_beta * self.steepest(localization) + localization
+
     def loudest(self, localization: float) -> float:
         """lambda_max(Cov g) at typical draws of that localization."""
         return self.gradient_variance + self.loudening * self._moved(localization)
@@ -75,7 +79,7 @@ class Pilot:
     def stability_share(self, sampler: SGLD) -> float:
         """eps a_max / 4 of a resolved sampler, at its largest gain; averaged noise needs less than 1."""
         lr, localization = float(sampler.lr) * sampler.gain, float(sampler.localization)
-        return lr * (self.n_beta * self.steepest(localization) + localization) / 4.0
+        return lr * self.stiffest(localization) / 4.0
 
     def discretisation(self, sampler: SGLD) -> float:
         """eps a_max / 4 of a resolved sampler; with a preconditioner, at its largest gain: an upper bound.

@@ -142,15 +142,15 @@ def _choose_law(sampler: SGLD, pilot: Pilot, controlled: bool, limits: Limits) -
             localization, why_local = 1.0, "no curvature or gradient noise to choose it by"
     if sampler.lr != "auto":
         return localization, float(sampler.lr), why_local, ""
-    stiff = pilot.n_beta * pilot.steepest(localization)
+    stiffest = pilot.stiffest(localization)
     noise = pilot.noise_per_lr(controlled, localization)
     noise_lr = NOISE_BUDGET / noise if noise > 0 else math.inf
-    step_lr = 4 * step_budget(sampler) / (stiff + localization) if stiff + localization > 0 else math.inf
+    step_lr = 4 * step_budget(sampler) / stiffest if stiffest > 0 else math.inf
     lr = min(step_lr, noise_lr)
     if not math.isfinite(lr):
         raise ValueError("lr='auto' needs a loss with curvature or localization > 0; give lr= as a number")
     if step_lr <= noise_lr:
-        share, rule = f"{step_budget(sampler):.0%}", f"at curvature {stiff + localization:.3g}"
+        share, rule = f"{step_budget(sampler):.0%}", f"at curvature {stiffest:.3g}"
         why_lr = (
             f"{share} of the stability limit {rule}" if sampler.averaged else f"discretisation budget {share} {rule}"
         )

@@ -15,7 +15,7 @@ FARTHEST = 100.0  # times the localization that the budgets of SGLD ask for
 
 def longest_step(pilot: Pilot, lowest: float, controlled: bool, friction: float | None = None) -> tuple[float, str]:
     """h at a localization, and why no longer; `friction` as given, or else as it will be chosen."""
-    highest = pilot.n_beta * pilot.steepest(lowest) + lowest
+    highest = pilot.stiffest(lowest)
     h, why = 1.0 / math.sqrt(highest), f"h^2 a_max = 1 at curvature a_max = {highest:.3g} (4 is the limit)"
     noise = pilot.noise_per_lr(controlled, lowest)
     for _ in range(4):  # the friction that is best depends a little on h
@@ -32,6 +32,14 @@ def kick_noise(h: float, friction: float, noise: float) -> float:
     return 4.0 * h * h * noise / (1.0 - math.exp(-2.0 * friction * h))
 
 
+def steps_to_forget(pilot: Pilot, lowest: float, controlled: bool) -> int:
+    """Of the slowest mode, at the longest step of a localization and its best friction."""
+    h, _ = longest_step(pilot, lowest, controlled)
+    highest = pilot.stiffest(lowest)
+    friction = modes.choose_friction(h, lowest, highest, STEPS_CAP)
+    return modes.steps_to_forget(h, friction, lowest, highest, LAG1_TARGET, STEPS_CAP)
+
+
 def afford(sampler: BAOAB, pilot: Pilot) -> tuple[BAOAB, list[str]]:
     """With the least localization, from its own on, at which flat directions forget in 25 gradients; why, if another.
 
@@ -43,10 +51,7 @@ def afford(sampler: BAOAB, pilot: Pilot) -> tuple[BAOAB, list[str]]:
         steps = max(steps, int(sampler.num_steps_bw_draws))
     here = lowest = float(sampler.localization)
     while lowest < FARTHEST * here:
-        h, _ = longest_step(pilot, lowest, sampler.control_variate)
-        highest = pilot.n_beta * pilot.steepest(lowest) + lowest
-        friction = modes.choose_friction(h, lowest, highest, STEPS_CAP)
-        if modes.steps_to_forget(h, friction, lowest, highest, LAG1_TARGET, STEPS_CAP) <= steps:
+        if steps_to_forget(pilot, lowest, sampler.control_variate) <= steps:
             break
         lowest *= 1.05
     why = [f"localization = {lowest:.4g}: flat directions then forget within {steps} steps of {gradients} gradients"]
@@ -57,7 +62,7 @@ def choose_baoab(sampler: BAOAB, pilot: Pilot) -> tuple[BAOAB, list[str]]:
     """h from the largest curvature; friction, burn-in and spacing from the exact linear map (`lossk.modes`)."""
     reasons: list[str] = []
     lowest = float(sampler.localization)
-    highest = pilot.n_beta * pilot.steepest(lowest) + lowest
+    highest = pilot.stiffest(lowest)
     if lowest <= 0:
         raise ValueError(
             "step_size, friction, num_burnin_steps and num_steps_bw_draws must be numbers when localization is 0: flat "
