@@ -54,7 +54,9 @@ def make(
         first: dict[int, int] = {}
         for chain, part in panels(losses, panel):
             start = first.get(chain, 0)
-            draw = SimpleNamespace(excess_loss=0.0, distance=0.0, acceptance=1.0, curvature=float("nan"))
+            draw = SimpleNamespace(
+                excess_loss=0.0, distance=0.0, acceptance=1.0, curvature=float("nan"), variance=float("nan")
+            )
             state = SimpleNamespace(step=start, draw=start + len(part), weights=torch.zeros(1), memory={})
             log.append(
                 SimpleNamespace(chain=chain, first_draw=start, losses=part, draws=[draw] * len(part), state=state)

@@ -131,7 +131,9 @@ def test_a_step_is_stable_where_the_draws_are_and_not_only_at_the_trained_weight
     )  # fmt: skip
     pilot = traces.meta["pilot"]
     assert pilot["drawn_curvature"] > 5 * pilot["curvature"]
-    assert traces.meta["sampler"]["lr"] * n_beta * pilot["drawn_curvature"] / 4 < tune.STABILITY_BUDGET
+    # The step was chosen by the trial's three draws; those of the run's own may differ by a few percent.
+    assert pilot["drawn_times"] > trial_chain.MEASURED
+    assert traces.meta["sampler"]["lr"] * n_beta * pilot["drawn_curvature"] / 4 < 1.1 * tune.STABILITY_BUDGET
     w = np.linspace(-3, 3, 20_001)
     density = np.exp(-n_beta * (0.5 * w**2 + 5 * w**4) - localization / 2 * w**2)
     truth = float((density * w**2).sum() / density.sum())

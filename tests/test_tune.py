@@ -232,4 +232,3 @@ def test_the_curvature_of_draws_grows_as_their_squared_distance() -> None:
     assert pilot.steepest(200.0) == pytest.approx(1.0 + 3.0 / 200.0)
     assert pilot.steepest(math.inf) == 1.0
     assert dataclasses.replace(pilot, drawn_stably=False).steepest(math.inf) == 1.03
-    assert pilot.informed(torch.tensor([4.0, math.nan, 6.0])).steepest(7.0) == 5.0  # measured at the law itself

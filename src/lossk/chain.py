@@ -42,7 +42,8 @@ class Draw:
     excess_loss: float  # mean over the steps since the last draw of L_B(w) - L_B(w*), nats; NaN where unknown
     distance: float  # |w - w*|
     acceptance: float = math.nan  # that a Metropolis test of a step from here would have, where it was asked for
-    curvature: float = math.nan  # h_max of the training loss here, at a chain's last draw where nobody has measured it
+    curvature: float = math.nan  # h_max of the training loss here, at the last draw of a chain that measures it
+    variance: float = math.nan  # lambda_max(Cov g) there; with a control variate, of what it leaves
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ class Surroundings:
     backend: str
     timings: Timings
     fitted: dict[str, Tensor]  # what the sampler's `fit` returned
-    measures_curvature: bool = False  # whether chains measure it at their last draw
+    judging: tuple[int, int] = (0, 0)  # so many chains measure the loss at their last draw, on so many samples
 
 
 class Chain(ABC):
@@ -90,9 +91,9 @@ class Chain(ABC):
         """Of a Metropolis test of a step from the present weights; NaN unless the sampler was asked for it."""
         return math.nan
 
-    def curvature(self) -> float:
-        """h_max of the training loss at the present weights; NaN where it is not to be measured."""
-        return math.nan
+    def judge(self) -> tuple[float, float]:
+        """(h_max of the training loss, lambda_max of the gradients' covariance) here; NaN where not to be measured."""
+        return math.nan, math.nan
 
     def state(self) -> ChainState:
         memory = {name: tensor.clone() for name, tensor in self.memory.items()}
@@ -119,8 +120,8 @@ class Chain(ABC):
             excess += self.advance()
             self.draw += 1
             distance = float(torch.linalg.vector_norm(self.task.flat - self.task.anchor))
-            curvature = self.curvature() if self.draw == num_draws else math.nan
-            yield Draw(self.chain, self.draw - 1, excess / steps, distance, self.acceptance(), curvature)
+            found = self.judge() if self.draw == num_draws else (math.nan, math.nan)
+            yield Draw(self.chain, self.draw - 1, excess / steps, distance, self.acceptance(), *found)
 
 
 def time_a_step(chain: Chain) -> float:

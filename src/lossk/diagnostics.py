@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lossk.tune import STABILITY_BUDGET
+
 if TYPE_CHECKING:
     from lossk.chain import Draw
     from lossk.pilot import Pilot
@@ -22,7 +24,8 @@ WATCHED = 256  # samples whose own traces are kept, evenly spaced over the probe
 RANKED = 64  # of them, of which R-hat and ESS are taken: ArviZ goes through traces one by one, and medians need no more
 RHAT_LIMIT = 1.1
 NOISE_LIMIT = 1.0
-STEP_LIMIT = 0.25
+STEP_LIMIT = 0.25  # of eps a_max / 4, the excess variance of the stiffest direction, without averaged noise
+STABILITY_LIMIT = 0.7  # of the same with it: bias begins where draws are steeper than the step is stable for
 BURNIN_LIMIT = 0.9
 ESS_LIMIT = 50.0
 FLOOR_LIMIT = 0.6
@@ -57,10 +60,13 @@ class Diagnostics:
     wbic: Estimate | None  # n E[L_n(w)], nats; only at n_beta = n / ln n (Watanabe 2013)
     noise_floor: float | None  # median over samples: the largest correlation that chance alone would show
     gradient_noise_ratio: float | None  # minibatch noise over injected noise, worst direction; well below 1 is right
-    discretisation: float | None  # eps a_max / 4, relative excess variance of the stiffest direction
+    discretisation: (
+        float | None
+    )  # eps a_max / 4, relative excess variance of the stiffest direction; squared if averaged
     burnin_completeness: float | None  # share of its stationary variance that a flat direction has at the first draw
     drift: float | None  # of the mean probe loss, first third of the draws to last, in standard deviations over draws
     drift_z: float | None  # the same in standard errors
+    stability: float | None = None  # eps a_max / 4 with averaged noise: 1 is unstable; None without
     rise: float | None = None  # E[L_n(w)] - L_n(w*), of the training loss
     uninformed: float | None = None  # what a predictor that has learnt nothing loses, where that is known
     acceptance: float | None = None  # of a Metropolis test, mean over draws; of HMC, or of SGLD that measures it
@@ -124,6 +130,7 @@ class TraceWatch:
         self.distance = torch.full((num_chains, num_draws), torch.nan, dtype=torch.float64)  # |w - w*|
         self.acceptance = torch.full((num_chains, num_draws), torch.nan, dtype=torch.float64)  # of a Metropolis test
         self.curvature = torch.full((num_chains,), torch.nan, dtype=torch.float64)  # h_max at the chains' last draws
+        self.variance = torch.full((num_chains,), torch.nan, dtype=torch.float64)  # of gradients there
         self.losses = torch.full((num_chains, num_draws, len(self.index)), torch.nan)  # nats
 
     def note(self, losses: Tensor, draws: Sequence[Draw]) -> None:
@@ -134,7 +141,7 @@ class TraceWatch:
         self.distance[chain, rows] = torch.tensor([draw.distance for draw in draws], dtype=torch.float64)
         self.acceptance[chain, rows] = torch.tensor([draw.acceptance for draw in draws], dtype=torch.float64)
         if math.isfinite(draws[-1].curvature):
-            self.curvature[chain] = draws[-1].curvature
+            self.curvature[chain], self.variance[chain] = draws[-1].curvature, draws[-1].variance
         self.losses[chain, rows] = losses[:, self.index]
 
 
@@ -234,12 +241,14 @@ def diagnose(
     if excess is not None and n_beta is not None:
         llc = n_beta * float(excess.double().mean())
         llc_se = n_beta * _mcse(excess.double().numpy())
-    noise, discretisation, completeness = noise_ratio, None, None
+    noise, discretisation, stability, completeness = noise_ratio, None, None, None
     if sampler is not None:
         retained = 1.0 - float(sampler.lr) * sampler.gain * float(sampler.localization) / 2.0
         completeness = 1.0 - retained ** (2 * int(sampler.num_burnin_steps))
         if pilot is not None:
-            noise, discretisation = pilot.noise_ratio(sampler), pilot.discretisation(sampler)
+            noise = pilot.noise_ratio(sampler) if pilot.knows_noise(sampler) else None
+            discretisation = pilot.discretisation(sampler)
+            stability = pilot.stability_share(sampler) if sampler.averaged else None
     numbers: dict[str, Any] = {
         "functional_variance": None if criteria is None else criteria.functional_variance,
         "singular_fluctuation": None if criteria is None else criteria.singular_fluctuation,
@@ -258,6 +267,7 @@ def diagnose(
         "llc_se": llc_se,
         "gradient_noise_ratio": noise,
         "discretisation": discretisation,
+        "stability": stability,
         "burnin_completeness": completeness,
         "drift": drift,
         "drift_z": drift_z,
@@ -275,7 +285,12 @@ def judge(numbers: Mapping[str, Any]) -> tuple[str, str]:
     """The first thing that is wrong, in order of how much it spoils, with the number behind it and one change."""
     n = {key: (math.nan if value is None else value) for key, value in numbers.items()}
     # Comparisons with NaN are false: an unknown number accuses nobody.
-    if n["discretisation"] > STEP_LIMIT:
+    if n["stability"] > STABILITY_LIMIT:
+        return "step too large", (
+            f"the step is {100 * n['stability']:.0f} % of the longest that is stable in the stiffest direction (limit "
+            f"{100 * STABILITY_LIMIT:.0f} %); divide lr by {n['stability'] / STABILITY_BUDGET:.1f}"
+        )
+    if math.isnan(n["stability"]) and n["discretisation"] > STEP_LIMIT:
         share = 100 * n["discretisation"]
         return "step too large", f"variance in the stiffest direction is inflated by about {share:.0f} %; lower lr"
     if n["gradient_noise_ratio"] > NOISE_LIMIT:

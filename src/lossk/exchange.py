@@ -14,7 +14,7 @@ from lossk.distributed import Ranks
 from lossk.mesh import Item, Mesh
 from lossk.panel import Panel
 
-NUMBERS = 5  # float64 beside each draw's losses: the panel's last step, and four numbers of the draw
+NUMBERS = 6  # float64 beside each draw's losses: the panel's last step, and five numbers of the draw
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Exchange:
         if part is not None:
             k, samples = part.losses.shape
             numbers = [
-                [part.state.step, draw.excess_loss, draw.distance, draw.acceptance, draw.curvature]
+                [part.state.step, draw.excess_loss, draw.distance, draw.acceptance, draw.curvature, draw.variance]
                 for draw in part.draws
             ]
             self._sent[:k, :samples] = part.losses

@@ -30,9 +30,13 @@ class MinibatchForce:
         self.task, self.train = around.task, around.train
         self.anchor_losses = around.anchor_losses  # their minibatch mean is a control variate of the loss
         self.minibatches = Minibatches(len(around.train), batch_size, seed=around.seed, chain=chain)
-        full = batch_size is None or batch_size >= len(around.train)
-        self.control = around.fitted[FULL_GRADIENT] if control_variate and not full else None
+        self.control = around.fitted[FULL_GRADIENT] if control_variate and self.draws_minibatches else None
         self._here = torch.empty_like(self.task.flat) if self.control is not None else None
+
+    @property
+    def draws_minibatches(self) -> bool:
+        """Whether gradients are of fewer than all samples."""
+        return self.minibatches.batch_size < self.minibatches.num_samples
 
     def gradient(self, step: int) -> tuple[float, float]:
         """(L_B(w), L_B(w) - L_B(w*)) for the step's minibatch; its gradient is in `task.grad`."""

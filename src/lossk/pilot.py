@@ -1,6 +1,8 @@
 """The pilot's measurements: the largest curvature of the training loss and the largest gradient variance.
 
-At w*, and again at typical draws of the trial chain: a trained network's curvature grows severalfold away from w*."""
+At w*, at typical draws of the trial chain, and at the last draws of the run's own: away from w* a trained network is
+severalfold as steep, and its gradients differ up to hundreds of times as much.
+"""
 
 from __future__ import annotations
 
@@ -12,15 +14,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lossk.curvature import ITERATIONS, MOST_SAMPLES, gradient_variance, largest_curvature
+from lossk.curvature import DRAWN_SAMPLES, ITERATIONS, MOST_SAMPLES, Sample, gradient_variance, largest_curvature
 from lossk.data import Samples
 from lossk.sgld import SGLD
 from lossk.task import Task
 
-FEWER_SAMPLES, FEWER_ITERATIONS = 64, 6  # where nothing is chosen by what they say
+FEWER_SAMPLES, FEWER_ITERATIONS = 64, 6  # where nothing is chosen by what they say, and as many others
 FEWEST_SAMPLES, FEWEST_ITERATIONS = 32, 4  # where that would be more than a share of the run's own passes
 SHARE = 0.02
 PASSES_PER_ITERATION = 11  # forward passes' worth: three gradients for 3 each, and two of losses
+JUDGING_SHARE = 0.03  # of a run's passes, for what its chains measure at their last draws
+JUDGING_ITERATIONS = 7  # as a rule, with the one of the samples held out; of 10 at most
+CONTROLLED = 2.0  # times as dear with a control variate
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,8 +39,9 @@ class Pilot:
     num_samples: int  # training samples used
     control_variance: float | None = None  # lambda_max(Cov(g_i(w) - g_i(w*))) at a typical w of the trial chain
     control_localization: float | None = None  # the trial's
-    drawn_curvature: float | None = None  # h_max at typical draws of the trial chain, or of the run
-    drawn_localization: float | None = None  # the trial's
+    drawn_curvature: float | None = None  # h_max at typical draws of the trial chain, or of the run, or of both
+    drawn_localization: float | None = None  # theirs
+    drawn_times: int = 0  # draws at which it was measured
     drawn_stably: bool = True  # False: so steep for its step that this may have driven the draws there
     drawn_variance: float | None = None  # lambda_max(Cov g) likewise
 
@@ -94,17 +100,37 @@ class Pilot:
         controlled = sampler.control_variate is True
         return float(sampler.lr) * sampler.gain * self.noise_per_lr(controlled, float(sampler.localization))
 
+    def knows_noise(self, sampler: SGLD) -> bool:
+        """Whether it has been measured: what a control variate leaves of it only away from w*."""
+        return not sampler.control_variate or self.control_variance is not None or self.batch_factor == 0.0
+
     def noise_per_lr(self, controlled: bool, localization: float) -> float:
         """n_beta^2 f lambda_max / 4. What a control variate leaves goes as the spread around w*, 1 / localization."""
         variance = self._left(localization) if controlled else self.loudest(localization)
         return self.n_beta**2 * self.batch_factor * variance / 4.0
 
-    def informed(self, curvature: Tensor) -> Pilot:
-        """With the mean of what chains measured at their last draws, [C] with NaN where they did not."""
-        measured = curvature[torch.isfinite(curvature)]
-        if len(measured) == 0:
+    def informed(self, curvature: Tensor, variance: Tensor, *, localization: float, controlled: bool) -> Pilot:
+        """With what a run's chains measured at their last draws. Each draw counts alike, a trial's too.
+
+        Args:
+            curvature, variance: [C], NaN where it was not measured; the variance is that of the gradients, with a
+                control variate (`controlled`) of what it leaves of them.
+        """
+        times = int(torch.isfinite(curvature).sum())
+        if times == 0:
             return self
-        return dataclasses.replace(self, drawn_curvature=float(measured.mean()), drawn_localization=None)
+        left = None if self.control_variance is None else self._left(localization)
+        loud = None if self.drawn_variance is None else self.loudest(localization)
+        left, loud = (_mean(left, 1, variance), loud) if controlled else (left, _mean(loud, 1, variance))
+        return dataclasses.replace(
+            self,
+            drawn_curvature=_mean(self.steepest(localization), self.drawn_times, curvature),
+            drawn_localization=localization,
+            drawn_times=self.drawn_times + times,
+            drawn_variance=loud,
+            control_variance=left,
+            control_localization=None if left is None else localization,
+        )
 
     def describe(self, num_train: int) -> str:
         """What was measured, in a line."""
@@ -120,7 +146,8 @@ class Pilot:
         if sampler.averaged:
             bias = f"step at {self.stability_share(sampler):.0%} of the stability limit"
         batch = num_train if sampler.batch_size is None else min(sampler.batch_size, num_train)
-        return f"{bias}, gradient-noise ratio {self.noise_ratio(sampler):.2g} (minibatch {batch})"
+        noise = f"{self.noise_ratio(sampler):.2g}" if self.knows_noise(sampler) else "unknown"
+        return f"{bias}, gradient-noise ratio {noise} (minibatch {batch})"
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -143,11 +170,31 @@ def run_pilot(task: Task, train: Samples, sampler: SGLD, *, seed: int, run_passe
     most, iterations = (MOST_SAMPLES, ITERATIONS) if "auto" in settings else (FEWER_SAMPLES, FEWER_ITERATIONS)
     if "auto" not in settings and most * iterations * PASSES_PER_ITERATION > SHARE * run_passes:
         most, iterations = FEWEST_SAMPLES, FEWEST_ITERATIONS
-    asked = {"seed": seed, "most": most, "iterations": iterations}
+    held_out = "auto" not in settings
+    asked: Sample = {"most": most, "iterations": iterations, "held_out": held_out}
     return Pilot(
-        curvature=largest_curvature(task, train, **asked),
-        gradient_variance=gradient_variance(task, train, **asked),
+        curvature=largest_curvature(task, train, seed=seed, **asked),
+        gradient_variance=gradient_variance(task, train, seed=seed, **asked),
         n_beta=sampler.n_beta if sampler.n_beta is not None else default_n_beta(task.loss.num_terms(n)),
         batch_factor=(n - m) / (m * (n - 1)) if n > 1 else 0.0,
-        num_samples=min(most, n),
+        num_samples=min(2 * most if held_out else most, n),
     )
+
+
+def judging_samples(run_passes: float, num_chains: int, *, controlled: bool) -> tuple[int, int]:
+    """(chains, samples): how many chains measure at their last draw, and on how many samples, and as many others.
+
+    3 % of the run's passes pay for it. Many draws with few samples say more than the reverse.
+    """
+    dear = JUDGING_ITERATIONS * PASSES_PER_ITERATION * (CONTROLLED if controlled else 1.0)
+    affordable = int(min(JUDGING_SHARE * run_passes / dear, num_chains * DRAWN_SAMPLES))
+    chains = min(affordable // FEWEST_SAMPLES, num_chains)
+    return chains, affordable // chains if chains else 0
+
+
+def _mean(known: float | None, times: int, measured: Tensor) -> float | None:
+    """Of what was known from so many draws and what was measured at others, where it is not NaN."""
+    found = measured[torch.isfinite(measured)].tolist()
+    if known is not None:
+        found += [known] * times
+    return sum(found) / len(found) if found else None

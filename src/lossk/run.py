@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from lossk import provenance, record
 from lossk.anchor import evaluate_anchor
 from lossk.backends import choose_ops
+from lossk.baoab import BAOAB
 from lossk.blocks import Moments
 from lossk.chain import Chain, ChainState, Surroundings, time_a_step
 from lossk.choose import choose, momentum_noise_ratio
@@ -32,7 +33,7 @@ from lossk.neighbors import median_noise_floor
 from lossk.panel import ChainTotals, Panel, chain_panels
 from lossk.passes import Passes
 from lossk.passes_pilot import Load, choose_passes
-from lossk.pilot import Pilot
+from lossk.pilot import Pilot, judging_samples
 from lossk.plan import check_disk, check_traces, factor_layout, make_plan, trace_layout
 from lossk.prefix_cache import cut_prefix
 from lossk.probe import Probe, prepare_probe, rows_fingerprint, token_fingerprint
@@ -195,11 +196,13 @@ class Run:
         held = {key: change(samples) for key, samples in held.items()}
         self.probe, self.train = self.probe.with_samples(lambda samples: held[id(samples)]), held[id(self.train)]
 
-    def _load(self) -> Load:
-        draws, batch = self.num_chains * self.num_draws, getattr(self.asked, "batch_size", None) or len(self.train)
-        if isinstance(self.asked, SteppingSettings):
-            unknown = "auto" in (self.asked.num_burnin_steps, self.asked.num_steps_bw_draws)
-            steps = USUAL_STEPS * draws if unknown else self.num_chains * self.asked.steps(self.num_draws)
+    def _load(self, sampler: Sampler | None = None) -> Load:
+        """Of the sampler that was asked for, or of that one."""
+        sampler = sampler or self.asked
+        draws, batch = self.num_chains * self.num_draws, getattr(sampler, "batch_size", None) or len(self.train)
+        if isinstance(sampler, SteppingSettings):
+            unknown = "auto" in (sampler.num_burnin_steps, sampler.num_steps_bw_draws)
+            steps = USUAL_STEPS * draws if unknown else self.num_chains * sampler.steps(self.num_draws)
         else:
             steps = 0
         return Load(draws, steps, min(batch, len(self.train)))
@@ -325,13 +328,29 @@ class Run:
             self.ops["sgld_step"],
             timings,
             fitted=self.fitted,
-            measures_curvature=self.pilot is not None and self.pilot.drawn_curvature is None,
+            judging=self._judging(),
+        )
+
+    def _judging(self) -> tuple[int, int]:
+        """How many chains measure the training loss at their last draws, on how many samples."""
+        sampler = self.sampler
+        if self.pilot is None or not isinstance(sampler, SGLD | BAOAB) or sampler.has_auto:
+            return 0, 0
+        return judging_samples(
+            self._load(sampler).forward_passes(self.probe.num_samples),
+            self.num_chains,
+            controlled=bool(sampler.control_variate),
         )
 
     @property
     def informed_pilot(self) -> Pilot | None:
-        """The pilot with what the chains measured at their last draws, where no trial chain did."""
-        return None if self.pilot is None else self.pilot.informed(self.watch.curvature)
+        """The pilot with what the chains measured at their last draws."""
+        sampler = self.sampler
+        if self.pilot is None or not isinstance(sampler, SGLD | BAOAB):
+            return self.pilot
+        localization, controlled = float(sampler.localization), bool(sampler.control_variate)
+        found = (self.watch.curvature, self.watch.variance)
+        return self.pilot.informed(*found, localization=localization, controlled=controlled)
 
     def _chain(self, chain: int, timings: Timings) -> Chain:
         return make_chain(self.sampler, self._around(timings), chain)
@@ -390,7 +409,7 @@ class Run:
             criteria=criteria,
             pilot=self.informed_pilot,
             sampler=sgld,
-            noise_ratio=momentum_noise_ratio(self.sampler, self.pilot),
+            noise_ratio=momentum_noise_ratio(self.sampler, self.informed_pilot),
             acceptance=self.watch.acceptance,
             distance=self.watch.distance,
             uninformed=None if learnt_nothing is None else learnt_nothing[0],

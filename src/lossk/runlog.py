@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import io
 import json
+import math
 import os
 import zipfile
 from collections.abc import Sequence
@@ -208,7 +209,9 @@ class RunLog:
     def read_draws(self, commit: dict[str, Any]) -> list[Draw]:
         """What the chain said of a committed panel's draws."""
         first = commit["first_draw"]
-        columns = zip(*(commit[name] for name in ("excess", "distance", "acceptance", "curvature")), strict=True)
+        unknown = [math.nan] * len(commit["excess"])  # a run begun by an earlier version
+        names = ("excess", "distance", "acceptance", "curvature", "variance")
+        columns = zip(*(commit.get(name, unknown) for name in names), strict=True)
         return [Draw(commit["chain"], first + i, *numbers) for i, numbers in enumerate(columns)]
 
     def read_panel(self, commit: dict[str, Any], columns: slice = slice(None)) -> Tensor:
@@ -245,4 +248,5 @@ def commit_of(chain: int, first_draw: int, step: int, draws: Sequence[Draw]) -> 
         "distance": [draw.distance for draw in draws],
         "acceptance": [draw.acceptance for draw in draws],
         "curvature": [draw.curvature for draw in draws],
+        "variance": [draw.variance for draw in draws],
     }

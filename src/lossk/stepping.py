@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import math
 
+import torch
+
 from lossk.chain import Chain, Surroundings
-from lossk.curvature import DRAWN_ITERATIONS, DRAWN_SAMPLES, largest_curvature
+from lossk.curvature import Sample, control_variance, gradient_variance, largest_curvature
 from lossk.force import MinibatchForce
 from lossk.settings import SteppingSettings
-
-SHARE = 0.01  # of a chain's own gradients, that measuring the curvature at its last draw may take
-FEWEST = 32  # samples
 
 
 class SteppingChain(Chain):
@@ -45,14 +44,21 @@ class SteppingChain(Chain):
             raise self.diverged(f"minibatch loss {loss:.4g} (limit {self.limit:.4g})")
         return excess
 
-    def curvature(self) -> float:
-        """On as many samples as 1 % of the chain's own gradients pays for; NaN where those are too few."""
-        own = self.step * self.force.minibatches.batch_size
-        samples = min(int(SHARE * own / (2 * DRAWN_ITERATIONS)), DRAWN_SAMPLES)
-        if not self.around.measures_curvature or min(samples, len(self.around.train)) < FEWEST:
-            return math.nan
+    def judge(self) -> tuple[float, float]:
+        chains, samples = self.around.judging
+        if self.chain >= chains:
+            return math.nan, math.nan
+        sample: Sample = {"most": samples, "which": 1 + self.chain, "held_out": True}
+        noise = gradient_variance if self.force.control is None else control_variance
+        wanted = [largest_curvature, noise] if self.force.draws_minibatches else [largest_curvature]
+        found = []
         with self.around.timings.measure("curvature"):
-            return largest_curvature(self.task, self.around.train, seed=self.around.seed, most=samples)
+            for what in wanted:
+                try:
+                    found.append(what(self.task, self.around.train, seed=self.around.seed, **sample))
+                except (ValueError, torch.OutOfMemoryError):  # not finite, or no room for it: stays unknown
+                    found.append(math.nan)
+        return found[0], found[-1] if len(found) == 2 else math.nan
 
 
 def explosion_limit(anchor_loss: float, num_weights: int, n_beta: float) -> float:

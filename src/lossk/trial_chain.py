@@ -40,6 +40,7 @@ class Trial:
     drift: float = 0.0  # of the mean loss between the two halves after burn-in, as a normal z
     drifting: float = 0.0  # share of samples whose own loss drifts by |z| > 3 between them
     curvature: float | None = None  # h_max at its draws, the mean of a few
+    measured: int = 1  # of so many
     variance: float | None = None  # lambda_max(Cov g) at its last draw
     noise: float | None = None  # lambda_max(Cov(g_i(w) - g_i(w*))) there, with a control variate
 
@@ -95,7 +96,8 @@ def run_trial(
         noise = measure(control_variance) if chain.force.control is not None else None
         curvature = sum(curvatures) / len(curvatures)
         variance = measure(gradient_variance)
-        return Trial(rise, len(excess), **how, curvature=curvature, variance=variance, noise=noise)
+        trial = Trial(rise, len(excess), **how, curvature=curvature, variance=variance, noise=noise)
+        return dataclasses.replace(trial, measured=len(curvatures))
 
     for step in range(1, burnin + after + 1):
         excess.append(chain.advance())

@@ -225,6 +225,7 @@ def _diagnostics(d: Diagnostics | None) -> dict[str, Any] | None:
             "minibatch over injected, worst direction; below 1",
         ),
         ("discretisation", number(d.discretisation), "excess variance of the stiffest direction, relative"),
+        ("step", number(d.stability), "of the longest that is stable in the stiffest direction; at most 0.7"),
         ("burn-in completeness", number(d.burnin_completeness), "share of a flat direction's stationary variance"),
         ("drift", number(d.drift, 2), "of the mean loss, first third to last, standard deviations"),
         ("noise floor", number(d.noise_floor), "correlation that chance alone reaches, median row"),
