@@ -42,7 +42,8 @@ def test_autocorrelation_time_leaves_dead_samples_out() -> None:
 
 @pytest.mark.parametrize("rho", [0.5, 0.9, 0.99])
 def test_spacing_is_the_cheapest_allowed(rho: float) -> None:
-    memory = (1 + rho) / (1 - rho)
+    memory = trial_chain.Memory(tuple(rho**k for k in range(2000)))
+    assert memory.steps == pytest.approx((1 + rho) / (1 - rho))
     for probe_cost in (0.0, 10.0, 1000.0):
         found = trial.worth_spacing(memory, 1.0, probe_cost)
         assert rho**found <= trial.CLOSEST
@@ -50,8 +51,26 @@ def test_spacing_is_the_cheapest_allowed(rho: float) -> None:
         def cost(s: int, probe_cost: float = probe_cost) -> float:
             return (s + probe_cost) * (1 + rho ** (2 * s)) / (1 - rho ** (2 * s))
 
-        assert all(cost(found) <= cost(s) for s in trial.SPACINGS if rho**s <= trial.CLOSEST)
+        assert all(cost(found) <= cost(s) * (1 + 1e-9) for s in trial.SPACINGS if rho**s <= trial.CLOSEST)
     assert trial.worth_spacing(memory, 1.0, 1000.0) > trial.worth_spacing(memory, 1.0, 0.0)
+
+
+def test_spacing_follows_what_was_measured() -> None:
+    """Averaged noise ties consecutive steps together: 0.62 after one step, where AR(1) of the same time has 0.46."""
+    memory = trial_chain.Memory((1.0, 0.62, 0.2, 0.06))
+    assert memory.steps == pytest.approx(2.76)
+    assert (memory.at(0), memory.at(1), memory.at(1.5), memory.at(3.5), memory.at(9)) == (
+        1.0, 0.62, pytest.approx(0.41), pytest.approx(0.03), 0.0,
+    )  # fmt: skip
+    assert memory.squares(1) == pytest.approx(1 + 2 * (0.62**2 + 0.2**2 + 0.06**2))
+    assert memory.squares(2) == pytest.approx(1 + 2 * 0.2**2)
+    assert trial.worth_spacing(memory, 1.0, 0.0) == 2
+    slower = memory.slowed(3.0)
+    assert slower.at(3) == pytest.approx(0.62)
+    assert slower.steps == pytest.approx(3 * 2.76)
+    assert (
+        trial.worth_spacing(slower, 1.0, 0.0) == 4
+    )  # 4 (1 + 2 (0.48^2 + 0.11^2)) = 5.9; 5 (1 + 2 (0.34^2 + 0.04^2)) = 6.2
 
 
 def test_a_drift_is_seen() -> None:

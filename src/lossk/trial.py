@@ -22,7 +22,7 @@ from lossk.losses import IGNORED, split_batch
 from lossk.pilot import Pilot
 from lossk.sgld import SGLD
 from lossk.timings import Progress
-from lossk.trial_chain import Trial, run_trial, steps_after_burnin
+from lossk.trial_chain import Memory, Trial, run_trial, steps_after_burnin
 from lossk.tune import STEPS_CAP, Limits, affordable_steps, choose_settings, step_budget
 
 RISE_SHARE = 0.05  # of an uninformed predictor's loss
@@ -112,7 +112,8 @@ def settle(
             refined = _refine(sampler, chosen, pilot, limits, around)
             if refined is None:
                 continue
-            trial = dataclasses.replace(trial, memory=trial.memory * _pull(chosen) / _pull(refined[0]))
+            if trial.memory is not None:
+                trial = dataclasses.replace(trial, memory=trial.memory.slowed(_pull(chosen) / _pull(refined[0])))
             chosen, reasons = refined
         if sampler.num_burnin_steps == "auto" and trial.whole and not trial.settled and limits.burnin < 8:
             limits = dataclasses.replace(limits, burnin=2 * limits.burnin)
@@ -217,16 +218,17 @@ def _space(
 ) -> tuple[SGLD, list[str]]:
     """The spacing of the draws, and what else the trial has to say."""
     # A trial cut short has not seen the slowest memories: the spacing that flat directions need then stays.
-    if sampler.num_steps_bw_draws == "auto" and trial.whole:
+    if sampler.num_steps_bw_draws == "auto" and trial.whole and trial.memory is not None:
         n = len(around.train)
         m = n if chosen.batch_size is None else min(chosen.batch_size, n)
         step_cost = 3 * m * (2 if chosen.control_variate else 1)
-        spacing = worth_spacing(trial.memory, step_cost, num_probe)
+        memory = trial.memory
+        spacing = worth_spacing(memory, step_cost, num_probe)
         chosen = dataclasses.replace(chosen, num_steps_bw_draws=spacing)
         reasons = [reason for reason in reasons if not reason.startswith("num_steps_bw_draws")]
         reasons.append(
-            f"num_steps_bw_draws = {spacing}: the median loss remembers {trial.memory:.3g} steps; a probe pass costs "
-            f"{num_probe / step_cost:.2g} steps"
+            f"num_steps_bw_draws = {spacing}: the median loss remembers {memory.steps:.3g} steps, {memory.at(spacing):.2f} "
+            f"of it after {spacing}; a probe pass costs {num_probe / step_cost:.2g} steps"
         )
     plateau = "has reached its plateau" if trial.settled else "has NOT reached a plateau"
     if not trial.whole:
@@ -235,17 +237,11 @@ def _space(
     return chosen, reasons
 
 
-def worth_spacing(memory: float, step_cost: float, probe_cost: float) -> int:
+def worth_spacing(memory: Memory, step_cost: float, probe_cost: float) -> int:
     """Steps between draws: the least cost per effective draw of a kernel entry.
 
-    That is (s steps + probe) (1 + r^2) / (1 - r^2): an entry is a mean of products of two losses, which forget as the
-    square of r = rho^s. rho per step is that of an AR(1) trace with the integrated autocorrelation time `memory`; draws
-    closer than r = 1/2 are never taken, for draws are also asked to count.
+    That is (s steps + probe) (1 + 2 sum_k rho(k s)^2): an entry is a mean of products of two losses, which forget as
+    the square of rho does. Draws closer than rho(s) = 1/2 are never taken, for draws are also asked to count.
     """
-    rho = max((memory - 1.0) / (memory + 1.0), 1e-9)
-
-    def cost(steps: int) -> float:
-        return (steps * step_cost + probe_cost) * (1 + rho ** (2 * steps)) / (1 - rho ** (2 * steps))
-
-    allowed = [steps for steps in SPACINGS if rho**steps <= CLOSEST] or [STEPS_CAP]
-    return min(allowed, key=cost)
+    allowed = [steps for steps in SPACINGS if memory.at(steps) <= CLOSEST] or [STEPS_CAP]
+    return min(allowed, key=lambda steps: (steps * step_cost + probe_cost) * memory.squares(steps))

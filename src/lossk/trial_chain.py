@@ -29,6 +29,35 @@ DRIFT_Z, DRIFTING = 3.0, 0.1  # of a sample, and the share of samples that may h
 
 
 @dataclass(frozen=True)
+class Memory:
+    """How a loss forgets: its autocorrelations at multiples of so many steps, 1 first; 0 after the last."""
+
+    rho: tuple[float, ...]
+    every: float = 1.0  # steps
+
+    @property
+    def steps(self) -> float:
+        """Integrated autocorrelation time."""
+        return self.every * max(2 * sum(self.rho) - 1, 1.0)
+
+    def at(self, steps: float) -> float:
+        """The autocorrelation after so many steps."""
+        lag = steps / self.every
+        whole = int(lag)
+        here, there = (self.rho[k] if k < len(self.rho) else 0.0 for k in (whole, whole + 1))
+        return here + (there - here) * (lag - whole)
+
+    def squares(self, steps: float) -> float:
+        """1 + 2 sum of the squared autocorrelations at all multiples of so many steps."""
+        lags = range(1, int(self.every * len(self.rho) / steps) + 1)
+        return 1 + 2 * sum(self.at(k * steps) ** 2 for k in lags)
+
+    def slowed(self, factor: float) -> Memory:
+        """The same, with that many times the steps."""
+        return dataclasses.replace(self, every=self.every * factor)
+
+
+@dataclass(frozen=True)
 class Trial:
     """What a trial chain showed."""
 
@@ -36,7 +65,7 @@ class Trial:
     steps: int
     whole: bool  # long enough to see flat directions forget
     cut: bool = False  # of no use beyond its burn-in: curvature, variance and noise are what it says
-    memory: float = math.nan  # integrated autocorrelation time of the median sample's loss, in steps
+    memory: Memory | None = None  # of the median sample's loss
     drift: float = 0.0  # of the mean loss between the two halves after burn-in, as a normal z
     drifting: float = 0.0  # share of samples whose own loss drifts by |z| > 3 between them
     curvature: float | None = None  # h_max at its draws, the mean of a few
@@ -92,12 +121,14 @@ def run_trial(
     rows: list[Tensor] = []
     curvatures: list[float] = []
 
-    def shown(rise: float, **how: bool) -> Trial:
+    def shown(rise: float, *, whole: bool, cut: bool = False) -> Trial:
         noise = measure(control_variance) if chain.force.control is not None else None
         curvature = sum(curvatures) / len(curvatures)
         variance = measure(gradient_variance)
-        trial = Trial(rise, len(excess), **how, curvature=curvature, variance=variance, noise=noise)
-        return dataclasses.replace(trial, measured=len(curvatures))
+        return Trial(
+            rise, len(excess), whole, cut,
+            curvature=curvature, measured=len(curvatures), variance=variance, noise=noise,
+        )  # fmt: skip
 
     for step in range(1, burnin + after + 1):
         excess.append(chain.advance())
@@ -118,7 +149,7 @@ def run_trial(
         raise chain.diverged("a training sample has a loss that is not finite")
     drift, drifting = _drift(traces)
     whole = after == wanted and burnin == int(sampler.num_burnin_steps)
-    memory = every * autocorrelation_time(traces)
+    memory = Memory(tuple(autocorrelations(traces)), every)
     return dataclasses.replace(
         shown(sum(excess[burnin:]) / after, whole=whole), memory=memory, drift=drift, drifting=drifting
     )
@@ -131,7 +162,12 @@ def steps_after_burnin(sampler: SGLD) -> float:
 
 
 def autocorrelation_time(traces: Tensor) -> float:
-    """1 + 2 sum rho_k of the median sample: [T, w] -> in records, by Geyer's initial positive pairs (1992).
+    """1 + 2 sum rho_k of the median sample: [T, w] -> in records."""
+    return Memory(tuple(autocorrelations(traces))).steps
+
+
+def autocorrelations(traces: Tensor) -> list[float]:
+    """rho_0 = 1, rho_1, ... of the median sample, as far as Geyer's initial positive pairs (1992): [T, w] -> records.
 
     rho_k is the median over samples of the autocorrelation at lag k; samples that do not vary are left out.
     """
@@ -140,20 +176,20 @@ def autocorrelation_time(traces: Tensor) -> float:
     centred = centred[:, variance > 0] / variance[variance > 0].sqrt()
     t = len(centred)
     if centred.shape[1] == 0 or t < 4:
-        return 1.0
+        return [1.0]
     rho = [float((centred[: t - k] * centred[k:]).sum(dim=0).div(t - k).median()) for k in range(t // 2)]
-    total = _positive_pairs(rho)
-    # Centring on the trace's own mean lowers every rho_k by about total / T (Marriott and Pope 1954): put back once.
-    return max(_positive_pairs([r + (1 - r) * min(total / t, 0.25) for r in rho]), 1.0)
+    time = 2 * sum(_positive_pairs(rho)) - 1
+    # Centring on the trace's own mean lowers every rho_k by about time / T (Marriott and Pope 1954): put back once.
+    return _positive_pairs([r + (1 - r) * min(time / t, 0.25) for r in rho])
 
 
-def _positive_pairs(rho: Sequence[float]) -> float:
-    total = -1.0
+def _positive_pairs(rho: Sequence[float]) -> list[float]:
+    kept: list[float] = []
     for even, odd in zip(rho[::2], rho[1::2], strict=False):
         if even + odd <= 0.05:  # what the correction above adds to no correlation at all
             break
-        total += 2 * (even + odd)
-    return total
+        kept += [even, odd]
+    return kept
 
 
 def _drift(traces: Tensor) -> tuple[float, float]:
