@@ -155,8 +155,8 @@ def main() -> None:
         "",
         "A step that looks moderate at w\\* can be near or beyond the limit where the draws are. So a trial chain "
         "measures the curvature at its draws, and every run again at its chains' last ones, for the verdict: a step is "
-        f"too large above {STABILITY_LIMIT:.0%} of the stability limit there, from where on some draws are steeper than "
-        "it is stable for and nothing vouches for the law: it may still be right, or not.",
+        f"too large above {STABILITY_LIMIT:.0%} of the stability limit there, from where on some draws are steeper "
+        "than it is stable for and nothing vouches for the law: it may still be right, or not.",
         "",
         "Over few samples the largest eigenvalue comes out too large. The verdict takes the middle of theirs and of "
         "what their eigenvector has over as many others.",

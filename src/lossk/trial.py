@@ -227,8 +227,8 @@ def _space(
         chosen = dataclasses.replace(chosen, num_steps_bw_draws=spacing)
         reasons = [reason for reason in reasons if not reason.startswith("num_steps_bw_draws")]
         reasons.append(
-            f"num_steps_bw_draws = {spacing}: the median loss remembers {memory.steps:.3g} steps, {memory.at(spacing):.2f} "
-            f"of it after {spacing}; a probe pass costs {num_probe / step_cost:.2g} steps"
+            f"num_steps_bw_draws = {spacing}: the median loss remembers {memory.steps:.3g} steps, "
+            f"{memory.at(spacing):.2f} of it after {spacing}; a probe pass costs {num_probe / step_cost:.2g} steps"
         )
     plateau = "has reached its plateau" if trial.settled else "has NOT reached a plateau"
     if not trial.whole:
