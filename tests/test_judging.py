@@ -150,8 +150,8 @@ def test_a_step_has_its_own_limit_with_averaged_noise(
     numbers |= {"stability": stability, "discretisation": discretisation}
     found, advice = diagnostics.judge(numbers)
     assert found == verdict
-    if stability is not None and verdict != "good":
-        assert "divide lr by 1.6" in advice
+    if verdict != "good":
+        assert f"divide lr by {'5.2' if stability is None else '1.6'}" in advice
 
 
 class Quartic(nn.Module):

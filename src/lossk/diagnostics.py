@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lossk.tune import STABILITY_BUDGET
+from lossk.tune import DISCRETISATION_BUDGET, STABILITY_BUDGET
 
 if TYPE_CHECKING:
     from lossk.chain import Draw
@@ -291,8 +291,10 @@ def judge(numbers: Mapping[str, Any]) -> tuple[str, str]:
             f"{100 * STABILITY_LIMIT:.0f} %); divide lr by {n['stability'] / STABILITY_BUDGET:.1f}"
         )
     if math.isnan(n["stability"]) and n["discretisation"] > STEP_LIMIT:
-        share = 100 * n["discretisation"]
-        return "step too large", f"variance in the stiffest direction is inflated by about {share:.0f} %; lower lr"
+        return "step too large", (
+            f"variance in the stiffest direction is inflated by about {100 * n['discretisation']:.0f} %; divide lr by "
+            f"{n['discretisation'] / DISCRETISATION_BUDGET:.1f}"
+        )
     if n["gradient_noise_ratio"] > NOISE_LIMIT:
         ratio = n["gradient_noise_ratio"]
         return "too much noise", (
