@@ -60,9 +60,7 @@ class Diagnostics:
     wbic: Estimate | None  # n E[L_n(w)], nats; only at n_beta = n / ln n (Watanabe 2013)
     noise_floor: float | None  # median over samples: the largest correlation that chance alone would show
     gradient_noise_ratio: float | None  # minibatch noise over injected noise, worst direction; well below 1 is right
-    discretisation: (
-        float | None
-    )  # eps a_max / 4, relative excess variance of the stiffest direction; squared if averaged
+    discretisation: float | None  # eps a_max / 4, excess variance of the stiffest direction; squared if averaged
     burnin_completeness: float | None  # share of its stationary variance that a flat direction has at the first draw
     drift: float | None  # of the mean probe loss, first third of the draws to last, in standard deviations over draws
     drift_z: float | None  # the same in standard errors
