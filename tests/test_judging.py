@@ -189,7 +189,7 @@ def test_noise_is_judged_where_the_chains_went(controlled: bool) -> None:
     """At w* all samples' gradients agree, and nothing is to be seen of the minibatches' noise. At a draw their
     covariance is Var(a) g g' with g = w + 20 w^3: of largest eigenvalue Var(a) |g|^2, whose mean is known by
     quadrature, and its standard error over three draws. A control variate takes nothing away: those of w* are equal."""
-    found = quartic_run(num_draws=300, lr=0.005, control_variate=controlled)
+    found = quartic_run(num_draws=360, num_steps_bw_draws=3, lr=0.005, control_variate=controlled)
     measured, sampler = found.meta["pilot"], found.meta["sampler"]
     assert measured["drawn_times"] == 3
     w = np.linspace(-3, 3, 20_001)
