@@ -13,7 +13,8 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +23,12 @@ from torch import Tensor
 
 import lossk
 from bench.machine import described, processor
+from bench.markdown import table
 from bench.time_to_truth_networks import NETWORKS, Network
 from bench.time_to_truth_ours import NUM_CHAINS, find_law, make_reference, timed
 from bench.time_to_truth_statistics import MEASURES, entries, reliability
 from lossk import curvature, provenance
+from lossk.anchor import evaluate_anchor
 from lossk.chain import Surroundings
 from lossk.data import read_samples
 from lossk.diagnostics import STABILITY_LIMIT
@@ -55,35 +58,25 @@ def run_at(network: Network, chosen: dict[str, Any], factor: float, seconds: flo
 
 
 def by_subsets(network: Network, chosen: dict[str, Any]) -> dict[str, Tensor]:
-    """{"curvature" and "gradient variance": [subset sizes, alone or held out, draws]}, in units of all samples' own."""
+    """{"curvature" and "gradient variance": [draws, subset sizes, alone or held out]}, in units of all samples' own."""
     train = read_samples(network.train, "train")
-    found: dict[str, list[list[list[float]]]] = {"curvature": [], "gradient variance": []}
+    measures = {"curvature": curvature.largest_curvature, "gradient variance": curvature.gradient_variance}
+    found: dict[str, list[list[list[float]]]] = {name: [] for name in measures}
     with Task(network.model, resolve_loss("cross_entropy")) as task:
-        losses = torch.cat([task.losses(train[part]) for part in torch.arange(len(train)).split(256)]).double()
+        losses, _ = evaluate_anchor(task, train, Timings(), None)
         around = Surroundings(task, train, losses, SEED, "torch", Timings(), fitted={})
+
+        def shares(measure: Callable[..., float], which: int) -> list[list[float]]:
+            whole = measure(task, train, seed=SEED, most=len(train))
+            over = partial(measure, task, train, seed=SEED, which=which)
+            return [[over(most=m, held_out=held_out) / whole for held_out in (False, True)] for m in SUBSETS]
+
         sampler = lossk.SGLD(**{**chosen, "control_variate": False})
         for draw in SGLDChain(around, sampler, 0).run(DRAWS * EVERY):
-            if draw is None or (draw.draw + 1) % EVERY:
-                continue
-            for measure, into in zip(
-                (curvature.largest_curvature, curvature.gradient_variance), found.values(), strict=True
-            ):
-                whole = measure(task, train, seed=SEED, most=len(train))
-                into.append(
-                    [
-                        [
-                            measure(task, train, seed=SEED, most=m, which=draw.draw, held_out=held_out) / whole
-                            for held_out in (False, True)
-                        ]
-                        for m in SUBSETS
-                    ]
-                )
-    return {name: torch.tensor(values).permute(1, 2, 0) for name, values in found.items()}
-
-
-def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    lines = ["| " + " | ".join(row) + " |" for row in (heads, *rows)]
-    return [lines[0], "|" + "--:|" * len(heads), *lines[1:], ""]
+            if draw is not None and (draw.draw + 1) % EVERY == 0:
+                for name, measure in measures.items():
+                    found[name].append(shares(measure, draw.draw))
+    return {name: torch.tensor(values) for name, values in found.items()}
 
 
 def section(name: str, seconds: float, reference_seconds: float) -> list[str]:
@@ -118,23 +111,25 @@ def section(name: str, seconds: float, reference_seconds: float) -> list[str]:
         f"{reference.num_chains} chains x {reference.num_draws} draws of `lossk.BAOAB`, reliability "
         f"{reference.reliability['R']:.3f} (R), {reference.reliability['K']:.3f} (K).",
         "",
-        *table(
+        table(
             ("times the step", "lr", "of the stability limit at w\\*", "at the run's own draws", "verdict on the step",
              "likeness, R", "K", "draws"),
             rows,
         ),
+        "",
     ]  # fmt: skip
     for what, found in by_subsets(network, chosen).items():
-        mean, deviation = found.mean(dim=2), found.std(dim=2)
+        mean, deviation = found.mean(dim=0), found.std(dim=0)
         cells = [[f"{mean[i, j]:.2f} ± {deviation[i, j]:.2f}" for j in range(2)] for i in range(len(SUBSETS))]
         lines += [
             f"Largest {what} at {DRAWS} draws, over that of all {len(network.train[1]):,} training samples there "
             "(mean ± standard deviation over draws):",
             "",
-            *table(
+            table(
                 ("samples", "their own", "with as many held out"),
                 [[str(m), *row] for m, row in zip(SUBSETS, cells, strict=True)],
             ),
+            "",
         ]
     return lines
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import lossk
-from lossk import curvature, diagnostics, pilot
+from lossk import curvature, diagnostics, judging, pilot
 from lossk.chain import Chain
 from lossk.data import read_samples
 from lossk.losses import resolve_loss
@@ -130,11 +130,11 @@ def test_every_draw_counts_alike() -> None:
 def test_what_is_measured_is_a_share_of_the_run(controlled: bool) -> None:
     cost = 77 * (2 if controlled else 1)  # forward passes a sample, about
     for passes in (0.0, 1e4, 1e5, 1e6, 1e7, 1e12):
-        chains, samples = pilot.judging_samples(passes, 4, controlled=controlled)
+        chains, samples = judging.judging_samples(passes, 4, controlled=controlled)
         assert chains * samples * cost <= 0.03 * passes
         assert (chains == 0) == (0.03 * passes < 32 * cost)
         assert samples == 0 or 32 <= samples <= curvature.DRAWN_SAMPLES
-    assert pilot.judging_samples(1e12, 4, controlled=controlled) == (4, 256)
+    assert judging.judging_samples(1e12, 4, controlled=controlled) == (4, 256)
 
 
 @pytest.mark.parametrize(

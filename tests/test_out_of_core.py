@@ -26,6 +26,7 @@ import zarr
 
 import lossk
 import oracles
+from lossk.chain import Draw
 from lossk.kernel import LossKernel
 from lossk.layout import Layout, in_store, log_columns
 from lossk.panel import ChainTotals
@@ -54,9 +55,7 @@ def make(
         first: dict[int, int] = {}
         for chain, part in panels(losses, panel):
             start = first.get(chain, 0)
-            draw = SimpleNamespace(
-                excess_loss=0.0, distance=0.0, acceptance=1.0, curvature=float("nan"), variance=float("nan")
-            )
+            draw = Draw(chain, start, excess_loss=0.0, distance=0.0, acceptance=1.0)
             state = SimpleNamespace(step=start, draw=start + len(part), weights=torch.zeros(1), memory={})
             log.append(
                 SimpleNamespace(chain=chain, first_draw=start, losses=part, draws=[draw] * len(part), state=state)

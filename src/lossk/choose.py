@@ -101,8 +101,8 @@ def _praise_of_momentum(sampler: SGLD, pilot: Pilot) -> list[str]:
 
 
 def momentum_noise_ratio(sampler: Sampler, pilot: Pilot | None) -> float | None:
-    """Minibatch noise of BAOAB's kicks over its thermostat's, in its worst direction; None where there are none."""
-    if not isinstance(sampler, BAOAB) or pilot is None:
+    """Minibatch noise of BAOAB's kicks over its thermostat's, in its worst direction; None if none, or unknown."""
+    if not isinstance(sampler, BAOAB) or pilot is None or not pilot.knows_noise(sampler.control_variate):
         return None
     noise = pilot.noise_per_lr(sampler.control_variate, float(sampler.localization))
     return kick_noise(float(sampler.step_size), float(sampler.friction), noise)

@@ -244,7 +244,7 @@ def diagnose(
         retained = 1.0 - float(sampler.lr) * sampler.gain * float(sampler.localization) / 2.0
         completeness = 1.0 - retained ** (2 * int(sampler.num_burnin_steps))
         if pilot is not None:
-            noise = pilot.noise_ratio(sampler) if pilot.knows_noise(sampler) else None
+            noise = pilot.noise_ratio(sampler) if pilot.knows_noise(sampler.control_variate is True) else None
             discretisation = pilot.discretisation(sampler)
             stability = pilot.stability_share(sampler) if sampler.averaged else None
     numbers: dict[str, Any] = {

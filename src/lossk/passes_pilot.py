@@ -18,6 +18,8 @@ from lossk.data import Samples
 from lossk.device import free_bytes, peak_bytes, settle
 from lossk.device_plan import most_samples
 from lossk.passes import Passes
+from lossk.samplers import Sampler
+from lossk.settings import SteppingSettings
 from lossk.task import Task, fitting_batch
 
 WORTH = 4.0  # seconds of passes in a run below which measuring does not pay
@@ -27,6 +29,7 @@ FASTER = 0.96  # a change must take at most this share of the time, or the timer
 REPEATS = 3
 HOPELESS = 1.3  # times the best so far: measured once, and not again
 BACKWARD = 3  # a gradient's worth in forward passes
+USUAL_STEPS = 8  # of a draw, where a pilot has yet to say
 BATCHES = (512, 1024, 2048, 128, 64, 32, 256)  # the likeliest first: time may run out
 
 Seconds = tuple[float, float]  # per sample of a probe pass and of a gradient
@@ -43,6 +46,15 @@ class Load:
     def forward_passes(self, num_probe: int) -> float:
         """All of it in forward passes of one sample."""
         return self.num_draws * num_probe + BACKWARD * self.num_steps * self.minibatch
+
+
+def load_of(sampler: Sampler, num_chains: int, num_draws: int, num_train: int) -> Load:
+    """Of a run's chains, as far as the sampler's settings say it yet."""
+    draws, batch, steps = num_chains * num_draws, getattr(sampler, "batch_size", None) or num_train, 0
+    if isinstance(sampler, SteppingSettings):
+        unknown = "auto" in (sampler.num_burnin_steps, sampler.num_steps_bw_draws)
+        steps = USUAL_STEPS * draws if unknown else num_chains * sampler.steps(num_draws)
+    return Load(draws, steps, min(batch, num_train))
 
 
 def choose_passes(task: Task, probe: Samples, train: Samples, load: Load) -> tuple[Passes, list[str]]:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lossk.curvature import DRAWN_SAMPLES, ITERATIONS, MOST_SAMPLES, Sample, gradient_variance, largest_curvature
+from lossk.curvature import ITERATIONS, MOST_SAMPLES, Sample, gradient_variance, largest_curvature
 from lossk.data import Samples
 from lossk.sgld import SGLD
 from lossk.task import Task
@@ -23,9 +23,6 @@ FEWER_SAMPLES, FEWER_ITERATIONS = 64, 6  # where nothing is chosen by what they 
 FEWEST_SAMPLES, FEWEST_ITERATIONS = 32, 4  # where that would be more than a share of the run's own passes
 SHARE = 0.02
 PASSES_PER_ITERATION = 11  # forward passes' worth: three gradients for 3 each, and two of losses
-JUDGING_SHARE = 0.03  # of a run's passes, for what its chains measure at their last draws
-JUDGING_ITERATIONS = 7  # as a rule, with the one of the samples held out; of 10 at most
-CONTROLLED = 2.0  # times as dear with a control variate
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,9 +97,9 @@ class Pilot:
         controlled = sampler.control_variate is True
         return float(sampler.lr) * sampler.gain * self.noise_per_lr(controlled, float(sampler.localization))
 
-    def knows_noise(self, sampler: SGLD) -> bool:
+    def knows_noise(self, controlled: bool) -> bool:
         """Whether it has been measured: what a control variate leaves of it only away from w*."""
-        return not sampler.control_variate or self.control_variance is not None or self.batch_factor == 0.0
+        return not controlled or self.control_variance is not None or self.batch_factor == 0.0
 
     def noise_per_lr(self, controlled: bool, localization: float) -> float:
         """n_beta^2 f lambda_max / 4. What a control variate leaves goes as the spread around w*, 1 / localization."""
@@ -146,7 +143,7 @@ class Pilot:
         if sampler.averaged:
             bias = f"step at {self.stability_share(sampler):.0%} of the stability limit"
         batch = num_train if sampler.batch_size is None else min(sampler.batch_size, num_train)
-        noise = f"{self.noise_ratio(sampler):.2g}" if self.knows_noise(sampler) else "unknown"
+        noise = f"{self.noise_ratio(sampler):.2g}" if self.knows_noise(sampler.control_variate is True) else "unknown"
         return f"{bias}, gradient-noise ratio {noise} (minibatch {batch})"
 
     def to_dict(self) -> dict[str, Any]:
@@ -179,17 +176,6 @@ def run_pilot(task: Task, train: Samples, sampler: SGLD, *, seed: int, run_passe
         batch_factor=(n - m) / (m * (n - 1)) if n > 1 else 0.0,
         num_samples=min(2 * most if held_out else most, n),
     )
-
-
-def judging_samples(run_passes: float, num_chains: int, *, controlled: bool) -> tuple[int, int]:
-    """(chains, samples): how many chains measure at their last draw, and on how many samples, and as many others.
-
-    3 % of the run's passes pay for it. Many draws with few samples say more than the reverse.
-    """
-    dear = JUDGING_ITERATIONS * PASSES_PER_ITERATION * (CONTROLLED if controlled else 1.0)
-    affordable = int(min(JUDGING_SHARE * run_passes / dear, num_chains * DRAWN_SAMPLES))
-    chains = min(affordable // FEWEST_SAMPLES, num_chains)
-    return chains, affordable // chains if chains else 0
 
 
 def _mean(known: float | None, times: int, measured: Tensor) -> float | None:

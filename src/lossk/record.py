@@ -47,6 +47,7 @@ def chosen(run: Run) -> dict[str, Any]:
 
 def meta(run: Run, request: dict[str, Any]) -> dict[str, Any]:
     """What is kept beside the numbers."""
+    pilot = run.informed_pilot
     seconds = {stage: round(value, 4) for stage, value in run.timings.seconds.items()}
     return {
         "config": request,
@@ -54,7 +55,7 @@ def meta(run: Run, request: dict[str, Any]) -> dict[str, Any]:
         "reasons": run.reasons,
         "passes": run.task.passes.to_dict(),
         "passes_reasons": run.passes_reasons,
-        "pilot": None if run.informed_pilot is None else run.informed_pilot.to_dict(),
+        "pilot": None if pilot is None else pilot.to_dict(),
         "backend": run.backend,
         "ops": run.ops,
         "anchor_loss": float(run.anchor_losses.mean()),

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from lossk import provenance, record
 from lossk.anchor import evaluate_anchor
 from lossk.backends import choose_ops
-from lossk.baoab import BAOAB
 from lossk.blocks import Moments
 from lossk.chain import Chain, ChainState, Surroundings, time_a_step
 from lossk.choose import choose, momentum_noise_ratio
@@ -26,26 +25,24 @@ from lossk.device_room import measure_room, place_data
 from lossk.diagnostics import Criteria, Diagnostics, TraceWatch, diagnose
 from lossk.distributed import Ranks
 from lossk.head_choice import fuse_head
+from lossk.judging import informed_pilot, plan_judging
 from lossk.layout import Layout, Size, choose_layout
 from lossk.losses import LossFunction, resolve_loss
 from lossk.memory import Budget
 from lossk.neighbors import median_noise_floor
 from lossk.panel import ChainTotals, Panel, chain_panels
 from lossk.passes import Passes
-from lossk.passes_pilot import Load, choose_passes
-from lossk.pilot import Pilot, judging_samples
+from lossk.passes_pilot import Load, choose_passes, load_of
+from lossk.pilot import Pilot
 from lossk.plan import check_disk, check_traces, factor_layout, make_plan, trace_layout
 from lossk.prefix_cache import cut_prefix
 from lossk.probe import Probe, prepare_probe, rows_fingerprint, token_fingerprint
 from lossk.probe_sets import read_sources
 from lossk.samplers import KINDS, Sampler, fit, fit_early, make_chain
-from lossk.settings import SteppingSettings
 from lossk.sgld import SGLD
 from lossk.task import Task
 from lossk.timings import Progress, Timings, as_table
 from lossk.trial import uninformed_loss
-
-USUAL_STEPS = 8  # of a draw, where a pilot has yet to say
 
 
 @dataclass
@@ -167,7 +164,7 @@ class Run:
 
     def _measure_passes(self) -> tuple[dict[str, Any], list[str]]:
         with self.timings.measure("pilot"):
-            passes, reasons = choose_passes(self.task, self.probe.parts[0].samples, self.train, self._load())
+            passes, reasons = choose_passes(self.task, self.probe.parts[0].samples, self.train, self._load(self.asked))
         return passes.to_dict(), reasons
 
     def take_turns(self) -> None:
@@ -196,16 +193,12 @@ class Run:
         held = {key: change(samples) for key, samples in held.items()}
         self.probe, self.train = self.probe.with_samples(lambda samples: held[id(samples)]), held[id(self.train)]
 
-    def _load(self, sampler: Sampler | None = None) -> Load:
-        """Of the sampler that was asked for, or of that one."""
-        sampler = sampler or self.asked
-        draws, batch = self.num_chains * self.num_draws, getattr(sampler, "batch_size", None) or len(self.train)
-        if isinstance(sampler, SteppingSettings):
-            unknown = "auto" in (sampler.num_burnin_steps, sampler.num_steps_bw_draws)
-            steps = USUAL_STEPS * draws if unknown else self.num_chains * sampler.steps(self.num_draws)
-        else:
-            steps = 0
-        return Load(draws, steps, min(batch, len(self.train)))
+    def _load(self, sampler: Sampler) -> Load:
+        return load_of(sampler, self.num_chains, self.num_draws, len(self.train))
+
+    def _passes_of(self, sampler: Sampler) -> float:
+        """The run's passes with that sampler, in forward passes of one sample."""
+        return self._load(sampler).forward_passes(self.probe.num_samples)
 
     def tune(self, chosen: dict[str, Any] | None, bar: Progress | None = None, ranks: Ranks | None = None) -> None:
         """Losses at w*, the pilot's measurements, and every "auto" filled in (or all as `chosen` before).
@@ -242,7 +235,7 @@ class Run:
                 self.sampler,
                 self._around(Timings()),
                 num_probe=self.probe.num_samples,
-                run_passes=self._load().forward_passes(self.probe.num_samples),
+                run_passes=self._passes_of(self.asked),
                 bar=bar,
             )
 
@@ -328,29 +321,13 @@ class Run:
             self.ops["sgld_step"],
             timings,
             fitted=self.fitted,
-            judging=self._judging(),
-        )
-
-    def _judging(self) -> tuple[int, int]:
-        """How many chains measure the training loss at their last draws, on how many samples."""
-        sampler = self.sampler
-        if self.pilot is None or not isinstance(sampler, SGLD | BAOAB) or sampler.has_auto:
-            return 0, 0
-        return judging_samples(
-            self._load(sampler).forward_passes(self.probe.num_samples),
-            self.num_chains,
-            controlled=bool(sampler.control_variate),
+            judging=plan_judging(self.sampler, self.pilot, self._passes_of(self.sampler), self.num_chains),
         )
 
     @property
     def informed_pilot(self) -> Pilot | None:
         """The pilot with what the chains measured at their last draws."""
-        sampler = self.sampler
-        if self.pilot is None or not isinstance(sampler, SGLD | BAOAB):
-            return self.pilot
-        localization, controlled = float(sampler.localization), bool(sampler.control_variate)
-        found = (self.watch.curvature, self.watch.variance)
-        return self.pilot.informed(*found, localization=localization, controlled=controlled)
+        return informed_pilot(self.pilot, self.sampler, self.watch)
 
     def _chain(self, chain: int, timings: Timings) -> Chain:
         return make_chain(self.sampler, self._around(timings), chain)
@@ -398,7 +375,7 @@ class Run:
                 self.num_train,
                 float(n_beta),
             )
-        learnt_nothing = uninformed_loss(self.task.loss.name, self.train)
+        learnt_nothing, pilot = uninformed_loss(self.task.loss.name, self.train), self.informed_pilot
         return diagnose(
             mean_loss=self.watch.mean_loss,
             watched=self.watch.losses,
@@ -407,9 +384,9 @@ class Run:
             excess=self.watch.excess,
             n_beta=n_beta,
             criteria=criteria,
-            pilot=self.informed_pilot,
+            pilot=pilot,
             sampler=sgld,
-            noise_ratio=momentum_noise_ratio(self.sampler, self.informed_pilot),
+            noise_ratio=momentum_noise_ratio(self.sampler, pilot),
             acceptance=self.watch.acceptance,
             distance=self.watch.distance,
             uninformed=None if learnt_nothing is None else learnt_nothing[0],

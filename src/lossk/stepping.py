@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 
@@ -50,15 +51,15 @@ class SteppingChain(Chain):
             return math.nan, math.nan
         sample: Sample = {"most": samples, "which": 1 + self.chain, "held_out": True}
         noise = gradient_variance if self.force.control is None else control_variance
-        wanted = [largest_curvature, noise] if self.force.draws_minibatches else [largest_curvature]
-        found = []
+
+        def measured(what: Callable[..., float]) -> float:
+            try:
+                return what(self.task, self.around.train, seed=self.around.seed, **sample)
+            except (ValueError, torch.OutOfMemoryError):  # not finite, or no room for it: stays unknown
+                return math.nan
+
         with self.around.timings.measure("curvature"):
-            for what in wanted:
-                try:
-                    found.append(what(self.task, self.around.train, seed=self.around.seed, **sample))
-                except (ValueError, torch.OutOfMemoryError):  # not finite, or no room for it: stays unknown
-                    found.append(math.nan)
-        return found[0], found[-1] if len(found) == 2 else math.nan
+            return measured(largest_curvature), measured(noise) if self.force.draws_minibatches else math.nan
 
 
 def explosion_limit(anchor_loss: float, num_weights: int, n_beta: float) -> float:

@@ -130,8 +130,9 @@ def settle(
 def _informed(pilot: Pilot, trial: Trial, chosen: SGLD) -> Pilot:
     """What the trial found at its draws, where the next choice is made."""
     localization = float(chosen.localization)
-    pilot = dataclasses.replace(pilot, drawn_curvature=trial.curvature, drawn_localization=localization)
-    pilot = dataclasses.replace(pilot, drawn_times=trial.measured)
+    pilot = dataclasses.replace(
+        pilot, drawn_curvature=trial.curvature, drawn_localization=localization, drawn_times=trial.measured
+    )
     pilot = dataclasses.replace(pilot, drawn_stably=not _unstable(chosen, pilot))
     if trial.variance is not None:
         pilot = dataclasses.replace(pilot, drawn_variance=trial.variance)

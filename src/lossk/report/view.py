@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from lossk.diagnostics import ESS_LIMIT, RHAT_LIMIT, Diagnostics
+from lossk.diagnostics import ESS_LIMIT, RHAT_LIMIT, STABILITY_LIMIT, Diagnostics
 from lossk.kernel import LossKernel
 from lossk.plan import duration, gigabytes
 from lossk.report.findings import EIGENROWS, HEAVY, Findings
@@ -225,7 +225,7 @@ def _diagnostics(d: Diagnostics | None) -> dict[str, Any] | None:
             "minibatch over injected, worst direction; below 1",
         ),
         ("discretisation", number(d.discretisation), "excess variance of the stiffest direction, relative"),
-        ("step", number(d.stability), "of the longest that is stable in the stiffest direction; at most 0.7"),
+        ("step", number(d.stability), f"of the longest that is stable, stiffest direction; at most {STABILITY_LIMIT}"),
         ("burn-in completeness", number(d.burnin_completeness), "share of a flat direction's stationary variance"),
         ("drift", number(d.drift, 2), "of the mean loss, first third to last, standard deviations"),
         ("noise floor", number(d.noise_floor), "correlation that chance alone reaches, median row"),

@@ -1,0 +1,44 @@
+"""What a run's chains measure at their last draws, for the verdict: how much the run pays for, and what it tells."""
+
+from __future__ import annotations
+
+from lossk.baoab import BAOAB
+from lossk.curvature import DRAWN_SAMPLES
+from lossk.diagnostics import TraceWatch
+from lossk.pilot import FEWEST_SAMPLES, PASSES_PER_ITERATION, Pilot
+from lossk.samplers import Sampler
+from lossk.sgld import SGLD
+
+SHARE = 0.03  # of a run's passes
+ITERATIONS = 7  # as a rule, with the one of the samples held out; of 10 at most
+CONTROLLED = 2.0  # times as dear with a control variate
+
+
+def plan_judging(sampler: Sampler, pilot: Pilot | None, run_passes: float, num_chains: int) -> tuple[int, int]:
+    """(chains, samples) as `judging_samples` has them; none while settings are to be chosen, or without a pilot."""
+    if pilot is None or not isinstance(sampler, SGLD | BAOAB) or sampler.has_auto:
+        return 0, 0
+    return judging_samples(run_passes, num_chains, controlled=bool(sampler.control_variate))
+
+
+def judging_samples(run_passes: float, num_chains: int, *, controlled: bool) -> tuple[int, int]:
+    """(chains, samples): how many chains measure at their last draw, and on how many samples, and as many others.
+
+    3 % of the run's passes pay for it. Many draws with few samples say more than the reverse.
+    """
+    dear = ITERATIONS * PASSES_PER_ITERATION * (CONTROLLED if controlled else 1.0)
+    affordable = int(min(SHARE * run_passes / dear, num_chains * DRAWN_SAMPLES))
+    chains = min(affordable // FEWEST_SAMPLES, num_chains)
+    return chains, affordable // chains if chains else 0
+
+
+def informed_pilot(pilot: Pilot | None, sampler: Sampler, watch: TraceWatch) -> Pilot | None:
+    """The pilot of a resolved sampler with what the chains measured."""
+    if pilot is None or not isinstance(sampler, SGLD | BAOAB):
+        return pilot
+    return pilot.informed(
+        watch.curvature,
+        watch.variance,
+        localization=float(sampler.localization),
+        controlled=bool(sampler.control_variate),
+    )
