@@ -30,7 +30,6 @@ SCALAR_KINDS = "biufcU"  # of NumPy scalars with a Python counterpart; a time is
 TENSOR_KINDS = {"a real number": "biuf", "a number": "iuf", "an integer": "iu", "a flag": "b"}
 
 Checked = TypeVar("Checked")
-Kind = TypeVar("Kind")
 
 
 # -- how values are shown ---------------------------------------------------------------------------------------------
@@ -197,12 +196,11 @@ def check_callable(name: str, value: Any, rule: str = "a callable") -> Any:
     return value
 
 
-def check_instance(name: str, value: Any, kind: type[Kind], *, optional: bool = False) -> Kind:
-    """An instance of a class (or of a union of classes); with `optional` also None."""
-    if isinstance(value, kind) or (optional and value is None):
+def check_instance(name: str, value: Any, *kinds: type, optional: bool = False) -> Any:
+    """An instance of one of some classes; with `optional` also None."""
+    if isinstance(value, kinds) or (optional and value is None):
         return value
-    kinds = getattr(kind, "__args__", (kind,))
-    rule = " or ".join(f"an instance of {each.__module__.split('.')[0]}.{each.__name__}" for each in kinds)
+    rule = " or ".join(f"a {kind.__module__.split('.')[0]}.{kind.__name__}" for kind in kinds)
     raise wrong_kind(name, rule + (" or None" if optional else ""), value)
 
 
