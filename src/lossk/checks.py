@@ -75,7 +75,7 @@ def check_integer(name: str, value: Any, least: int, most: int = MOST_INTEGER, *
         raise wrong_kind(name, "an integer", value)
     number = int(operator.index(plain))
     if not least <= number <= most:
-        rule = f"at least {least}" if number < least and limit is None else f"from {least} to {limit or most}"
+        rule = f"at least {least}" if most == MOST_INTEGER and number < least else f"from {least} to {limit or most}"
         raise wrong_value(name, rule if limit is None else f"an integer {rule}", number)
     return number
 
@@ -201,7 +201,8 @@ def check_instance(name: str, value: Any, *kinds: type, optional: bool = False) 
     if isinstance(value, kinds) or (optional and value is None):
         return value
     rule = " or ".join(f"a {kind.__module__.split('.')[0]}.{kind.__name__}" for kind in kinds)
-    raise wrong_kind(name, rule + (" or None" if optional else ""), value)
+    found = shown(value) if isinstance(value, type) else type(value).__name__
+    raise TypeError(f"{name} must be {rule}{' or None' if optional else ''}, got {found}")
 
 
 def check_device(name: str, value: Any) -> str | torch.device | None:
