@@ -64,19 +64,30 @@ def wrong_value(name: str, rule: str, value: Any) -> ValueError:
 # -- scalars ----------------------------------------------------------------------------------------------------------
 
 
-def check_integer(name: str, value: Any, least: int, most: int = MOST_INTEGER, *, limit: str | None = None) -> int:
+def check_integer(
+    name: str,
+    value: Any,
+    least: int,
+    most: int | None = None,
+    *,
+    limit: str | None = None,
+    ceiling: int = MOST_INTEGER,
+) -> int:
     """An integer from `least` to `most`; flags and floats are none.
 
     Args:
         limit: how the error says `most`, where the number alone does not explain it.
+        ceiling: without `most`, what is refused as beyond all use.
     """
     plain = _plain(value)
     if isinstance(plain, bool | Tensor | np.ndarray) or not hasattr(type(plain), "__index__"):
         raise wrong_kind(name, "an integer", value)
     number = int(operator.index(plain))
-    if not least <= number <= most:
-        rule = f"at least {least}" if most == MOST_INTEGER and number < least else f"from {least} to {limit or most}"
-        raise wrong_value(name, rule if limit is None else f"an integer {rule}", number)
+    if not least <= number <= (ceiling if most is None else most):
+        rule = f"at least {least}" if number < least else f"at most {ceiling}"
+        if most is not None:
+            rule = f"from {least} to {most}" if limit is None else f"an integer from {least} to {limit}"
+        raise wrong_value(name, rule, number)
     return number
 
 

@@ -56,10 +56,10 @@ class HMC(SamplerSettings):
             self,
             step_size=check_number("step_size", self.step_size, above=0.0),
             localization=check_number("localization", self.localization, least=0.0),
-            num_leapfrog_steps=check_integer("num_leapfrog_steps", self.num_leapfrog_steps, 1, MOST_STEPS),
+            num_leapfrog_steps=check_integer("num_leapfrog_steps", self.num_leapfrog_steps, 1, ceiling=MOST_STEPS),
             n_beta=check_n_beta(self.n_beta),
-            num_burnin_steps=check_integer("num_burnin_steps", self.num_burnin_steps, 0, MOST_STEPS),
-            num_steps_bw_draws=check_integer("num_steps_bw_draws", self.num_steps_bw_draws, 1, MOST_STEPS),
+            num_burnin_steps=check_integer("num_burnin_steps", self.num_burnin_steps, 0, ceiling=MOST_STEPS),
+            num_steps_bw_draws=check_integer("num_steps_bw_draws", self.num_steps_bw_draws, 1, ceiling=MOST_STEPS),
         )
 
     def steps(self, num_draws: int) -> int:

@@ -33,7 +33,7 @@ def parse_memory(memory: Any) -> int | None:
             raise wrong_value("memory", "positive, and at most 8 EiB", memory)
         return int(size)
     try:
-        return check_integer("memory", memory, 1, MOST_BYTES)
+        return check_integer("memory", memory, 1, ceiling=MOST_BYTES)
     except TypeError:
         raise wrong_kind("memory", "a number of bytes, text such as '8GB', or None", memory) from None
 

@@ -46,8 +46,8 @@ def check_settings(
         ValueError, TypeError: one cannot be used; names the argument, the rule and the value.
     """
     plain = {
-        "num_chains": check_integer("num_chains", num_chains, 1, MOST_DRAWS // 2),
-        "num_draws": check_integer("num_draws", num_draws, 2, MOST_DRAWS),
+        "num_chains": check_integer("num_chains", num_chains, 1, ceiling=MOST_DRAWS // 2),
+        "num_draws": check_integer("num_draws", num_draws, 2, ceiling=MOST_DRAWS),
         "tile": check_tile(tile),
         "panel": check_optional(check_integer, "panel", panel, 1),
         "dtype": check_choice("dtype", dtype, DTYPES),
@@ -83,7 +83,7 @@ def check_steps(name: str, steps: Any, least: int) -> int | Any:
     return (
         check_choice(name, steps, ("auto",))
         if isinstance(steps, str)
-        else check_integer(name, steps, least, MOST_STEPS)
+        else check_integer(name, steps, least, ceiling=MOST_STEPS)
     )
 
 
