@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lossk.build import sample_losses
+from lossk.checks import check_choice
 from lossk.data import Transform, map_tensors, read_samples
 from lossk.diagnostics import Diagnostics
 from lossk.indexing import resolve
@@ -17,7 +18,7 @@ from lossk.neighbors import noise_floor
 from lossk.passes import Passes
 from lossk.probe_sets import ProbeSets
 from lossk.samplers import Sampler
-from lossk.settings import CENTERINGS, check_choice
+from lossk.settings import CENTERINGS
 
 
 def cross_kernel(

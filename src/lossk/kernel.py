@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lossk.blocks import Blocks, FactorBlocks, Moments, tile_spans, upper_triangle
 from lossk.centring import centre, degrees_of_freedom, empty_moments, note
+from lossk.checks import check_choice
 from lossk.dense import write_dense
 from lossk.indexing import resolve
 from lossk.neighbors import (
@@ -24,7 +25,7 @@ from lossk.neighbors import (
     nearest_on_device,
     noise_floor,
 )
-from lossk.settings import CENTERINGS, check_choice
+from lossk.settings import CENTERINGS
 from lossk.spectrum import leading
 from lossk.standard_error import METHODS, bartlett, from_draws, method_for
 

@@ -11,9 +11,9 @@ from scipy import stats
 from torch import Tensor
 
 from lossk.blocks import Blocks, Moments, tile_spans, upper_triangle
+from lossk.checks import check_choice
 from lossk.ops import triton_kernels
 from lossk.ops.top_correlations import BACKENDS, EMPTY, MOST_BY_TRITON, merge_tile, top_correlations, unpack
-from lossk.settings import check_choice
 
 
 class Neighbors(NamedTuple):

@@ -15,13 +15,14 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parameter import UninitializedParameter
 
+from lossk.checks import check_choice
 from lossk.data import Samples, map_tensors
 from lossk.device import pinned
 from lossk.fold import fold_norms
 from lossk.head import FusedHead, heads_at_a_time
 from lossk.losses import Loss, forward, split_batch
 from lossk.passes import Passes
-from lossk.settings import PRECISIONS, check_choice
+from lossk.settings import PRECISIONS
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 TOKENS_AT_A_TIME = 4096  # positions per pass of a loss per token

@@ -21,10 +21,11 @@ import zarr
 from torch import Tensor
 
 from lossk.centring import centre, degrees_of_freedom, empty_moments, note
+from lossk.checks import check_choice
 from lossk.diagnostics import diagnose, watched_samples
 from lossk.disk import consolidate, create_array, in_one_step, sync_tree, write_json
 from lossk.neighbors import median_noise_floor
-from lossk.settings import CENTERINGS, check_choice
+from lossk.settings import CENTERINGS
 from lossk.store import FORMAT
 
 CHUNK_BYTES = 2**24  # of a chunk on disk, about

@@ -13,9 +13,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from lossk.analysis.purity import chance_purity, class_purity
+from lossk.checks import check_integer, check_number
 from lossk.neighbors import Neighbors
 from lossk.optional import require
-from lossk.settings import check_integer, check_number
 
 Train = Callable[[Tensor, int], Tensor]  # (rows [m] int64 of the training samples, seed) -> losses of the queries [q]
 

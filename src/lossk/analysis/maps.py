@@ -17,8 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lossk.checks import check_integer, check_number
 from lossk.optional import check_installed
-from lossk.settings import check_integer, check_number
 
 if TYPE_CHECKING:
     from lossk.kernel import LossKernel

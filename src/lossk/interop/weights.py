@@ -9,11 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from lossk.backends import resolve_backend
+from lossk.checks import check_choice
 from lossk.data import read_samples
 from lossk.kernel import LossKernel
 from lossk.losses import LossFunction, resolve_loss
 from lossk.probe import Probe, first_non_finite, prepare_probe
-from lossk.settings import CENTERINGS, check_choice
+from lossk.settings import CENTERINGS
 from lossk.task import Task
 from lossk.timings import Progress
 from lossk.traces import LossTraces
