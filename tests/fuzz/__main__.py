@@ -1,8 +1,8 @@
 """`python -m tests.fuzz`: every value for every argument; counts by group, and the list of what is not clear.
 
-    python -m tests.fuzz                    everything, some minutes
-    python -m tests.fuzz --only analysis    names that contain a text
-    python -m tests.fuzz --json FILE        the counts, and every offender
+python -m tests.fuzz                    everything, some minutes
+python -m tests.fuzz --only analysis    names that contain a text
+python -m tests.fuzz --json FILE        the counts, and every offender
 """
 
 from __future__ import annotations
@@ -52,7 +52,9 @@ def main() -> int:
             counts.setdefault(found.entry.group, Counter())[found.kind] += 1
             if found.kind in FAULTS or options.verbose:
                 offenders.append([found.kind, found.entry.name, found.parameter, found.value, found.detail])
-                print(f"{found.kind:8s} {found.entry.name}({found.parameter}={found.value})  {found.detail}", flush=True)
+                print(
+                    f"{found.kind:8s} {found.entry.name}({found.parameter}={found.value})  {found.detail}", flush=True
+                )
         os.chdir("/")
     print(table(counts, CLASSES))
     if target is not None:

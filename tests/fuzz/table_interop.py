@@ -86,7 +86,7 @@ def _checkpoints(table: Table, w: World) -> None:
     (w.folder / "written" / "checkpoint-1").mkdir(parents=True)
 
     class Trainer:
-        class args:  # noqa: N801 - Hugging Face's
+        class args:
             output_dir = str(w.folder / "written")
 
     table.add("lossk.interop.checkpoints.checkpoints_of", {"trainer": Trainer()}, {"trainer": r.instance(Trainer)})

@@ -86,9 +86,7 @@ class World:
 
     @cached_property
     def sampler(self) -> lossk.SGLD:
-        return lossk.SGLD(
-            lr=1e-3, n_beta=5.0, localization=1.0, batch_size=4, num_burnin_steps=1, num_steps_bw_draws=1
-        )
+        return lossk.SGLD(lr=1e-3, n_beta=5.0, localization=1.0, batch_size=4, num_burnin_steps=1, num_steps_bw_draws=1)
 
     @cached_property
     def short_run(self) -> dict[str, Any]:

@@ -8,6 +8,7 @@ import torch
 from scipy import stats
 from torch import Tensor
 
+from lossk.analysis.inputs import check_kernel
 from lossk.indexing import resolve
 from lossk.standard_error import bartlett_factor, method_for
 
@@ -44,6 +45,7 @@ def significant_neighbors(
         rows: the samples whose neighbours are wanted, as `kernel[rows]` takes; None = all.
         anti: the most anti-correlated instead, lowest first. There R below -noise_floor is significant.
     """
+    kernel = check_kernel("kernel", kernel)
     found = kernel.neighbors(k, rows, anti=anti)
     here = torch.arange(kernel.num_samples) if rows is None else resolve(rows, kernel.num_samples)
     exists = found.index >= 0
