@@ -27,7 +27,13 @@ LEAST_POSITIVE = float(np.finfo(np.float32).tiny)  # and below it they are zero,
 MOST_STRINGS = 10**6  # an iterable that goes on past it is taken for endless
 MOST_DEPTH = 64  # of nested lists and dicts; what refers to itself is deeper
 SCALAR_KINDS = "biufcU"  # of NumPy scalars with a Python counterpart; a time is no number
-TENSOR_KINDS = {"a real number": "biuf", "a number": "iuf", "an integer": "iu", "a flag": "b"}
+TENSOR_KINDS = {
+    "a real number": "biuf",
+    "a number": "iuf",
+    "an integer": "iu",
+    "a flag": "b",
+    "an integer or a flag": "biu",
+}
 
 Checked = TypeVar("Checked")
 
@@ -52,8 +58,9 @@ def shown(value: Any) -> str:
 
 
 def wrong_kind(name: str, rule: str, value: Any) -> TypeError:
-    """The error of a value of a wrong kind."""
-    return TypeError(f"{name} must be {rule}, got {shown(value)}")
+    """The error of a value of a wrong kind, which it names."""
+    kind = f" ({type(value).__name__})" if type(value).__module__ == "builtins" and not isinstance(value, type) else ""
+    return TypeError(f"{name} must be {rule}, got {shown(value)}{kind}")
 
 
 def wrong_value(name: str, rule: str, value: Any) -> ValueError:
@@ -79,7 +86,7 @@ def check_integer(
         limit: how the error says `most`, where the number alone does not explain it.
         ceiling: without `most`, what is refused as beyond all use.
     """
-    plain = _plain(value)
+    plain = plain_scalar(value)
     if isinstance(plain, bool | Tensor | np.ndarray) or not hasattr(type(plain), "__index__"):
         raise wrong_kind(name, "an integer", value)
     number = int(operator.index(plain))
@@ -105,7 +112,7 @@ def check_number(
     Args:
         kind: what the argument may be, for the error.
     """
-    plain = _plain(value)
+    plain = plain_scalar(value)
     if isinstance(plain, bool) or not isinstance(plain, numbers.Real):
         raise wrong_kind(name, kind, value)
     try:
@@ -125,7 +132,7 @@ def check_number(
 
 def check_flag(name: str, value: Any) -> bool:
     """True or False; numbers and words are neither."""
-    plain = _plain(value)
+    plain = plain_scalar(value)
     if not isinstance(plain, bool):
         raise wrong_kind(name, "True or False", value)
     return plain
@@ -133,7 +140,7 @@ def check_flag(name: str, value: Any) -> bool:
 
 def check_choice(name: str, value: Any, choices: Iterable[Any]) -> Any:
     """One of `choices`, which are words, flags, integers or None; equal and of the same type."""
-    choices, plain = list(choices), _plain(value)
+    choices, plain = list(choices), plain_scalar(value)
     if isinstance(plain, str):
         plain = str(plain)  # of a subclass, too
     kinds = {type(choice) for choice in choices}
@@ -157,7 +164,7 @@ def check_optional(check: Callable[..., Checked], name: str, value: Any, *rules:
     return None if value is None else check(name, value, *rules, **more)
 
 
-def _plain(value: Any) -> Any:
+def plain_scalar(value: Any) -> Any:
     """The Python scalar of a NumPy scalar, or of an array or a tensor of no dimensions; anything else as it is."""
     if isinstance(value, np.generic | np.ndarray):
         return value.item() if value.ndim == 0 and value.dtype.kind in SCALAR_KINDS else value
@@ -259,7 +266,7 @@ def check_json(name: str, value: Any) -> dict[str, Any]:
 def _json(name: str, value: Any, depth: int) -> Any:
     if depth > MOST_DEPTH:
         raise ValueError(f"{name} must be nested at most {MOST_DEPTH} deep")
-    value = _plain(value)
+    value = plain_scalar(value)
     if value is None or isinstance(value, bool | int | float | str):
         return value
     if isinstance(value, Mapping):
@@ -287,7 +294,7 @@ def check_tensor(
 
     Args:
         shape: sizes; a text stands for any size of at least `at_least`, and says what it counts.
-        of: the kind of an entry: "a real number" (flags too), "a number", "an integer" or "a flag".
+        of: the kind of an entry: one of TENSOR_KINDS; "a real number" may be a flag.
         finite: refuse NaN and infinities, and name the first.
     """
     tensor = _as_tensor(name, value)

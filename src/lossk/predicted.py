@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lossk.checks import check_callable, check_optional
 from lossk.data import Transform, read_samples
 from lossk.losses import forward, resolve_loss, split_batch
 from lossk.task import Task
@@ -31,6 +32,7 @@ def predicted_labels(model: nn.Module, loader: Any, transform: Transform | None 
     Raises:
         ValueError: batches that are not (inputs, targets), or outputs that are not [B, C].
     """
+    transform = check_optional(check_callable, "transform", transform, "a callable or None")
     samples = read_samples(loader).transformed(transform, "loader")
     inputs, _ = split_batch(samples.tree)
     predictions = []

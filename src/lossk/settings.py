@@ -8,10 +8,14 @@ from typing import Any, Literal
 
 from lossk.checks import (
     check_automatic,
+    check_callable,
     check_choice,
+    check_device,
+    check_flag,
     check_integer,
     check_number,
     check_optional,
+    check_path,
     check_strings,
 )
 from lossk.memory import parse_memory
@@ -39,6 +43,12 @@ def check_settings(
     precision: Any = None,
     seed: Any = 0,
     memory: Any = None,
+    transform: Any = None,
+    device: Any = None,
+    out: Any = None,
+    resume: Any = False,
+    progress: Any = True,
+    distributed: Any = None,
 ) -> dict[str, Any]:
     """The settings by name, in plain Python.
 
@@ -57,6 +67,12 @@ def check_settings(
         "precision": check_choice("precision", precision, PRECISIONS),
         "seed": check_integer("seed", seed, 0, MOST_SEED),
         "memory": parse_memory(memory),
+        "transform": check_optional(check_callable, "transform", transform, "a callable or None"),
+        "device": check_device("device", device),
+        "out": check_optional(check_path, "out", out),
+        "resume": check_flag("resume", resume),
+        "progress": check_flag("progress", progress),
+        "distributed": check_choice("distributed", distributed, (None, True, False)),
     }
     if plain["num_chains"] * plain["num_draws"] > MOST_DRAWS:
         raise ValueError(
