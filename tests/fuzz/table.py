@@ -18,6 +18,7 @@ PACKAGES = ("lossk.analysis", "lossk.interop", "lossk.recipes", "lossk.ops")
 
 # Modules whose names nobody needs from outside: parts of the ones beside them, called with what these have checked.
 INTERNAL = {
+    "lossk.analysis.inputs": "the checkers of what analyses are given",
     "lossk.analysis.pairs": "how kernels, arrays and features are read in blocks",
     "lossk.analysis.tables": "writes the tables of the command line",
     "lossk.interop.devinterp1_callback": "public by lossk.interop.devinterp",
@@ -50,6 +51,7 @@ PARTS = {
     "lossk.analysis.gradients.frozen",
     "lossk.analysis.gradients.gradient_batches",
     "lossk.analysis.gradients.losses_of",
+    "lossk.analysis.gradients.read_data",
     "lossk.analysis.hierarchy.pair_sums",
     "lossk.analysis.spectrum.frobenius_squared",
     "lossk.analysis.taxonomy.Taxonomy.of_graph",

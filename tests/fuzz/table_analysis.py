@@ -305,9 +305,9 @@ def _evaluation(table: Table, w: World) -> None:
         },
     )
     number = r.either(r.number(), _nan, _infinite)
-    _record(table, e.randomisation_check(w.kernel, w.kernel, w.labels, k=2),
-            "lossk.analysis.evaluate.RandomisationCheck",
-            dict.fromkeys(("pearson", "spearman", "purity_trained", "purity_random", "purity_chance"), number))  # fmt: skip
+    names = ("pearson", "spearman", "purity_trained", "purity_random", "purity_chance")
+    check = e.randomisation_check(w.kernel, w.kernel, w.labels, k=2)
+    _record(table, check, "lossk.analysis.evaluate.RandomisationCheck", dict.fromkeys(names, number))
     score = e.linear_datamodeling_score(w.random(N, 3), w.masks, w.random(5, 3), num_bootstrap=3)
     _record(table, score, "lossk.analysis.evaluate.DatamodelingScore", {"mean": number, "standard_error": number})
     comparison = compare_kernels(w.kernel, w.baseline, k=2)

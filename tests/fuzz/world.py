@@ -20,7 +20,7 @@ SETS = {"train": slice(0, 5), "query": slice(5, 8)}
 
 
 class World:
-    """Objects that every table shares, in a folder of its own; nothing that is drawn here comes from a global stream."""
+    """Objects that every table shares, in a folder of its own; nothing here draws from a global stream."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder

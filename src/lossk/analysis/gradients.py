@@ -14,7 +14,7 @@ from torch.func import functional_call, grad, vmap
 from tqdm import tqdm
 
 from lossk.analysis.inputs import check_seed
-from lossk.checks import check_instance, check_integer, check_tensor, check_text
+from lossk.checks import check_callable, check_instance, check_integer, check_optional, check_tensor, check_text
 from lossk.data import Samples, Transform, leaves, map_tensors
 from lossk.losses import LossFunction, resolve_loss
 from lossk.passes import Passes
@@ -42,8 +42,8 @@ def frozen(
         ValueError, TypeError: data, loss or model that `build_kernel` would refuse, or a loss per token.
     """
     check_instance("model", model, nn.Module)
-    train = next(iter(data.sets.values())) if isinstance(data, ProbeSets) else None
-    sets, _ = read_sources(data, train, transform)
+    transform = check_optional(check_callable, "transform", transform)
+    sets = read_data(data, transform)
     task = Task(model, resolve_loss(loss), params=params)
     task.passes = Passes(memory_format="contiguous")  # weights in `task.flat` lie as in the model
     with task:
@@ -53,6 +53,17 @@ def frozen(
             if task.check(samples, name or "data") is not None:
                 raise ValueError(f"loss must be one per sample for a baseline, got one per token ({task.loss.name})")
         yield task, placed
+
+
+def read_data(data: Any, transform: Transform | None) -> Mapping[str, Samples]:
+    """The probe sets of `data`, a lone one under the name ""."""
+    train = next(iter(data.sets.values())) if isinstance(data, ProbeSets) else None
+    try:
+        return read_sources(data, train, transform)[0]
+    except (TypeError, ValueError) as error:
+        if not str(error).startswith("loader"):
+            raise
+        raise type(error)(f"data{str(error).removeprefix('loader')}") from error
 
 
 def losses_of(task: Task) -> SampleValue:

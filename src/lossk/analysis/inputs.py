@@ -49,8 +49,11 @@ def check_seed(seed: Any) -> int:
 
 def check_labels(name: str, value: Any, num_samples: int | None = None) -> Tensor:
     """[N] int64 of whole numbers, on the CPU."""
-    length = "N" if num_samples is None else num_samples
-    return check_tensor(name, value, (length,), of="an integer").cpu().to(torch.int64)
+    found = check_tensor(name, value, of="a real number", finite=False)
+    length = "N" if num_samples is None else str(num_samples)
+    if found.ndim != 1 or not len(found) or (num_samples is not None and len(found) != num_samples):
+        raise ValueError(f"{name} must be [{length}], got {list(found.shape)}")
+    return check_tensor(name, found, of="an integer").cpu().to(torch.int64)
 
 
 def check_classes(labels: Any, num_samples: int, count: int) -> Tensor:

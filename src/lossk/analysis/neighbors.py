@@ -47,7 +47,7 @@ def significant_neighbors(
     """
     kernel = check_kernel("kernel", kernel)
     found = kernel.neighbors(k, rows, anti=anti)
-    here = torch.arange(kernel.num_samples) if rows is None else resolve(rows, kernel.num_samples)
+    here = torch.arange(kernel.num_samples) if rows is None else resolve(rows, kernel.num_samples, "rows")
     exists = found.index >= 0
     lag1 = kernel.lag1.clamp(-0.99, 0.99)
     draws = kernel.num_chains * (kernel.num_draws - 1)

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from lossk.backends import resolve_backend
-from lossk.checks import check_choice
+from lossk.checks import check_choice, check_flag, check_instance, check_tensor, shown
 from lossk.data import read_samples
 from lossk.kernel import LossKernel
 from lossk.losses import LossFunction, resolve_loss
@@ -55,6 +56,8 @@ def kernel_from_weights(
         TypeError: a state that is neither mapping nor tensor.
     """
     check_choice("centering", centering, CENTERINGS)
+    check_instance("model", model, nn.Module)
+    progress, chains_of = check_flag("progress", progress), _chains(weights)
     task = Task(model, resolve_loss(loss), params=["*"], device=device, precision=precision)
     task.loss = resolve_loss(loss, resolve_backend("auto", task.device))
     samples = read_samples(loader)
@@ -64,7 +67,7 @@ def kernel_from_weights(
             f"lossk: the losses of {len(probe)} {task.loss.unit} at each draw, {4 * len(probe) / 1e6:.2f} MB a draw"
         )
         put = WeightLoader(task)
-        chains = [_chain(states, c, put, probe, bar) for c, states in enumerate(_chains(weights))]
+        chains = [_chain(states, c, put, probe, bar) for c, states in enumerate(chains_of)]
     lengths = sorted({len(chain) for chain in chains})
     if len(lengths) != 1 or lengths[0] < 2:
         raise ValueError(f"weights must hold at least 2 draws per chain and as many in each, got {lengths}")
@@ -75,7 +78,12 @@ def kernel_from_weights(
 def _chains(weights: Iterable[Any]) -> list[Iterable[Weights]]:
     if isinstance(weights, Mapping | Tensor):
         raise TypeError(f"weights must be an iterable of weight states, got one {type(weights).__name__}")
+    if isinstance(weights, str | bytes | bytearray | type | np.ndarray) or not isinstance(weights, Iterable):
+        raise TypeError(f"weights must be an iterable of weight states, or a list of such, got {shown(weights)}")
     if isinstance(weights, list | tuple) and weights and not isinstance(weights[0], Mapping | Tensor):
+        for number, chain in enumerate(weights):
+            if isinstance(chain, str | bytes | bytearray | type) or not isinstance(chain, Iterable):
+                raise TypeError(f"weights[{number}] must be a weight state, or an iterable of them, got {shown(chain)}")
         return list(weights)
     return [weights]
 
@@ -89,14 +97,14 @@ def _chain(states: Iterable[Weights], chain: int, put: WeightLoader, probe: Prob
             put(state)
         except (ValueError, TypeError) as error:
             raise type(error)(f"weights of chain {chain}, draw {draw}: {error}") from error
-        row = torch.empty(len(probe))
+        row = torch.empty(len(probe), dtype=torch.float32)
         probe.fill(put.task, row)
         bad = first_non_finite(row)
         if bad is not None:
-            raise ValueError(f"chain {chain}, draw {draw}: {probe.describe(bad)} has loss {float(row[bad])}")
+            raise ValueError(f"weights of chain {chain}, draw {draw}: {probe.describe(bad)} has loss {float(row[bad])}")
         rows.append(row)
         bar.update()
-    return torch.stack(rows) if rows else torch.zeros(0, len(probe))
+    return torch.stack(rows) if rows else torch.zeros(0, len(probe), dtype=torch.float32)
 
 
 class WeightLoader:
@@ -139,6 +147,7 @@ class WeightLoader:
             target = own.get(name)
             if target is None:
                 raise ValueError(f"the model has no parameter or buffer {name!r}")
+            value = check_tensor(f"{name!r}", value, of="a real number", finite=False)
             if target.shape != value.shape:
                 raise ValueError(f"{name!r} must have shape {list(target.shape)}, got {list(value.shape)}")
-            yield target, value.detach()
+            yield target, value
