@@ -15,12 +15,13 @@ from typing import Any
 
 import yaml
 
-from lossk.checks import check_integer
+from lossk.checks import check_device, check_integer, check_mapping, check_optional, check_path, check_text
 from lossk.passes import Passes
 from lossk.recipes import RecipeTask, packaged_config, packaged_names
 from lossk.samplers import KINDS, read_sampler
 from lossk.settings import check_settings
 
+MOST_THREADS = 4096
 BUILD_KEYS = (
     "num_chains", "num_draws", "tile", "panel", "dtype", "centering", "form", "memory", "backend", "device",
     "precision", "seed",
@@ -53,20 +54,26 @@ class RunConfig:
     threads: int | None = None
 
     def __post_init__(self) -> None:
-        if self.task.count(":") != 1:
+        if check_text("task", self.task).count(":") != 1:
             raise ValueError(f"task must be 'module:function', got {self.task!r}")
         if self.threads is not None:
-            check_integer("threads", self.threads, 1)
-        if Path(self.out).suffix != ".lossk":
+            check_integer("threads", self.threads, 1, MOST_THREADS)
+        for name in ("task_args", "build", "sampler"):
+            check_mapping(name, getattr(self, name))
+        check_optional(check_mapping, "passes", self.passes)
+        for name in ("picture", "report"):
+            check_optional(check_path, name, getattr(self, name))
+        if check_path("out", self.out).suffix != ".lossk":
             raise ValueError(f"out must end in .lossk, got {self.out!r}")
         refuse_unknown("build", self.build, BUILD_KEYS)
-        kind = KINDS.get(self.sampler.get("kind", "sgld"))
+        kind = KINDS.get(check_text("sampler.kind", self.sampler.get("kind", "sgld")))
         if kind is not None:  # an unknown kind is refused by read_sampler
             refuse_unknown("sampler", self.sampler, ["kind", *(f.name for f in dataclasses.fields(kind))])
         read_sampler(self.sampler)
         if self.passes is not None:
             refuse_unknown("passes", self.passes, [f.name for f in dataclasses.fields(Passes)])
             Passes(**self.passes)
+        check_device("device", self.build.get("device"))
         check_settings(**{key: value for key, value in self.build.items() if key != "device"})
 
     def to_yaml(self) -> str:

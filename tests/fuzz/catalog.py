@@ -24,13 +24,14 @@ def catalog(folder: Path) -> dict[str, Entry]:
     table, world = Table(), World(folder)
     for part in (table_core, table_analysis, table_baselines, table_interop, table_recipes, table_ops):
         part.add_to(table, world)
-    return table.entries
+    lines = [*commands.options(world), *commands.keys(world)]
+    return table.entries | {entry.name: entry for entry in lines}
 
 
 def unknown(entries: Mapping[str, Entry]) -> tuple[list[str], list[str]]:
     """(public callables without an entry, entries of what is not public any more)."""
     found = public_callables()
-    return sorted(set(found) - set(entries)), sorted(set(entries) - set(found))
+    return sorted(set(found) - set(entries)), sorted(name for name in set(entries) - set(found) if "." in name)
 
 
 def broken(entries: Mapping[str, Entry]) -> dict[str, str]:
@@ -60,7 +61,9 @@ def everything(entries: Mapping[str, Entry]) -> Iterator[Outcome]:
     """Every parameter of every callable with every value; then every option and key of the command line."""
     for entry in entries.values():
         for parameter in entry.rules:
-            for value in VALUES:
+            for text in entry.texts:
+                yield try_value(entry, parameter, given=text)
+            for value in () if entry.texts else VALUES:
                 yield try_value(entry, parameter, value)
 
 

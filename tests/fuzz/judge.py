@@ -63,10 +63,13 @@ class Entry:
     rules: Mapping[str, Rule]
     words: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     work: tuple[str, ...] = ()
+    texts: tuple[str, ...] = ()  # tried instead of `values`, where only texts can be given
 
     @property
     def group(self) -> str:
         """lossk, lossk.analysis, ..."""
+        if "." not in self.name:
+            return "config" if self.name.startswith("config") else "command line"
         head = self.name.split(".")
         return ".".join(head[:2]) if len(head) > 2 and head[1] in GROUPS else "lossk"
 
@@ -167,7 +170,7 @@ def judge(error: Exception, entry: Entry, parameter: str) -> tuple[str, str]:
     """(class, the error in a line)."""
     detail = " ".join(f"{type(error).__name__}: {error}".split())[:300]
     innermost = traceback.extract_tb(error.__traceback__)[-1]
-    ours = innermost.filename.startswith(SOURCE)
+    ours = innermost.filename.startswith(SOURCE) or type(error).__name__ == "Refused"
     where = f"{detail}  [{Path(innermost.filename).name}:{innermost.lineno}]"
     names = (parameter, *entry.words.get(parameter, ()))
     named = any(re.search(rf"(?<!\w){re.escape(name)}(?!\w)", str(error)) for name in names)
