@@ -19,7 +19,7 @@ from lossk import cli_attribution, cli_insight, cli_report, cli_stores, cli_tune
 from lossk.analysis.purity import chance_purity, class_purity
 from lossk.cli_checkpoints import checkpoint_outputs, show_checkpoints
 from lossk.cli_distributed import follow, share_threads
-from lossk.cli_options import Parser, file_path, folder
+from lossk.cli_options import Parser, folder, store_path
 from lossk.cli_wordnet import show_wordnet, wordnet_picture
 from lossk.config import RunConfig, load_config, parse_override
 from lossk.disk import refuse_to_delete
@@ -66,7 +66,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     run = commands.add_parser("run", help="run a recipe or a config file")
     run.add_argument("config", help=f"a YAML file, or a recipe: {', '.join(packaged_names())}")
-    run.add_argument("--out", type=file_path, metavar="STORE", help="path of the store, instead of the config's")
+    run.add_argument("--out", type=store_path, metavar="STORE", help="path of the store, instead of the config's")
     run.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="e.g. build.num_draws=50")
     group = run.add_mutually_exclusive_group()
     group.add_argument("--overwrite", action="store_true", help="replace what an earlier run wrote")

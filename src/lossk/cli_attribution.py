@@ -65,6 +65,8 @@ def _rows(option: str, kernel: LossKernel, text: str) -> str | list[int] | slice
     rows: list[int] = []
     for part in text.split(","):
         first, _, last = part.partition("-")
+        if max(len(first), len(last)) > len(str(kernel.num_samples)) or int(last or first) < int(first):
+            raise ValueError(f"{option}: {shown(part)} is not among the {kernel.num_samples} rows of the kernel")
         end = int(last or first)
         if end >= kernel.num_samples:
             raise ValueError(f"{option}: row {end} is not among the {kernel.num_samples} rows of the kernel")

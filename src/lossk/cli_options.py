@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Callable
 from typing import Any, NoReturn, TypeVar
 
@@ -13,6 +14,13 @@ Found = TypeVar("Found")
 
 class Parser(argparse.ArgumentParser):
     """A parser whose errors are one line, as all others of the command line are."""
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """As argparse's, which takes `--option=--` for an empty list."""
+        for text in sys.argv[1:] if args is None else args:
+            if text.startswith("--") and text.endswith("=--"):
+                self.error(f"argument {text.removesuffix('=--')}: must not be '--'")
+        return super().parse_known_args(args, namespace)
 
     def error(self, message: str) -> NoReturn:
         """Status 2."""
@@ -53,6 +61,13 @@ def folder(text: str) -> str:
 def file_path(text: str) -> str:
     """The path of a file or of a folder; whether it is there is asked by whoever opens it."""
     _named(check_path, text)
+    return text
+
+
+def store_path(text: str) -> str:
+    """The path of a store to write."""
+    if _named(check_path, text).suffix != ".lossk":
+        raise argparse.ArgumentTypeError(f"must end in .lossk, got {shown(text)}")
     return text
 
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from lossk.cli_options import file_path
+from lossk.cli_options import file_path, named
 from lossk.errors import StoreError
 from lossk.plan import gigabytes
 from lossk.store import open_kernel, progress_of
@@ -79,9 +80,7 @@ def run_verify(options: argparse.Namespace) -> int:
 
 def run_export(options: argparse.Namespace) -> None:
     kernel, out = open_kernel(options.store), Path(options.out)
-    if options.format == "npy":
-        kernel.to_memmap(out, correlation=options.correlation)
-    else:
-        kernel.to_zarr(out, correlation=options.correlation)
+    write: Any = kernel.to_memmap if options.format == "npy" else kernel.to_zarr
+    named("out", partial(write, correlation=options.correlation), out)
     what = "correlations" if options.correlation else "covariances, nats^2"
     print(f"wrote {out}  {kernel.num_samples} x {kernel.num_samples} {what}, {gigabytes(4 * kernel.num_samples**2)}")

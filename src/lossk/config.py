@@ -10,7 +10,6 @@ import re
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import yaml
@@ -113,9 +112,11 @@ def load_config(name_or_path: str, overrides: Mapping[str, Any] | None = None) -
     Raises:
         ValueError: no such recipe or file, not a mapping, or an unknown key (the nearest known one is named).
     """
-    path = packaged_config(name_or_path) or Path(name_or_path)
+    path = packaged_config(name_or_path) or check_path("config", name_or_path)
     if not path.is_file():
-        raise ValueError(f"there is no config file or recipe {name_or_path!r}; recipes: {', '.join(packaged_names())}")
+        raise ValueError(
+            f"config: there is no config file or recipe {name_or_path!r}; recipes: {', '.join(packaged_names())}"
+        )
     try:
         plain = parse_yaml(path.read_text())
     except (yaml.YAMLError, UnicodeDecodeError) as error:

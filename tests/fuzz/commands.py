@@ -102,13 +102,13 @@ def options(w: World) -> list[Entry]:
          {**there, "--out": r.path, "--title": r.text, "--seed": seed}, ("lossk.report.page.find",)),
         ("tune", {"config": "digits", "--out": "fresh.tune", "--n-beta": "1x", "--localization": "1x", "--jobs": "1",
                   "--probe": "64", "--num-chains": "2", "--num-draws": "4", "--max-steps": "5000", "--set": ""},
-         {"config": _never, "--out": r.path, "--n-beta": _multiple, "--localization": _multiple,
+         {"config": _never, "--out": _folder, "--n-beta": _multiple, "--localization": _multiple,
           "--jobs": _is(int, 1, 1024), "--probe": _is(int, 2, COUNT), "--num-chains": _is(int, 2, COUNT),
-          "--num-draws": _is(int, 4, COUNT), "--max-steps": _is(int, 8, COUNT), "--set": _never},
+          "--num-draws": _is(int, 4, COUNT), "--max-steps": _is(int, 8, COUNT), "--set": _of_task},
          ("lossk.cli_tune.open_grid",)),
         ("run", {"config": "digits", "--out": "fresh.lossk", "--set": ""},
-         {"config": _never, "--out": _suffix(".lossk"), "--set": _never}, ("lossk.cli.execute",)),
-        ("demo", {"--out": "fresh"}, {"--out": r.path}, ("lossk.cli.execute",)),
+         {"config": _never, "--out": _suffix(".lossk"), "--set": _of_task}, ("lossk.cli.execute",)),
+        ("demo", {"--out": "fresh"}, {"--out": _folder}, ("lossk.cli.execute",)),
     ]  # fmt: skip
     return [_command(*command) for command in commands]
 
@@ -127,6 +127,9 @@ def _command(name: str, given: dict[str, str], rules: dict[str, r.Rule], work: t
     return Entry(f"lossk {name}", call, arguments, known, words, work, texts=TEXTS)
 
 
+# --set names the key of the config that it sets.
+KEYS = ("config", "tile", "lr", "build", "task_args")
+
 UNSET: Any = None  # an option that the valid call does without
 
 
@@ -136,6 +139,15 @@ def _never(text: Any) -> bool:
 
 def _there(text: Any) -> bool:
     return False  # none of the texts is the path of a store
+
+
+def _folder(text: Any) -> bool:
+    return text == "." or r.path(text)
+
+
+def _of_task(text: Any) -> bool:
+    """What the task's own arguments may be, the task says."""
+    return text.startswith("task_args.")
 
 
 def _rows(text: Any) -> bool:

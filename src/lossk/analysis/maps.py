@@ -76,7 +76,7 @@ def map_kernel(
     fewest = max(dimensions + 2, 4)
     if len(alive) < fewest:
         raise ValueError(
-            f"a map in {dimensions} dimensions needs at least {fewest} live samples, got {len(alive)} "
+            f"a map of dimensions={dimensions} needs at least {fewest} live samples, got {len(alive)} "
             f"({kernel.num_samples} in all, {int(kernel.dead.sum())} whose loss never varied)"
         )
     check_installed("umap", "analysis", "a map", package="umap-learn")
