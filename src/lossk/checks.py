@@ -35,6 +35,8 @@ TENSOR_KINDS = {
     "an integer or a flag": "biu",
 }
 
+PLAIN = frozenset({bool, int, float, str, type(None)})
+
 Checked = TypeVar("Checked")
 
 
@@ -166,6 +168,8 @@ def check_optional(check: Callable[..., Checked], name: str, value: Any, *rules:
 
 def plain_scalar(value: Any) -> Any:
     """The Python scalar of a NumPy scalar, or of an array or a tensor of no dimensions; anything else as it is."""
+    if type(value) in PLAIN:  # of an op's arguments, at every step of a chain
+        return value
     if isinstance(value, np.generic | np.ndarray):
         return value.item() if value.ndim == 0 and value.dtype.kind in SCALAR_KINDS else value
     if isinstance(value, Tensor) and value.ndim == 0:
