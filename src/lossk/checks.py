@@ -115,7 +115,12 @@ def check_number(
         kind: what the argument may be, for the error.
     """
     plain = plain_scalar(value)
-    if isinstance(plain, bool) or not isinstance(plain, numbers.Real):
+    extended = isinstance(plain, np.longdouble)  # which NumPy has no Python scalar for
+    if (
+        isinstance(plain, bool)
+        or not isinstance(plain, numbers.Real)
+        or (isinstance(plain, np.generic) and not extended)
+    ):
         raise wrong_kind(name, kind, value)
     try:
         number = float(plain) + 0.0  # -0 becomes 0
