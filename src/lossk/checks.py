@@ -349,6 +349,8 @@ def _as_tensor(name: str, value: Any) -> Tensor:
     if array.dtype.kind == "f" and array.dtype.itemsize > 8:  # torch has no extended precision
         array = array.astype(np.float64)
     array = array.astype(array.dtype.newbyteorder("="), copy=False)
+    if array.dtype.kind in "iu":  # C has several names for one width, of which torch knows one
+        array = array.view(f"{array.dtype.kind}{array.dtype.itemsize}")
     if not array.flags.writeable or any(stride < 0 for stride in array.strides):
         array = array.copy()
     return torch.from_numpy(array)
