@@ -35,6 +35,8 @@ TENSOR_KINDS = {
     "an integer or a flag": "biu",
 }
 
+PLAIN = frozenset({bool, int, float, str, type(None)})
+
 Checked = TypeVar("Checked")
 
 
@@ -113,7 +115,12 @@ def check_number(
         kind: what the argument may be, for the error.
     """
     plain = plain_scalar(value)
-    if isinstance(plain, bool) or not isinstance(plain, numbers.Real):
+    extended = isinstance(plain, np.longdouble)  # which NumPy has no Python scalar for
+    if (
+        isinstance(plain, bool)
+        or not isinstance(plain, numbers.Real)
+        or (isinstance(plain, np.generic) and not extended)
+    ):
         raise wrong_kind(name, kind, value)
     try:
         number = float(plain) + 0.0  # -0 becomes 0
@@ -166,6 +173,8 @@ def check_optional(check: Callable[..., Checked], name: str, value: Any, *rules:
 
 def plain_scalar(value: Any) -> Any:
     """The Python scalar of a NumPy scalar, or of an array or a tensor of no dimensions; anything else as it is."""
+    if type(value) in PLAIN:  # of an op's arguments, at every step of a chain
+        return value
     if isinstance(value, np.generic | np.ndarray):
         return value.item() if value.ndim == 0 and value.dtype.kind in SCALAR_KINDS else value
     if isinstance(value, Tensor) and value.ndim == 0:
@@ -340,6 +349,8 @@ def _as_tensor(name: str, value: Any) -> Tensor:
     if array.dtype.kind == "f" and array.dtype.itemsize > 8:  # torch has no extended precision
         array = array.astype(np.float64)
     array = array.astype(array.dtype.newbyteorder("="), copy=False)
+    if array.dtype.kind in "iu":  # C has several names for one width, of which torch knows one
+        array = array.view(f"{array.dtype.kind}{array.dtype.itemsize}")
     if not array.flags.writeable or any(stride < 0 for stride in array.strides):
         array = array.copy()
     return torch.from_numpy(array)
