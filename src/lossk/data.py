@@ -25,12 +25,14 @@ from torch.utils.data import (
 from lossk.device import ahead
 
 READ_BATCH = 256
+FEW = 8  # samples that a check looks at
 HALVES = (torch.float16, torch.bfloat16)
 
 Transform = Callable[[Any], Any]  # a batch's inputs, as they are held, to what the model is given
 
 
-def _widened(tensor: Tensor) -> Tensor:
+def widen(tensor: Tensor) -> Tensor:
+    """Half precision as float32."""
     return tensor.float() if tensor.dtype in HALVES else tensor
 
 
@@ -46,13 +48,15 @@ class Samples:
     num_samples: int
     transform: Transform | None = None
     device: torch.device | None = None  # where batches are wanted, if the data are not held there
+    copied: bool = True  # a batch is a copy, never a view: what it is given to may write into it
     _views: dict[int, list[tuple[int, Any]]] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __len__(self) -> int:
         return self.num_samples
 
     def __getitem__(self, index: slice | Tensor) -> Any:
-        batch = map_tensors(lambda t: _widened(self._moved(t[index])), self.tree)
+        copied = self.copied and isinstance(index, slice)  # indexing by a tensor copies anyway
+        batch = map_tensors(lambda t: widen(self._moved(t[index].clone() if copied else t[index])), self.tree)
         if self.transform is None:
             return batch
         inputs, targets = batch
@@ -70,7 +74,7 @@ class Samples:
         if self.device is not None:
             yield from ahead(starts, lambda start: (start, self[start : start + size]), _tensors_of, self.device)
             return
-        if self.transform is not None or any(t.dtype in HALVES for t in leaves(self.tree)):
+        if self.copied or self.transform is not None or any(t.dtype in HALVES for t in leaves(self.tree)):
             yield from ((start, self[start : start + size]) for start in starts)
             return
         if size not in self._views:
@@ -123,6 +127,12 @@ class Samples:
 
 def _tensors_of(batch: tuple[int, Any]) -> list[Tensor]:
     return leaves(batch[1])
+
+
+def few_of(samples: Samples, count: int = FEW) -> Tensor:
+    """[k] int64: samples spread evenly, the first and the last among them."""
+    last = torch.linspace(0, len(samples) - 1, min(count, len(samples)), dtype=torch.float64, device="cpu")
+    return last.round().long()
 
 
 def map_tensors(function: Callable[[Tensor], Tensor], tree: Any) -> Any:

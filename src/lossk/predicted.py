@@ -34,7 +34,7 @@ def predicted_labels(model: nn.Module, loader: Any, transform: Transform | None 
     samples = read_samples(loader).transformed(transform, "loader")
     inputs, _ = split_batch(samples.tree)
     predictions = []
-    with Task(model, resolve_loss("cross_entropy")) as task, torch.inference_mode():
+    with Task(model, resolve_loss("cross_entropy")) as task, torch.no_grad():
         placed = task.place(samples)
         for _, batch in placed.batches(BATCH):
             outputs = forward(model, split_batch(batch)[0])

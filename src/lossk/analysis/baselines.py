@@ -176,7 +176,7 @@ def penultimate_features(
         ValueError: no Linear layer was called, no such layer, or its inputs are not one row per sample.
     """
     wanted = None if layer is None else check_module(model, layer)
-    with frozen(model, data, loss=_no_loss) as (task, sets), torch.inference_mode():
+    with frozen(model, data, loss=_no_loss) as (task, sets), torch.no_grad():
         rows = [_layer_inputs(task, batch, wanted) for samples in sets.values() for _, batch in samples.batches(BATCH)]
         features = torch.cat(rows)
     return Baseline("penultimate features", _about_mean(features.clone(), centred), sets=spans_of(sets))
@@ -239,7 +239,7 @@ def confusion(
     Returns:
         (the baseline, P [C, C] float64); rows of P of classes without samples are 0.
     """
-    with frozen(model, data, transform=transform) as (task, sets), torch.inference_mode():
+    with frozen(model, data, transform=transform) as (task, sets), torch.no_grad():
         given, labels = [], []
         for samples in sets.values():
             for _, batch in samples.batches(BATCH):

@@ -199,8 +199,8 @@ class _Sampling:
     def result(self, xr: Any) -> Any:
         """Run all chains; the tree's dataset."""
         s, started = self.settings, time.perf_counter()
+        probe, train = prepare_probe(self.task, self.sets, self.train)
         with self.task:
-            probe, train = prepare_probe(self.task, self.sets, self.train)
             initial = self._initial_loss(train)  # [P] float64
             log = StepLog(s.num_chains, s.num_steps, s.step_samples, self.positions)
             losses = torch.empty(s.num_chains, s.num_draws, len(probe))

@@ -57,8 +57,8 @@ def kernel_from_weights(
     task = Task(model, resolve_loss(loss), params=["*"], device=device, precision=precision)
     task.loss = resolve_loss(loss, resolve_backend("auto", task.device))
     samples = read_samples(loader)
+    probe, _ = prepare_probe(task, {"": samples}, samples)
     with Progress(progress) as bar, task:
-        probe, _ = prepare_probe(task, {"": samples}, samples)
         bar.say(
             f"lossk: the losses of {len(probe)} {task.loss.unit} at each draw, {4 * len(probe) / 1e6:.2f} MB a draw"
         )
