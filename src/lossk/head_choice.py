@@ -33,7 +33,8 @@ def fuse_head(task: Task, samples: Samples, backend: str) -> tuple[FusedHead | N
             raise NoHead(f"the loss is not one of {', '.join(NAMES)}")
         task.head = None
         with task:
-            few = samples[torch.linspace(0, len(samples) - 1, min(FEW, len(samples))).round().long()]
+            spread = torch.linspace(0, len(samples) - 1, min(FEW, len(samples)), dtype=torch.float32, device="cpu")
+            few = samples[spread.round().long()]
             with torch.no_grad(), task.autocast():
                 head = find_head(task.network, split_batch(few)[0])
             found = FusedHead(head, task.loss.name == "token_cross_entropy", backend, task.precision)

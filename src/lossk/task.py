@@ -61,7 +61,7 @@ class Task:
         self.device = self.sampled[0].device
         if device is not None:
             try:
-                self.device = torch.empty(0, device=device).device
+                self.device = torch.empty(0, device=device, dtype=torch.float32).device
             except (RuntimeError, TypeError, AssertionError) as error:
                 raise ValueError(f"device must be a torch device that is here, got {device!r}: {error}") from error
         self.num_weights = sum(p.numel() for p in self.sampled)
@@ -321,7 +321,7 @@ class Task:
                     "loss of a sample must not depend on the other samples of its batch, "
                     f"but evaluating it alone changed it by {worst:.3g} (largest loss {scale:.3g})"
                 )
-        self.gradient(samples, torch.arange(count))
+        self.gradient(samples, torch.arange(count, device="cpu"))
         return None if mask is None else mask.shape[1]
 
 
