@@ -224,7 +224,7 @@ def sample_losses(
             run.announce(bar)
             with run.timings.measure("plan"):
                 run.plan(bar, budget, tile=4096, panel=panel, dtype="float32", form="traces")
-            losses = torch.empty(num_chains, num_draws, len(run.probe))
+            losses = torch.empty(num_chains, num_draws, len(run.probe), dtype=torch.float32, device="cpu")
             for part in (each.on_host() for each in run.panels(panel, bar, dict.fromkeys(range(num_chains)))):
                 losses[part.chain, part.first_draw : part.first_draw + len(part.losses)] = part.losses
                 run.watch.note(part.losses, part.draws)

@@ -86,7 +86,7 @@ class FisherSamples:
         self.task, self.train = task, train
         self.index = Minibatches(len(train), NUM_SAMPLES, seed=seed, chain=SUBSET_CHAIN)[0]
         m = len(self.index)
-        self.noise = torch.zeros(m, 0)  # [m, k]
+        self.noise = torch.zeros(m, 0, dtype=torch.float32, device="cpu")  # [m, k]
         if task.loss.name == "cross_entropy":
             words = uint32_stream(seed, SUBSET_CHAIN, 0, STREAM, m)
             self.noise = ((torch.from_numpy(words.astype("float64")) + 0.5) / 2**32)[:, None]

@@ -98,7 +98,7 @@ def run_cell(cell: PlannedCell, grid: Mapping[str, Any], task: RecipeTask, data:
         diagnostics = kernel.diagnostics
         assert diagnostics is not None
         neighbors = kernel.neighbors(min(NEIGHBORS, kernel.num_samples - 1))
-        excess = torch.tensor(kernel.meta["excess_trace"], dtype=torch.float64)
+        excess = torch.tensor(kernel.meta["excess_trace"], dtype=torch.float64, device="cpu")
         result.update(
             diagnostics.to_dict(),
             rise=float(excess.mean()),  # of the training loss over its value at w*, nats

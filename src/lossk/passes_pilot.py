@@ -182,7 +182,7 @@ class _Bench:
                 forward = timer(show, HOPELESS * best[0] * count, self.task.device) / count
             if part != 0 and self.weights[1] > 0:
                 train = self.task.place(self._some(self.train))
-                index = torch.arange(min(self.load.minibatch, len(train)))
+                index = torch.arange(min(self.load.minibatch, len(train)), device="cpu")
                 work = partial(self.task.gradient, train, index)
                 self._note_limit(1, work, min(passes.gradient_batch, len(index)))
                 backward = timer(work, HOPELESS * best[1] * len(index), self.task.device) / len(index)

@@ -181,7 +181,7 @@ def _index(task: Task, part: ProbePart) -> ProbePart:
         raise ValueError(
             f"{part.name} must hold at least one unmasked token, got none; the mask is True where it counts"
         )
-    part.fill(task, torch.empty(len(part)))
+    part.fill(task, torch.empty(len(part), dtype=torch.float32, device="cpu"))
     return part
 
 

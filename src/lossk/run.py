@@ -68,7 +68,8 @@ class Run:
     fitted: dict[str, Tensor] = field(default_factory=dict)  # what the sampler's chains share
     timings: Timings = field(default_factory=Timings)
     pass_seconds: float = 0.0  # of one training sample's loss at w*
-    anchor_losses: Tensor = field(default_factory=lambda: torch.zeros(0))  # [n] float64, losses of `train` at w*
+    # [n] float64, losses of `train` at w*
+    anchor_losses: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.float64, device="cpu"))
 
     @classmethod
     def prepare(

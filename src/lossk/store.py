@@ -83,7 +83,7 @@ def write_kernel(kernel: LossKernel, path: Path, *, with_tiles: bool = True) -> 
     }
     write_json(path / "config.json", description)
     sync_tree(path)
-    _write_array(group, "complete", torch.ones(1, dtype=torch.int8), ("format",))
+    _write_array(group, "complete", torch.ones(1, dtype=torch.int8, device="cpu"), ("format",))
     sync_tree(path / "complete")
     consolidate(path)
 

@@ -63,7 +63,7 @@ class Task:
         self.device = self.sampled[0].device
         if device is not None:
             try:
-                self.device = torch.empty(0, device=device).device
+                self.device = torch.empty(0, device=device, dtype=torch.float32).device
             except (RuntimeError, TypeError, AssertionError) as error:
                 raise ValueError(f"device must be a torch device that is here, got {device!r}: {error}") from error
         self.num_weights = sum(p.numel() for p in self.sampled)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from lossk.analysis.gradients import Sketch, check_module, frozen, gradient_batches, losses_of
 from lossk.analysis.purity import neighbor_purity
+from lossk.arrays import cpu_tensor
 from lossk.blocks import tile_spans
 from lossk.data import Samples, Transform, leaves
 from lossk.indexing import resolve
@@ -104,7 +105,7 @@ class Baseline:
         """
         rows, columns = resolve(rows, self.num_samples), resolve(columns, self.num_samples)
         block = self._correlate(rows, columns)
-        return torch.where(rows.unsqueeze(1) == columns, torch.ones(()), block)
+        return torch.where(rows.unsqueeze(1) == columns, torch.ones((), dtype=torch.float32, device="cpu"), block)
 
     def _correlate(self, rows: Tensor, columns: Tensor | slice) -> Tensor:
         variance = self.variance
@@ -115,7 +116,7 @@ class Baseline:
 
     def matvec(self, v: Tensor) -> Tensor:
         """S v for v [N] or [N, m], float64, without forming S."""
-        v = torch.as_tensor(v).double()
+        v = cpu_tensor(v).double()
         if v.ndim not in (1, 2) or v.shape[0] != self.num_samples:
             raise ValueError(f"v must have shape [{self.num_samples}] or [{self.num_samples}, m], got {list(v.shape)}")
         inner = self._right.double().T @ v.reshape(self.num_samples, -1)
@@ -131,7 +132,7 @@ class Baseline:
             raise ValueError(f"k must be an integer from 1 to N - 1 = {self.num_samples - 1}, got {k!r}")
         rows = resolve(slice(None) if rows is None else rows, self.num_samples)
         found = nearest_of_rows(self._correlation_rows, self.dead, rows, k)
-        return found._replace(noise_floor=torch.full((len(rows),), 3.0 * self.noise))
+        return found._replace(noise_floor=torch.full((len(rows),), 3.0 * self.noise, dtype=torch.float32, device="cpu"))
 
     def _correlation_rows(self, rows: Tensor) -> Iterator[tuple[slice, Tensor]]:
         return ((span, self._correlate(rows, span)) for span in tile_spans(self.num_samples, self.tile))
@@ -205,7 +206,7 @@ def gradient_cosine(
         exact = dimensions is None or dimensions >= task.num_weights
         sketch = None if dimensions is None or exact else Sketch(task.num_weights, dimensions, seed)
         width = task.num_weights if sketch is None else sketch.dimensions
-        features = torch.empty(sum(map(len, sets.values())), width)
+        features = torch.empty(sum(map(len, sets.values())), width, dtype=torch.float32, device="cpu")
         batches = gradient_batches(task, list(sets.values()), losses_of(task), progress=progress, what="gradients")
         for rows, gradients in batches:
             features[rows] = gradients.cpu() if sketch is None else sketch(gradients)

@@ -56,7 +56,8 @@ class LossKernelCallback:
         resolve_loss(loss)  # a bad name is refused now
         self.probe = read_samples(probe, "probe")
         self.loss, self.batch_size, self.centering, self.nbeta = loss, batch_size, centering, nbeta
-        self.losses = torch.full((num_chains, num_draws, len(self.probe)), float("nan"))
+        shape = num_chains, num_draws, len(self.probe)
+        self.losses = torch.full(shape, float("nan"), dtype=torch.float32, device="cpu")
         self.losses.share_memory_()
 
     def share_memory_(self) -> LossKernelCallback:

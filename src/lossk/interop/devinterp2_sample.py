@@ -203,8 +203,8 @@ class _Sampling:
         with self.task:
             initial = self._initial_loss(train)  # [P] float64
             log = StepLog(s.num_chains, s.num_steps, s.step_samples, self.positions)
-            losses = torch.empty(s.num_chains, s.num_draws, len(probe))
-            anchor = torch.full((len(train),), float(initial.mean()), dtype=torch.float64)
+            losses = torch.empty(s.num_chains, s.num_draws, len(probe), dtype=torch.float32, device="cpu")
+            anchor = torch.full((len(train),), float(initial.mean()), dtype=torch.float64, device="cpu")
             around = Surroundings(self.task, train, anchor, s.init_seed, self.backend, Timings(), fitted={})
             self.bar.start(s.num_chains * s.num_steps)
             for chain in range(s.num_chains):
@@ -224,7 +224,7 @@ class _Sampling:
         count = min(len(train), self.settings.num_init_loss_batches * self.settings.step_samples)
         generator = np.random.default_rng(np.random.SeedSequence(self.settings.init_seed))
         index = torch.from_numpy(np.sort(generator.choice(len(train), count, replace=False)))
-        total = torch.zeros(self.positions, dtype=torch.float64)
+        total = torch.zeros(self.positions, dtype=torch.float64, device="cpu")
         for part in index.split(fitting_batch(self.task.passes.probe_batch, self.positions)):
             rows, _ = self.task.rows(train[part])
             total += rows.view(len(part), self.positions).double().sum(dim=0).cpu()
@@ -307,7 +307,7 @@ def _choose(samples: Samples, count: int, seed: int, name: str) -> Samples:
         raise ValueError(
             f"observables[{name!r}] must hold batches per draw x batch_size = {count} sequences, got {len(samples)}"
         )
-    index = torch.tensor(random.Random(seed).sample(range(len(samples)), count))
+    index = torch.tensor(random.Random(seed).sample(range(len(samples)), count), dtype=torch.int64, device="cpu")
     return Samples({"input_ids": samples.tree["input_ids"][index]}, count)
 
 

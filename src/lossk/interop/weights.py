@@ -88,14 +88,14 @@ def _chain(states: Iterable[Weights], chain: int, put: WeightLoader, probe: Prob
             put(state)
         except (ValueError, TypeError) as error:
             raise type(error)(f"weights of chain {chain}, draw {draw}: {error}") from error
-        row = torch.empty(len(probe))
+        row = torch.empty(len(probe), dtype=torch.float32, device="cpu")
         probe.fill(put.task, row)
         bad = first_non_finite(row)
         if bad is not None:
             raise ValueError(f"chain {chain}, draw {draw}: {probe.describe(bad)} has loss {float(row[bad])}")
         rows.append(row)
         bar.update()
-    return torch.stack(rows) if rows else torch.zeros(0, len(probe))
+    return torch.stack(rows) if rows else torch.zeros(0, len(probe), dtype=torch.float32, device="cpu")
 
 
 class WeightLoader:
