@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lossk.build import sample_losses
-from lossk.data import Transform, map_tensors, read_samples
+from lossk.data import Transform, map_tensors
 from lossk.diagnostics import Diagnostics
 from lossk.indexing import resolve
 from lossk.kernel import LossKernel
@@ -16,6 +16,7 @@ from lossk.losses import LossFunction
 from lossk.neighbors import noise_floor
 from lossk.passes import Passes
 from lossk.probe_sets import ProbeSets
+from lossk.reading import read_samples
 from lossk.samplers import Sampler
 from lossk.settings import CENTERINGS, check_choice
 

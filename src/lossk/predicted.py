@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lossk.data import Transform, read_samples
+from lossk.data import Transform
 from lossk.losses import forward, resolve_loss, split_batch
+from lossk.reading import read_samples
 from lossk.task import Task
 
 BATCH = 256

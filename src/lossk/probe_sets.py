@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from lossk.data import Samples, Transform, read_samples
+from lossk.data import Samples, Transform
 from lossk.probe import set_name
+from lossk.reading import read_samples
 
 
 class ProbeSets:

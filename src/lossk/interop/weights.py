@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from lossk.backends import resolve_backend
-from lossk.data import read_samples
 from lossk.kernel import LossKernel
 from lossk.losses import LossFunction, resolve_loss
 from lossk.probe import Probe, first_non_finite, prepare_probe
+from lossk.reading import read_samples
 from lossk.settings import CENTERINGS, check_choice
 from lossk.task import Task
 from lossk.timings import Progress
