@@ -120,7 +120,8 @@ def map_tensors(function: Callable[[Tensor], Tensor], tree: Any) -> Any:
     if isinstance(tree, Mapping):
         return {key: map_tensors(function, value) for key, value in tree.items()}
     if isinstance(tree, tuple | list):
-        return tuple(map_tensors(function, value) for value in tree)
+        parts = [map_tensors(function, value) for value in tree]
+        return type(tree)(*parts) if hasattr(tree, "_fields") else tuple(parts)
     raise TypeError(f"loader: batches must be made of tensors, got {type(tree).__name__}")
 
 

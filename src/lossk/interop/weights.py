@@ -56,7 +56,8 @@ def kernel_from_weights(
     check_choice("centering", centering, CENTERINGS)
     task = Task(model, resolve_loss(loss), params=["*"], device=device, precision=precision)
     task.loss = resolve_loss(loss, resolve_backend("auto", task.device))
-    samples = read_samples(loader)
+    with Progress(progress) as bar:
+        samples = read_samples(loader, bar=bar)
     with Progress(progress) as bar, task:
         probe, _ = prepare_probe(task, {"": samples}, samples)
         bar.say(
