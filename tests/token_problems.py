@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import oracles
-from lossk.data import read_samples
 from lossk.losses import resolve_loss
 from lossk.probe import Probe, prepare_probe
+from lossk.reading import read_samples
 from lossk.task import Task
 
 IGNORED = -100

@@ -146,8 +146,9 @@ def build_kernel(
         if ranks is not None:
             device = ranks.own_device(device)
         run = Run.prepare(
-            model, loader, train, loss, sampler, num_chains, num_draws, backend, device, precision, seed, transform
-        )
+            model, loader, train, loss, sampler, num_chains, num_draws, backend, device, precision, seed, transform,
+            bar, budget,
+        )  # fmt: skip
         settings = {"tile": tile, "dtype": dtype, "centering": centering, "form": None if form == "tiles" else form}
         if ranks is not None:
             return build_on_ranks(
@@ -213,8 +214,9 @@ def sample_losses(
         if ranks is not None:
             device = ranks.own_device(device)
         run = Run.prepare(
-            model, loader, train, loss, sampler, num_chains, num_draws, backend, device, precision, seed, transform
-        )
+            model, loader, train, loss, sampler, num_chains, num_draws, backend, device, precision, seed, transform,
+            bar, budget,
+        )  # fmt: skip
         if ranks is not None:
             return sample_on_ranks(ranks, run, passes=passes, budget=budget, bar=bar)
         panel = choose_panel(len(run.probe), num_draws)

@@ -86,6 +86,8 @@ class Run:
         precision: str | None,
         seed: int,
         transform: Transform | None = None,
+        bar: Progress | None = None,
+        budget: Budget | None = None,
     ) -> Run:
         started = time.perf_counter()
         if sampler is not None and not isinstance(sampler, Sampler):
@@ -97,7 +99,7 @@ class Run:
         task.loss = resolve_loss(loss, chosen.ops["sample_loss"])
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            sets, train_samples = read_sources(loader, train, transform)
+            sets, train_samples = read_sources(loader, train, transform, bar=bar, budget=budget)
         for warning in caught:  # shown all the same; kept with the result
             warnings.warn(warning.message, warning.category, stacklevel=3)
         fingerprints = {"model": provenance.model_fingerprint(model), "probe": rows_fingerprint(sets)}

@@ -146,7 +146,7 @@ def raw_inputs(data: Any, *, transform: Transform | None = None, centred: bool =
         centred: about the mean input.
     """
     train = next(iter(data.sets.values())) if isinstance(data, ProbeSets) else None
-    sets, _ = read_sources(data, train, transform)
+    sets, _ = read_sources(data, train, transform, name="data")
     rows = []
     for samples in sets.values():
         inputs = [leaves(split_batch(batch)[0]) for _, batch in samples.batches(BATCH)]

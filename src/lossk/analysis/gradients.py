@@ -41,7 +41,7 @@ def frozen(
         ValueError, TypeError: data, loss or model that `build_kernel` would refuse, or a loss per token.
     """
     train = next(iter(data.sets.values())) if isinstance(data, ProbeSets) else None
-    sets, _ = read_sources(data, train, transform)
+    sets, _ = read_sources(data, train, transform, name="data")
     task = Task(model, resolve_loss(loss), params=params)
     task.passes = Passes(memory_format="contiguous")  # weights in `task.flat` lie as in the model
     names = {id(samples): name or "data" for name, samples in sets.items()}

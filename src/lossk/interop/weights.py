@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from lossk.backends import resolve_backend
-from lossk.data import read_samples
 from lossk.kernel import LossKernel
 from lossk.losses import LossFunction, resolve_loss
 from lossk.probe import Probe, first_non_finite, prepare_probe
+from lossk.reading import read_samples
 from lossk.settings import CENTERINGS, check_choice
 from lossk.task import Task
 from lossk.timings import Progress
@@ -56,8 +56,9 @@ def kernel_from_weights(
     check_choice("centering", centering, CENTERINGS)
     task = Task(model, resolve_loss(loss), params=["*"], device=device, precision=precision)
     task.loss = resolve_loss(loss, resolve_backend("auto", task.device))
-    samples = read_samples(loader)
-    probe, _ = prepare_probe(task, {"": samples}, samples)
+    with Progress(progress) as bar:
+        samples = read_samples(loader, bar=bar)
+        probe, _ = prepare_probe(task, {"": samples}, samples)
     with Progress(progress) as bar, task:
         bar.say(
             f"lossk: the losses of {len(probe)} {task.loss.unit} at each draw, {4 * len(probe) / 1e6:.2f} MB a draw"
