@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from lossk.attributes import Attributes
 from lossk.called import Called, as_called
-from lossk.data import Samples
+from lossk.data import Samples, few_of
 from lossk.snapshot import acting
 from lossk.task import Task, fitting_batch
 
@@ -30,6 +30,7 @@ ROUNDING = {None: 2.0**-18, "tf32": 2.0**-8, "fp16": 2.0**-8, "bf16": 2.0**-6}
 OWN_ROUNDING = {torch.float64: 2.0**-18, torch.float32: 2.0**-18, torch.float16: 2.0**-8, torch.bfloat16: 2.0**-6}
 MARGIN = 4.0
 MEANS = 2.0**-16  # besides, of a mean loss, whose float32 log-sum-exp is off by a last bit of the logits: 2^-24 x 256
+WITNESSES = 64  # samples of each data set whose losses a resumed run is known by, and losses that are kept of these
 REPEATS = 2  # simulations of rounding
 MOVED = 0.01  # relative move of the weights after which losses must still follow from them
 
@@ -128,7 +129,10 @@ def compare(task: Task, samples: Samples, called: Called) -> Called:
     if (mask is None) != (called.mask is None) or not _same_mask(mask, called.mask):
         raise ValueError("loss: the mask must depend on the data only; with and without gradients it is not the same")
     _check_finite(called)
-    called = dataclasses.replace(called, allowed=rounding_of(task, samples, called, rows))
+    size, own = ROUNDING[task.precision], OWN_ROUNDING.get(called.dtype, 2.0**-6)
+    repeatable = rounding_of(task, samples, called.index, rows, size)
+    allowed = repeatable if own <= size else rounding_of(task, samples, called.index, rows, own)
+    called = dataclasses.replace(called, allowed=allowed, repeatable=repeatable)
     if not _within(rows, again, called.allowed):
         raise ValueError(
             "model must be deterministic in eval mode: two passes over the same batch gave different losses"
@@ -251,20 +255,42 @@ def _check_follows(task: Task, samples: Samples, called: Called, begun: Attribut
         )
 
 
+def witness_of(task: Task, named: Mapping[str, Samples]) -> dict[str, Any]:
+    """Losses at w*, in full precision, and by how much rounding may move them (`lossk.witness`); the task not entered.
+
+    Args:
+        named: the data sets as `prove` returned them.
+
+    Returns:
+        {"losses": {name: up to 64 of them}, "allowed": nats}, JSON-ready.
+    """
+    losses = {}
+    with task:
+        for name, samples in named.items():
+            index = few_of(samples, fitting_batch(WITNESSES, task.loss.positions))
+            rows = task.rows(samples[index])[0].cpu()
+            chosen = torch.linspace(
+                0, max(len(rows) - 1, 0), min(WITNESSES, len(rows)), dtype=torch.float64, device="cpu"
+            )
+            losses[name] = rows[chosen.round().long()].tolist()
+    return {"losses": losses, "allowed": max(each.repeatable for each in task.called.values())}
+
+
 # --- what rounding explains --------------------------------------------------------------------------------------
 
 
-def rounding_of(task: Task, samples: Samples, called: Called, rows: Tensor) -> float:
+def rounding_of(task: Task, samples: Samples, index: Tensor, rows: Tensor, size: float) -> float:
     """Nats by which a loss may differ between two ways of running the model; the task is entered, at w*.
 
     Args:
-        rows: the losses of the called samples.
+        index: [k] the samples that are tried.
+        rows: their losses.
+        size: relative error of a layer.
     """
-    size = max(ROUNDING[task.precision], OWN_ROUNDING.get(called.dtype, 2.0**-6))
     largest = size * float(rows.abs().amax()) if len(rows) else 0.0
     for seed in range(REPEATS):
         with moved(task, size, seed), _rounded_outputs(task.network, size, seed):
-            changed = task.rows(samples[called.index])[0]
+            changed = task.rows(samples[index])[0]
         if changed.shape == rows.shape and len(rows):
             largest = max(largest, float((changed - rows).abs().nan_to_num(nan=0.0, posinf=0.0).amax()))
     return MARGIN * largest

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -13,6 +12,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+
+from lossk.generators import KINDS, put_back
 
 DEEPEST = 3  # plain objects within one another, below a module, that are looked into
 LARGEST = 10_000  # entries of a container that is looked into
@@ -28,7 +29,7 @@ class _Kept:
 
     name: str
     changed: Callable[[], bool]
-    restore: Callable[[], None]
+    restore: Callable[[], object]
 
 
 class Attributes:
@@ -73,8 +74,8 @@ class Attributes:
             self._hold_container(name, value, depth)
         elif isinstance(value, tuple | frozenset):
             self._wait(((f"{name}[{i}]", entry) for i, entry in enumerate(value)), len(value), depth)
-        elif _stream(value) is not None:
-            self._hold_stream(name, value)
+        elif isinstance(value, KINDS):
+            self._keep(name, lambda: True, put_back(value))
         elif isinstance(value, nn.Module):
             self._hold_class(type(value))
             self._hold_namespace(name, value, depth)
@@ -85,7 +86,7 @@ class Attributes:
         if count <= LARGEST:
             self._waiting.extend((name, entry, depth) for name, entry in entries if not isinstance(entry, _CLOSED))
 
-    def _keep(self, name: str, changed: Callable[[], bool], restore: Callable[[], None]) -> None:
+    def _keep(self, name: str, changed: Callable[[], bool], restore: Callable[[], object]) -> None:
         self._kept.append(_Kept(name, changed, restore))
 
     def _hold_namespace(self, name: str, owner: Any, depth: int) -> None:
@@ -150,13 +151,6 @@ class Attributes:
 
         self._keep(name, lambda: array.tobytes() != before.tobytes(), restore)
 
-    def _hold_stream(self, name: str, generator: Any) -> None:
-        get, put = _stream(generator) or (None, None)
-        assert get is not None
-        assert put is not None
-        before = get()
-        self._keep(name, lambda: True, lambda: put(before))
-
     def _hold_class(self, kind: type) -> None:
         """Data attributes of the model's own classes: caches that all instances share."""
         for each in kind.__mro__:
@@ -185,20 +179,6 @@ def _same_bits(tensor: Tensor, value: Tensor) -> bool:
     if now.is_floating_point() or now.is_complex():
         return bool(torch.equal(now, value)) or bool(((now == value) | ((now != now) & (value != value))).all())
     return bool(torch.equal(now, value))
-
-
-def _stream(value: Any) -> tuple[Callable[[], Any], Callable[[Any], Any]] | None:
-    """How the state of a random generator is read and put back, if it is one."""
-    if isinstance(value, torch.Generator):
-        return value.get_state, value.set_state
-    if isinstance(value, random.Random):
-        return value.getstate, value.setstate
-    if isinstance(value, np.random.RandomState):
-        return value.get_state, value.set_state
-    if isinstance(value, np.random.Generator):
-        bits = value.bit_generator
-        return lambda: bits.state, lambda state: setattr(bits, "state", state)
-    return None
 
 
 def _data_attributes(kind: type) -> dict[str, Any]:

@@ -32,9 +32,11 @@ from lossk.stored_tiles import CACHE_BYTES
 from lossk.tile_pass import OutOfCore
 from lossk.tiles import TileAccumulator
 from lossk.timings import Progress
+from lossk.torch_modes import own_modes
 from lossk.traces import LossTraces
 
 
+@own_modes()
 def build_kernel(
     model: nn.Module,
     loader: Any,
@@ -185,6 +187,7 @@ def build_kernel(
                 log.close()
 
 
+@own_modes()
 def sample_losses(
     model: nn.Module,
     loader: Any,

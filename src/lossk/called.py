@@ -35,6 +35,7 @@ class Called:
     writes: bool  # whether the model, the loss or the transform changes its inputs in place
     arguments: Arguments | None = None  # what the model's forward is given, if always the same
     allowed: float = 0.0  # nats by which rounding may move a loss in another way of running the model
+    repeatable: float = 0.0  # the same, of the same way on another day or machine
 
     def where(self, row: int) -> str:
         """A row, for messages."""

@@ -20,8 +20,10 @@ from lossk.reading import check_source, read_samples
 from lossk.samplers import Sampler
 from lossk.settings import CENTERINGS, check_choice
 from lossk.timings import Progress
+from lossk.torch_modes import own_modes
 
 
+@own_modes()
 def cross_kernel(
     model: nn.Module,
     train: Any,

@@ -119,8 +119,13 @@ def _tensors_of(batch: tuple[int, Any]) -> list[Tensor]:
 
 def few_of(samples: Samples, count: int = FEW) -> Tensor:
     """[k] int64: samples spread evenly, the first and the last among them."""
-    last = torch.linspace(0, len(samples) - 1, min(count, len(samples)), dtype=torch.float64, device="cpu")
-    return last.round().long()
+    return spread(len(samples), count)
+
+
+def spread(total: int, count: int) -> Tensor:
+    """[k] int64: at most `count` of the numbers below `total`, spread evenly from the first to the last."""
+    numbers = torch.linspace(0, max(total - 1, 0), min(count, total), dtype=torch.float64, device="cpu")
+    return numbers.round().long()
 
 
 def map_tensors(function: Callable[[Tensor], Tensor], tree: Any) -> Any:

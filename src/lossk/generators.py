@@ -26,7 +26,7 @@ LIBRARIES = {*sys.stdlib_module_names, "torch", "numpy"}  # whose classes and fu
 @contextmanager
 def generators_kept(*sources: Any) -> Iterator[None]:
     """Put every generator that is found in the sources back, whatever happens."""
-    puts = [_put_back(generator) for generator in find_generators(*sources)]
+    puts = [put_back(generator) for generator in find_generators(*sources)]
     try:
         yield
     finally:
@@ -55,7 +55,7 @@ def find_generators(*sources: Any) -> list[Any]:
     return [generator for generator in found if not isinstance(generator, random.SystemRandom)]
 
 
-def _put_back(generator: Any) -> Callable[[], object]:
+def put_back(generator: Any) -> Callable[[], object]:
     """A function that sets the generator to its present state."""
     if isinstance(generator, torch.Generator):
         return functools.partial(generator.set_state, generator.get_state())

@@ -12,10 +12,12 @@ from lossk.losses import forward, resolve_loss, split_batch
 from lossk.reading import read_samples
 from lossk.task import Task
 from lossk.timings import Progress
+from lossk.torch_modes import own_modes
 
 BATCH = 256
 
 
+@own_modes()
 def predicted_labels(
     model: nn.Module, loader: Any, transform: Transform | None = None, *, progress: bool = True
 ) -> tuple[Any, Tensor]:

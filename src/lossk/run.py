@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lossk import provenance, record
+from lossk.agreement import witness_of
 from lossk.anchor import evaluate_anchor
 from lossk.arrangement import Arrangement, cut, settle
 from lossk.backends import choose_ops
@@ -42,6 +43,7 @@ from lossk.sgld import SGLD
 from lossk.task import Task
 from lossk.timings import Progress, Timings, as_table
 from lossk.trial import uninformed_loss
+from lossk.witness import check_start
 
 
 @dataclass
@@ -59,6 +61,7 @@ class Run:
     ops: dict[str, str]  # what each op runs with
     seed: int
     fingerprints: dict[str, str]
+    witness: dict[str, Any]  # losses at w* of a few samples
     started: float
     watch: TraceWatch
     warnings: list[str]
@@ -107,6 +110,8 @@ class Run:
         fingerprints["train"] = fingerprints["probe"] if lone else train_samples.fingerprint()
         notes = [*chosen.reasons, *place_data(task, [*sets.values(), train_samples])]
         probe, train_samples = prepare_probe(task, sets, train_samples)
+        named = {part.name: part.samples for part in probe.parts}
+        witness = witness_of(task, named if probe.holds(train_samples) else {**named, "train": train_samples})
         if probe.tokens is not None:
             fingerprints["tokens"] = token_fingerprint(probe.tokens)
         run = cls(
@@ -122,6 +127,7 @@ class Run:
             passes_reasons=[*notes, *task.notes],
             seed=seed,
             fingerprints=fingerprints,
+            witness=witness,
             started=started,
             warnings=[str(warning.message) for warning in caught],
             watch=TraceWatch(num_chains, num_draws, len(probe)),
@@ -218,6 +224,8 @@ class Run:
 
     def _choose(self, chosen: dict[str, Any] | None, bar: Progress | None) -> None:
         if chosen is not None:
+            allowed = max(each.repeatable for each in self.task.called.values())
+            check_start(chosen.get("anchor_loss"), float(self.anchor_losses.mean()), allowed)
             self.pilot = None if chosen["pilot"] is None else Pilot(**chosen["pilot"])
             self.sampler, self.reasons = type(self.asked)(**chosen["sampler"]), chosen["reasons"]
             return

@@ -16,11 +16,13 @@ from lossk.reading import read_samples
 from lossk.settings import CENTERINGS, check_choice
 from lossk.task import Task
 from lossk.timings import Progress
+from lossk.torch_modes import own_modes
 from lossk.traces import LossTraces
 
 Weights = Mapping[str, Tensor] | Tensor
 
 
+@own_modes()
 def kernel_from_weights(
     weights: Iterable[Any],
     model: nn.Module,
