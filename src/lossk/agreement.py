@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from lossk.attributes import Attributes
 from lossk.called import Called, as_called
 from lossk.data import Samples, few_of
-from lossk.snapshot import acting
+from lossk.gradient_check import MOVED, check_gradient, moved
+from lossk.snapshot import Switch, acting
 from lossk.task import Task, fitting_batch
 
 # Relative error of a layer that is simulated: of a float32 sum of some 4,000 terms, 2^-24 sqrt(4096), and of the
@@ -32,7 +33,6 @@ MARGIN = 4.0
 MEANS = 2.0**-16  # besides, of a mean loss, whose float32 log-sum-exp is off by a last bit of the logits: 2^-24 x 256
 WITNESSES = 64  # samples of each data set whose losses a resumed run is known by, and losses that are kept of these
 REPEATS = 2  # simulations of rounding
-MOVED = 0.01  # relative move of the weights after which losses must still follow from them
 
 
 class Disagreement(ValueError):
@@ -59,7 +59,7 @@ def prove(task: Task, named: Mapping[str, Samples]) -> tuple[dict[str, Samples],
     task.arguments = ways.pop() if len(ways) == 1 else None
     named = {name: dataclasses.replace(samples, copied=called[name].writes) for name, samples in named.items()}
     attempts = list(_attempts(task))
-    for task.switch, memory_format in attempts:
+    for number, (task.switch, memory_format) in enumerate(attempts):
         task.passes = dataclasses.replace(task.passes, memory_format=memory_format)
         try:
             with task:
@@ -67,29 +67,29 @@ def prove(task: Task, named: Mapping[str, Samples]) -> tuple[dict[str, Samples],
                 task.called = {name: compare(task, placed[name], called[name]) for name in named}
             break
         except Exception as error:
-            if (task.switch, memory_format) == attempts[-1]:
+            if number == len(attempts) - 1:
                 raise _explained(task, error) from error.__cause__
-            task.notes.append(_unused(task.switch, memory_format, error))
+            task.notes.append(_unused(attempts[number], attempts[number + 1], error))
     return placed, {name: None if each.mask is None else each.mask.shape[1] for name, each in called.items()}
 
 
-def _attempts(task: Task) -> Iterator[tuple[bool, Any]]:
-    """(whether `eval()` sets the model's mode, memory format): the preferred way first, the plainest last.
+def _attempts(task: Task) -> list[tuple[Switch, Any]]:
+    """(how the model goes to eval mode, memory format): the preferred way first, the plainest last.
 
-    Where a module does something of its own in `eval()`, modes are first set without it: weights that a layer merges
-    into others there would no longer reach the loss.
+    Where a module does something of its own in `eval()`, modes are first set without it, and then after taking it back:
+    weights that a layer has merged into others no longer reach the loss.
     """
     formats = [task.passes.memory_format] + (["contiguous"] if task.channels_last else [])
-    yield from product([False, True] if acting(task.model) else [False], formats)
+    switches: list[Switch] = ["none", "train", "eval"] if acting(task.model) else ["none"]
+    return list(product(switches, formats))
 
 
-def _unused(switch: bool, memory_format: str, error: Exception) -> str:
+def _unused(attempt: tuple[Switch, Any], following: tuple[Switch, Any], error: Exception) -> str:
     """Why a way of running the model is not used, as a reason."""
-    if memory_format == "channels_last":
-        how = "memory format = contiguous: channels_last is not used"
-    else:
-        how = f"eval mode = by {'train(False)' if switch else 'eval()'}: modes set one by one are not used"
-    return f"{how}: {error}".splitlines()[0]
+    if attempt[1] != following[1] == "contiguous":
+        return f"memory format = contiguous: {attempt[1]} is not used: {error}".splitlines()[0]
+    how = {"train": "by train(), then module by module", "eval": "by eval()"}[following[0]]
+    return f"eval mode = {how}: otherwise {error}".splitlines()[0]
 
 
 def _explained(task: Task, error: Exception) -> Exception:
@@ -97,7 +97,7 @@ def _explained(task: Task, error: Exception) -> Exception:
     dtype = task.sampled[0].dtype
     if isinstance(error, Disagreement):
         return error
-    if "reentrant" in str(error) or "Checkpointing is not compatible with .grad()" in str(error):
+    if isinstance(error, RuntimeError) and "reentrant" in str(error):
         return ValueError(
             "model must not use reentrant checkpointing, under which gradients cannot be taken for given weights; "
             f"call torch.utils.checkpoint.checkpoint with use_reentrant=False: {error}"
@@ -130,13 +130,13 @@ def compare(task: Task, samples: Samples, called: Called) -> Called:
         raise ValueError("loss: the mask must depend on the data only; with and without gradients it is not the same")
     _check_finite(called)
     size, own = ROUNDING[task.precision], OWN_ROUNDING.get(called.dtype, 2.0**-6)
-    repeatable = rounding_of(task, samples, called.index, rows, size)
-    allowed = repeatable if own <= size else rounding_of(task, samples, called.index, rows, own)
-    called = dataclasses.replace(called, allowed=allowed, repeatable=repeatable)
-    if not _within(rows, again, called.allowed):
+    if not _within(rows, again, size * float(rows.abs().amax()) if len(rows) else 0.0):
         raise ValueError(
             "model must be deterministic in eval mode: two passes over the same batch gave different losses"
         )
+    repeatable = rounding_of(task, samples, called.index, rows, size)
+    allowed = repeatable if own <= size else rounding_of(task, samples, called.index, rows, own)
+    called = dataclasses.replace(called, allowed=allowed, repeatable=repeatable)
     check_rows(called, rows, "with float32 weights, without gradients")
     with torch.enable_grad(), task.autocast():
         check_rows(
@@ -144,6 +144,7 @@ def compare(task: Task, samples: Samples, called: Called) -> Called:
         )
     _check_alone(task, samples, called, rows)
     check_mean(called, task.gradient(samples, called.index), "in a gradient pass")
+    check_gradient(task, samples[called.index], rows, called.allowed)
     _check_follows(task, samples, called, begun)
     return called
 
@@ -294,25 +295,6 @@ def rounding_of(task: Task, samples: Samples, index: Tensor, rows: Tensor, size:
         if changed.shape == rows.shape and len(rows):
             largest = max(largest, float((changed - rows).abs().nan_to_num(nan=0.0, posinf=0.0).amax()))
     return MARGIN * largest
-
-
-@contextmanager
-def moved(task: Task, size: float, seed: int, *, whole: bool = False) -> Iterator[None]:
-    """Every sampled weight off by a random relative error; `task.grad` is scratch, and w* is back afterwards.
-
-    Args:
-        whole: relative to the root mean square of all weights besides, so that weights of 0 move too.
-    """
-    generator = torch.Generator(task.device).manual_seed(seed)
-    task.grad.normal_(generator=generator)
-    task.flat.addcmul_(task.flat, task.grad, value=size)
-    if whole:
-        typical = float(torch.linalg.vector_norm(task.anchor)) / task.num_weights**0.5
-        task.flat.add_(task.grad, alpha=size * (typical or 1.0))
-    try:
-        yield
-    finally:
-        task.reset()
 
 
 @contextmanager

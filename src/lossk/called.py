@@ -55,7 +55,7 @@ def as_called(task: Task, samples: Samples, name: str) -> Called:
         Exception: what the model or the loss raises, with a note that says where.
     """
     index = few_of(samples)
-    with own_modes(), in_eval_mode(task.model, switch=True), _Watch(task.model), warnings.catch_warnings():
+    with own_modes(), in_eval_mode(task.model, "eval"), _Watch(task.model), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what the model's own call warns of, its user has seen
         try:
             called = _call(task, samples, name, index, in_own_dtype=False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from typing import Literal
 
 import torch
 from torch import nn
@@ -11,22 +12,25 @@ from torch import nn
 from lossk.attributes import Attributes
 from lossk.streams import streams_kept
 
+Switch = Literal["none", "train", "eval"]
+
 
 @contextmanager
-def in_eval_mode(model: nn.Module, *, switch: bool) -> Iterator[None]:
+def in_eval_mode(model: nn.Module, switch: Switch) -> Iterator[None]:
     """The model in eval mode; whatever the block does to it, it comes back bit for bit, and so do the random streams.
 
     Args:
-        switch: by its own `eval()`, as its user does; else module by module, without what a module may do of its own
-            when it is switched (a layer that merges its weights into another's, say).
+        switch: "eval" takes it there by its own `eval()`, as its user does; "none" sets the mode of module by module,
+            without what a module does of its own when it is switched (merge its weights into another's, say); "train"
+            calls `train()` before that, which takes back what an earlier `eval()` did.
     """
     with streams_kept():
         snapshot = _Snapshot(model)
         try:
-            if switch:
-                snapshot.switch()
-            else:
-                for module in model.modules():
+            if switch != "none":
+                snapshot.switch(training=switch == "train")
+            for module in model.modules():
+                if module.training and switch != "eval":
                     module.training = False
             yield
         finally:
@@ -54,13 +58,16 @@ class _Snapshot:
         self.attributes = Attributes(model)
         self.switched = False
 
-    def switch(self) -> None:
-        """Go to eval mode by `eval()`; what this writes into weights in place lands in copies."""
+    def switch(self, *, training: bool) -> None:
+        """Call `train()` or `eval()`; what these write into weights in place lands in copies."""
         self.switched = True
         owned = {id(p): p for module in acting(self.model) for p in module.parameters()}
         for parameter in owned.values():
             parameter.data = parameter.data.clone()
-        self.model.eval()
+        if training:
+            self.model.train()
+        else:
+            self.model.eval()
 
     def restore(self) -> None:
         """Switch back through `train()` what acts on it; then the very tensors, attributes and flags, in any case."""
@@ -69,8 +76,7 @@ class _Snapshot:
             if self.switched:
                 modes = {id(module): training for module, training in self.modes}
                 for module in acting(self.model):
-                    if module.training != modes[id(module)]:
-                        module.train(modes[id(module)])
+                    module.train(modes[id(module)])
 
     def _put_back(self) -> None:
         for parameter, data, requires_grad, grad in self.parameters:

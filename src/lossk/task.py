@@ -21,7 +21,7 @@ from lossk.losses import Loss
 from lossk.parameters import check_model, select_parameters
 from lossk.passes import Passes
 from lossk.settings import PRECISIONS, check_choice
-from lossk.snapshot import in_eval_mode
+from lossk.snapshot import Switch, in_eval_mode
 from lossk.torch_modes import own_modes
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -67,7 +67,7 @@ class Task:
             except (RuntimeError, TypeError, AssertionError) as error:
                 raise ValueError(f"device must be a torch device that is here, got {device!r}: {error}") from error
         self.num_weights = sum(p.numel() for p in self.sampled)
-        self.switch = False  # whether the model goes to eval mode by its own `eval()`, and not module by module
+        self.switch: Switch = "none"  # how the model goes to eval mode
         self.called: dict[str, Any] = {}  # of each data set, what `lossk.agreement` compares the passes with
         self.folded = False  # whether any norm is, in the passes of the block
         self.arguments: tuple[int, frozenset[str]] | None = None  # what calls give the network's forward, if known
@@ -107,7 +107,7 @@ class Task:
         assert self._entered is None, "a task is entered once at a time"
         with ExitStack() as entered:
             entered.enter_context(own_modes())
-            entered.enter_context(in_eval_mode(self.model, switch=self.switch))
+            entered.enter_context(in_eval_mode(self.model, self.switch))
             self._freeze()
             if self.passes.num_threads is not None:
                 torch.set_num_threads(self.passes.num_threads)
