@@ -25,6 +25,7 @@ KIND = Kind(
     lambda: nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Dropout(0.2), nn.Linear(8, CLASSES)),
     lambda: (torch.randn(N, 6), torch.arange(N) % CLASSES),
 )
+DATA = KIND.batch()  # made once: threads share the global random stream
 SETTINGS: dict[str, object] = {
     "sgld": lossk.SGLD(lr=1e-4, params=["0.*"]),
     "sgld-automatic": lossk.SGLD(),
@@ -44,7 +45,7 @@ COPIES: dict[str, Callable[[Any], Any]] = {
 
 def build(model: nn.Module, seed: int = 0, **settings: Any) -> lossk.LossKernel:
     chosen: dict[str, Any] = {"sampler": short(), "num_chains": 2, "num_draws": 3, "tile": 16, "progress": False}
-    return lossk.build_kernel(model, KIND.batch(), seed=seed, **{**chosen, **settings})
+    return lossk.build_kernel(model, DATA, seed=seed, **{**chosen, **settings})
 
 
 @pytest.mark.parametrize("how", COPIES)
@@ -75,7 +76,7 @@ def test_kernels_are_copied(form: str, how: str, tmp_path: Path, assert_same_ker
 
 @pytest.mark.parametrize("how", COPIES)
 def test_traces_are_copied(how: str) -> None:
-    traces = lossk.sample_losses(KIND.model(), KIND.batch(), sampler=short(), num_chains=2, num_draws=3, progress=False)
+    traces = lossk.sample_losses(KIND.model(), DATA, sampler=short(), num_chains=2, num_draws=3, progress=False)
     again = COPIES[how](traces)
     assert torch.equal(again.losses, traces.losses)
     assert again.meta == traces.meta
@@ -84,7 +85,7 @@ def test_traces_are_copied(how: str) -> None:
 
 @pytest.mark.parametrize("how", COPIES)
 def test_cross_kernels_are_copied(how: str) -> None:
-    x, y = KIND.batch()
+    x, y = DATA
     query = x[:5] + 0.1, y[:5]
     cross = lossk.cross_kernel(KIND.model(), (x, y), query, sampler=short(), num_chains=2, num_draws=3, progress=False)
     again = COPIES[how](cross)
@@ -93,7 +94,7 @@ def test_cross_kernels_are_copied(how: str) -> None:
 
 def test_a_model_is_copied_while_it_is_sampled() -> None:
     """By a loss that deep-copies or pickles the model that it is given, as callbacks which save checkpoints do."""
-    model, batch = KIND.model(), KIND.batch()
+    model, batch = KIND.model(), DATA
     plain = build(model)
     world = World(model, data=batch)
 
