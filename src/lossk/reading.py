@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -122,7 +122,7 @@ def _gather(reader: Reader, name: str, bar: Progress, room: Room) -> Any:
     return columns.tree()
 
 
-def _batches(reader: Reader, name: str) -> Iterator[Any]:
+def _batches(reader: Reader, name: str) -> Generator[Any, None, None]:
     """The loader's batches; its workers end with it, however it ends."""
     iterator: Any = None
     number = 0
