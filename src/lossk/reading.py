@@ -98,7 +98,8 @@ def _is_only_tensors(dataset: Any) -> bool:
 
 def _gather(reader: Reader, name: str, bar: Progress, room: Room) -> Any:
     columns = Columns(name, room, reader.total)
-    length = "" if reader.total is not None else ", of no known length, until it ends"
+    known = reader.total is not None or reader.num_batches is not None
+    length = "" if known else ", of no known length, until it ends"
     bar.start(reader.total, what=f"reading {name}{length}", unit=" samples", stays=False)
     try:
         with contextlib.closing(_batches(reader, name)) as batches:
