@@ -30,7 +30,7 @@ def as_tensors(tree: Any, where: str, room: Room) -> Any:
         MemoryError: an array that must be copied does not fit.
     """
     if isinstance(tree, Tensor):
-        return _plain(tree, where)
+        return _plain(tree, where, room)
     if isinstance(tree, np.ndarray):
         return _of_array(tree, where, room)
     if isinstance(tree, Mapping):
@@ -53,7 +53,7 @@ def _hint(found: Any) -> str:
     return "; a collate_fn can leave it out" if found is None else ""
 
 
-def _plain(tensor: Tensor, where: str) -> Tensor:
+def _plain(tensor: Tensor, where: str, room: Room) -> Tensor:
     kind = type(tensor)
     if tensor.is_nested:
         raise TypeError(f"{where} must be a dense tensor, got a nested one; pad it: torch.nested.to_padded_tensor")
@@ -70,7 +70,10 @@ def _plain(tensor: Tensor, where: str) -> Tensor:
     if tensor.dtype not in DTYPES:
         raise TypeError(f"{where} must have an ordinary dtype, got {tensor.dtype}")
     plain = tensor.as_subclass(Tensor).detach().resolve_conj().resolve_neg()
-    return plain.clone() if plain.is_inference() else plain  # autograd cannot save an inference tensor
+    if not plain.is_inference():
+        return plain
+    room.check(plain.nbytes, f"{where} is an inference tensor that must be copied ({gigabytes(plain.nbytes)})")
+    return plain.clone()  # autograd could not save it
 
 
 def _of_array(array: np.ndarray, where: str, room: Room) -> Tensor:

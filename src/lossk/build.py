@@ -69,7 +69,7 @@ def build_kernel(
         model: the trained network; used in eval mode and given back bit-identical, whatever happens.
         loader: the N probe samples: a DataLoader, a Dataset or a tuple (inputs, targets) of tensors. Row i of the
             kernel is sample i in dataset order. Or several sets in one `ProbeSets`, one after the other
-            (`kernel.sets`).
+            (`kernel.sets`). Read once; random streams are then put back where they were (docs/data.md).
         train: the data that defines the training loss L_n, in the same forms; None is the probe data, which `ProbeSets`
             cannot be.
         loss: "cross_entropy" (class-index targets), "token_cross_entropy" (logits [B, T, C], class indices [B, T], -100
@@ -114,7 +114,8 @@ def build_kernel(
 
     Raises:
         ValueError, TypeError: a bad argument, before sampling starts.
-        MemoryError: the kernel would not fit, before sampling starts; the message says what would.
+        MemoryError: the data or the kernel would not fit, before sampling starts; the message says what would.
+        RuntimeError: the dataset's own code failed; the message says at which samples, and its error is the cause.
         DivergedError: a chain left the neighbourhood of the trained weights.
         BackendError: an explicit backend cannot run here.
         DistributedError: ranks disagree on the call, or one of them has stopped; it is named.

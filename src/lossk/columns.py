@@ -116,7 +116,7 @@ class Columns:
                 expected, f"{self.name} has {promised:,} samples, which take {gigabytes(expected)} ({count:,} are read)"
             )
         else:
-            self.room.check(self.nbytes + size, self._so_far())  # the old columns and the new ones, for a moment
+            self.room.check(self.nbytes + size, f"{self._so_far()} (twice that while room for more is made)")
         for path, part in parts.items():
             grown = torch.empty((capacity, *part.shape[1:]), dtype=part.dtype, device=part.device)
             if path in self._columns:

@@ -44,7 +44,7 @@ def find_generators(*sources: Any) -> list[Any]:
     seen: dict[int, Any] = {}
     while waiting and len(seen) < MOST_OBJECTS:
         item = waiting.popleft()
-        kind = type(item)  # not isinstance: a lazy proxy would answer for what it stands for, and make it
+        kind = type(item)  # here and below not isinstance: a lazy proxy would answer for what it stands for
         if issubclass(kind, PLAIN) or id(item) in seen:
             continue
         seen[id(item)] = item
@@ -68,34 +68,36 @@ def put_back(generator: Any) -> Callable[[], object]:
 
 
 def _held_by(item: Any) -> Iterator[Any]:
-    if isinstance(item, FunctionType):
+    kind = type(item)
+    if kind is FunctionType:
         yield from _of_function(item)
-    elif isinstance(item, MethodType):
+    elif kind is MethodType:
         yield from (item.__self__, item.__func__)
-    elif isinstance(item, staticmethod | classmethod):
+    elif kind in (staticmethod, classmethod):
         yield item.__func__
-    elif isinstance(item, property):
+    elif kind is property:
         yield item.fget
-    elif isinstance(item, functools.partial):
+    elif kind is functools.partial:
         yield from (item.func, *item.args, *item.keywords.values())
-    elif isinstance(item, type):
+    elif issubclass(kind, type):
         yield from (value for kind in item.__mro__ if not _of_library(kind) for value in vars(kind).values())
     else:
         yield from _of_object(item)
 
 
 def _of_object(item: Any) -> Iterator[Any]:
-    yield type(item)
+    kind = type(item)
+    yield kind
     with suppress(AttributeError):  # not getattr, which may run a caller's code
         yield from object.__getattribute__(item, "__dict__").values()
-    for kind in type(item).__mro__:
-        for member in vars(kind).values():
+    for base in kind.__mro__:
+        for member in vars(base).values():
             if isinstance(member, MemberDescriptorType):
                 with suppress(AttributeError):  # an empty slot
                     yield member.__get__(item)
-    if isinstance(item, dict):
+    if issubclass(kind, dict):
         yield from dict.values(item)
-    elif isinstance(item, list | tuple | deque):
+    elif issubclass(kind, list | tuple | deque):
         yield from item
 
 

@@ -92,7 +92,7 @@ def _orders_all(loader: DataLoader, total: int) -> bool:
     batches, sampler = loader.batch_sampler, loader.sampler
     if batches is not None and (type(batches) is not BatchSampler or batches.sampler is not sampler):
         return False
-    return type(sampler) in (RandomSampler, SequentialSampler) and length_of(sampler.data_source) == total  # type: ignore[union-attr]
+    return type(sampler) in (RandomSampler, SequentialSampler) and length_of(sampler.data_source) == total  # type: ignore[attr-defined]
 
 
 def _in_own_order(loader: DataLoader) -> Reader:

@@ -20,8 +20,8 @@ class ProbeSets:
     in length and shape, as long as the model and the loss take each of them.
 
     Args:
-        sets: each a DataLoader, a Dataset or a tuple (inputs, targets) of tensors. The same object given twice (or also
-            as `train`) is read and held once.
+        sets: each a DataLoader, a Dataset or a tuple (inputs, targets) of tensors, as for `build_kernel`. The same
+            object given twice (or also as `train`) is read and held once.
 
     Raises:
         ValueError: no set, or one without a name.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -98,7 +98,8 @@ def _is_only_tensors(dataset: Any) -> bool:
 
 def _gather(reader: Reader, name: str, bar: Progress, room: Room) -> Any:
     columns = Columns(name, room, reader.total)
-    length = "" if reader.total is not None else ", of no known length, until it ends"
+    known = reader.total is not None or reader.num_batches is not None
+    length = "" if known else ", of no known length, until it ends"
     bar.start(reader.total, what=f"reading {name}{length}", unit=" samples", stays=False)
     try:
         with contextlib.closing(_batches(reader, name)) as batches:
@@ -122,7 +123,7 @@ def _gather(reader: Reader, name: str, bar: Progress, room: Room) -> Any:
     return columns.tree()
 
 
-def _batches(reader: Reader, name: str) -> Iterator[Any]:
+def _batches(reader: Reader, name: str) -> Generator[Any, None, None]:
     """The loader's batches; its workers end with it, however it ends."""
     iterator: Any = None
     number = 0

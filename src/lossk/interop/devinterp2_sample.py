@@ -28,6 +28,7 @@ from lossk.panel import chain_panels
 from lossk.probe import Probe, prepare_probe
 from lossk.provenance import versions
 from lossk.reading import read_samples
+from lossk.streams import streams_kept
 from lossk.task import Task, fitting_batch
 from lossk.timings import Progress, Timings
 
@@ -289,7 +290,8 @@ def _finished(path: Path, settings: Settings) -> Any:
 def _read(source: Any, name: str) -> Samples:
     """{"input_ids": [n, P + 1] int64} of a dataset, in its order."""
     if not isinstance(source, Mapping):
-        batches = [batch["input_ids"] for batch in DataLoader(source, batch_size=256)]
+        with streams_kept():
+            batches = [batch["input_ids"] for batch in DataLoader(source, batch_size=256)]
         if not batches or not all(isinstance(ids, Tensor) and ids.ndim == 2 for ids in batches):
             raise TypeError(
                 f'{name}[i]["input_ids"] must be a tensor of tokens; of a datasets.Dataset, with_format("torch")'
