@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 from tqdm import tqdm
 
+from lossk.ambient import usual_modes
 from lossk.data import Samples, Transform, leaves, map_tensors
 from lossk.losses import LossFunction, resolve_loss
 from lossk.passes import Passes
@@ -43,7 +44,7 @@ def frozen(
     sets, _ = read_sources(data, train, transform)
     task = Task(model, resolve_loss(loss), params=params)
     task.passes = Passes(memory_format="contiguous")  # weights in `task.flat` lie as in the model
-    with task:
+    with usual_modes(), task:
         once = {id(samples): task.place(samples) for samples in sets.values()}
         placed = {name: once[id(samples)] for name, samples in sets.items()}
         for name, samples in placed.items():
