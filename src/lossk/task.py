@@ -291,7 +291,7 @@ class Task:
         """
         self.loss.check(samples.tree, None)
         few = samples[: min(len(samples), 8)]
-        if self.loss.name in ("cross_entropy", "token_cross_entropy", "mse"):
+        if self.loss.of_outputs:
             with torch.inference_mode(), self.autocast():
                 self.loss.check(samples.tree, forward(self.network, split_batch(few)[0]))
         (first, mask), (again, mask_again) = self.rows(few), self.rows(few)
