@@ -239,7 +239,7 @@ def test_other_options_are_another_name() -> None:
 def test_a_resume_with_other_options_is_refused(problem: Classification, tmp_path: Any, build: Any) -> None:
     path = tmp_path / "k.lossk"
     build(problem.model(), problem.data, out=path, loss=nn.CrossEntropyLoss(label_smoothing=0.1))
-    with pytest.raises(lossk.StoreError, match="label_smoothing=0.1.*label_smoothing=0.2"):
+    with pytest.raises(lossk.StoreError, match=r"label_smoothing=0\.1.*label_smoothing=0\.2"):
         build(problem.model(), problem.data, out=path, resume=True, loss=nn.CrossEntropyLoss(label_smoothing=0.2))
 
 
