@@ -9,6 +9,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from lossk.ambient import without_autocast
+
 
 @dataclass(frozen=True)
 class Moments:
@@ -174,4 +176,5 @@ class FactorBlocks:
         return out / self.freedom
 
     def _product(self, a: Tensor, b: Tensor) -> Tensor:
-        return (a.T @ b).div_(self.freedom)
+        with without_autocast():
+            return (a.T @ b).div_(self.freedom)

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from lossk import record
+from lossk.ambient import usual_modes
 from lossk.chain import ChainState
 from lossk.data import Transform
 from lossk.disk import full_disk_named
@@ -32,11 +33,10 @@ from lossk.stored_tiles import CACHE_BYTES
 from lossk.tile_pass import OutOfCore
 from lossk.tiles import TileAccumulator
 from lossk.timings import Progress
-from lossk.torch_modes import own_modes
 from lossk.traces import LossTraces
 
 
-@own_modes()
+@usual_modes()
 def build_kernel(
     model: nn.Module,
     loader: Any,
@@ -188,7 +188,7 @@ def build_kernel(
                 log.close()
 
 
-@own_modes()
+@usual_modes()
 def sample_losses(
     model: nn.Module,
     loader: Any,

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from lossk.ambient import usual_modes
 from lossk.attributes import address
 from lossk.data import Samples, few_of, leaves, map_tensors, widen
 from lossk.losses import forward, split_batch
 from lossk.snapshot import in_eval_mode
 from lossk.task import Task
-from lossk.torch_modes import own_modes
 
 Arguments = tuple[int, frozenset[str]]  # how many positional ones, and the names of the keywords
 
@@ -55,7 +55,7 @@ def as_called(task: Task, samples: Samples, name: str) -> Called:
         Exception: what the model or the loss raises, with a note that says where.
     """
     index = few_of(samples)
-    with own_modes(), in_eval_mode(task.model, "eval"), _Watch(task.model), warnings.catch_warnings():
+    with usual_modes(), in_eval_mode(task.model, "eval"), _Watch(task.model), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what the model's own call warns of, its user has seen
         try:
             called = _call(task, samples, name, index, in_own_dtype=False)
@@ -71,7 +71,7 @@ def _call(task: Task, samples: Samples, name: str, index: Tensor, *, in_own_dtyp
     held = _held(task, samples, index, widened=in_own_dtype)
     before = _copies(held)
     batch = _given(task, samples, held, in_own_dtype=in_own_dtype)
-    if task.loss.takes_outputs:
+    if task.loss.of_outputs:
         inputs = split_batch(map_tensors(torch.clone, batch))[0]
         task.loss.check(samples.tree, forward(task.model, inputs))
     taken = _copies(batch)

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lossk.ambient import usual_modes
 from lossk.build import sample_losses
 from lossk.data import Transform, map_tensors
 from lossk.diagnostics import Diagnostics
@@ -20,10 +21,9 @@ from lossk.reading import check_source, read_samples
 from lossk.samplers import Sampler
 from lossk.settings import CENTERINGS, check_choice
 from lossk.timings import Progress
-from lossk.torch_modes import own_modes
 
 
-@own_modes()
+@usual_modes()
 def cross_kernel(
     model: nn.Module,
     train: Any,

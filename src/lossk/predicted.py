@@ -7,17 +7,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lossk.ambient import usual_modes
 from lossk.data import Transform
 from lossk.losses import forward, resolve_loss, split_batch
 from lossk.reading import read_samples
 from lossk.task import Task
 from lossk.timings import Progress
-from lossk.torch_modes import own_modes
 
 BATCH = 256
 
 
-@own_modes()
+@usual_modes()
 def predicted_labels(
     model: nn.Module, loader: Any, transform: Transform | None = None, *, progress: bool = True
 ) -> tuple[Any, Tensor]:

@@ -28,7 +28,7 @@ def cut_prefix(task: Task, probe: Probe, train: Samples) -> tuple[nn.Module | No
     if asked is False or (asked is True and not frozen):
         return None, None, []
     try:
-        if task.loss.quick_mean is None and task.loss.name != "mse":
+        if not task.loss.of_outputs:
             raise NoCut("a loss of your own may read the inputs itself")
         with task:
             cut = find_cut(task.model, task.sampled, train, at=asked if isinstance(asked, str) else None)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lossk.ambient import usual_modes
 from lossk.data import Samples, map_tensors
 from lossk.device import pinned
 from lossk.fold import fold_norms
@@ -22,7 +23,6 @@ from lossk.parameters import check_model, select_parameters
 from lossk.passes import Passes
 from lossk.settings import PRECISIONS, check_choice
 from lossk.snapshot import Switch, in_eval_mode
-from lossk.torch_modes import own_modes
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 TOKENS_AT_A_TIME = 4096  # positions per pass of a loss per token
@@ -106,7 +106,7 @@ class Task:
     def __enter__(self) -> Task:
         assert self._entered is None, "a task is entered once at a time"
         with ExitStack() as entered:
-            entered.enter_context(own_modes())
+            entered.enter_context(usual_modes())
             entered.enter_context(in_eval_mode(self.model, self.switch))
             self._freeze()
             if self.passes.num_threads is not None:

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lossk.ambient import without_autocast
 from lossk.analysis.gradients import Sketch, check_module, frozen, gradient_batches, losses_of
 from lossk.analysis.purity import neighbor_purity
 from lossk.arrays import cpu_tensor
@@ -92,7 +93,8 @@ class Baseline:
     def similarity(self, rows: Any = slice(None), columns: Any = slice(None)) -> Tensor:
         """S_ij: [r, c] float32."""
         rows, columns = resolve(rows, self.num_samples), resolve(columns, self.num_samples)
-        return (self.features[rows] @ self._right[columns].T).float()
+        with without_autocast():
+            return (self.features[rows] @ self._right[columns].T).float()
 
     def __getitem__(self, key: Any) -> Tensor:
         rows, columns = key if isinstance(key, tuple) and len(key) == 2 else (key, slice(None))

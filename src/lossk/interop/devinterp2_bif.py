@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from lossk.ambient import without_autocast
 from lossk.blocks import tile_spans
 from lossk.centring import centre, degrees_of_freedom
 from lossk.interop.devinterp2_sample import LossFn, ObservableSpec, ParamMasks, sample
@@ -189,6 +190,7 @@ def _columns(z: Tensor, chosen: np.ndarray, per_sequence: int) -> Tensor:
     return z[:, columns.to(z.device)]
 
 
+@without_autocast()
 def _products(z1: Tensor, z2: Tensor, per_sequence: int) -> np.ndarray:
     """Z1'Z2 as [n1, n2] float32, or by tokens [n1, n2, P, P]."""
     n1, n2 = z1.shape[1] // per_sequence, z2.shape[1] // per_sequence
