@@ -210,7 +210,7 @@ class Reentrant(nn.Linear):
         (Counting, r"add_.* writes into parameter 'steps'"),
         (Reentrant, r"does not reach: weight, bias; .* use_reentrant=False"),
         (lambda *sizes: nn.Sequential(nn.Linear(4, 4), Reentrant(*sizes)), "use_reentrant=False"),
-        (Detached, r"does not reach: table; .* detach\(\)"),
+        (Detached, r"does not reach: table; .*detach\(\)"),
     ],
 )
 @pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad:UserWarning")

@@ -192,5 +192,5 @@ def test_default_n_beta(problem: Any, build: Any) -> None:
 def test_bad_settings(field: str, value: Any) -> None:
     with pytest.raises((ValueError, TypeError), match=field):
         hmc(**{field: value})
-    with pytest.raises(ValueError, match="measure_acceptance"):
+    with pytest.raises(TypeError, match="measure_acceptance"):
         lossk.SGLD(measure_acceptance="yes")  # type: ignore[arg-type]

@@ -26,7 +26,7 @@ from lossk.panel import choose_panel
 from lossk.passes import Passes, check_passes
 from lossk.run import Run
 from lossk.runlog import RunLog
-from lossk.samplers import Sampler
+from lossk.samplers import Sampler, check_sampler
 from lossk.settings import check_settings
 from lossk.store import open_finished, saved_panel
 from lossk.stored_tiles import CACHE_BYTES
@@ -121,7 +121,7 @@ def build_kernel(
         DistributedError: ranks disagree on the call, or one of them has stopped; it is named.
         StoreError, FileExistsError: `out` is taken, damaged, holds another run, or does not fit on its disk.
     """
-    check_settings(
+    plain = check_settings(
         num_chains=num_chains,
         num_draws=num_draws,
         tile=tile,
@@ -133,12 +133,21 @@ def build_kernel(
         precision=precision,
         seed=seed,
         memory=memory,
+        transform=transform,
+        device=device,
+        out=out,
+        resume=resume,
+        progress=progress,
+        distributed=distributed,
     )
-    check_passes(passes)
-    budget = Budget.now(memory)
+    num_chains, num_draws, tile, panel = (plain[key] for key in ("num_chains", "num_draws", "tile", "panel"))
+    dtype, centering, form, backend = (plain[key] for key in ("dtype", "centering", "form", "backend"))
+    precision, seed, path, resume = (plain[key] for key in ("precision", "seed", "out", "resume"))
+    progress, distributed = plain["progress"], plain["distributed"]
+    passes, sampler = check_passes(passes), check_sampler(sampler, num_draws)
+    budget = Budget.now(plain["memory"])
     if resume and out is None:
         raise ValueError("resume=True needs out=, the store to continue, got None")
-    path = None if out is None else Path(out)
     with (
         joined(distributed) as ranks,
         full_disk_named(path),
@@ -211,8 +220,21 @@ def sample_losses(
 
     On many ranks, which must all make this call, every rank gets all traces.
     """
-    check_settings(num_chains=num_chains, num_draws=num_draws, backend=backend, precision=precision, seed=seed)
-    check_passes(passes)
+    plain = check_settings(
+        num_chains=num_chains,
+        num_draws=num_draws,
+        backend=backend,
+        precision=precision,
+        seed=seed,
+        transform=transform,
+        device=device,
+        progress=progress,
+        distributed=distributed,
+    )
+    num_chains, num_draws, backend = (plain[key] for key in ("num_chains", "num_draws", "backend"))
+    precision, seed, progress = (plain[key] for key in ("precision", "seed", "progress"))
+    distributed = plain["distributed"]
+    passes, sampler = check_passes(passes), check_sampler(sampler, num_draws)
     budget = Budget.now(None)
     with joined(distributed) as ranks, Progress(progress and (ranks is None or ranks.first)) as bar:
         if ranks is not None:

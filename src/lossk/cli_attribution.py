@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from lossk.analysis.attribution import ORDERS, Influence, influence
+from lossk.checks import check_integer
 from lossk.cross import CrossKernel
 from lossk.errors import LosskError
 from lossk.kernel import LossKernel
-from lossk.settings import check_integer
 from lossk.store import open_kernel
 
 SUFFIXES = (".csv", ".parquet")

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from lossk.checks import check_integer
 from lossk.config import RunConfig, load_config, parse_override
 from lossk.grid import GridSettings, parse_values, plan_grid, planned_cells, request_of
 from lossk.grid_cell import PlannedCell, read_cell
@@ -17,7 +18,6 @@ from lossk.grid_jobs import PICTURE, open_grid, run_grid
 from lossk.optional import check_installed
 from lossk.plan import duration
 from lossk.report.grid_picture import draw_grid, number
-from lossk.settings import check_integer
 
 RISE_LIMIT = 0.5  # nats
 

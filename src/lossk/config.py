@@ -15,10 +15,11 @@ from typing import Any
 
 import yaml
 
+from lossk.checks import check_integer
 from lossk.passes import Passes
 from lossk.recipes import RecipeTask, packaged_config, packaged_names
 from lossk.samplers import KINDS, read_sampler
-from lossk.settings import check_integer, check_settings
+from lossk.settings import check_settings
 
 BUILD_KEYS = (
     "num_chains", "num_draws", "tile", "panel", "dtype", "centering", "form", "memory", "backend", "device",

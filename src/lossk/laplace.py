@@ -17,11 +17,12 @@ import torch
 from torch import Tensor
 
 from lossk.chain import Chain, Surroundings
+from lossk.checks import check_automatic, check_choice
 from lossk.data import Samples
 from lossk.errors import DivergedError
 from lossk.fisher import FisherSamples, fisher_diagonal, kronecker_factors, kronecker_layers
 from lossk.ops.philox import normals
-from lossk.settings import SamplerSettings, check_automatic, check_choice, check_n_beta
+from lossk.settings import SamplerSettings, check_n_beta, put
 from lossk.task import Task
 
 STRUCTURES = ("kronecker", "diagonal")
@@ -48,9 +49,12 @@ class Laplace(SamplerSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_n_beta(self.n_beta)
-        check_automatic("localization", self.localization, above=0.0)
-        check_choice("structure", self.structure, STRUCTURES)
+        put(
+            self,
+            n_beta=check_n_beta(self.n_beta),
+            localization=check_automatic("localization", self.localization, above=0.0),
+            structure=check_choice("structure", self.structure, STRUCTURES),
+        )
 
     def steps(self, num_draws: int) -> int:
         """Moves of one chain of `num_draws` draws."""

@@ -12,8 +12,7 @@ from torch import Tensor
 
 from lossk.blocks import Blocks, Moments, tile_spans, upper_triangle
 from lossk.ops import triton_kernels
-from lossk.ops.top_correlations import BACKENDS, EMPTY, MOST_BY_TRITON, merge_tile, top_correlations, unpack
-from lossk.settings import check_choice
+from lossk.ops.top_correlations import EMPTY, MOST_BY_TRITON, merge_tile, top_correlations, unpack
 
 
 class Neighbors(NamedTuple):
@@ -99,7 +98,6 @@ def device_for_neighbors(blocks: Blocks, k: int, backend: str | None) -> torch.d
         ValueError: "triton" with more neighbours than it keeps in registers.
         BackendError: "triton", and it cannot run here.
     """
-    check_choice("backend", backend, (None, *BACKENDS))
     if backend == "torch" or (backend is None and (blocks.device.type != "cuda" or k > MOST_BY_TRITON)):
         return None
     if k > MOST_BY_TRITON:

@@ -38,7 +38,7 @@ from lossk.pilot import Pilot
 from lossk.plan import check_disk, check_traces, factor_layout, make_plan, trace_layout
 from lossk.probe import Probe, prepare_probe, rows_fingerprint, token_fingerprint
 from lossk.probe_sets import read_sources
-from lossk.samplers import KINDS, Sampler, fit, fit_early, make_chain
+from lossk.samplers import Sampler, fit, fit_early, make_chain
 from lossk.sgld import SGLD
 from lossk.task import Task
 from lossk.timings import Progress, Timings, as_table
@@ -81,7 +81,7 @@ class Run:
         loader: Any,
         train: Any,
         loss: str | LossFunction,
-        sampler: Sampler | None,
+        sampler: Sampler,
         num_chains: int,
         num_draws: int,
         backend: str,
@@ -93,10 +93,6 @@ class Run:
         budget: Budget | None = None,
     ) -> Run:
         started = time.perf_counter()
-        if sampler is not None and not isinstance(sampler, Sampler):
-            names = ", ".join(kind.__name__ for kind in KINDS.values())
-            raise TypeError(f"sampler must be a sampler of lossk ({names}) or None, got {type(sampler).__name__}")
-        sampler = sampler or SGLD()
         task = Task(model, resolve_loss(loss), params=sampler.params, device=device, precision=precision)
         chosen = choose_ops(backend, task.device)
         task.loss = resolve_loss(loss, chosen.ops["sample_loss"])

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lossk.ambient import usual_modes
+from lossk.checks import check_choice
 from lossk.data import Samples, map_tensors
 from lossk.device import pinned
 from lossk.fold import fold_norms
@@ -21,7 +22,7 @@ from lossk.head import FusedHead, heads_at_a_time
 from lossk.losses import Loss
 from lossk.parameters import check_model, select_parameters
 from lossk.passes import Passes
-from lossk.settings import PRECISIONS, check_choice
+from lossk.settings import PRECISIONS
 from lossk.snapshot import Switch, in_eval_mode
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}

@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lossk.arrays import cpu_tensor
+from lossk.checks import check_integer, check_mapping, check_tensor, shown
+from lossk.settings import check_n_beta
 
 
 class LossTraces:
@@ -23,6 +24,7 @@ class LossTraces:
         sets: name -> slice of the columns of one of several probe sets.
 
     Raises:
+        TypeError: something that holds no numbers; names the argument.
         ValueError: another shape, fewer than two draws, a non-finite entry, or a set outside the columns.
     """
 
@@ -36,35 +38,22 @@ class LossTraces:
         tokens: Tensor | np.ndarray | None = None,
         sets: Mapping[str, slice] | None = None,
     ) -> None:
-        losses = cpu_tensor(losses)
-        if losses.ndim != 3 or 0 in losses.shape:
-            raise ValueError(f"losses must have shape [chain, draw, sample], got {list(losses.shape)}")
-        if losses.shape[1] < 2:
-            raise ValueError(f"losses must hold at least 2 draws per chain, got {losses.shape[1]}")
-        self.losses = losses.float()
+        given = check_tensor("losses", losses, of="a real number", finite=False)
+        if given.ndim != 3 or 0 in given.shape:
+            raise ValueError(f"losses must have shape [chain, draw, sample], got {list(given.shape)}")
+        if given.shape[1] < 2:
+            raise ValueError(f"losses must hold at least 2 draws per chain, got {given.shape[1]}")
+        self.losses = given.float().cpu()
         bad = (~torch.isfinite(self.losses)).nonzero()
         if bad.numel():
             chain, draw, sample = bad[0].tolist()
             value = float(self.losses[chain, draw, sample])
             raise ValueError(f"losses must be finite; chain {chain}, draw {draw}, sample {sample} is {value}")
-        self.excess = excess
-        self.n_beta = n_beta
-        self.meta = meta or {}
-        self.tokens = None if tokens is None else self._check_tokens(cpu_tensor(tokens))
-        self.sets = dict(sets or {})
-        for name, rows in self.sets.items():
-            whole = isinstance(rows, slice) and isinstance(rows.start, int) and isinstance(rows.stop, int)
-            if not (whole and rows.step is None and 0 <= rows.start < rows.stop <= self.num_samples):
-                raise ValueError(f"sets: {name!r} must be a slice of the {self.num_samples} columns, got {rows!r}")
-
-    def _check_tokens(self, tokens: Tensor) -> Tensor:
-        whole = not (tokens.is_floating_point() or tokens.is_complex() or tokens.dtype == torch.bool)
-        if list(tokens.shape) != [self.num_samples, 2] or not whole:
-            raise ValueError(
-                f"tokens must be integers of shape [{self.num_samples}, 2], (sample, position) of each column, "
-                f"got {tokens.dtype} of shape {list(tokens.shape)}"
-            )
-        return tokens.long()
+        self.excess = check_excess(excess, self.num_chains, self.num_draws)
+        self.n_beta = check_n_beta(n_beta)
+        self.meta = {} if meta is None else check_mapping("meta", meta)
+        self.tokens = check_tokens(tokens, self.num_samples)
+        self.sets = check_sets(sets, self.num_samples)
 
     @property
     def num_chains(self) -> int:
@@ -113,3 +102,39 @@ class LossTraces:
     def __repr__(self) -> str:
         unit = "samples" if self.tokens is None else "tokens"
         return f"LossTraces({self.num_chains} chains x {self.num_draws} draws x {self.num_samples} {unit})"
+
+
+def check_excess(excess: Any, num_chains: int, num_draws: int) -> Tensor | None:
+    """[C, T] rise of the training loss; NaN where a draw's is not known."""
+    if excess is None:
+        return None
+    return check_tensor("excess", excess, (num_chains, num_draws), finite=False).cpu()
+
+
+def check_tokens(tokens: Any, num_samples: int) -> Tensor | None:
+    """[N, 2] int64, (sample, position) of each column."""
+    if tokens is None:
+        return None
+    given = check_tensor("tokens", tokens, of="a real number")
+    if list(given.shape) != [num_samples, 2] or given.is_floating_point() or given.dtype == torch.bool:
+        raise ValueError(
+            f"tokens must be integers of shape [{num_samples}, 2], (sample, position) of each column, "
+            f"got {given.dtype} of shape {list(given.shape)}"
+        )
+    return given.to("cpu", torch.int64)
+
+
+def check_sets(sets: Any, num_samples: int) -> dict[str, slice]:
+    """Slices of the columns by name, their bounds plain integers."""
+    if sets is None:
+        return {}
+    plain = {}
+    for name, columns in check_mapping("sets", sets).items():
+        if not isinstance(columns, slice) or columns.step is not None:
+            raise TypeError(f"sets[{name!r}] must be a slice of the {num_samples} columns, got {shown(columns)}")
+        start = check_integer(f"sets[{name!r}].start", columns.start, 0)
+        stop = check_integer(f"sets[{name!r}].stop", columns.stop, 0)
+        if not start < stop <= num_samples:
+            raise ValueError(f"sets: {name!r} must be a slice of the {num_samples} columns, got {columns!r}")
+        plain[name] = slice(start, stop)
+    return plain

@@ -19,10 +19,10 @@ from torch import Tensor
 from lossk.analysis.baselines import Baseline
 from lossk.arrays import cpu_tensor
 from lossk.blocks import tile_spans
+from lossk.checks import check_choice, check_integer
 from lossk.cross import CrossKernel
 from lossk.kernel import LossKernel
 from lossk.optional import require
-from lossk.settings import check_choice, check_integer
 from lossk.traces import LossTraces
 
 if TYPE_CHECKING:

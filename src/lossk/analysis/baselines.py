@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -23,6 +24,7 @@ from lossk.analysis.purity import neighbor_purity
 from lossk.arrays import cpu_tensor
 from lossk.blocks import tile_spans
 from lossk.data import Samples, Transform, leaves
+from lossk.dense import AsArray, refuse_too_large
 from lossk.indexing import resolve
 from lossk.losses import LossFunction, forward, split_batch
 from lossk.neighbors import Neighbors, nearest_of_rows
@@ -33,7 +35,7 @@ BATCH = 256
 
 
 @dataclass(frozen=True)
-class Baseline:
+class Baseline(AsArray):
     """A similarity of N samples held as vectors: S_ij = features_i . duals_j. Deterministic: no Monte Carlo error.
 
     It is read as a kernel is: `baseline[rows, columns]`, `.correlation(rows, columns)`, `.neighbors(k)`, `.matvec(v)`,
@@ -73,8 +75,19 @@ class Baseline:
         """N."""
         return len(self.features)
 
-    def __len__(self) -> int:
-        return self.num_samples
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(N, N)."""
+        return self.num_samples, self.num_samples
+
+    def to_numpy(self) -> np.ndarray:
+        """The whole matrix: [N, N] float32. Refuses, with the size, what free memory cannot hold.
+
+        Raises:
+            MemoryError: the matrix needs more than the memory now available.
+        """
+        refuse_too_large(*self.shape, "read blocks, baseline[rows, columns]")
+        return self.similarity().numpy()
 
     @property
     def _right(self) -> Tensor:

@@ -11,8 +11,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from lossk.analysis.pairs import Kernel, Pairs, as_pairs, blocks, spans_of
+from lossk.checks import check_integer
 from lossk.neighbors import nearest
-from lossk.settings import check_integer
 
 
 @dataclass(frozen=True)

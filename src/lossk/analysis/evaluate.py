@@ -14,9 +14,9 @@ from tqdm import tqdm
 
 from lossk.analysis.purity import chance_purity, class_purity
 from lossk.arrays import cpu_tensor
+from lossk.checks import check_integer, check_number
 from lossk.neighbors import Neighbors
 from lossk.optional import require
-from lossk.settings import check_integer, check_number
 
 Train = Callable[[Tensor, int], Tensor]  # (rows [m] int64 of the training samples, seed) -> losses of the queries [q]
 

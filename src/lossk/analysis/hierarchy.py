@@ -14,7 +14,7 @@ from lossk.analysis.class_matrix import Array, ClassMatrix
 from lossk.analysis.pairs import Kernel, KernelPairs, Pairs, as_pairs, blocks, spans_of
 from lossk.arrays import cpu_tensor
 from lossk.chains import has_chains, leave_one_chain_out
-from lossk.settings import check_integer
+from lossk.checks import check_integer
 
 MOST_GROUPS = 1000  # of images, in all classes together: their sums are [groups, groups] float64
 

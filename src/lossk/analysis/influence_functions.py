@@ -17,10 +17,10 @@ from tqdm import tqdm
 
 from lossk.analysis.baselines import Baseline, spans_of
 from lossk.analysis.gradients import Sketch, frozen, gradient_batches, losses_of
+from lossk.checks import check_choice, check_number
 from lossk.data import Samples, Transform
 from lossk.losses import LossFunction, forward, split_batch
 from lossk.probe_sets import ProbeSets
-from lossk.settings import check_choice, check_number
 from lossk.task import Task
 
 CURVATURES = ("gauss-newton", "hessian")

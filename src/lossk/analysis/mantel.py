@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from scipy.stats import rankdata
 
 from lossk.analysis.class_matrix import Array
-from lossk.settings import check_choice, check_integer
+from lossk.checks import check_choice, check_integer
 
 EXACT = 50_000  # permutations up to which all are tried: 8 classes have 40,320
 BATCH = 512

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from lossk.arrays import cpu_tensor
+from lossk.checks import check_integer, check_number
 from lossk.optional import check_installed
-from lossk.settings import check_integer, check_number
 
 if TYPE_CHECKING:
     from lossk.kernel import LossKernel

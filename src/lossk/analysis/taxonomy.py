@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from lossk.analysis.class_matrix import Array
-from lossk.settings import check_choice
+from lossk.checks import check_choice
 
 MEASURES = ("wu_palmer", "path", "lin")
 ROOT = "(root)"

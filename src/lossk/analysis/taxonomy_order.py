@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lossk.analysis.taxonomy import Taxonomy
-from lossk.settings import check_integer
+from lossk.checks import check_integer
 
 
 @dataclass(frozen=True)

@@ -7,11 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lossk.checks import check_choice, check_integer
 from lossk.data import map_tensors
 from lossk.kernel import LossKernel
 from lossk.losses import LossFunction, resolve_loss
 from lossk.reading import read_samples
-from lossk.settings import CENTERINGS, check_choice, check_integer
+from lossk.settings import CENTERINGS
 from lossk.traces import LossTraces
 
 

@@ -21,9 +21,9 @@ from torch.optim import Optimizer
 
 from lossk.arrays import cpu_tensor
 from lossk.backends import resolve_backend
+from lossk.checks import check_number
 from lossk.ops.philox import normals
 from lossk.ops.sgld_step import sgld_step
-from lossk.settings import check_number
 from lossk.sgld import ALPHA, STABILITY
 
 LISTS = ("noise", "dws")

@@ -8,9 +8,9 @@ from typing import Any
 
 from torch import Tensor
 
+from lossk.checks import check_choice, check_integer, check_number
 from lossk.interop.devinterp2_chain import Law
 from lossk.ops.philox import check_uint32
-from lossk.settings import check_choice, check_integer, check_number
 from lossk.sgld import ALPHA, SGLD, STABILITY
 
 # Fields that their stores carry besides; their own reading of a store compares them.

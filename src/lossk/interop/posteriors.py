@@ -20,10 +20,10 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from lossk.backends import resolve_backend
+from lossk.checks import check_number
 from lossk.interop.weights import kernel_from_weights
 from lossk.ops.philox import check_uint32
 from lossk.ops.sgld_step import sgld_step
-from lossk.settings import check_number
 
 __all__ = ["SGLDState", "Transform", "build", "init", "kernel_from_weights", "update"]
 

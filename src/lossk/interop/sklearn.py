@@ -17,9 +17,9 @@ import scipy.sparse
 
 from lossk.blocks import tile_spans
 from lossk.centring import degrees_of_freedom
+from lossk.checks import check_choice, check_integer
 from lossk.kernel import LossKernel
 from lossk.optional import require
-from lossk.settings import check_choice, check_integer
 from lossk.traces import LossTraces
 
 require("sklearn", "sklearn", package="scikit-learn")

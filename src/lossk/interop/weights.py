@@ -12,12 +12,13 @@ from torch import Tensor, nn
 
 from lossk.ambient import usual_modes
 from lossk.backends import resolve_backend
+from lossk.checks import check_choice
 from lossk.interop.weight_states import OwnTensors, flat_value, is_state
 from lossk.kernel import LossKernel
 from lossk.losses import LossFunction, resolve_loss
 from lossk.probe import Probe, first_non_finite, prepare_probe
 from lossk.reading import read_samples
-from lossk.settings import CENTERINGS, check_choice
+from lossk.settings import CENTERINGS
 from lossk.task import Task
 from lossk.timings import Progress
 from lossk.traces import LossTraces

@@ -12,6 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lossk.ops.operands import check_ignored, check_operands, check_word
 from lossk.ops.sample_loss import DTYPES, IGNORED, check_targets_and_out, sample_loss
 
 BACKENDS = ("torch", "cpp", "triton")
@@ -47,13 +48,15 @@ def head_loss(
         precision: one of PRECISIONS, of products of float32 inputs. The reference's are float32 whatever is asked.
 
     Raises:
-        ValueError: a bad argument; nothing has been changed.
+        TypeError, ValueError: a bad argument; nothing has been changed.
         BackendError: "triton" cannot run here.
     """
-    if backend not in BACKENDS:
-        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
-    if precision not in PRECISIONS:
-        raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
+    check_word("backend", backend, BACKENDS)
+    check_word("precision", precision, PRECISIONS)
+    check_operands(hidden=hidden, head=head, targets=targets, out=out)
+    if bias is not None:
+        check_operands(bias=bias)
+    ignore_index = check_ignored(ignore_index)
     _check(hidden, head, bias)
     check_targets_and_out(targets, out, (*head.shape[:-2], len(hidden)), hidden.device)
     if head.ndim == 2:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from lossk.ops import extension
+from lossk.ops.operands import check_ignored, check_operands, check_scale, check_word
 
 BACKENDS = ("torch", "cpp", "triton")
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -42,6 +43,8 @@ def cross_entropy(logits: Tensor, targets: Tensor, *, backend: str = "torch") ->
     Raises:
         BackendError: the backend cannot run here.
     """
+    check_word("backend", backend, BACKENDS)
+    _check_logits(logits, targets)
     wants_gradient = logits.requires_grad and torch.is_grad_enabled()
     if backend == "torch" or wants_gradient or logits.dtype not in DTYPES:
         return cross_entropy_reference(logits, targets)
@@ -70,7 +73,9 @@ def cross_entropy_slopes(logits: Tensor, targets: Tensor, scale: float, *, backe
     Raises:
         BackendError: the backend cannot run here.
     """
-    logits = logits.detach()
+    check_word("backend", backend, ("torch", "cpp"))
+    _check_logits(logits, targets)
+    scale, logits = check_scale(scale), logits.detach()
     if backend != "cpp" or logits.dtype not in DTYPES:
         return _slopes_reference(logits, targets, scale)
     if logits.stride(1) != 1:
@@ -117,8 +122,9 @@ def sample_loss(logits: Tensor, targets: Tensor, out: Tensor, *, backend: str, i
         ValueError: a bad argument; nothing has been changed.
         BackendError: the backend cannot run here.
     """
-    if backend not in BACKENDS:
-        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
+    check_word("backend", backend, BACKENDS)
+    check_operands(logits=logits, targets=targets, out=out)
+    ignore_index = check_ignored(ignore_index)
     if logits.ndim != 2 or logits.dtype not in DTYPES:
         raise ValueError(f"logits must be [B, C] float16, bfloat16 or float32, got {_describe(logits)}")
     check_targets_and_out(targets, out, (len(logits),), logits.device)
@@ -182,6 +188,15 @@ def check_targets_and_out(targets: Tensor, out: Tensor, shape: tuple[int, ...], 
         raise ValueError(f"targets must be [{shape[-1]}] int64 on {device}, got {_describe(targets)}")
     if out.shape != shape or out.dtype != torch.float32 or out.device != device:
         raise ValueError(f"out must be {list(shape)} float32 on {device}, got {_describe(out)}")
+
+
+def _check_logits(logits: Tensor, targets: Tensor) -> None:
+    """Raise unless logits are [B, C] floating point, C at least 1, and targets [B] int64 there."""
+    check_operands(logits=logits, targets=targets)
+    if logits.ndim != 2 or logits.shape[1] < 1 or not logits.is_floating_point():
+        raise ValueError(f"logits must be [B, C] floating point, C at least 1, got {_describe(logits)}")
+    if targets.shape != logits.shape[:1] or targets.dtype != torch.int64 or targets.device != logits.device:
+        raise ValueError(f"targets must be [{len(logits)}] int64 on {logits.device}, got {_describe(targets)}")
 
 
 def _describe(tensor: Tensor) -> str:

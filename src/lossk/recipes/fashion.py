@@ -11,10 +11,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from lossk.checks import check_integer
 from lossk.recipes import RecipeError, RecipeTask, require_accuracy, train_classifier
 from lossk.recipes.defaults import usual_defaults
 from lossk.recipes.idx import find_idx, read_idx
-from lossk.settings import check_integer
 
 DEBIAN_FOLDER = "/usr/share/datasets/fashion-mnist"
 STEMS = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")

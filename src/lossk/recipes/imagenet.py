@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from lossk.analysis.wordnet import DEBIAN_FOLDER, require_wordnet
+from lossk.checks import check_integer, check_number
 from lossk.recipes import RecipeError, RecipeTask
 from lossk.recipes.defaults import usual_defaults
 from lossk.recipes.networks import Network, load_network
 from lossk.recipes.photo_cache import cached_photos
 from lossk.recipes.photos import class_wnids, find_photos
-from lossk.settings import check_integer, check_number
 
 WORDNET = f"{DEBIAN_FOLDER}/data.noun"  # Debian package wordnet-base: WordNet 3.0
 THUMBNAIL = 32  # pixels

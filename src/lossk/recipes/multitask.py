@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import TensorDataset
 
+from lossk.checks import check_choice, check_integer, check_number
 from lossk.recipes import RecipeError, RecipeTask, predict, require_accuracy
 from lossk.recipes.arithmetic import TASKS, Disjoint, OneNetwork, SharedTrunk, arithmetic
 from lossk.recipes.defaults import usual_defaults
-from lossk.settings import check_choice, check_integer, check_number
 
 NETWORKS = ("one", "trunk", "disjoint")
 ANSWERS = ("rules", "random")

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
+from lossk.checks import check_choice, check_integer, check_number
 from lossk.ops.sample_loss import IGNORED, cross_entropy
 from lossk.recipes import RecipeError, RecipeTask
 from lossk.recipes.defaults import usual_defaults
@@ -29,7 +30,6 @@ from lossk.recipes.transformer import (
     train_language_model,
 )
 from lossk.recipes.words import Words
-from lossk.settings import check_choice, check_integer, check_number
 
 ROWS = ("tokens", "sequences")
 

@@ -10,9 +10,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from lossk.checks import check_choice, check_integer
 from lossk.ops.sample_loss import IGNORED
 from lossk.recipes import RecipeError
-from lossk.settings import check_choice, check_integer
 
 DEBIAN_LICENCES = "/usr/share/common-licenses"  # in Debian's and Ubuntu's essential package base-files
 SEQUENCES = ("packed", "padded")
