@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from lossk import record
+from lossk.ambient import usual_modes
 from lossk.chain import ChainState
 from lossk.data import Transform
 from lossk.disk import full_disk_named
@@ -35,6 +36,7 @@ from lossk.timings import Progress
 from lossk.traces import LossTraces
 
 
+@usual_modes()
 def build_kernel(
     model: nn.Module,
     loader: Any,
@@ -67,7 +69,7 @@ def build_kernel(
         model: the trained network; used in eval mode and given back bit-identical, whatever happens.
         loader: the N probe samples: a DataLoader, a Dataset or a tuple (inputs, targets) of tensors. Row i of the
             kernel is sample i in dataset order. Or several sets in one `ProbeSets`, one after the other
-            (`kernel.sets`).
+            (`kernel.sets`). Read once; random streams are then put back where they were (docs/data.md).
         train: the data that defines the training loss L_n, in the same forms; None is the probe data, which `ProbeSets`
             cannot be.
         loss: "cross_entropy" (class-index targets), "token_cross_entropy" (logits [B, T, C], class indices [B, T], -100
@@ -112,7 +114,8 @@ def build_kernel(
 
     Raises:
         ValueError, TypeError: a bad argument, before sampling starts.
-        MemoryError: the kernel would not fit, before sampling starts; the message says what would.
+        MemoryError: the data or the kernel would not fit, before sampling starts; the message says what would.
+        RuntimeError: the dataset's own code failed; the message says at which samples, and its error is the cause.
         DivergedError: a chain left the neighbourhood of the trained weights.
         BackendError: an explicit backend cannot run here.
         DistributedError: ranks disagree on the call, or one of them has stopped; it is named.
@@ -155,8 +158,9 @@ def build_kernel(
         if ranks is not None:
             device = ranks.own_device(device)
         run = Run.prepare(
-            model, loader, train, loss, sampler, num_chains, num_draws, backend, device, precision, seed, transform
-        )
+            model, loader, train, loss, sampler, num_chains, num_draws, backend, device, precision, seed, transform,
+            bar, budget,
+        )  # fmt: skip
         settings = {"tile": tile, "dtype": dtype, "centering": centering, "form": None if form == "tiles" else form}
         if ranks is not None:
             return build_on_ranks(
@@ -193,6 +197,7 @@ def build_kernel(
                 log.close()
 
 
+@usual_modes()
 def sample_losses(
     model: nn.Module,
     loader: Any,
@@ -235,8 +240,9 @@ def sample_losses(
         if ranks is not None:
             device = ranks.own_device(device)
         run = Run.prepare(
-            model, loader, train, loss, sampler, num_chains, num_draws, backend, device, precision, seed, transform
-        )
+            model, loader, train, loss, sampler, num_chains, num_draws, backend, device, precision, seed, transform,
+            bar, budget,
+        )  # fmt: skip
         if ranks is not None:
             return sample_on_ranks(ranks, run, passes=passes, budget=budget, bar=bar)
         panel = choose_panel(len(run.probe), num_draws)
@@ -246,7 +252,7 @@ def sample_losses(
             run.announce(bar)
             with run.timings.measure("plan"):
                 run.plan(bar, budget, tile=4096, panel=panel, dtype="float32", form="traces")
-            losses = torch.empty(num_chains, num_draws, len(run.probe))
+            losses = torch.empty(num_chains, num_draws, len(run.probe), dtype=torch.float32, device="cpu")
             for part in (each.on_host() for each in run.panels(panel, bar, dict.fromkeys(range(num_chains)))):
                 losses[part.chain, part.first_draw : part.first_draw + len(part.losses)] = part.losses
                 run.watch.note(part.losses, part.draws)

@@ -8,9 +8,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from lossk.ambient import usual_modes
 from lossk.build import sample_losses
 from lossk.checks import check_choice, check_instance, check_tensor
-from lossk.data import Transform, map_tensors, read_samples
+from lossk.data import Transform, map_tensors
 from lossk.dense import AsArray, refuse_too_large
 from lossk.diagnostics import Diagnostics
 from lossk.indexing import resolve, rows_and_columns
@@ -19,10 +20,13 @@ from lossk.losses import LossFunction
 from lossk.neighbors import noise_floor
 from lossk.passes import Passes
 from lossk.probe_sets import ProbeSets
+from lossk.reading import check_source, read_samples
 from lossk.samplers import Sampler
 from lossk.settings import CENTERINGS
+from lossk.timings import Progress
 
 
+@usual_modes()
 def cross_kernel(
     model: nn.Module,
     train: Any,
@@ -65,7 +69,7 @@ def cross_kernel(
 
     Raises:
         ValueError, TypeError, IndexError: a bad argument, before sampling starts.
-        MemoryError: the draws' losses would not fit.
+        MemoryError: the data or the draws' losses would not fit.
         DivergedError: a chain left the neighbourhood of the trained weights.
         BackendError: an explicit backend cannot run here.
     """
@@ -76,9 +80,11 @@ def cross_kernel(
             raise TypeError(
                 f"{name} must be a DataLoader, a Dataset or a tuple (inputs, targets) of tensors, got {kind}"
             )
+        check_source(data, name)
     shown, index = train, None
     if rows is not None:
-        read = read_samples(train, "train")
+        with Progress(progress) as bar:
+            read = read_samples(train, "train", bar=bar)
         index = resolve(rows, len(read), "rows")
         if len(index) == 0:
             raise ValueError("rows must select at least one training sample, got none")

@@ -43,7 +43,7 @@ def resolve(key: Any, num_samples: int, name: str = "index") -> Tensor:
     if not several or isinstance(plain, bool | float):
         raise TypeError(f"{name} must be integers, a mask or a slice, got {shown(key)}")
     if isinstance(key, list | tuple) and not len(key):
-        return torch.empty(0, dtype=torch.int64)
+        return torch.empty(0, dtype=torch.int64, device="cpu")
     index = check_tensor(name, key, of="an integer or a flag")
     if index.ndim != 1:
         raise IndexError(f"{name} must be one-dimensional, got shape {list(index.shape)}")

@@ -22,7 +22,7 @@ from lossk.checks import (
     check_tensor,
     wrong_kind,
 )
-from lossk.columns import check_diagnostics, check_sets, check_tokens
+from lossk.column_checks import check_diagnostics, check_sets, check_tokens
 from lossk.dense import AsArray, dense
 from lossk.indexing import resolve, rows_and_columns
 from lossk.neighbors import (
@@ -90,7 +90,7 @@ class LossKernel(AsArray):
         losses = traces.losses  # [C, T, N] float32
         num_chains, num_draws, num_samples = losses.shape
         centering = check_choice("centering", centering, CENTERINGS)
-        factor = torch.empty(num_chains * num_draws, num_samples)
+        factor = torch.empty(num_chains * num_draws, num_samples, dtype=torch.float32, device="cpu")
         moments = empty_moments(num_chains, num_draws, num_samples, centering)
         for span in tile_spans(num_samples, STRIPE):
             centred = centre(losses[:, :, span], centering)
@@ -213,7 +213,7 @@ class LossKernel(AsArray):
         """
         rows, columns = self._index(rows), self._index(columns, "columns")
         block = self._correlate(self._blocks.gather(rows, columns), rows, columns)
-        return torch.where(rows.unsqueeze(1) == columns, torch.ones(()), block)
+        return torch.where(rows.unsqueeze(1) == columns, torch.ones((), dtype=torch.float32, device="cpu"), block)
 
     def standard_error(
         self, rows: Any = slice(None), columns: Any = slice(None), *, correlation: bool = False, method: str = "auto"

@@ -103,3 +103,17 @@ def _check_prefix(frozen_prefix: Any) -> bool | str:
         return check_flag("frozen_prefix", frozen_prefix)
     except TypeError:
         raise wrong_kind("frozen_prefix", "True, False or the name of a module", frozen_prefix) from None
+
+
+def resumed_passes(asked: Passes | None, saved: Passes) -> Passes:
+    """The passes of the run that is resumed; `overlap`, which bears on nothing but time, as asked for now.
+
+    Raises:
+        ValueError: others are asked for.
+    """
+    saved = dataclasses.replace(saved, overlap="auto" if asked is None else asked.overlap)
+    if asked is not None and asked.fused_head == "auto":  # what it came to is kept
+        asked = dataclasses.replace(asked, fused_head=saved.fused_head)
+    if asked not in (None, saved):
+        raise ValueError(f"passes must be those of the run that is resumed, {saved!r}, got {asked!r}")
+    return saved

@@ -28,9 +28,13 @@ def check_record(record: Any) -> None:
             if value is None:
                 continue
             annotation = annotation.removesuffix(" | None")
-        kind = names.get(annotation)
+        several = annotation.startswith("tuple[") and annotation not in CHECKS
+        kind = names.get(annotation.removeprefix("tuple[").removesuffix(", ...]") if several else annotation)
         if annotation in CHECKS:
             CHECKS[annotation](field.name, value)
+        elif several and isinstance(kind, type):
+            if not isinstance(value, tuple) or not all(isinstance(one, kind) for one in value):
+                raise wrong_kind(field.name, f"a tuple, each a {kind.__name__}", value)
         elif isinstance(kind, type) and not isinstance(value, kind):
             raise wrong_kind(field.name, f"a {kind.__name__}", value)
 
@@ -62,6 +66,11 @@ def _texts(name: str, value: Any) -> None:
             raise wrong_kind(name, "a list of texts", text)
 
 
+def _array(name: str, value: Any) -> None:
+    if not isinstance(value, np.ndarray) or value.ndim == 0 or value.dtype.kind not in "biuf":
+        raise wrong_kind(name, "a NumPy array of numbers", value)
+
+
 def _numbers(name: str, value: Any) -> None:
     for key, number in check_mapping(name, value).items():
         _real(f"{name}[{key!r}]", number)
@@ -73,7 +82,7 @@ CHECKS: Mapping[str, Callable[[str, Any], Any]] = {
     "bool": check_flag,
     "str": _of("text", str),
     "Tensor": _of("a tensor", Tensor),
-    "Array": _of("a NumPy array", np.ndarray),
+    "Array": _array,
     "nn.Module": _of("a torch.nn.Module", nn.Module),
     "tuple[str, ...]": _texts,
     "Sequence[str]": _texts,

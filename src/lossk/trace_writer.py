@@ -22,7 +22,7 @@ from torch import Tensor
 
 from lossk.centring import centre, degrees_of_freedom, empty_moments, note
 from lossk.checks import check_choice, check_integer, check_json, check_optional, check_path, check_tensor
-from lossk.columns import check_excess, check_sets, check_tokens
+from lossk.column_checks import check_excess, check_sets, check_tokens
 from lossk.diagnostics import diagnose, watched_samples
 from lossk.disk import consolidate, create_array, in_one_step, sync_tree, write_json
 from lossk.neighbors import median_noise_floor
@@ -96,8 +96,9 @@ class TraceWriter:
         self._held = np.empty((num_chains, num_draws, self.chunk), dtype=np.float32)
         self._moments = empty_moments(num_chains, num_draws, num_samples, centering)
         self._watched = watched_samples(num_samples)
-        self._watched_losses = torch.empty(num_chains, num_draws, len(self._watched))
-        self._total = torch.zeros(num_chains, num_draws, dtype=torch.float64)  # of the losses, over samples
+        self._watched_losses = torch.empty(num_chains, num_draws, len(self._watched), dtype=torch.float32, device="cpu")
+        # of the losses, over samples
+        self._total = torch.zeros(num_chains, num_draws, dtype=torch.float64, device="cpu")
         self._num_constant = 0
         self._writing = ExitStack()
         self._parts = self._writing.enter_context(in_one_step(where))
@@ -181,7 +182,7 @@ class TraceWriter:
             self._write("tokens", self._tokens, ("sample", "index"))
         write_json(self._parts / "config.json", self._description())
         sync_tree(self._parts)
-        self._write("complete", torch.ones(1, dtype=torch.int8), ("format",))
+        self._write("complete", torch.ones(1, dtype=torch.int8, device="cpu"), ("format",))
         sync_tree(self._parts / "complete")
         consolidate(self._parts)
 

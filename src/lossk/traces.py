@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lossk.checks import check_mapping, check_tensor
-from lossk.columns import check_excess, check_sets, check_tokens
+from lossk.column_checks import check_excess, check_sets, check_tokens
 from lossk.settings import check_n_beta
 
 

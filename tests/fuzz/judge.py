@@ -21,9 +21,10 @@ from unittest import mock
 
 import numpy as np
 import torch
+from torch import nn
 
 import lossk
-from lossk.errors import LosskError
+from lossk.errors import LosskError, MissingPackageError
 
 from .rules import Rule
 from .values import MAKERS
@@ -162,18 +163,22 @@ def try_value(entry: Entry, parameter: str, value: str | None = None, given: Any
             return outcome(SILENT, f"refused, but left behind {left}: {error}")
         if streams() != before[1]:
             return outcome(SILENT, f"refused, but moved a global state: {error}")
-        return outcome(*judge(error, entry, parameter))
+        return outcome(*judge(error, entry, parameter, tried, allowed))
     return outcome(VALID if allowed else SILENT)
 
 
-def judge(error: Exception, entry: Entry, parameter: str) -> tuple[str, str]:
+def judge(error: Exception, entry: Entry, parameter: str, tried: Any, allowed: bool) -> tuple[str, str]:
     """(class, the error in a line)."""
     detail = " ".join(f"{type(error).__name__}: {error}".split())[:300]
     innermost = traceback.extract_tb(error.__traceback__)[-1]
     ours = innermost.filename.startswith(SOURCE) or type(error).__name__ == "Refused"
     where = f"{detail}  [{Path(innermost.filename).name}:{innermost.lineno}]"
+    if allowed and isinstance(tried, nn.Module) and "torch/nn/modules" in innermost.filename:
+        return VALID, where  # the caller's own module fails in its own words
     names = (parameter, *entry.words.get(parameter, ()))
     named = any(re.search(rf"(?<!\w){re.escape(name)}(?!\w)", str(error)) for name in names)
+    if allowed and isinstance(error, MissingPackageError):
+        return VALID, where
     if not isinstance(error, WORDS) or isinstance(error, UnicodeError) or not str(error):
         return OBSCURE, where
     if named:

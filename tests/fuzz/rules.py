@@ -154,6 +154,8 @@ def labels(value: Any) -> bool:
 
 def rows(value: Any) -> bool:
     """What may stand between the brackets of a kernel: an integer, a slice, integers, or a mask."""
+    if isinstance(value, list | tuple) and not value:
+        return True
     return integer()(value) or isinstance(value, slice) or array(1, kinds="iub", least=0)(value)
 
 

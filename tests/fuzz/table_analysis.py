@@ -145,13 +145,13 @@ def _classes(table: Table, w: World) -> None:
     array = {"linkage": MATRIX, "cophenetic": MATRIX, "counts": r.array(1), "matrix": r.array(2, finite=False)}
     stack = {"images": r.optional(r.array(3, finite=False)), "chains": r.optional(r.array(3, finite=False))}
     _record(table, tree, "lossk.analysis.hierarchy.Dendrogram",
-            {**array, "class_names": names, "cophenetic_correlation": r.either(r.number(), _nan)})  # fmt: skip
+            {**array, "class_names": r.sequence_of(r.text), "cophenetic_correlation": r.either(r.number(), _nan, _infinite)})  # fmt: skip
     _record(table, w.class_matrix, "lossk.analysis.class_matrix.ClassMatrix",
             {**array, **stack, "groups": r.integer(0)})  # fmt: skip
     similarity = class_similarity(w.kernel, w.labels, NAMES, num_bootstrap=0)
     matrix = r.instance(ClassMatrix)
     _record(table, similarity, "lossk.analysis.hierarchy.ClassSimilarity",
-            {**array, "class_names": names, "signed": matrix, "absolute": matrix})  # fmt: skip
+            {**array, "class_names": r.sequence_of(r.text), "signed": matrix, "absolute": matrix})  # fmt: skip
     error = dict.fromkeys(("value", "image_error", "chain_error"), r.either(r.number(), _nan, _infinite))
     _record(table, w.class_matrix.estimate(np.max), "lossk.analysis.class_matrix.Estimate", error)
 
@@ -281,7 +281,7 @@ def _evaluation(table: Table, w: World) -> None:
     table.add(
         "lossk.analysis.evaluate.retrain_on_subsets",
         {"train": lambda rows, seed: torch.ones(3) * len(rows), "masks": w.masks, "progress": False},
-        {"train": r.function, "masks": mask, "seeds": r.sequence_of(r.integer(0), least=1)},
+        {"train": r.function, "masks": mask, "seeds": r.sequence_of(r.integer(), least=1)},
     )
     table.add(
         "lossk.analysis.evaluate.linear_datamodeling_score",

@@ -14,7 +14,7 @@ from lossk.analysis.hierarchy import dendrogram
 from lossk.analysis.inputs import check_labels, check_named, check_square
 from lossk.analysis.mantel import mantel, partial_spearman
 from lossk.analysis.taxonomy import MEASURES, Taxonomy
-from lossk.checks import check_choice, check_mapping, check_strings
+from lossk.checks import check_choice, check_mapping, check_strings, check_text
 from lossk.optional import check_installed
 from lossk.records import check_record
 
@@ -51,6 +51,8 @@ class Alignment:
 
     def row(self, similarity: str, reference: str, statistic: str) -> AlignmentRow:
         """The one row of that name."""
+        for name, value in (("similarity", similarity), ("reference", reference), ("statistic", statistic)):
+            check_text(name, value)
         for row in self.rows:
             if (row.similarity, row.reference, row.statistic) == (similarity, reference, statistic):
                 return row

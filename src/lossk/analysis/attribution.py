@@ -82,7 +82,7 @@ class Influence:
             columns: dict[str, Any] = {
                 "query": self.query_samples.repeat_interleave(k).numpy(),
                 "kind": kind,
-                "rank": torch.arange(1, k + 1).repeat(num_query).numpy(),
+                "rank": torch.arange(1, k + 1, device="cpu").repeat(num_query).numpy(),
                 "train": ranked.samples.flatten().numpy(),
                 "influence": ranked.influence.flatten().numpy(),
                 "standard_error": ranked.standard_error.flatten().numpy(),

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lossk.ambient import without_autocast
 from lossk.analysis.gradients import Sketch, check_module, frozen, gradient_batches, losses_of, read_data
 from lossk.analysis.inputs import check_labels, check_seed
 from lossk.analysis.purity import neighbor_purity
@@ -118,7 +119,8 @@ class Baseline(AsArray):
     def similarity(self, rows: Any = slice(None), columns: Any = slice(None)) -> Tensor:
         """S_ij: [r, c] float32."""
         rows, columns = resolve(rows, self.num_samples, "rows"), resolve(columns, self.num_samples, "columns")
-        return (self.features[rows] @ self._right[columns].T).float()
+        with without_autocast():
+            return (self.features[rows] @ self._right[columns].T).float()
 
     def __getitem__(self, key: Any) -> Tensor:
         return self.similarity(*rows_and_columns(key))
@@ -130,7 +132,7 @@ class Baseline(AsArray):
         """
         rows, columns = resolve(rows, self.num_samples, "rows"), resolve(columns, self.num_samples, "columns")
         block = self._correlate(rows, columns)
-        return torch.where(rows.unsqueeze(1) == columns, torch.ones(()), block)
+        return torch.where(rows.unsqueeze(1) == columns, torch.ones((), dtype=torch.float32, device="cpu"), block)
 
     def _correlate(self, rows: Tensor, columns: Tensor | slice) -> Tensor:
         variance = self.variance
@@ -156,7 +158,7 @@ class Baseline(AsArray):
         k = check_integer("k", k, 1, self.num_samples - 1, limit=f"N - 1 = {self.num_samples - 1}")
         rows = resolve(slice(None) if rows is None else rows, self.num_samples, "rows")
         found = nearest_of_rows(self._correlation_rows, self.dead, rows, k)
-        return found._replace(noise_floor=torch.full((len(rows),), 3.0 * self.noise))
+        return found._replace(noise_floor=torch.full((len(rows),), 3.0 * self.noise, dtype=torch.float32, device="cpu"))
 
     def _correlation_rows(self, rows: Tensor) -> Iterator[tuple[slice, Tensor]]:
         return ((span, self._correlate(rows, span)) for span in tile_spans(self.num_samples, self.tile))
@@ -201,7 +203,7 @@ def penultimate_features(
         ValueError: no Linear layer was called, no such layer, or its inputs are not one row per sample.
     """
     centred, wanted = check_flag("centred", centred), None if layer is None else check_module(model, layer)
-    with frozen(model, data, loss=_no_loss, transform=transform) as (task, sets), torch.inference_mode():
+    with frozen(model, data, loss=_no_loss, transform=transform) as (task, sets), torch.no_grad():
         rows = [_layer_inputs(task, batch, wanted) for samples in sets.values() for _, batch in samples.batches(BATCH)]
         features = torch.cat(rows)
     return Baseline("penultimate features", _about_mean(features.clone(), centred), sets=spans_of(sets))
@@ -234,7 +236,7 @@ def gradient_cosine(
         exact = dimensions is None or dimensions >= task.num_weights
         sketch = None if dimensions is None or exact else Sketch(task.num_weights, dimensions, seed)
         width = task.num_weights if sketch is None else sketch.dimensions
-        features = torch.empty(sum(map(len, sets.values())), width)
+        features = torch.empty(sum(map(len, sets.values())), width, dtype=torch.float32, device="cpu")
         batches = gradient_batches(task, list(sets.values()), losses_of(task), progress=progress, what="gradients")
         for rows, gradients in batches:
             features[rows] = gradients.cpu() if sketch is None else sketch(gradients)
@@ -270,7 +272,7 @@ def confusion(
         (the baseline, P [C, C] float64); rows of P of classes without samples are 0.
     """
     soft = check_flag("soft", soft)
-    with frozen(model, data, transform=transform) as (task, sets), torch.inference_mode():
+    with frozen(model, data, transform=transform) as (task, sets), torch.no_grad():
         given, labels = [], []
         for samples in sets.values():
             for _, batch in samples.batches(BATCH):

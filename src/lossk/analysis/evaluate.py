@@ -65,7 +65,7 @@ def random_subsets(num_train: int, num_subsets: int, *, fraction: float = 0.5, s
     if not 0 < size < num_train:
         raise ValueError(f"fraction must leave some of the {num_train} samples in and some out, got {fraction}")
     rng = np.random.default_rng(np.random.SeedSequence(seed))
-    masks = torch.zeros(num_subsets, num_train, dtype=torch.bool)
+    masks = torch.zeros(num_subsets, num_train, dtype=torch.bool, device="cpu")
     for mask in masks:
         mask[torch.from_numpy(rng.choice(num_train, size, replace=False))] = True
     return masks
@@ -119,8 +119,8 @@ def linear_datamodeling_score(
         ValueError: shapes that do not fit, non-finite numbers, or fewer than 3 subsets.
     """
     masks, seed = _check_masks(masks), check_seed(seed)
-    helpfulness = check_tensor("helpfulness", helpfulness, ("n", "q")).double()
-    outcomes = check_tensor("outcomes", outcomes, ("S", "q")).double()
+    helpfulness = check_tensor("helpfulness", helpfulness, ("n", "q")).cpu().double()
+    outcomes = check_tensor("outcomes", outcomes, ("S", "q")).cpu().double()
     wanted = [masks.shape[1], outcomes.shape[-1]]
     if list(helpfulness.shape) != wanted or list(outcomes.shape) != [len(masks), wanted[1]] or len(masks) < 3:
         raise ValueError(
@@ -152,7 +152,7 @@ def _mean(values: np.ndarray) -> float:
 
 
 def _check_masks(masks: Tensor) -> Tensor:
-    return check_tensor("masks", masks, ("S", "n"), of="a flag")
+    return check_tensor("masks", masks, ("S", "n"), of="a flag").cpu()
 
 
 def auroc(scores: Tensor, wrong: Tensor, *, num_bootstrap: int = 200, seed: int = 0) -> tuple[float, float]:
@@ -167,8 +167,8 @@ def auroc(scores: Tensor, wrong: Tensor, *, num_bootstrap: int = 200, seed: int 
     Raises:
         ValueError: shapes that do not fit, a score that is not finite, or only one kind of labels.
     """
-    scores = check_tensor("scores", scores, ("N",))
-    wrong = check_tensor("wrong", wrong, (len(scores),), of="a flag")
+    scores = check_tensor("scores", scores, ("N",)).cpu()
+    wrong = check_tensor("wrong", wrong, (len(scores),), of="a flag").cpu()
     num_bootstrap, seed = check_integer("num_bootstrap", num_bootstrap, 2, MOST_BOOTSTRAP), check_seed(seed)
     metrics = require("sklearn.metrics", "analysis", "an AUROC", package="scikit-learn")
     if bool(wrong.all()) or not bool(wrong.any()):

@@ -13,8 +13,17 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 from tqdm import tqdm
 
+from lossk.agreement import prove
 from lossk.analysis.inputs import check_seed
-from lossk.checks import check_callable, check_instance, check_integer, check_optional, check_tensor, check_text
+from lossk.checks import (
+    check_callable,
+    check_instance,
+    check_integer,
+    check_optional,
+    check_strings,
+    check_tensor,
+    check_text,
+)
 from lossk.data import Samples, Transform, leaves, map_tensors
 from lossk.losses import LossFunction, resolve_loss
 from lossk.passes import Passes
@@ -43,27 +52,22 @@ def frozen(
     """
     check_instance("model", model, nn.Module)
     transform = check_optional(check_callable, "transform", transform)
+    params = check_optional(check_strings, "params", params, "name patterns")
     sets = read_data(data, transform)
     task = Task(model, resolve_loss(loss), params=params)
     task.passes = Passes(memory_format="contiguous")  # weights in `task.flat` lie as in the model
+    names = {id(samples): name or "data" for name, samples in sets.items()}
+    proven, positions = prove(task, {names[id(samples)]: samples for samples in sets.values()})
+    if any(each is not None for each in positions.values()):
+        raise ValueError(f"loss must be one per sample for a baseline, got one per token ({task.loss.name})")
     with task:
-        once = {id(samples): task.place(samples) for samples in sets.values()}
-        placed = {name: once[id(samples)] for name, samples in sets.items()}
-        for name, samples in placed.items():
-            if task.check(samples, name or "data") is not None:
-                raise ValueError(f"loss must be one per sample for a baseline, got one per token ({task.loss.name})")
-        yield task, placed
+        yield task, {name: proven[names[id(samples)]] for name, samples in sets.items()}
 
 
 def read_data(data: Any, transform: Transform | None) -> Mapping[str, Samples]:
     """The probe sets of `data`, a lone one under the name ""."""
     train = next(iter(data.sets.values())) if isinstance(data, ProbeSets) else None
-    try:
-        return read_sources(data, train, transform)[0]
-    except (TypeError, ValueError) as error:
-        if not str(error).startswith("loader"):
-            raise
-        raise type(error)(f"data{str(error).removeprefix('loader')}") from error
+    return read_sources(data, train, transform, name="data")[0]
 
 
 def losses_of(task: Task) -> SampleValue:

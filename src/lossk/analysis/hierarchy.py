@@ -116,7 +116,7 @@ def pair_sums(pairs: Pairs, group: Tensor, num_groups: int, *, progress: bool = 
         group: [N] int64; -1 leaves a sample out.
     """
     place = group.masked_fill(group < 0, num_groups)  # one more group, thrown away at the end
-    sums = torch.zeros(2, num_groups + 1, num_groups + 1, dtype=torch.float64)
+    sums = torch.zeros(2, num_groups + 1, num_groups + 1, dtype=torch.float64, device="cpu")
     parts = list(blocks(spans_of(pairs)))
     for rows, columns in tqdm(parts, desc="class means", unit="tile", disable=not progress):
         block = pairs.correlation(rows, columns)
@@ -140,14 +140,14 @@ def _grouped(live: Tensor, count: int, seed: int) -> tuple[Tensor, int]:
     for label in range(count):
         members = (live == label).nonzero().squeeze(1)
         order = torch.from_numpy(rng.permutation(len(members)))
-        group[members[order]] = label * per_class + torch.arange(len(members)) % per_class
+        group[members[order]] = label * per_class + torch.arange(len(members), device="cpu") % per_class
     return group, per_class
 
 
 def _resampled(exists: Tensor, num_bootstrap: int, seed: int) -> Tensor:
     """How often each group is drawn, class by class and as often as the class has groups: [B, C, groups] float64."""
     rng = np.random.default_rng(np.random.SeedSequence(entropy=seed, spawn_key=(1,)))
-    draws = torch.zeros(num_bootstrap, *exists.shape, dtype=torch.float64)
+    draws = torch.zeros(num_bootstrap, *exists.shape, dtype=torch.float64, device="cpu")
     for label, mine in enumerate(exists):
         groups = int(mine.sum())
         if groups:

@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lossk.checks import check_integer, check_mapping, check_strings, check_tensor, wrong_kind, wrong_value
+from lossk.checks import check_integer, check_mapping, check_strings, check_tensor, shown, wrong_kind, wrong_value
 from lossk.kernel import LossKernel
 from lossk.neighbors import Neighbors
 from lossk.traces import LossTraces
@@ -52,7 +52,7 @@ def check_labels(name: str, value: Any, num_samples: int | None = None) -> Tenso
     found = check_tensor(name, value, of="a real number", finite=False)
     length = "N" if num_samples is None else str(num_samples)
     if found.ndim != 1 or not len(found) or (num_samples is not None and len(found) != num_samples):
-        raise ValueError(f"{name} must be [{length}], got {list(found.shape)}")
+        raise ValueError(f"{name} must be integers [{length}], got {found.dtype} {list(found.shape)}")
     return check_tensor(name, found, of="an integer").cpu().to(torch.int64)
 
 
@@ -92,7 +92,7 @@ def check_named(name: str, value: Any) -> Mapping[str, Any]:
     """A dict of at least one entry, whose keys are texts."""
     found = check_mapping(name, value)
     if not found:
-        raise wrong_value(name, "a dict of at least one entry", value)
+        raise ValueError(f"{name} must not be empty, got {shown(value)}")
     return found
 
 

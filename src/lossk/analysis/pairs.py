@@ -108,6 +108,7 @@ def as_pairs(name: str, source: Kernel | Tensor | np.ndarray) -> Pairs:
     if not isinstance(source, Tensor | np.ndarray | list | tuple):
         raise TypeError(f"{name} must be a LossKernel, a baseline or an array, got {shown(source)}")
     array = check_tensor(name, source, ("N", "N or d"), finite=False)
+    array = array.cpu()
     for part in array.split(SIDE):
         refuse_non_finite(name, part)
     if array.shape[0] != array.shape[1]:

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -90,7 +91,7 @@ def over_checkpoints(
     """
     check_instance("model", model, nn.Module)
     build, k = check_callable("build", build), check_integer("k", k, 1)
-    if isinstance(checkpoints, str | bytes | Mapping | Tensor) or not isinstance(checkpoints, Iterable):
+    if isinstance(checkpoints, str | bytes | Mapping | Tensor | np.ndarray) or not isinstance(checkpoints, Iterable):
         raise TypeError(f"checkpoints must be a list of paths or of state dicts, got {shown(checkpoints)}")
     return _over_checkpoints(model, checkpoints, build, k)
 

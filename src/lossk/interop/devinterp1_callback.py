@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from lossk.checks import check_choice, check_instance, check_integer, check_number, check_optional
-from lossk.data import map_tensors, read_samples
+from lossk.data import map_tensors
 from lossk.kernel import LossKernel
 from lossk.losses import LossFunction, resolve_loss
+from lossk.reading import read_samples
 from lossk.settings import CENTERINGS, MOST_DRAWS
 from lossk.traces import LossTraces
 
@@ -62,7 +63,9 @@ class LossKernelCallback:
         size = 4 * num_chains * num_draws * len(self.probe)
         if size > psutil.virtual_memory().available:
             raise MemoryError(f"num_chains x num_draws losses of the probe need {size / 1e9:.1f} GB, more than is free")
-        self.losses = torch.full((num_chains, num_draws, len(self.probe)), float("nan"), dtype=torch.float32)
+        self.losses = torch.full(
+            (num_chains, num_draws, len(self.probe)), float("nan"), dtype=torch.float32, device="cpu"
+        )
         self.losses.share_memory_()
 
     def share_memory_(self) -> LossKernelCallback:

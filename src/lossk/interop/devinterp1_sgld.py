@@ -15,6 +15,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
@@ -67,7 +68,11 @@ class LangevinOptimizer(Optimizer):
         check_optional(check_number, "bounding_box_size", bounding_box_size, least=0.0)
         check_optional(check_number, "alpha", alpha, least=0.0, most=1.0)
         check_number("eps", eps, above=0.0)
-        metrics = None if metrics is None or metrics in ([], ()) else check_strings("metrics", metrics)
+        metrics = (
+            None
+            if metrics is None or (isinstance(metrics, list | tuple) and not metrics)
+            else check_strings("metrics", metrics)
+        )
         unknown = sorted(set(metrics or ()) - set(METRICS))
         if unknown:
             raise ValueError(f"metrics must be of {list(METRICS)}, got {unknown}")
@@ -112,7 +117,7 @@ class LangevinOptimizer(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         if self._key is None:
-            self._key = int(torch.randint(2**32, (), dtype=torch.int64))
+            self._key = int(torch.randint(2**32, (), dtype=torch.int64, device="cpu"))
         self._clear()
         sums = dict.fromkeys(("noise_norm", "grad_norm", "weight_norm", "distance", "localization_loss"), 0.0)
         number = 0
@@ -123,7 +128,7 @@ class LangevinOptimizer(Optimizer):
                 number += 1
         for name in self._wanted - set(LISTS):
             value = sums[name] if name == "localization_loss" else math.sqrt(sums[name])
-            setattr(self, name, torch.tensor(value))
+            setattr(self, name, torch.tensor(value, dtype=torch.float32, device="cpu"))
         self._steps += 1
         return loss
 
@@ -192,7 +197,7 @@ def _check_params(params: Any) -> list[Any]:
     """Parameters or groups of them, as a list, before torch.optim looks at them."""
     if isinstance(params, dict):
         params = [params]
-    if isinstance(params, str | bytes | Tensor | type) or not isinstance(params, Iterable):
+    if isinstance(params, str | bytes | Tensor | type | np.ndarray) or not isinstance(params, Iterable):
         raise TypeError(f"params must be parameters or groups of parameters, got {shown(params)}")
     found = list(params)
     for each in found:
@@ -218,7 +223,7 @@ def _masks(group: dict[str, Any]) -> list[Tensor | None]:
         raise ValueError(f"optimize_over must hold one mask per parameter, {len(group['params'])}, got {len(masks)}")
     bools = []
     for p, mask in zip(group["params"], masks, strict=True):
-        tensor = check_tensor("optimize_over", mask, of="a real number")
+        tensor = check_tensor("optimize_over", mask, of="a real number").to(p.device)
         if not bool(((tensor == 0) | (tensor == 1)).all()):
             raise ValueError("optimize_over must hold 0 and 1 (or False and True) only")
         try:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from lossk.ambient import without_autocast
 from lossk.blocks import tile_spans
 from lossk.centring import centre, degrees_of_freedom
 from lossk.checks import check_choice, check_device, check_flag, check_integer, shown
@@ -174,7 +175,7 @@ def _standardise(rows: Tensor, covariance: bool, positions: int | None) -> Tenso
     num_chains, num_draws, count = rows.shape
     freedom = degrees_of_freedom(num_chains, num_draws, "pooled")
     group = positions or 1
-    z = torch.empty(num_chains * num_draws, count // group, dtype=torch.float32)
+    z = torch.empty(num_chains * num_draws, count // group, dtype=torch.float32, device="cpu")
     for span in tile_spans(count, max(group, STRIPE // group * group)):
         centred = centre(rows[:, :, span], "pooled")
         unit = torch.ones_like(centred.scale) if covariance else centred.variance.sqrt()  # 0 gives NaN: 0 * inf
@@ -208,7 +209,7 @@ def _device(name: str, value: Any) -> torch.device | None:
 def _check_range(name: str, wanted: Any) -> None:
     if isinstance(wanted, str):
         check_choice(name, wanted, ("all",))
-    elif not isinstance(wanted, list | tuple | range | np.ndarray) or np.ndim(wanted) != 1:
+    elif not isinstance(wanted, list | tuple | range) and not (isinstance(wanted, np.ndarray) and wanted.ndim == 1):
         raise TypeError(f"{name} must be 'all' or a list of sequences, got {shown(wanted)}")
 
 
@@ -226,10 +227,11 @@ def _columns(z: Tensor, chosen: np.ndarray, per_sequence: int) -> Tensor:
     """The columns of Z of some sequences; Z itself where these are all of them, in order."""
     if np.array_equal(chosen, np.arange(z.shape[1] // per_sequence)):
         return z
-    columns = (torch.from_numpy(chosen)[:, None] * per_sequence + torch.arange(per_sequence)).reshape(-1)
+    columns = (torch.from_numpy(chosen)[:, None] * per_sequence + torch.arange(per_sequence, device="cpu")).reshape(-1)
     return z[:, columns.to(z.device)]
 
 
+@without_autocast()
 def _products(z1: Tensor, z2: Tensor, per_sequence: int) -> np.ndarray:
     """Z1'Z2 as [n1, n2] float32, or by tokens [n1, n2, P, P]."""
     n1, n2 = z1.shape[1] // per_sequence, z2.shape[1] // per_sequence

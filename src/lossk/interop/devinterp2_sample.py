@@ -30,7 +30,7 @@ from lossk.checks import (
     check_tensor,
     shown,
 )  # fmt: skip
-from lossk.data import Samples, leaves, read_samples
+from lossk.data import Samples, leaves
 from lossk.interop.devinterp2_chain import Law, LoggedChain, StepLog
 from lossk.interop.devinterp2_loss import LossFn, TokenLoss
 from lossk.interop.devinterp2_settings import Settings, stored_config
@@ -40,6 +40,8 @@ from lossk.optional import require
 from lossk.panel import chain_panels
 from lossk.probe import Probe, prepare_probe
 from lossk.provenance import versions
+from lossk.reading import read_samples
+from lossk.streams import streams_kept
 from lossk.task import Task, fitting_batch
 from lossk.timings import Progress, Timings
 
@@ -234,12 +236,12 @@ class _Sampling:
     def result(self, xr: Any) -> Any:
         """Run all chains; the tree's dataset."""
         s, started = self.settings, time.perf_counter()
+        probe, train = prepare_probe(self.task, self.sets, self.train)
         with self.task:
-            probe, train = prepare_probe(self.task, self.sets, self.train)
             initial = self._initial_loss(train)  # [P] float64
             log = StepLog(s.num_chains, s.num_steps, s.step_samples, self.positions)
-            losses = torch.empty(s.num_chains, s.num_draws, len(probe), dtype=torch.float32)
-            anchor = torch.full((len(train),), float(initial.mean()), dtype=torch.float64)
+            losses = torch.empty(s.num_chains, s.num_draws, len(probe), dtype=torch.float32, device="cpu")
+            anchor = torch.full((len(train),), float(initial.mean()), dtype=torch.float64, device="cpu")
             around = Surroundings(self.task, train, anchor, s.init_seed, self.backend, Timings(), fitted={})
             self.bar.start(s.num_chains * s.num_steps)
             for chain in range(s.num_chains):
@@ -259,7 +261,7 @@ class _Sampling:
         count = min(len(train), self.settings.num_init_loss_batches * self.settings.step_samples)
         generator = np.random.default_rng(np.random.SeedSequence(self.settings.init_seed))
         index = torch.from_numpy(np.sort(generator.choice(len(train), count, replace=False)))
-        total = torch.zeros(self.positions, dtype=torch.float64)
+        total = torch.zeros(self.positions, dtype=torch.float64, device="cpu")
         for part in index.split(fitting_batch(self.task.passes.probe_batch, self.positions)):
             rows, _ = self.task.rows(train[part])
             total += rows.view(len(part), self.positions).double().sum(dim=0).cpu()
@@ -323,10 +325,13 @@ def _finished(path: Path, settings: Settings) -> Any:
 def _read(source: Any, name: str) -> Samples:
     """{"input_ids": [n, P + 1] int64} of a dataset, in its order."""
     if not isinstance(source, Mapping):
-        if isinstance(source, type) or not (hasattr(source, "__getitem__") and hasattr(source, "__len__")):
+        if isinstance(source, type | str | bytes | bytearray | range | Tensor | np.ndarray) or not (
+            hasattr(source, "__getitem__") and hasattr(source, "__len__")
+        ):
             raise TypeError(f'{name} must be {{"input_ids": tokens}} or a dataset of such, got {shown(source)}')
         try:
-            batches = [batch["input_ids"] for batch in DataLoader(source, batch_size=256)]
+            with streams_kept():
+                batches = [batch["input_ids"] for batch in DataLoader(source, batch_size=256)]
         except Exception as error:  # of the user's dataset, or of what is none
             raise TypeError(
                 f'{name}[i]["input_ids"] must be a tensor of tokens, got {shown(source)}: {error}'
@@ -349,9 +354,9 @@ def _choose(samples: Samples, count: int, seed: int, name: str) -> Samples:
     """The sequences that devinterp would show an observable, in its order."""
     if count > len(samples):
         raise ValueError(
-            f"observables[{name!r}] must hold batches per draw x batch_size = {count} sequences, got {len(samples)}"
+            f"observables[{name!r}] must hold batches_per_draw x batch_size = {count} sequences, got {len(samples)}"
         )
-    index = torch.tensor(random.Random(seed).sample(range(len(samples)), count))
+    index = torch.tensor(random.Random(seed).sample(range(len(samples)), count), dtype=torch.int64, device="cpu")
     return Samples({"input_ids": samples.tree["input_ids"][index]}, count)
 
 
@@ -359,6 +364,8 @@ def _masks(model: nn.Module, given: ParamMasks | None) -> ParamMasks | None:
     """The parameters to sample that require grad, with bool masks."""
     if given is None:
         return None
+    if not check_mapping("param_masks", given):
+        raise ValueError("param_masks must name at least one parameter, got none")
     parameters, masks = dict(model.named_parameters()), {}
     for name, mask in check_mapping("param_masks", given).items():
         if name not in parameters:

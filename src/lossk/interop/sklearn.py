@@ -17,7 +17,7 @@ import scipy.sparse
 
 from lossk.blocks import tile_spans
 from lossk.centring import degrees_of_freedom
-from lossk.checks import check_choice, check_flag, check_instance, check_integer, shown
+from lossk.checks import check_choice, check_flag, check_instance, check_integer, check_tensor, shown
 from lossk.kernel import LossKernel
 from lossk.optional import require
 from lossk.traces import LossTraces
@@ -118,8 +118,12 @@ def losses(traces: LossTraces) -> np.ndarray:
 
 def _as_features(X: Any) -> Any:
     """What scikit-learn's own checks would fail on without the argument's name; the rest is left to them."""
-    if isinstance(X, str | bytes | bytearray | dict | set | type) or X is None or np.ndim(X) == 0:
+    if isinstance(X, str | bytes | bytearray | dict | set | type) or X is None or getattr(X, "ndim", 1) == 0:
         raise TypeError(f"X must be an array of losses [n, draws], got {shown(X)}")
+    if isinstance(X, list | tuple) or (isinstance(X, np.ndarray) and X.dtype.kind not in "biuf"):
+        return check_tensor(
+            "X", X, finite=False
+        ).numpy()  # NaN is scikit-learn's to refuse, in the words its checks know
     return X
 
 
