@@ -29,6 +29,7 @@ INTERNAL = {
     "lossk.interop.devinterp2_chain": "the chain behind `sample`",
     "lossk.interop.devinterp2_loss": "the loss behind `sample`",
     "lossk.interop.devinterp2_settings": "the settings behind `sample`",
+    "lossk.interop.weight_states": "how `kernel_from_weights` reads a state",
     "lossk.ops.extension": "loads the compiled extension, which has no arguments",
     "lossk.ops.triton_self_tests": "called with a loaded module",
     "lossk.recipes.arithmetic": "networks of the multitask recipe",

@@ -144,8 +144,9 @@ def _classes(table: Table, w: World) -> None:
               on=w.class_matrix)  # fmt: skip
     array = {"linkage": MATRIX, "cophenetic": MATRIX, "counts": r.array(1), "matrix": r.array(2, finite=False)}
     stack = {"images": r.optional(r.array(3, finite=False)), "chains": r.optional(r.array(3, finite=False))}
+    any_names, any_number = {"class_names": r.sequence_of(r.text)}, r.either(r.number(), _nan, _infinite)
     _record(table, tree, "lossk.analysis.hierarchy.Dendrogram",
-            {**array, "class_names": r.sequence_of(r.text), "cophenetic_correlation": r.either(r.number(), _nan, _infinite)})  # fmt: skip
+            {**array, **any_names, "cophenetic_correlation": any_number})  # fmt: skip
     _record(table, w.class_matrix, "lossk.analysis.class_matrix.ClassMatrix",
             {**array, **stack, "groups": r.integer(0)})  # fmt: skip
     similarity = class_similarity(w.kernel, w.labels, NAMES, num_bootstrap=0)
