@@ -131,7 +131,7 @@ def align(
         ).items()
     }
     divided = {
-        name: check_labels(f"partitions[{name!r}]", parts, count).tolist()
+        name: _parts(name, parts, count)
         for name, parts in check_mapping("partitions", {} if partitions is None else partitions).items()
     }
     rows: list[AlignmentRow] = []
@@ -149,8 +149,15 @@ def align(
     return Alignment(tuple(rows), count, note)
 
 
+def _parts(name: str, given: Any, count: int) -> list[int]:
+    parts = check_labels(f"partitions: {name}", given).tolist()
+    if len(parts) != count:
+        raise ValueError(f"partitions: {name!r} must have one part per class, {count}, got {len(parts)}")
+    return parts
+
+
 def _matrices(argument: str, given: Mapping[str, ClassMatrix | Array], count: int) -> dict[str, ClassMatrix]:
-    return {name: as_class_matrix(f"{argument}[{name!r}]", matrix, count) for name, matrix in given.items()}
+    return {name: as_class_matrix(f"{argument}: {name}", matrix, count) for name, matrix in given.items()}
 
 
 def _against(

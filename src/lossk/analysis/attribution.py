@@ -17,9 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lossk.analysis.baselines import Baseline
-from lossk.analysis.inputs import check_labels
 from lossk.blocks import tile_spans
-from lossk.checks import check_choice, check_instance, check_integer
+from lossk.checks import check_choice, check_instance, check_integer, check_tensor
 from lossk.cross import CrossKernel
 from lossk.kernel import LossKernel
 from lossk.optional import require
@@ -168,7 +167,9 @@ def class_scores(kernel: LossKernel | Baseline, labels: Tensor) -> dict[str, Ten
     A dead sample, of which nothing is known, takes the lowest score of all.
     """
     kernel = check_instance("kernel", kernel, LossKernel, Baseline)
-    labels = check_labels("labels", labels, kernel.num_samples)
+    labels = check_tensor("labels", labels, of="a real number").cpu()
+    if labels.shape != (kernel.num_samples,) or labels.is_floating_point() or labels.dtype == torch.bool:
+        raise ValueError(f"labels must be integers [{kernel.num_samples}], got {labels.dtype} {list(labels.shape)}")
     classes, member = labels.unique(return_inverse=True)
     counts = member.bincount(minlength=len(classes))
     if len(classes) < 2 or int(counts.min()) < 2:

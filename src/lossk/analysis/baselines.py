@@ -73,7 +73,7 @@ class Baseline(AsArray):
         for part, values in (("features", self.features), ("duals", self.duals)):
             if values is None:
                 continue
-            check_tensor(part, values, ("N", "d"), finite=False, at_least=0)
+            check_tensor(part, values, finite=False)
             if values.ndim != 2 or not values.is_floating_point() or values.shape != self.features.shape:
                 raise ValueError(
                     f"{part} must be floating point [N, d], duals of the features' shape {list(self.features.shape)}, "

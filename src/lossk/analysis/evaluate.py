@@ -84,13 +84,20 @@ def retrain_on_subsets(train: Train, masks: Tensor, *, seeds: Sequence[int] = (0
         ValueError: masks of another shape, no seed, or losses that are not finite or change their number.
     """
     train, progress = check_callable("train", train), check_flag("progress", progress)
-    masks, seeds = _check_masks(masks), [int(seed) for seed in check_tensor("seeds", seeds, ("S",), of="an integer")]
+    masks = _check_masks(masks)
+    if isinstance(seeds, list | tuple) and not seeds:
+        raise ValueError("seeds must hold at least one seed, got none")
+    seeds = [int(seed) for seed in check_tensor("seeds", seeds, ("S",), of="an integer")]
     outcomes: list[Tensor] = []
     with tqdm(total=len(masks) * len(seeds), desc="retraining", unit="model", disable=not progress) as bar:
         for number, mask in enumerate(masks):
             rows, runs = mask.nonzero().squeeze(1), []
             for seed in seeds:
-                runs.append(check_tensor("train's losses", train(rows, seed), ("q",)).cpu().double())
+                losses = check_tensor("what train returns", train(rows, seed), finite=False).cpu().double()
+                if losses.ndim != 1 or not len(losses) or not torch.isfinite(losses).all():
+                    found = list(losses.shape)
+                    raise ValueError(f"train must return finite losses [q], got {found} for subset {number}")
+                runs.append(losses)
                 bar.update()
             lengths = {len(losses) for losses in (*runs, *outcomes[:1])}
             if len(lengths) > 1:
@@ -167,9 +174,13 @@ def auroc(scores: Tensor, wrong: Tensor, *, num_bootstrap: int = 200, seed: int 
     Raises:
         ValueError: shapes that do not fit, a score that is not finite, or only one kind of labels.
     """
-    scores = check_tensor("scores", scores, ("N",)).cpu()
-    wrong = check_tensor("wrong", wrong, (len(scores),), of="a flag").cpu()
+    scores = check_tensor("scores", scores, finite=False).cpu()
+    wrong = check_tensor("wrong", wrong, of="a flag").cpu()
+    if scores.ndim != 1 or not len(scores) or scores.shape != wrong.shape or wrong.dtype != torch.bool:
+        raise ValueError(f"scores and wrong (bool) must be [N], got {list(scores.shape)} and {list(wrong.shape)}")
     num_bootstrap, seed = check_integer("num_bootstrap", num_bootstrap, 2, MOST_BOOTSTRAP), check_seed(seed)
+    if not torch.isfinite(scores).all():
+        raise ValueError(f"scores must be finite, sample {int((~torch.isfinite(scores)).nonzero()[0])} is not")
     metrics = require("sklearn.metrics", "analysis", "an AUROC", package="scikit-learn")
     if bool(wrong.all()) or not bool(wrong.any()):
         raise ValueError(f"wrong must mark some samples and not others, got {int(wrong.sum())} of {len(wrong)}")

@@ -44,7 +44,7 @@ def check_neighbors(name: str, value: Any, num_samples: int, k: int) -> Neighbor
 
 def check_seed(seed: Any) -> int:
     """An integer from 0 to 2^32 - 1."""
-    return check_integer("seed", seed, 0, MOST_SEED)
+    return check_integer("seed", seed, 0, ceiling=MOST_SEED)
 
 
 def check_labels(name: str, value: Any, num_samples: int | None = None) -> Tensor:
@@ -52,8 +52,10 @@ def check_labels(name: str, value: Any, num_samples: int | None = None) -> Tenso
     found = check_tensor(name, value, of="a real number", finite=False)
     length = "N" if num_samples is None else str(num_samples)
     if found.ndim != 1 or not len(found) or (num_samples is not None and len(found) != num_samples):
+        raise ValueError(f"{name} must be [{length}], got {list(found.shape)}")
+    if found.is_floating_point() or found.dtype == torch.bool:
         raise ValueError(f"{name} must be integers [{length}], got {found.dtype} {list(found.shape)}")
-    return check_tensor(name, found, of="an integer").cpu().to(torch.int64)
+    return found.cpu().to(torch.int64)
 
 
 def check_classes(labels: Any, num_samples: int, count: int) -> Tensor:

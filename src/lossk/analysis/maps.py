@@ -68,10 +68,12 @@ def map_kernel(
         ValueError: a bad argument, or fewer live samples than a map needs (dimensions + 2, and 4).
     """
     kernel = check_kernel("kernel", kernel)
-    dimensions = check_integer("dimensions", dimensions, 1, 10)
+    dimensions = check_integer("dimensions", dimensions, 1)
     num_neighbors = check_integer("num_neighbors", num_neighbors, 2)
     seed = check_seed(seed)
-    min_dist = check_number("min_dist", min_dist, "a number from 0 to 1", least=0.0, most=1.0)
+    min_dist = check_number("min_dist", min_dist, "a number from 0 to 1", least=0.0)
+    if dimensions > 10 or min_dist > 1:
+        raise ValueError(f"dimensions must be at most 10 and min_dist at most 1, got {dimensions} and {min_dist}")
     alive = (~kernel.dead).nonzero().squeeze(1)
     fewest = max(dimensions + 2, 4)
     if len(alive) < fewest:
