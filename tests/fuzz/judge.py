@@ -170,10 +170,11 @@ def try_value(entry: Entry, parameter: str, value: str | None = None, given: Any
 def judge(error: Exception, entry: Entry, parameter: str, tried: Any, allowed: bool) -> tuple[str, str]:
     """(class, the error in a line)."""
     detail = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-    innermost = traceback.extract_tb(error.__traceback__)[-1]
+    frames = traceback.extract_tb(error.__traceback__)
+    innermost = frames[-1]
     ours = innermost.filename.startswith(SOURCE) or type(error).__name__ == "Refused"
     where = f"{detail}  [{Path(innermost.filename).name}:{innermost.lineno}]"
-    if allowed and isinstance(tried, nn.Module) and "torch/nn/modules" in innermost.filename:
+    if allowed and isinstance(tried, nn.Module) and any("torch/nn/modules" in frame.filename for frame in frames):
         return VALID, where  # the caller's own module fails in its own words
     names = (parameter, *entry.words.get(parameter, ()))
     named = any(re.search(rf"(?<!\w){re.escape(name)}(?!\w)", str(error)) for name in names)

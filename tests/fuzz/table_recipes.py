@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import numpy as np
 import torch
 
 import lossk
 
 from . import rules as r
 from .table import Table
-from .table_core import LOSS, SEED, source
+from .table_core import SEED
 from .world import NAMES, N, World
 
 SHARE = r.number(least=0.0, most=1.0)
@@ -33,6 +36,12 @@ def add_to(table: Table, w: World) -> None:
     )  # fmt: skip
 
 
+def readable(value: Any) -> bool:
+    """What samples can be read from; what is in it is looked at when it is read."""
+    plain = isinstance(value, str | bytes | bytearray | set | type | torch.Tensor | np.ndarray)
+    return not plain and (hasattr(value, "__iter__") or hasattr(value, "__getitem__"))
+
+
 def _parts(table: Table, w: World) -> None:
     image = r.optional(r.array(3, 4))
     texts = r.sequence_of(r.text)
@@ -40,7 +49,8 @@ def _parts(table: Table, w: World) -> None:
         "lossk.recipes.RecipeTask",
         {"model": w.model, "samples": w.data},
         {
-            "samples": source, "train": r.optional(source), "loss": LOSS, "transform": r.optional(r.function),
+            "samples": readable, "train": r.optional(readable), "loss": r.either(r.text, r.function),
+            "transform": r.optional(r.function),
             "labels": ROWS, "images": image, "class_names": texts, "held_out": r.optional(r.array(1, kinds="b")),
             "held_out_accuracy": r.optional(SHARE), "row_texts": r.optional(texts),
             "checkpoints": r.sequence_of(r.path), "synsets": r.optional(texts),

@@ -11,8 +11,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from lossk.checks import check_integer
+from lossk.checks import check_integer, check_optional, check_path
 from lossk.recipes import RecipeError, RecipeTask, require_accuracy, train_classifier
+from lossk.recipes.arguments import MOST_EPOCHS, check_seed, check_share
 from lossk.recipes.defaults import usual_defaults
 from lossk.recipes.idx import find_idx, read_idx
 
@@ -57,6 +58,10 @@ def make_task(
         raise ValueError(
             "checkpoint and checkpoints must not be given together: the folder holds the trained weights too"
         )
+    data, checkpoint = check_path("data", data), check_optional(check_path, "checkpoint", checkpoint)
+    checkpoints = check_optional(check_path, "checkpoints", checkpoints)
+    seed, epochs = check_seed(seed), check_integer("epochs", epochs, 0, MOST_EPOCHS)
+    required_accuracy = check_share("required_accuracy", required_accuracy)
     for name, number in (("num_train", num_train), ("num_probe", num_probe)):
         if number is not None:
             check_integer(name, number, 1)

@@ -17,9 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-from lossk.checks import check_choice, check_integer, check_number
+from lossk.checks import check_choice, check_integer, check_number, check_optional, check_path
 from lossk.ops.sample_loss import IGNORED, cross_entropy
 from lossk.recipes import RecipeError, RecipeTask
+from lossk.recipes.arguments import check_seed
 from lossk.recipes.defaults import usual_defaults
 from lossk.recipes.text_data import DEBIAN_LICENCES, SEQUENCES, Sequences, cut, read_documents
 from lossk.recipes.transformer import (
@@ -65,6 +66,9 @@ def make_task(
 
     Raises RecipeError when there is no text or the model predicts it too badly to be worth a kernel.
     """
+    text, seed = check_path("text", text), check_seed(seed)
+    model, checkpoint = check_optional(check_path, "model", model), check_optional(check_path, "checkpoint", checkpoint)
+    required_gain = check_number("required_gain", required_gain)
     check_choice("rows", rows, ROWS)
     check_choice("sequences", sequences, SEQUENCES)
     check_integer("context", context, 1)

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from lossk import provenance
+from lossk.checks import check_flag, check_integer, check_optional, check_path, check_text
 from lossk.errors import LosskError
 from lossk.kernel import LossKernel
 from lossk.report.findings import STEPS, check_size, find
@@ -81,7 +82,11 @@ def write_report(
         ValueError: what is given does not fit the kernel, or the kernel is too small or too large for a report.
         LosskError: a package of lossk[report] is missing.
     """
-    path = Path(path)
+    overwrite, progress = check_flag("overwrite", overwrite), check_flag("progress", progress)
+    path, seed = check_path("path", path), check_integer("seed", seed, 0, 2**32 - 1)
+    title, config = check_optional(check_text, "title", title), check_optional(check_text, "config", config)
+    if not isinstance(kernel_or_store, LossKernel):
+        check_path("kernel_or_store", kernel_or_store)
     if path.exists() and not overwrite:
         raise FileExistsError(f"path {str(path)!r} exists; pass overwrite=True to replace it")
     require_packages()
