@@ -206,7 +206,7 @@ def _alignment(table: Table, w: World) -> None:
     fields = dict.fromkeys(("value", "image_error", "chain_error", "p"), number)
     _record(table, found.rows[0], "lossk.analysis.alignment.AlignmentRow", {**fields, "permutations": r.integer(0)})
     _record(table, found, "lossk.analysis.alignment.Alignment",
-            {"rows": r.sequence_of(r.instance(AlignmentRow)), "num_classes": r.integer(1)})  # fmt: skip
+            {"rows": r.sequence_of(r.instance(AlignmentRow)), "num_classes": r.integer(0)})  # fmt: skip
     pair = {"similarity": w.similarity, "target": w.similarity}
     table.add("lossk.analysis.alignment.triplet_agreement", pair, {"similarity": MATRIX, "target": MATRIX})
     table.add("lossk.analysis.alignment.partition_purity",

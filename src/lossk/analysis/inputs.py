@@ -64,7 +64,8 @@ def check_classes(labels: Any, num_samples: int, count: int, of: str) -> Tensor:
     if len(found) != num_samples:
         raise ValueError(f"labels must be [{num_samples}], got [{len(found)}] (a sample of {of} each)")
     if not (int(found.min()) >= 0 and int(found.max()) < count):
-        raise ValueError(f"labels must be from 0 to {count - 1}, got {int(found.min())} to {int(found.max())}")
+        found_range = f"{int(found.min())} to {int(found.max())} ({count} class_names)"
+        raise ValueError(f"labels must be from 0 to {count - 1}, got {found_range}")
     return found
 
 

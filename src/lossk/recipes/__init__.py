@@ -108,14 +108,15 @@ def train_classifier(
     """
     check_instance("model", model, nn.Module)
     inputs, targets = check_pairs(inputs, targets)
-    epochs, batch_size = check_integer("epochs", epochs, 0, MOST_EPOCHS), check_integer("batch_size", batch_size, 1)
+    epochs, batch_size = check_integer("epochs", epochs, 1, MOST_EPOCHS), check_integer("batch_size", batch_size, 1)
     lr, weight_decay = check_number("lr", lr, above=0.0), check_number("weight_decay", weight_decay, least=0.0)
     seed, each_epoch = check_seed(seed), check_optional(check_callable, "each_epoch", each_epoch)
     order = np.random.default_rng(np.random.SeedSequence(seed))
     count = len(targets)
     steps = math.ceil(count / batch_size) * epochs
+    rise = 5 if steps == 4 else steps  # of 4 steps torch divides by the length of a rise of none
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=weight_decay)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=lr, total_steps=steps, pct_start=0.25)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=lr, total_steps=rise, pct_start=0.25)
     model.train()
     for epoch in range(1, epochs + 1):
         total = 0.0
@@ -138,6 +139,8 @@ def predict(
     """Predicted classes [N] int64 of a classifier in eval mode; the model's train/eval modes are put back."""
     check_instance("model", model, nn.Module)
     inputs, transform = check_tensor("inputs", inputs), check_optional(check_callable, "transform", transform)
+    if inputs.ndim < 2 or not len(inputs):
+        raise ValueError(f"inputs must be [n, ...], at least one, got {list(inputs.shape)}")
     batch_size = check_integer("batch_size", batch_size, 1)
     modes = [(module, module.training) for module in model.modules()]
     model.eval()

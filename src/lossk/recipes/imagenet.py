@@ -59,8 +59,7 @@ def make_task(
     train, weights = check_optional(check_path, "train", train), check_optional(check_path, "weights", weights)
     network, wordnet = check_text("network", network), check_flag("wordnet", wordnet)
     num_train, batch_size = check_integer("num_train", num_train, 1), check_integer("batch_size", batch_size, 1)
-    if num_probe is not None:
-        check_integer("num_probe", num_probe, 2)
+    num_probe = check_optional(check_integer, "num_probe", num_probe, 2)
     if wordnet:
         require_wordnet()
     found = find_photos(data).chosen(num_probe, seed)  # cheap, and says what is missing, before the network is loaded

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from lossk import provenance
-from lossk.checks import check_flag, check_integer, check_optional, check_path, check_text
+from lossk.checks import check_flag, check_integer, check_optional, check_path, check_text, shown
 from lossk.errors import LosskError
 from lossk.kernel import LossKernel
 from lossk.report.findings import STEPS, check_size, find
@@ -133,12 +133,16 @@ def merge(given: dict[str, Any], saved: Samples) -> Samples:
     kept = {name: getattr(saved, name) for name in given}
     if given["labels"] is not None:
         kept["class_names"] = ()
-    found = {name: kept[name] if _absent(value) else value for name, value in given.items()}
+    found = {name: kept[name] if _absent(name, value) else value for name, value in given.items()}
     return Samples(**found, notes=saved.notes)
 
 
-def _absent(value: Any) -> bool:
-    return value is None or (not hasattr(value, "shape") and len(value) == 0)
+def _absent(name: str, value: Any) -> bool:
+    if value is None:
+        return name != "class_names"
+    if isinstance(value, str | bytes | bytearray) or not (hasattr(value, "__iter__") or hasattr(value, "shape")):
+        raise TypeError(f"{name} must be an array or a list, an entry per sample or class, got {shown(value)}")
+    return isinstance(value, list | tuple) and not value
 
 
 def render(view: dict[str, Any], data: str) -> str:

@@ -84,7 +84,7 @@ def _integers(name: str, values: Any, num_samples: int) -> np.ndarray | None:
 
 
 def _names(names: Any) -> list[str]:
-    if isinstance(names, str | bytes) or not isinstance(names, Iterable) or getattr(names, "ndim", 1) != 1:
+    if isinstance(names, str | bytes | Mapping) or not isinstance(names, Iterable) or getattr(names, "ndim", 1) != 1:
         raise TypeError(f"class_names must be a list of texts, got {shown(names)}")
     given = list(names)
     for name in given:
@@ -96,7 +96,11 @@ def _names(names: Any) -> list[str]:
 def _texts(texts: Sequence[str] | None, num_samples: int) -> list[str] | None:
     if texts is None:
         return None
-    if isinstance(texts, str | bytes | Mapping) or not isinstance(texts, Sequence | np.ndarray) or np.ndim(texts) == 0:
+    if (
+        isinstance(texts, str | bytes | Mapping)
+        or not isinstance(texts, Sequence | np.ndarray)
+        or getattr(texts, "ndim", 1) == 0
+    ):
         raise TypeError(f"texts must be a list of texts, got {shown(texts)}")
     if not all(isinstance(text, str) for text in texts):
         raise TypeError(f"texts must be a list of texts, got {shown(texts)}")
