@@ -255,6 +255,11 @@ def check_path(name: str, value: Any) -> Path:
     return Path(text)
 
 
+def check_place(name: str, value: Any) -> Path:
+    """As `check_path`, or a folder that has no name: the current one, or the root."""
+    return Path(value) if value in (".", "/", Path(), Path("/")) else check_path(name, value)
+
+
 # -- nested data ------------------------------------------------------------------------------------------------------
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from lossk.analysis.attribution import ORDERS, Influence, influence
 from lossk.checks import shown
-from lossk.cli_options import file_path, whole
+from lossk.cli_options import file_path, folder, whole
 from lossk.cross import CrossKernel
 from lossk.errors import LosskError
 from lossk.kernel import LossKernel
@@ -23,7 +23,7 @@ SHOWN = 5  # queries that are printed
 def add_command(commands: Any) -> None:
     """Add it to the parser's subcommands."""
     parser = commands.add_parser("attribute", help="which training samples help and harm each query")
-    parser.add_argument("store", type=file_path)
+    parser.add_argument("store", type=folder)
     parser.add_argument("--query", required=True, metavar="SET", help="a set of the store, or row numbers: 3,17,40-49")
     parser.add_argument("--train", metavar="SET", help="likewise; default: the set 'train' or, without sets, every row")
     parser.add_argument("--top", type=whole(1), default=10, metavar="K", help="samples of either kind per query (10)")

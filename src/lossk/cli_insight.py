@@ -12,7 +12,7 @@ import torch
 from lossk.analysis.tables import PICTURES, TABLES, check_outputs, write_table
 from lossk.checks import check_integer
 from lossk.class_labels import read_labels, read_taxonomy
-from lossk.cli_options import file_path, named, real, whole
+from lossk.cli_options import file_path, folder, named, real, whole
 from lossk.indexing import resolve
 from lossk.store import open_kernel
 
@@ -22,7 +22,7 @@ LABELS = "one class per line, number or name (a .npy file of numbers too), or 'c
 def add_commands(commands: Any) -> None:
     """Add them to the parser's subcommands."""
     near = commands.add_parser("neighbors", help="nearest neighbours with standard errors and the noise floor")
-    near.add_argument("store", type=file_path)
+    near.add_argument("store", type=folder)
     near.add_argument("--k", type=whole(1), default=10, help="neighbours of each sample; default 10")
     near.add_argument("--rows", type=int, nargs="+", help="only these samples'; default all")
     near.add_argument("--anti", action="store_true", help="the most anti-correlated instead")
@@ -30,7 +30,7 @@ def add_commands(commands: Any) -> None:
     near.set_defaults(run=run_neighbors)
 
     drawn = commands.add_parser("map", help="a UMAP map of the samples, and clusters on it")
-    drawn.add_argument("store", type=file_path)
+    drawn.add_argument("store", type=folder)
     drawn.add_argument("--labels", type=file_path, metavar="FILE", help=LABELS)
     drawn.add_argument("--dimensions", type=whole(1, 10), default=2, help="default 2")
     drawn.add_argument("--num-neighbors", type=whole(2), default=30, help="default 30")
@@ -41,7 +41,7 @@ def add_commands(commands: Any) -> None:
     drawn.set_defaults(run=run_map)
 
     classes = commands.add_parser("hierarchy", help="how classes relate, and whether a taxonomy agrees")
-    classes.add_argument("store", type=file_path)
+    classes.add_argument("store", type=folder)
     classes.add_argument("--labels", type=file_path, metavar="FILE", required=True, help=LABELS)
     classes.add_argument(
         "--taxonomy",
@@ -55,8 +55,8 @@ def add_commands(commands: Any) -> None:
     classes.set_defaults(run=run_hierarchy)
 
     both = commands.add_parser("compare", help="two kernels of the same samples: entries, CKA, neighbours")
-    both.add_argument("a", type=file_path)
-    both.add_argument("b", type=file_path)
+    both.add_argument("a", type=folder)
+    both.add_argument("b", type=folder)
     both.add_argument("--k", type=whole(1), default=10, help="neighbours compared; default 10")
     _add_out(both, TABLES)
     both.set_defaults(run=run_compare)

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable
 from typing import Any, NoReturn, TypeVar
 
-from lossk.checks import check_integer, check_number, check_path, shown
+from lossk.checks import check_integer, check_number, check_path, check_place, shown
 
 Found = TypeVar("Found")
 
@@ -55,7 +55,8 @@ def real(least: float, most: float) -> Callable[[str], float]:
 
 def folder(text: str) -> str:
     """The path of a folder, the current one and the root too."""
-    return text if text in (".", "/") else file_path(text)
+    _named(check_place, text)
+    return text
 
 
 def file_path(text: str) -> str:

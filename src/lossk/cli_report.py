@@ -9,14 +9,14 @@ from typing import Any
 
 import numpy as np
 
-from lossk.cli_options import existing, file_path, named, whole
+from lossk.cli_options import existing, file_path, folder, named, whole
 from lossk.plan import gigabytes
 
 
 def add_command(commands: Any) -> None:
     """Add it to the parser's subcommands."""
     report = commands.add_parser("report", help="one HTML file that shows a store: map, neighbours, matrix, chains")
-    report.add_argument("store", type=file_path)
+    report.add_argument("store", type=folder)
     report.add_argument("--out", type=file_path, metavar="FILE.html", help="default: beside the store, with its name")
     report.add_argument(
         "--labels", type=existing, metavar="FILE", help=".npy of integers, or .csv of class numbers or names"

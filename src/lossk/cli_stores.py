@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from lossk.cli_options import file_path, named
+from lossk.cli_options import file_path, folder, named
 from lossk.errors import StoreError
 from lossk.plan import gigabytes
 from lossk.store import open_kernel, progress_of
@@ -17,16 +17,16 @@ from lossk.store import open_kernel, progress_of
 def add_commands(commands: Any) -> None:
     """Add them to the parser's subcommands."""
     info = commands.add_parser("info", help="what a store holds")
-    info.add_argument("store", type=file_path)
+    info.add_argument("store", type=folder)
     info.add_argument("--json", action="store_true", help="everything, as JSON")
     info.set_defaults(run=run_info)
 
     verify = commands.add_parser("verify", help="check every checksum of a store, and that it can be a kernel")
-    verify.add_argument("store", type=file_path)
+    verify.add_argument("store", type=folder)
     verify.set_defaults(run=run_verify)
 
     export = commands.add_parser("export", help="write the whole N x N matrix for other tools")
-    export.add_argument("store", type=file_path)
+    export.add_argument("store", type=folder)
     export.add_argument("out", type=file_path, help="path to write, which must not exist")
     export.add_argument("--format", choices=("zarr", "npy"), default="zarr", help="default: zarr")
     export.add_argument("--correlation", action="store_true", help="R instead of K")

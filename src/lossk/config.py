@@ -56,7 +56,7 @@ class RunConfig:
         if check_text("task", self.task).count(":") != 1:
             raise ValueError(f"task must be 'module:function', got {self.task!r}")
         if self.threads is not None:
-            check_integer("threads", self.threads, 1, MOST_THREADS)
+            check_integer("threads", self.threads, 1, ceiling=MOST_THREADS)
         for name in ("task_args", "build", "sampler"):
             check_mapping(name, getattr(self, name))
         check_optional(check_mapping, "passes", self.passes)

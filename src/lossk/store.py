@@ -24,7 +24,7 @@ import zarr
 from torch import Tensor
 
 from lossk.blocks import FactorBlocks, Moments, TileBlocks
-from lossk.checks import check_path
+from lossk.checks import check_place
 from lossk.diagnostics import Diagnostics
 from lossk.disk import consolidate, in_one_step, read_json, read_lines, sync_tree, write_json
 from lossk.errors import StoreError
@@ -109,7 +109,7 @@ def open_kernel(path: str | Path) -> LossKernel:
     Raises:
         StoreError: no store there, unfinished (with how far it got), or of a newer format.
     """
-    path = check_path("path", path)
+    path = check_place("path", path)
     if not path.exists():
         raise StoreError(f"path: there is no store at {str(path)!r}")
     try:

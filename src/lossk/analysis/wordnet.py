@@ -11,7 +11,7 @@ from typing import Any
 
 from lossk.analysis.inputs import check_named
 from lossk.analysis.taxonomy import Taxonomy
-from lossk.checks import check_integer, check_optional, check_path
+from lossk.checks import check_integer, check_optional, check_place
 from lossk.errors import LosskError
 from lossk.optional import check_installed
 
@@ -46,7 +46,7 @@ def wordnet_taxonomy(synsets: Mapping[str, str | int], *, folder: str | Path | N
         ValueError: no such noun synset.
     """
     synsets = _check_synsets(synsets)
-    return _taxonomy(_reader(check_optional(check_path, "folder", folder)), synsets)
+    return _taxonomy(_reader(check_optional(check_place, "folder", folder)), synsets)
 
 
 def require_wordnet() -> None:
@@ -66,7 +66,7 @@ def wordnet_with_words(
 ) -> tuple[Taxonomy, dict[str, str]]:
     """`wordnet_taxonomy`, and the first word of every node of it."""
     synsets = _check_synsets(synsets)
-    reader = _reader(check_optional(check_path, "folder", folder))
+    reader = _reader(check_optional(check_place, "folder", folder))
     taxonomy = _taxonomy(reader, synsets)
     words = {
         node: reader.synset_from_pos_and_offset("n", int(node)).lemma_names()[0].replace("_", " ")
@@ -80,7 +80,7 @@ def _check_synsets(synsets: Any) -> dict[str, str | int]:
     for name, synset in found.items():
         if not isinstance(synset, str):
             check_integer(f"synsets[{name!r}]", synset, 0)
-    return found
+    return dict(found)
 
 
 def _taxonomy(reader: Any, synsets: Mapping[str, str | int]) -> Taxonomy:

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from lossk.analysis.compare import Comparison, compare_kernels
-from lossk.checks import check_callable, check_instance, check_integer, check_path, check_text, shown
+from lossk.checks import check_callable, check_instance, check_integer, check_place, check_text, shown
 from lossk.kernel import LossKernel
 from lossk.optional import require
 from lossk.records import check_record
@@ -130,7 +130,7 @@ def _load(model: nn.Module, state: Mapping[str, Tensor], name: str) -> None:
     try:
         model.load_state_dict(dict(state))
     except RuntimeError as error:
-        raise ValueError(f"checkpoints: {name} does not fit the model: {error}") from error
+        raise ValueError(f"checkpoints: checkpoint {name} does not fit the model: {error}") from error
 
 
 def read_state(path: str | Path) -> dict[str, Tensor]:
@@ -145,7 +145,7 @@ def read_state(path: str | Path) -> dict[str, Tensor]:
 
 
 def _read_state(argument: str, path: str | Path) -> dict[str, Tensor]:
-    path = check_path(argument, path)
+    path = check_place(argument, path)
     if not path.exists():
         raise FileNotFoundError(f"{argument} must be a file or a folder that is there, nothing is at {str(path)!r}")
     if path.is_dir():

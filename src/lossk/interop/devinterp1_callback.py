@@ -52,8 +52,8 @@ class LossKernelCallback:
         centering: str = "chain",
         nbeta: float | None = None,
     ) -> None:
-        num_chains = check_integer("num_chains", num_chains, 1, MOST_DRAWS)
-        num_draws = check_integer("num_draws", num_draws, 2, MOST_DRAWS)
+        num_chains = check_integer("num_chains", num_chains, 1, ceiling=MOST_DRAWS)
+        num_draws = check_integer("num_draws", num_draws, 2, ceiling=MOST_DRAWS)
         batch_size = check_integer("batch_size", batch_size, 1)
         nbeta = check_optional(check_number, "nbeta", nbeta, above=0.0)
         check_choice("centering", centering, CENTERINGS)

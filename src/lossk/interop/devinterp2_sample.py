@@ -113,7 +113,9 @@ def sample(
     for name, value in (("rmsprop_eps", rmsprop_eps), ("rmsprop_alpha", rmsprop_alpha)):
         check_optional(check_number, name, value, above=0.0, most=1.0 if name == "rmsprop_alpha" else MOST_NUMBER)
         if value is not None and sampling_method != "rmsprop_sgld":
-            raise ValueError(f"{name} must be None unless sampling_method is 'rmsprop_sgld', got {value!r}")
+            raise ValueError(
+                f"{name} must be None: sampling_method_kwargs of {sampling_method!r} are none, got {value!r}"
+            )
     batches_per_draw = check_integer("batches_per_draw", batches_per_draw, 1)
     obs_seed = check_integer("obs_seed", obs_seed, 0)
     observables = _check_observables(observables)
@@ -190,7 +192,7 @@ class _Sampling:
         settings: Settings,
         law: Law,
         masks: ParamMasks | None,
-        device: str | None,
+        device: str | torch.device | None,
         loss_fn: LossFn | None,
         bar: Progress,
     ) -> None:
@@ -354,7 +356,7 @@ def _choose(samples: Samples, count: int, seed: int, name: str) -> Samples:
     """The sequences that devinterp would show an observable, in its order."""
     if count > len(samples):
         raise ValueError(
-            f"observables[{name!r}] must hold batches_per_draw x batch_size = {count} sequences, got {len(samples)}"
+            f"observables[{name!r}] must hold batches per draw (batches_per_draw) x batch_size = {count} sequences, got {len(samples)}"
         )
     index = torch.tensor(random.Random(seed).sample(range(len(samples)), count), dtype=torch.int64, device="cpu")
     return Samples({"input_ids": samples.tree["input_ids"][index]}, count)

@@ -121,7 +121,7 @@ def _as_features(X: Any) -> Any:
     """What scikit-learn's own checks would fail on without the argument's name; the rest is left to them."""
     if isinstance(X, str | bytes | bytearray | dict | set | type) or X is None or getattr(X, "ndim", 1) == 0:
         raise TypeError(f"X must be an array of losses [n, draws], got {shown(X)}")
-    if not hasattr(X, "shape") or isinstance(X, Tensor) or (isinstance(X, np.ndarray) and X.dtype.kind not in "biuf"):
+    if not hasattr(X, "shape") or isinstance(X, Tensor):
         return check_tensor(
             "X", X, finite=False
         ).numpy()  # NaN is scikit-learn's to refuse, in the words its checks know
@@ -154,7 +154,7 @@ class LossKernelTransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, B
         check_choice("output", self.output, ("kernel", "features"))
         check_flag("correlation", self.correlation)
         num_chains = check_integer("num_chains", self.num_chains, 1)
-        X = validate_data(self, _as_features(X), dtype=(np.float64, np.float32), ensure_min_features=2)
+        X = self._checked(X, ensure_min_features=2)
         if X.shape[1] % num_chains or X.shape[1] < 2 * num_chains:
             raise ValueError(
                 f"num_chains must divide the number of draws, {X.shape[1]}, at least 2 to each, got {num_chains}"
@@ -166,9 +166,17 @@ class LossKernelTransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, B
     def transform(self, X: Any) -> np.ndarray:
         """[n, fitted samples] or [n, draws]. X: [n, draws] losses at the same draws as those fitted."""
         check_is_fitted(self)
-        X = validate_data(self, _as_features(X), dtype=(np.float64, np.float32), reset=False)
+        X = self._checked(X, reset=False)
         features = self._features(X)
         return features @ self.features_.T if self.output == "kernel" else features
+
+    def _checked(self, X: Any, **rules: Any) -> np.ndarray:
+        """By scikit-learn's own checks, in their words."""
+        X = _as_features(X)
+        try:
+            return validate_data(self, X, dtype=(np.float64, np.float32), **rules)
+        except (ValueError, TypeError) as error:
+            raise type(error)(f"X: {error}") from error
 
     def _features(self, X: np.ndarray) -> np.ndarray:
         """Rows whose inner products are the kernel, in X's precision."""

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from lossk.checks import check_integer, check_optional, check_path
+from lossk.checks import check_integer, check_optional, check_path, check_place
 from lossk.recipes import RecipeError, RecipeTask, require_accuracy, train_classifier
 from lossk.recipes.arguments import MOST_EPOCHS, check_seed, check_share
 from lossk.recipes.defaults import usual_defaults
@@ -58,8 +58,8 @@ def make_task(
         raise ValueError(
             "checkpoint and checkpoints must not be given together: the folder holds the trained weights too"
         )
-    data, checkpoint = check_path("data", data), check_optional(check_path, "checkpoint", checkpoint)
-    checkpoints = check_optional(check_path, "checkpoints", checkpoints)
+    data, checkpoint = check_place("data", data), check_optional(check_path, "checkpoint", checkpoint)
+    checkpoints = check_optional(check_place, "checkpoints", checkpoints)
     seed, epochs = check_seed(seed), check_integer("epochs", epochs, 1, MOST_EPOCHS)
     required_accuracy = check_share("required_accuracy", required_accuracy)
     num_train = check_optional(check_integer, "num_train", num_train, 1)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lossk.analysis.wordnet import DEBIAN_FOLDER, require_wordnet
-from lossk.checks import check_flag, check_integer, check_optional, check_path, check_text
+from lossk.checks import check_flag, check_integer, check_optional, check_path, check_place, check_text
 from lossk.recipes import RecipeError, RecipeTask
 from lossk.recipes.arguments import check_seed, check_share
 from lossk.recipes.defaults import usual_defaults
@@ -55,8 +55,8 @@ def make_task(
             lossk[analysis] and WordNet (Debian's wordnet-base), of which LosskError says what is missing.
     """
     required_accuracy, seed = check_share("required_accuracy", required_accuracy), check_seed(seed)
-    data, cache = check_path("data", data), check_path("cache", cache)
-    train, weights = check_optional(check_path, "train", train), check_optional(check_path, "weights", weights)
+    data, cache = check_place("data", data), check_place("cache", cache)
+    train, weights = check_optional(check_place, "train", train), check_optional(check_path, "weights", weights)
     network, wordnet = check_text("network", network), check_flag("wordnet", wordnet)
     num_train, batch_size = check_integer("num_train", num_train, 1), check_integer("batch_size", batch_size, 1)
     num_probe = check_optional(check_integer, "num_probe", num_probe, 2)

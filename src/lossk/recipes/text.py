@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-from lossk.checks import check_choice, check_integer, check_number, check_optional, check_path
+from lossk.checks import check_choice, check_integer, check_number, check_optional, check_path, check_place
 from lossk.ops.sample_loss import IGNORED, cross_entropy
 from lossk.recipes import RecipeError, RecipeTask
 from lossk.recipes.arguments import check_seed
@@ -66,7 +66,7 @@ def make_task(
 
     Raises RecipeError when there is no text or the model predicts it too badly to be worth a kernel.
     """
-    text, seed = check_path("text", text), check_seed(seed)
+    text, seed = check_place("text", text), check_seed(seed)
     model, checkpoint = check_optional(check_path, "model", model), check_optional(check_path, "checkpoint", checkpoint)
     required_gain = check_number("required_gain", required_gain)
     rows = check_choice("rows", rows, ROWS)

@@ -65,7 +65,7 @@ class Samples:
 
 def as_array(name: str, values: Any, num_samples: int) -> np.ndarray:
     """A one-dimensional array of N entries; tensors are taken too."""
-    array = check_tensor(name, values, of="a real number").cpu().numpy()
+    array = check_tensor(name, values, of="a real number", finite=False).cpu().numpy()
     if array.shape != (num_samples,):
         raise ValueError(f"{name} must have shape [{num_samples}], one entry per sample, got {list(array.shape)}")
     return array
