@@ -112,6 +112,7 @@ def load_config(name_or_path: str, overrides: Mapping[str, Any] | None = None) -
     Raises:
         ValueError: no such recipe or file, not a mapping, or an unknown key (the nearest known one is named).
     """
+    check_text("config", name_or_path)
     path = packaged_config(name_or_path) or check_path("config", name_or_path)
     if not path.is_file():
         raise ValueError(

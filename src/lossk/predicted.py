@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lossk.ambient import usual_modes
-from lossk.checks import check_callable, check_optional
+from lossk.checks import check_callable, check_flag, check_optional
 from lossk.data import Transform
 from lossk.losses import forward, resolve_loss, split_batch
 from lossk.reading import read_samples
@@ -40,6 +40,7 @@ def predicted_labels(
         ValueError: batches that are not (inputs, targets), or outputs that are not [B, C].
     """
     transform = check_optional(check_callable, "transform", transform, "a callable or None")
+    progress = check_flag("progress", progress)
     with Progress(progress) as bar:
         samples = read_samples(loader, bar=bar).transformed(transform, "loader")
     inputs, _ = split_batch(samples.tree)

@@ -20,6 +20,9 @@ from .judge import Entry
 from .table_core import BACKEND, CENTERING, PRECISION, SEED, STORED
 from .world import NAMES, World
 
+# --set names the key of the config that it sets.
+KEYS = ("config", "tile", "lr", "build", "task_args")
+
 TEXTS = (
     "", " ", "no", "True", "null", "0", "-1", "1", "5", "7", "8", "1.5", "-0.5", "nan", "inf", "1e30", "1e-400",
     str(10**12), "9" * 400, "9" * 5000, "[1, 2]", "{a: 1}", "a\0b", "x" * 10_000, "nowhere/x", "nowhere/x.csv", ".",
@@ -123,12 +126,10 @@ def _command(name: str, given: dict[str, str], rules: dict[str, r.Rule], work: t
         return {option: text or UNSET for option, text in given.items()}
 
     known = {option: rules[option] for option in given}
-    words = dict.fromkeys(("store", "a", "b", "out"), ("path", "store")) | {"config": ("config file",)}
+    words: dict[str, tuple[str, ...]] = {option: (option.strip("-").replace("-", "_"),) for option in given}
+    words |= dict.fromkeys(("store", "a", "b", "out"), ("path", "store")) | {"--set": KEYS}
     return Entry(f"lossk {name}", call, arguments, known, words, work, texts=TEXTS)
 
-
-# --set names the key of the config that it sets.
-KEYS = ("config", "tile", "lr", "build", "task_args")
 
 UNSET: Any = None  # an option that the valid call does without
 

@@ -110,7 +110,7 @@ def _samplers(table: Table) -> None:
     table.add("lossk.SGLD", {}, steps)
     table.add("lossk.BAOAB", {}, steps)
     table.add("lossk.HMC", {"step_size": 0.1, "localization": 1.0},
-              {**steps, "step_size": positive, "localization": positive, "num_leapfrog_steps": r.integer(1),
+              {**steps, "step_size": positive, "localization": r.number(least=0.0), "num_leapfrog_steps": r.integer(1),
                "num_burnin_steps": r.integer(0), "num_steps_bw_draws": r.integer(1)})  # fmt: skip
     table.add("lossk.Gaussian", {"sigma": 0.1}, {"params": names, "sigma": positive})
     table.add("lossk.Laplace", {}, {**steps, "structure": r.choice("kronecker", "diagonal")})

@@ -27,13 +27,20 @@ def add_to(table: Table, w: World) -> None:
         lambda: {"kernel_or_store": w.kernel, "path": w.fresh(".html"), "progress": False},
         {
             "kernel_or_store": r.either(r.path, r.instance(lossk.LossKernel)),
-            "labels": ROWS, "predictions": ROWS, "held_out": r.optional(r.array(1, kinds="biu")),
-            "class_names": r.sequence_of(r.text), "texts": r.optional(r.sequence_of(r.text)),
-            "images": r.optional(r.array(3, 4)), "seed": r.integer(0), "config": r.optional(r.text),
+            "labels": _given(ROWS), "predictions": _given(ROWS),
+            "held_out": _given(r.optional(r.array(1, kinds="biu"))),
+            "class_names": r.either(r.sequence_of(r.either(r.text, r.integer())), r.array(1, kinds="iuf", least=0)),
+            "texts": r.optional(r.sequence_of(r.text)),
+            "images": _given(r.optional(r.array(3, 4))), "seed": r.integer(0), "config": r.optional(r.text),
         },
         work=("lossk.report.page.find",),
         words={"kernel_or_store": ("path",)},
     )  # fmt: skip
+
+
+def _given(rule: r.Rule) -> r.Rule:
+    """An empty list stands for nothing given."""
+    return lambda value: (isinstance(value, list | tuple) and not value) or rule(value)
 
 
 def readable(value: Any) -> bool:

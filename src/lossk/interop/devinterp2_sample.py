@@ -356,7 +356,8 @@ def _choose(samples: Samples, count: int, seed: int, name: str) -> Samples:
     """The sequences that devinterp would show an observable, in its order."""
     if count > len(samples):
         raise ValueError(
-            f"observables[{name!r}] must hold batches per draw (batches_per_draw) x batch_size = {count} sequences, got {len(samples)}"
+            f"observables[{name!r}] must hold batches per draw x batch_size = {count} sequences (batches_per_draw), "
+            f"got {len(samples)}"
         )
     index = torch.tensor(random.Random(seed).sample(range(len(samples)), count), dtype=torch.int64, device="cpu")
     return Samples({"input_ids": samples.tree["input_ids"][index]}, count)

@@ -17,6 +17,7 @@ import torch
 from lossk.checks import check_instance
 from lossk.errors import BackendError
 from lossk.operands import check_word
+from lossk.records import check_record
 
 OPS = ("head_loss", "rank_update", "sample_loss", "sgld_step", "top_correlations")
 
@@ -28,6 +29,9 @@ class KernelStatus:
     available: bool
     reason: str  # "" when available
     interpreted: bool  # in Triton's interpreter: no measure of anything but the numbers
+
+    def __post_init__(self) -> None:
+        check_record(self)
 
 
 def status(op: str, device: torch.device) -> KernelStatus:

@@ -47,7 +47,7 @@ class Samples:
         Raises:
             ValueError: a field has another length than `num_samples`, or cannot be what it is said to be.
         """
-        held_out = None if self.held_out is None else as_array("held_out", self.held_out, num_samples).astype(bool)
+        held_out = None if self.held_out is None else _flags("held_out", self.held_out, num_samples)
         return Samples(
             labels=_integers("labels", self.labels, num_samples),
             class_names=_names(self.class_names),
@@ -69,6 +69,13 @@ def as_array(name: str, values: Any, num_samples: int) -> np.ndarray:
     if array.shape != (num_samples,):
         raise ValueError(f"{name} must have shape [{num_samples}], one entry per sample, got {list(array.shape)}")
     return array
+
+
+def _flags(name: str, values: Any, num_samples: int) -> np.ndarray:
+    array = as_array(name, values, num_samples)
+    if not np.isin(array, (0, 1)).all():
+        raise ValueError(f"{name} must be True or False, one of a sample, got {array.dtype} from {array.min()}")
+    return array.astype(bool)
 
 
 def _integers(name: str, values: Any, num_samples: int) -> np.ndarray | None:
