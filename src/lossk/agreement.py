@@ -303,16 +303,25 @@ def _rounded_outputs(network: nn.Module, size: float, seed: int) -> Iterator[Non
     generators: dict[torch.device, torch.Generator] = {}
 
     def round_output(_module: nn.Module, _inputs: Any, output: Any) -> Any:
-        if not isinstance(output, Tensor) or not output.is_floating_point():
+        if not isinstance(output, Tensor) or not output.is_floating_point() or output.is_nested:
             return None
         generator = generators.setdefault(output.device, torch.Generator(output.device).manual_seed(seed))
         noise = torch.empty(output.shape, dtype=torch.float32, device=output.device).normal_(generator=generator)
         return (output * (1.0 + size * noise)).to(output.dtype)
 
-    leaves = [m for m in network.modules() if not any(m.children()) and not isinstance(m, torch.jit.ScriptModule)]
-    handles = [module.register_forward_hook(round_output) for module in leaves]
+    innermost = [] if _is_compiled(network) else [m for m in network.modules() if not any(m.children())]
+    plain = [module for module in innermost if not isinstance(module, torch.jit.ScriptModule)]
+    handles = [module.register_forward_hook(round_output) for module in plain]
     try:
         yield
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _is_compiled(network: nn.Module) -> bool:
+    """Whether a part of it is compiled, where a hook would have to be compiled too."""
+    return any(
+        type(module).__name__ == "OptimizedModule" or getattr(module, "_compiled_call_impl", None) is not None
+        for module in network.modules()
+    )
