@@ -154,7 +154,7 @@ def check_choice(name: str, value: Any, choices: Iterable[Any]) -> Any:
     if type(plain) not in kinds:
         raise wrong_kind(name, f"one of {choices}", value)
     for choice in choices:
-        if type(choice) is type(plain) and choice == plain:
+        if choice == plain:
             return choice
     raise wrong_value(name, f"one of {choices}", value)
 
@@ -349,6 +349,8 @@ def _as_tensor(name: str, value: Any) -> Tensor:
     if array.dtype.kind == "f" and array.dtype.itemsize > 8:  # torch has no extended precision
         array = array.astype(np.float64)
     array = array.astype(array.dtype.newbyteorder("="), copy=False)
+    if array.dtype.kind in "iu":  # C has several names for one width, of which torch knows one
+        array = array.view(f"{array.dtype.kind}{array.dtype.itemsize}")
     if not array.flags.writeable or any(stride < 0 for stride in array.strides):
         array = array.copy()
     return torch.from_numpy(array)

@@ -12,7 +12,17 @@ from torch import Tensor
 
 from lossk.blocks import Blocks, FactorBlocks, Moments, tile_spans, upper_triangle
 from lossk.centring import centre, degrees_of_freedom, empty_moments, note
-from lossk.checks import check_choice, check_flag, check_instance, check_integer, check_path, check_tensor
+from lossk.checks import (
+    check_choice,
+    check_flag,
+    check_instance,
+    check_integer,
+    check_mapping,
+    check_path,
+    check_tensor,
+    wrong_kind,
+)
+from lossk.column_checks import check_diagnostics, check_sets, check_tokens
 from lossk.dense import AsArray, dense
 from lossk.indexing import resolve, rows_and_columns
 from lossk.neighbors import (
@@ -55,11 +65,13 @@ class LossKernel(AsArray):
         tokens: Tensor | None = None,
         sets: Mapping[str, slice] | None = None,
     ) -> None:
+        if isinstance(blocks, type) or not hasattr(blocks, "row_blocks"):
+            raise wrong_kind("blocks", "the blocks of a kernel", blocks)
         self._blocks = blocks
         self._moments: Moments = check_instance("moments", moments, Moments)
-        self.meta = meta or {}
-        self.diagnostics = diagnostics
-        self._tokens, self._sets = tokens, dict(sets or {})
+        self.meta = {} if meta is None else check_mapping("meta", meta)
+        self.diagnostics: Diagnostics | None = check_diagnostics(diagnostics)
+        self._tokens, self._sets = check_tokens(tokens, blocks.num_samples), check_sets(sets, blocks.num_samples)
         self._std_over_scale = (moments.variance.sqrt() / moments.scale).float()  # [N], 0 for a dead sample
         self._gain = torch.where(self._std_over_scale > 0, 1.0 / self._std_over_scale, 0.0)  # [N]
 

@@ -22,12 +22,12 @@ from torch import Tensor
 
 from lossk.centring import centre, degrees_of_freedom, empty_moments, note
 from lossk.checks import check_choice, check_integer, check_json, check_optional, check_path, check_tensor
+from lossk.column_checks import check_excess, check_sets, check_tokens
 from lossk.diagnostics import diagnose, watched_samples
 from lossk.disk import consolidate, create_array, in_one_step, sync_tree, write_json
 from lossk.neighbors import median_noise_floor
 from lossk.settings import check_n_beta, check_settings
 from lossk.store import FORMAT
-from lossk.traces import check_excess, check_sets, check_tokens
 
 CHUNK_BYTES = 2**24  # of a chunk on disk, about
 MOST_SAMPLES = 4096  # of a chunk, which is also the kernel's tile

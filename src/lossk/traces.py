@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lossk.checks import check_integer, check_mapping, check_tensor, shown
+from lossk.checks import check_mapping, check_tensor
+from lossk.column_checks import check_excess, check_sets, check_tokens
 from lossk.settings import check_n_beta
 
 
@@ -102,39 +103,3 @@ class LossTraces:
     def __repr__(self) -> str:
         unit = "samples" if self.tokens is None else "tokens"
         return f"LossTraces({self.num_chains} chains x {self.num_draws} draws x {self.num_samples} {unit})"
-
-
-def check_excess(excess: Any, num_chains: int, num_draws: int) -> Tensor | None:
-    """[C, T] rise of the training loss; NaN where a draw's is not known."""
-    if excess is None:
-        return None
-    return check_tensor("excess", excess, (num_chains, num_draws), finite=False).cpu()
-
-
-def check_tokens(tokens: Any, num_samples: int) -> Tensor | None:
-    """[N, 2] int64, (sample, position) of each column."""
-    if tokens is None:
-        return None
-    given = check_tensor("tokens", tokens, of="a real number")
-    if list(given.shape) != [num_samples, 2] or given.is_floating_point() or given.dtype == torch.bool:
-        raise ValueError(
-            f"tokens must be integers of shape [{num_samples}, 2], (sample, position) of each column, "
-            f"got {given.dtype} of shape {list(given.shape)}"
-        )
-    return given.to("cpu", torch.int64)
-
-
-def check_sets(sets: Any, num_samples: int) -> dict[str, slice]:
-    """Slices of the columns by name, their bounds plain integers."""
-    if sets is None:
-        return {}
-    plain = {}
-    for name, columns in check_mapping("sets", sets).items():
-        if not isinstance(columns, slice) or columns.step is not None:
-            raise TypeError(f"sets[{name!r}] must be a slice of the {num_samples} columns, got {shown(columns)}")
-        start = check_integer(f"sets[{name!r}].start", columns.start, 0)
-        stop = check_integer(f"sets[{name!r}].stop", columns.stop, 0)
-        if not start < stop <= num_samples:
-            raise ValueError(f"sets: {name!r} must be a slice of the {num_samples} columns, got {columns!r}")
-        plain[name] = slice(start, stop)
-    return plain

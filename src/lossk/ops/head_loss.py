@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lossk.ops.operands import check_ignored, check_operands, check_word
+from lossk.operands import check_ignored, check_operands, check_word
 from lossk.ops.sample_loss import DTYPES, IGNORED, check_targets_and_out, sample_loss
 
 BACKENDS = ("torch", "cpp", "triton")
@@ -58,7 +58,7 @@ def head_loss(
         check_operands(bias=bias)
     ignore_index = check_ignored(ignore_index)
     _check(hidden, head, bias)
-    check_targets_and_out(targets, out, (*head.shape[:-2], len(hidden)), hidden.device)
+    check_targets_and_out(targets, out, (*head.shape[:-2], len(hidden)), hidden.device, "hidden")
     if head.ndim == 2:
         head, bias, out = head.unsqueeze(0), None if bias is None else bias.unsqueeze(0), out.unsqueeze(0)
     if backend != "triton":
@@ -118,12 +118,15 @@ def _check(hidden: Tensor, head: Tensor, bias: Tensor | None) -> None:
     alike = head.dtype == hidden.dtype and head.device == hidden.device
     if head.ndim not in (2, 3) or head.shape[-1] != hidden.shape[1] or not alike:
         raise ValueError(
-            f"head must be [C, {hidden.shape[1]}] or [k, C, {hidden.shape[1]}] {wanted}, got {_describe(head)}"
+            f"head must be [C, {hidden.shape[1]}] or [k, C, {hidden.shape[1]}] {wanted}, got {_describe(head)}, "
+            f"beside hidden {_describe(hidden)}"
         )
     if bias is not None and (
         bias.shape != head.shape[:-1] or bias.dtype != hidden.dtype or bias.device != hidden.device
     ):
-        raise ValueError(f"bias must be {list(head.shape[:-1])} {wanted}, got {_describe(bias)}")
+        raise ValueError(
+            f"bias must be {list(head.shape[:-1])} {wanted}, got {_describe(bias)}, beside head {_describe(head)}"
+        )
 
 
 def _describe(tensor: Tensor) -> str:

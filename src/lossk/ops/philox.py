@@ -30,7 +30,7 @@ _HALF_WORD = np.uint64(32)
 
 # Blocks handled at once: the temporaries of a chunk stay in cache, and a large count costs no extra memory.
 _CHUNK_BLOCKS = 1 << 15
-MOST_COUNT = 2**40  # words: more than any model has weights
+MOST_COUNT = 2**36  # words: more than any model has weights
 
 
 def philox4x32(counter: UInt32Array, key: tuple[int, int]) -> UInt32Array:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lossk.ops.operands import check_operands, check_word
+from lossk.operands import check_operands, check_word
 
 BACKENDS = ("torch", "triton")
 # Of the products; sums are float32 in all of them. "tf32x3" makes a float32 product of three tf32 ones.
@@ -68,7 +68,8 @@ def rank_update_triangle(
         ValueError: a bad argument; nothing has been changed.
         BackendError: "triton" cannot run here.
     """
-    _check(matrix, panel, panel, backend, precision)
+    check_operands(matrix=matrix, panel=panel)
+    _check(matrix, panel, panel, backend, precision, "matrix and panel: ")
     if (mean is None) != (inverse_scale is None) or (mean is None and last is not None):
         raise ValueError("mean and inverse_scale must be given together, and last only with them")
     if mean is not None and panel.dtype != torch.float32:
@@ -116,20 +117,20 @@ def _launch(
         module.rank_update(out, left, right, triangle=triangle, precision=precision, scaling=scaling)
 
 
-def _check(out: Tensor, left: Tensor, right: Tensor, backend: str, precision: str) -> None:
+def _check(out: Tensor, left: Tensor, right: Tensor, backend: str, precision: str, of: str = "") -> None:
     check_word("backend", backend, BACKENDS)
     check_word("precision", precision, PRECISIONS)
     check_operands(tile=out, rows_i=left, rows_j=right)
     if out.ndim != 2 or out.stride(1) != 1 or out.dtype not in (torch.float32, torch.float16):
         raise ValueError(
-            f"tile must be [a, b] float32 or float16 with adjacent columns, got {list(out.shape)} {out.dtype}"
+            f"{of}tile must be [a, b] float32 or float16 with adjacent columns, got {list(out.shape)} {out.dtype}"
         )
     for name, rows, count in (("rows_i", left, out.shape[0]), ("rows_j", right, out.shape[1])):
         allowed = (torch.float32, HALF.get(precision, torch.float32))
         if rows.ndim != 2 or rows.shape[1] != count or rows.dtype not in allowed or rows.device != out.device:
             raise ValueError(
-                f"{name} must be [k, {count}] float32 (or the precision's dtype) on {out.device}, "
-                f"got {list(rows.shape)} {rows.dtype} on {rows.device}"
+                f"{of}{name} must be [k, {count}] float32 (or the precision's dtype) on {out.device}, "
+                f"got {list(rows.shape)} {rows.dtype} on {rows.device}, beside a tile {list(out.shape)}"
             )
     if len(left) != len(right):
         raise ValueError(f"rows_i and rows_j must have as many rows, got {len(left)} and {len(right)}")

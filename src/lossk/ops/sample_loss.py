@@ -19,8 +19,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lossk.operands import check_ignored, check_operands, check_scale, check_word
 from lossk.ops import extension
-from lossk.ops.operands import check_ignored, check_operands, check_scale, check_word
 
 BACKENDS = ("torch", "cpp", "triton")
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -99,12 +99,24 @@ def cross_entropy_reference(logits: Tensor, targets: Tensor) -> Tensor:
     ignored = targets == IGNORED
     targets = targets.masked_fill(ignored, 0).unsqueeze(1)  # [B, 1]
     wide = logits.double()
-    gaps = wide - wide.gather(1, targets)
+    gaps = wide - _of_targets(wide, targets)
     gaps = gaps.scatter(1, targets, float("-inf"))  # the target itself is not summed
     peak = gaps.detach().amax(dim=1, keepdim=True).clamp(min=0.0)
     others = (gaps - peak).exp().sum(dim=1)
     peak = peak.squeeze(1)
     return (peak + (others + (-peak).expm1()).log1p()).float().masked_fill(ignored, 0.0)
+
+
+def _of_targets(logits: Tensor, targets: Tensor) -> Tensor:
+    """The target's logit: [B, 1]."""
+    try:
+        return logits.gather(1, targets)
+    except (RuntimeError, IndexError) as error:
+        classes = logits.shape[1]
+        bad = targets[(targets < 0) | (targets >= classes)]
+        if not len(bad):
+            raise
+        raise IndexError(f"targets must lie in [0, {classes}), the columns of logits, got {int(bad[0])}") from error
 
 
 def sample_loss(logits: Tensor, targets: Tensor, out: Tensor, *, backend: str, ignore_index: int = IGNORED) -> None:
@@ -127,7 +139,7 @@ def sample_loss(logits: Tensor, targets: Tensor, out: Tensor, *, backend: str, i
     ignore_index = check_ignored(ignore_index)
     if logits.ndim != 2 or logits.dtype not in DTYPES:
         raise ValueError(f"logits must be [B, C] float16, bfloat16 or float32, got {_describe(logits)}")
-    check_targets_and_out(targets, out, (len(logits),), logits.device)
+    check_targets_and_out(targets, out, (len(logits),), logits.device, "logits")
     if backend == "torch":
         sample_loss_reference(logits, targets, out, ignore_index)
         return
@@ -182,12 +194,14 @@ def sample_loss_reference(logits: Tensor, targets: Tensor, out: Tensor, ignore_i
         out.copy_(cross_entropy_reference(logits, targets.masked_fill(ignored, 0)).masked_fill(ignored, 0.0))
 
 
-def check_targets_and_out(targets: Tensor, out: Tensor, shape: tuple[int, ...], device: torch.device) -> None:
+def check_targets_and_out(
+    targets: Tensor, out: Tensor, shape: tuple[int, ...], device: torch.device, beside: str
+) -> None:
     """Raise unless targets are [B] int64 and out is `shape` ([B], or [k, B]) float32, on `device`."""
     if targets.shape != shape[-1:] or targets.dtype != torch.int64 or targets.device != device:
-        raise ValueError(f"targets must be [{shape[-1]}] int64 on {device}, got {_describe(targets)}")
+        raise ValueError(f"targets must be [{shape[-1]}] int64 on {device}, got {_describe(targets)}, beside {beside}")
     if out.shape != shape or out.dtype != torch.float32 or out.device != device:
-        raise ValueError(f"out must be {list(shape)} float32 on {device}, got {_describe(out)}")
+        raise ValueError(f"out must be {list(shape)} float32 on {device}, got {_describe(out)}, beside {beside}")
 
 
 def _check_logits(logits: Tensor, targets: Tensor) -> None:
@@ -196,7 +210,10 @@ def _check_logits(logits: Tensor, targets: Tensor) -> None:
     if logits.ndim != 2 or logits.shape[1] < 1 or not logits.is_floating_point():
         raise ValueError(f"logits must be [B, C] floating point, C at least 1, got {_describe(logits)}")
     if targets.shape != logits.shape[:1] or targets.dtype != torch.int64 or targets.device != logits.device:
-        raise ValueError(f"targets must be [{len(logits)}] int64 on {logits.device}, got {_describe(targets)}")
+        raise ValueError(
+            f"targets must be [{len(logits)}] int64 on {logits.device}, got {_describe(targets)}, "
+            f"beside logits {_describe(logits)}"
+        )
 
 
 def _describe(tensor: Tensor) -> str:

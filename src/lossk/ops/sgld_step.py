@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from lossk.checks import MOST_NUMBER, check_flag, plain_scalar, wrong_kind
+from lossk.operands import check_operands, check_word
 from lossk.ops import extension, philox
-from lossk.ops.operands import check_operands, check_word
 
 BACKENDS = ("torch", "cpp", "triton")
 

@@ -17,8 +17,8 @@ def check_operands(**operands: Any) -> None:
     for name, value in operands.items():
         if not isinstance(value, Tensor):
             raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
-        if value.layout is not torch.strided or value.is_quantized:
-            kind = value.dtype if value.is_quantized else value.layout
+        if value.layout is not torch.strided or value.is_quantized or value.is_meta:
+            kind = value.dtype if value.is_quantized else value.layout if not value.is_meta else "on the meta device"
             raise TypeError(f"{name} must be a dense tensor, got one that is {kind}")
 
 
