@@ -173,7 +173,7 @@ class Task:
 
     def flatten(self, parts: Sequence[Tensor]) -> Tensor:
         """[P]: one tensor per sampled parameter, in the order of `flat`."""
-        return torch.cat([self._flatten(part) for part in parts])
+        return torch.cat([self._flatten(dense(part)) for part in parts])
 
     def _flatten(self, tensor: Tensor) -> Tensor:
         """[p]: a parameter's elements in the order they have in `flat`."""
