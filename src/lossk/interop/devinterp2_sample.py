@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from lossk.agreement import witness_of
 from lossk.backends import resolve_backend
 from lossk.chain import Surroundings
 from lossk.data import Samples, leaves
@@ -25,12 +26,13 @@ from lossk.interop.devinterp2_tree import PREFIX, observable_id, open_tree
 from lossk.losses import resolve_loss
 from lossk.optional import require
 from lossk.panel import chain_panels
-from lossk.probe import Probe, prepare_probe
-from lossk.provenance import versions
+from lossk.probe import Probe, prepare_probe, rows_fingerprint
+from lossk.provenance import model_fingerprint, versions
 from lossk.reading import read_samples
 from lossk.streams import streams_kept
 from lossk.task import Task, fitting_batch
 from lossk.timings import Progress, Timings
+from lossk.witness import WITNESS, differences
 
 ObservableSpec = Any  # a dataset with "input_ids", or (dataset, batches per draw)
 ParamMasks = dict[str, Tensor | None]  # parameter -> its elements to sample, None for all of them
@@ -121,8 +123,7 @@ def sample(
         save_metrics=save_metrics,
     )
     path = None if output_path is None else Path(output_path)
-    if path is not None and path.exists():
-        return _finished(path, settings)
+    finished = _finished(path, settings) if path is not None and path.exists() else None
     masks = _masks(model, param_masks)
     train = _read(dataset, "dataset")
     sets = {}
@@ -133,6 +134,9 @@ def sample(
         )
     with Progress(True) as bar:
         run = _Sampling(model, train, sets, settings, settings.law(masks), masks, device, loss_fn, bar)
+        if finished is not None:
+            run.refuse_other(finished, output_path)
+            return finished
         root = run.result(xr)
     tree = xr.DataTree(root)
     if path is None:
@@ -198,10 +202,28 @@ class _Sampling:
             f"{self.task.num_weights} weights, backend {self.backend}; holds {(log + losses) / 1e6:.0f} MB"
         )
 
+    def prepare(self) -> tuple[Probe, Samples, dict[str, Any]]:
+        """The rows, the training samples, and what tells this run from one of another model, loss or data."""
+        fingerprints = {
+            "model": model_fingerprint(self.task.model),
+            "probe": rows_fingerprint(self.sets),
+            "train": self.train.fingerprint(),
+        }
+        probe, train = prepare_probe(self.task, self.sets, self.train)
+        named = {part.name: part.samples for part in probe.parts}
+        return probe, train, {"fingerprints": fingerprints, WITNESS: witness_of(self.task, named)}
+
+    def refuse_other(self, tree: Any, path: str | Path | None) -> None:
+        """Raise FileExistsError if a store is of another model, loss or data, as far as it says."""
+        saved = tree.attrs["metadata"].get("lossk", {}).get("run")
+        changed = [] if saved is None else differences(saved, self.prepare()[2])
+        if changed:
+            raise FileExistsError(f"output_path={str(path)!r} exists and holds another run: {'; '.join(changed)}")
+
     def result(self, xr: Any) -> Any:
         """Run all chains; the tree's dataset."""
         s, started = self.settings, time.perf_counter()
-        probe, train = prepare_probe(self.task, self.sets, self.train)
+        probe, train, identity = self.prepare()
         with self.task:
             initial = self._initial_loss(train)  # [P] float64
             log = StepLog(s.num_chains, s.num_steps, s.step_samples, self.positions)
@@ -211,7 +233,8 @@ class _Sampling:
             self.bar.start(s.num_chains * s.num_steps)
             for chain in range(s.num_chains):
                 self._run(LoggedChain(around, s.sgld(), chain, law=self.law, loss=self.loss, log=log), probe, losses)
-        return self._dataset(xr, probe, losses, log, initial, time.perf_counter() - started)
+        made_by = {"run": identity, "seconds": round(time.perf_counter() - started, 3)}
+        return self._dataset(xr, probe, losses, log, initial, made_by)
 
     def _run(self, chain: LoggedChain, probe: Probe, losses: Tensor) -> None:
         draws = self.settings.num_draws
@@ -232,7 +255,9 @@ class _Sampling:
             total += rows.view(len(part), self.positions).double().sum(dim=0).cpu()
         return total / count
 
-    def _dataset(self, xr: Any, probe: Probe, losses: Tensor, log: StepLog, initial: Tensor, seconds: float) -> Any:
+    def _dataset(
+        self, xr: Any, probe: Probe, losses: Tensor, log: StepLog, initial: Tensor, made_by: dict[str, Any]
+    ) -> Any:
         s = self.settings
         batch, at_draws = (
             ("chain", "draw", "batch", "token_pos"),
@@ -264,7 +289,7 @@ class _Sampling:
             "shared_observable_dims": ["token", "token_pos"],
             "tokenizer_context_length": self.positions + 1,
         }
-        made_by = {"versions": versions(), "backend": self.backend, "seconds": round(seconds, 3)}
+        made_by = {**made_by, "versions": versions(), "backend": self.backend}
         return xr.Dataset(variables, attrs={"metadata": {"config": config, "lossk": made_by}, "completed": 1})
 
 
