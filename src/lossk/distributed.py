@@ -22,6 +22,7 @@ from torch import Tensor
 
 from lossk.errors import DistributedError
 from lossk.timings import Timings
+from lossk.witness import WITNESS, losses_apart
 
 LAUNCHED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what torchrun sets, and env:// needs
 TIMEOUT = timedelta(hours=3)  # of a collective: longer than a panel, or a pilot that the others wait for, may take
@@ -128,7 +129,10 @@ class Ranks:
             f"rank {rank} has another {key!r} ({other.get(key)!r}, rank 0 {every[0].get(key)!r})"
             for rank, other in enumerate(every)
             for key in every[0]
-            if other.get(key) != every[0].get(key)
+            if key != WITNESS and other.get(key) != every[0].get(key)
+        ]
+        differing += [
+            f"rank {rank}: {text}" for rank, other in enumerate(every) for text in losses_apart(every[0], other)
         ]
         if differing:
             raise DistributedError(

@@ -16,9 +16,10 @@ from torch.utils.data import DataLoader
 
 from lossk.analysis.purity import chance_purity, class_purity
 from lossk.build import build_kernel
-from lossk.data import Samples, read_samples
+from lossk.data import Samples
 from lossk.disk import read_json
 from lossk.errors import DivergedError, StoreError
+from lossk.reading import read_samples
 from lossk.recipes import RecipeTask
 from lossk.sgld import SGLD
 

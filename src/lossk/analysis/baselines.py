@@ -17,7 +17,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lossk.ambient import without_autocast
 from lossk.analysis.gradients import Sketch, check_module, frozen, gradient_batches, losses_of
 from lossk.analysis.purity import neighbor_purity
 from lossk.arrays import cpu_tensor
@@ -28,6 +27,7 @@ from lossk.losses import LossFunction, forward, split_batch
 from lossk.neighbors import Neighbors, nearest_of_rows
 from lossk.probe_sets import ProbeSets, read_sources
 from lossk.task import Task
+from lossk.torch_modes import without_autocast
 
 BATCH = 256
 
@@ -148,7 +148,7 @@ def raw_inputs(data: Any, *, transform: Transform | None = None, centred: bool =
         centred: about the mean input.
     """
     train = next(iter(data.sets.values())) if isinstance(data, ProbeSets) else None
-    sets, _ = read_sources(data, train, transform)
+    sets, _ = read_sources(data, train, transform, name="data")
     rows = []
     for samples in sets.values():
         inputs = [leaves(split_batch(batch)[0]) for _, batch in samples.batches(BATCH)]
@@ -179,7 +179,7 @@ def penultimate_features(
         ValueError: no Linear layer was called, no such layer, or its inputs are not one row per sample.
     """
     wanted = None if layer is None else check_module(model, layer)
-    with frozen(model, data, loss=_no_loss) as (task, sets), torch.inference_mode():
+    with frozen(model, data, loss=_no_loss) as (task, sets), torch.no_grad():
         rows = [_layer_inputs(task, batch, wanted) for samples in sets.values() for _, batch in samples.batches(BATCH)]
         features = torch.cat(rows)
     return Baseline("penultimate features", _about_mean(features.clone(), centred), sets=spans_of(sets))
@@ -242,7 +242,7 @@ def confusion(
     Returns:
         (the baseline, P [C, C] float64); rows of P of classes without samples are 0.
     """
-    with frozen(model, data, transform=transform) as (task, sets), torch.inference_mode():
+    with frozen(model, data, transform=transform) as (task, sets), torch.no_grad():
         given, labels = [], []
         for samples in sets.values():
             for _, batch in samples.batches(BATCH):

@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lossk.data import map_tensors, read_samples
+from lossk.data import map_tensors
 from lossk.kernel import LossKernel
 from lossk.losses import LossFunction, resolve_loss
+from lossk.reading import read_samples
 from lossk.settings import CENTERINGS, check_choice, check_integer
 from lossk.traces import LossTraces
 

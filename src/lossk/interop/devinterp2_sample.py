@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 
 from lossk.backends import resolve_backend
 from lossk.chain import Surroundings
-from lossk.data import Samples, leaves, read_samples
+from lossk.data import Samples, leaves
 from lossk.interop.devinterp2_chain import Law, LoggedChain, StepLog
 from lossk.interop.devinterp2_loss import LossFn, TokenLoss
 from lossk.interop.devinterp2_settings import Settings, stored_config
@@ -27,6 +27,7 @@ from lossk.optional import require
 from lossk.panel import chain_panels
 from lossk.probe import Probe, prepare_probe
 from lossk.provenance import versions
+from lossk.reading import read_samples
 from lossk.task import Task, fitting_batch
 from lossk.timings import Progress, Timings
 
@@ -199,8 +200,8 @@ class _Sampling:
     def result(self, xr: Any) -> Any:
         """Run all chains; the tree's dataset."""
         s, started = self.settings, time.perf_counter()
+        probe, train = prepare_probe(self.task, self.sets, self.train)
         with self.task:
-            probe, train = prepare_probe(self.task, self.sets, self.train)
             initial = self._initial_loss(train)  # [P] float64
             log = StepLog(s.num_chains, s.num_steps, s.step_samples, self.positions)
             losses = torch.empty(s.num_chains, s.num_draws, len(probe), dtype=torch.float32, device="cpu")
