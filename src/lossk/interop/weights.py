@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lossk.ambient import usual_modes
 from lossk.backends import resolve_backend
 from lossk.checks import check_choice
 from lossk.interop.weight_states import OwnTensors, flat_value, is_state
@@ -64,15 +62,23 @@ def kernel_from_weights(
     _check_lengths([len(chain) for chain in given if isinstance(chain, list | tuple)])
     task = Task(model, resolve_loss(loss), params=["*"], device=device, precision=precision)
     task.loss = resolve_loss(loss, resolve_backend("auto", task.device))
+<<<<<<< HEAD
     with Progress(progress) as bar, ExitStack() as stack:
         with usual_modes():
             samples = read_samples(loader, bar=bar)
             probe, _ = prepare_probe(task, {"": samples}, samples)
             stack.enter_context(task)
             put = WeightLoader(task)
+=======
+    with Progress(progress) as bar:
+        samples = read_samples(loader, bar=bar)
+        probe, _ = prepare_probe(task, {"": samples}, samples)
+    with Progress(progress) as bar, task:
+>>>>>>> losses
         bar.say(
             f"lossk: the losses of {len(probe)} {task.loss.unit} at each draw, {4 * len(probe) / 1e6:.2f} MB a draw"
         )
+        put = WeightLoader(task)
         chains = [_chain(states, c, put, probe, bar) for c, states in enumerate(given)]
     _check_lengths([len(chain) for chain in chains])
     meta = {"source": "weights", "loss": task.loss.name}
@@ -104,12 +110,11 @@ def _chain(states: Iterable[Weights], chain: int, put: WeightLoader, probe: Prob
     bar.start(total)
     for draw, state in enumerate(states):
         row = torch.empty(len(probe), dtype=torch.float32, device="cpu")
-        with usual_modes():  # not around the iteration, where a generator of the caller's runs in the caller's modes
-            try:
-                put(state)
-            except (ValueError, TypeError) as error:
-                raise type(error)(f"weights of chain {chain}, draw {draw}: {error}") from error
-            probe.fill(put.task, row)
+        try:
+            put(state)
+        except (ValueError, TypeError) as error:
+            raise type(error)(f"weights of chain {chain}, draw {draw}: {error}") from error
+        probe.fill(put.task, row)
         bad = first_non_finite(row)
         if bad is not None:
             raise ValueError(f"chain {chain}, draw {draw}: {probe.describe(bad)} has loss {float(row[bad])}")
