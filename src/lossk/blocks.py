@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from lossk.torch_modes import without_autocast
+from lossk.ambient import without_autocast
 
 
 @dataclass(frozen=True)

@@ -71,7 +71,7 @@ def _call(task: Task, samples: Samples, name: str, index: Tensor, *, in_own_dtyp
     held = _held(task, samples, index, widened=in_own_dtype)
     before = _copies(held)
     batch = _given(task, samples, held, in_own_dtype=in_own_dtype)
-    if task.loss.of_outputs:
+    if task.loss.takes_outputs:
         inputs = split_batch(map_tensors(torch.clone, batch))[0]
         task.loss.check(samples.tree, forward(task.model, inputs))
     taken = _copies(batch)

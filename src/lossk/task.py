@@ -291,14 +291,11 @@ class Task:
         write = torch._foreach_add_ if add else torch._foreach_copy_
         write(self._parts, [dense(part) for part in gradients])
 
-<<<<<<< HEAD
 
 def dense(gradient: Tensor) -> Tensor:
     """A gradient as a dense tensor; that of an embedding may be sparse."""
     return gradient.to_dense() if gradient.is_sparse else gradient
 
-=======
->>>>>>> losses
 
 def fitting_batch(most: int, positions: int | None) -> int:
     """Samples per pass: `most`, or fewer where each of them has many positions."""

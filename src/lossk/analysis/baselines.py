@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lossk.ambient import without_autocast
 from lossk.analysis.gradients import Sketch, check_module, frozen, gradient_batches, losses_of
 from lossk.analysis.purity import neighbor_purity
 from lossk.arrays import cpu_tensor
@@ -29,7 +30,6 @@ from lossk.losses import LossFunction, forward, split_batch
 from lossk.neighbors import Neighbors, nearest_of_rows
 from lossk.probe_sets import ProbeSets, read_sources
 from lossk.task import Task
-from lossk.torch_modes import without_autocast
 
 BATCH = 256
 

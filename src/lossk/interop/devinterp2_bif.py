@@ -19,14 +19,13 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from lossk.ambient import without_autocast
 from lossk.blocks import tile_spans
 from lossk.centring import centre, degrees_of_freedom
 from lossk.checks import check_choice
 from lossk.interop.devinterp2_sample import LossFn, ObservableSpec, ParamMasks, sample
 from lossk.interop.devinterp2_tree import loss_names, open_tree, read_losses
 from lossk.optional import require
-from lossk.settings import check_choice
-from lossk.torch_modes import without_autocast
 
 CorrelationMethod = Literal["token", "sequence"]
 ChainReductionMethod = Literal["stack", "mean"]

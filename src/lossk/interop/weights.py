@@ -62,24 +62,16 @@ def kernel_from_weights(
     _check_lengths([len(chain) for chain in given if isinstance(chain, list | tuple)])
     task = Task(model, resolve_loss(loss), params=["*"], device=device, precision=precision)
     task.loss = resolve_loss(loss, resolve_backend("auto", task.device))
-<<<<<<< HEAD
-    with Progress(progress) as bar, ExitStack() as stack:
-        with usual_modes():
-            samples = read_samples(loader, bar=bar)
-            probe, _ = prepare_probe(task, {"": samples}, samples)
-            stack.enter_context(task)
-            put = WeightLoader(task)
-=======
+    gradients = torch.is_grad_enabled()
     with Progress(progress) as bar:
         samples = read_samples(loader, bar=bar)
         probe, _ = prepare_probe(task, {"": samples}, samples)
     with Progress(progress) as bar, task:
->>>>>>> losses
         bar.say(
             f"lossk: the losses of {len(probe)} {task.loss.unit} at each draw, {4 * len(probe) / 1e6:.2f} MB a draw"
         )
         put = WeightLoader(task)
-        chains = [_chain(states, c, put, probe, bar) for c, states in enumerate(given)]
+        chains = [_chain(_in_mode(states, gradients), c, put, probe, bar) for c, states in enumerate(given)]
     _check_lengths([len(chain) for chain in chains])
     meta = {"source": "weights", "loss": task.loss.name}
     return LossKernel.from_traces(LossTraces(torch.stack(chains), meta=meta, tokens=probe.tokens), centering=centering)
@@ -102,6 +94,23 @@ def _check_lengths(lengths: list[int]) -> None:
     """Of the chains, in order."""
     if len(set(lengths)) > 1 or any(length < 2 for length in lengths):
         raise ValueError(f"weights must hold at least 2 draws per chain and as many in each, got {lengths}")
+
+
+def _in_mode(states: Iterable[Any], gradients: bool) -> Iterable[Any]:
+    """The states; where they come from a generator, it runs with gradients on or off as its caller has them."""
+    if isinstance(states, list | tuple):
+        return states
+    return _generated(iter(states), gradients)
+
+
+def _generated(states: Iterator[Any], gradients: bool) -> Iterator[Any]:
+    while True:
+        with torch.set_grad_enabled(gradients):
+            try:
+                state = next(states)
+            except StopIteration:
+                return
+        yield state
 
 
 def _chain(states: Iterable[Weights], chain: int, put: WeightLoader, probe: Probe, bar: Progress) -> Tensor:
