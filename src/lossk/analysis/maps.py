@@ -17,9 +17,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lossk.arrays import cpu_tensor
-from lossk.checks import check_integer, check_number
+from lossk.analysis.inputs import check_kernel, check_labels, check_neighbors, check_seed
+from lossk.checks import check_integer, check_number, check_optional, check_tensor
 from lossk.optional import check_installed
+from lossk.records import check_record
 
 if TYPE_CHECKING:
     from lossk.kernel import LossKernel
@@ -36,6 +37,9 @@ class KernelMap:
     index: Tensor  # [N, k] int64, other samples, nearest first; -1 where there is none
     distance: Tensor  # [N, k] float32, sqrt(2 (1 - R)); NaN where there is none
     dead: Tensor  # [N] bool: samples whose loss never varied, which have no place on the map
+
+    def __post_init__(self) -> None:
+        check_record(self)
 
 
 def map_kernel(
@@ -63,17 +67,18 @@ def map_kernel(
     Raises:
         ValueError: a bad argument, or fewer live samples than a map needs (dimensions + 2, and 4).
     """
-    check_integer("dimensions", dimensions, 1)
-    check_integer("num_neighbors", num_neighbors, 2)
-    check_integer("seed", seed, 0)
-    check_number("min_dist", min_dist, "a number from 0 to 1", least=0.0)
+    kernel = check_kernel("kernel", kernel)
+    dimensions = check_integer("dimensions", dimensions, 1)
+    num_neighbors = check_integer("num_neighbors", num_neighbors, 2)
+    seed = check_seed(seed)
+    min_dist = check_number("min_dist", min_dist, "a number from 0 to 1", least=0.0)
     if dimensions > 10 or min_dist > 1:
         raise ValueError(f"dimensions must be at most 10 and min_dist at most 1, got {dimensions} and {min_dist}")
     alive = (~kernel.dead).nonzero().squeeze(1)
     fewest = max(dimensions + 2, 4)
     if len(alive) < fewest:
         raise ValueError(
-            f"a map in {dimensions} dimensions needs at least {fewest} live samples, got {len(alive)} "
+            f"a map of dimensions={dimensions} needs at least {fewest} live samples, got {len(alive)} "
             f"({kernel.num_samples} in all, {int(kernel.dead.sum())} whose loss never varied)"
         )
     check_installed("umap", "analysis", "a map", package="umap-learn")
@@ -96,9 +101,7 @@ def map_kernel(
 
 
 def _cut(neighbors: Neighbors, num_samples: int, k: int) -> Neighbors:
-    rows, given = neighbors.index.shape
-    if rows != num_samples or given < k:
-        raise ValueError(f"neighbors must be of all {num_samples} samples, at least {k} of each, got {rows} of {given}")
+    neighbors = check_neighbors("neighbors", neighbors, num_samples, k)
     return neighbors._replace(index=neighbors.index[:, :k], correlation=neighbors.correlation[:, :k])
 
 
@@ -130,7 +133,7 @@ def _umap(
             n_components=dimensions,
             n_neighbors=index.shape[1],
             min_dist=min_dist,
-            random_state=seed % 2**32,
+            random_state=seed,
             n_jobs=1,  # with a seed UMAP uses one thread anyway
             # The spectral start solves for dimensions + 1 eigenvectors, which so few points do not have.
             init="spectral" if count > 3 * (dimensions + 1) else "random",
@@ -158,6 +161,9 @@ class Clusters:
     composition: Tensor | None  # [clusters + 1, classes] int64: samples of each class; the last row is label -1
     classes: Tensor | None  # [classes] int64: which class labels the columns are
 
+    def __post_init__(self) -> None:
+        check_record(self)
+
     @property
     def num_clusters(self) -> int:
         """Clusters, noise aside."""
@@ -182,15 +188,11 @@ def cluster(
         min_samples: neighbours that make a point dense; None = `min_cluster_size`.
         labels: [N] integer classes, for the composition of each cluster.
     """
-    check_integer("min_cluster_size", min_cluster_size, 2)
-    if min_samples is not None:
-        check_integer("min_samples", min_samples, 1)
+    min_cluster_size = check_integer("min_cluster_size", min_cluster_size, 2)
+    min_samples = check_optional(check_integer, "min_samples", min_samples, 1)
     given = map_or_coordinates.coordinates if isinstance(map_or_coordinates, KernelMap) else map_or_coordinates
-    coordinates = cpu_tensor(given)
-    if coordinates.ndim != 2:
-        raise ValueError(f"coordinates must be [N, d], got shape {list(coordinates.shape)}")
-    if labels is not None and labels.shape != (len(coordinates),):
-        raise ValueError(f"labels must be [{len(coordinates)}], got {list(labels.shape)}")
+    coordinates = check_tensor("map_or_coordinates", given, ("N", "d"), finite=False).cpu()
+    labels = check_optional(check_labels, "labels", labels, len(coordinates))
     placed = torch.isfinite(coordinates).all(dim=1)
     found = torch.full((len(coordinates),), -1, dtype=torch.int64, device="cpu")
     probability = torch.zeros(len(coordinates), dtype=torch.float64, device="cpu")

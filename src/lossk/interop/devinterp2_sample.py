@@ -18,6 +18,19 @@ from torch.utils.data import DataLoader
 from lossk.agreement import witness_of
 from lossk.backends import resolve_backend
 from lossk.chain import Surroundings
+from lossk.checks import (
+    MOST_NUMBER,
+    check_callable,
+    check_device,
+    check_instance,
+    check_integer,
+    check_mapping,
+    check_number,
+    check_optional,
+    check_path,
+    check_tensor,
+    shown,
+)  # fmt: skip
 from lossk.data import Samples, leaves
 from lossk.interop.devinterp2_chain import Law, LoggedChain, StepLog
 from lossk.interop.devinterp2_loss import LossFn, TokenLoss
@@ -97,6 +110,16 @@ def sample(
         ImportError: xarray is not installed.
     """
     xr = require("xarray", "devinterp")
+    check_instance("model", model, nn.Module)
+    check_optional(check_callable, "loss_fn", loss_fn)
+    for name, value in (("rmsprop_eps", rmsprop_eps), ("rmsprop_alpha", rmsprop_alpha)):
+        check_optional(check_number, name, value, above=0.0, most=1.0 if name == "rmsprop_alpha" else MOST_NUMBER)
+        if value is not None and sampling_method != "rmsprop_sgld":
+            raise ValueError(f"{name} must be None unless sampling_method is 'rmsprop_sgld', got {value!r}")
+    batches_per_draw = check_integer("batches_per_draw", batches_per_draw, 1)
+    obs_seed = check_integer("obs_seed", obs_seed, 0)
+    observables = _check_observables(observables)
+    given = {} if sampling_method_kwargs is None else check_mapping("sampling_method_kwargs", sampling_method_kwargs)
     settings = Settings(
         lr=lr,
         n_beta=n_beta,
@@ -114,7 +137,7 @@ def sample(
         bounding_box_size=bounding_box_size,
         sampling_method=sampling_method,
         sampling_method_kwargs={
-            **(sampling_method_kwargs or {}),
+            **given,
             **{key: v for key, v in (("eps", rmsprop_eps), ("alpha", rmsprop_alpha)) if v is not None},
         },
         shuffle=shuffle,
@@ -122,7 +145,7 @@ def sample(
         init_noise=init_noise,
         save_metrics=save_metrics,
     )
-    path = None if output_path is None else Path(output_path)
+    path = check_optional(check_path, "output_path", output_path)
     finished = _finished(path, settings) if path is not None and path.exists() else None
     masks = _masks(model, param_masks)
     train = _read(dataset, "dataset")
@@ -146,6 +169,18 @@ def sample(
     tree.to_zarr(partial, zarr_format=3, consolidated=False)
     partial.rename(path)
     return open_tree(path)
+
+
+def _check_observables(given: Any) -> Mapping[str, ObservableSpec]:
+    observables = check_mapping("observables", given)
+    if not observables:
+        raise ValueError("observables must hold at least one data set, as name: data, got none")
+    for name, spec in observables.items():
+        if isinstance(spec, tuple):
+            if len(spec) != 2:
+                raise ValueError(f"observables[{name!r}] must be data or (data, batches per draw), got {shown(spec)}")
+            check_integer(f"observables[{name!r}][1]", spec[1], 1)
+    return observables
 
 
 class _Sampling:
@@ -177,7 +212,7 @@ class _Sampling:
                     f"got {samples.tree['input_ids'].shape[1]}"
                 )
         patterns = None if masks is None else [name.replace("[", "[[]") for name in masks]
-        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        device = check_device("device", device) or ("cuda" if torch.cuda.is_available() else "cpu")
         self.loss = TokenLoss(loss_fn)
         self.task = Task(model, resolve_loss(self.loss), params=patterns, device=device)
         self.backend = resolve_backend("auto", self.task.device)
@@ -315,13 +350,24 @@ def _finished(path: Path, settings: Settings) -> Any:
 def _read(source: Any, name: str) -> Samples:
     """{"input_ids": [n, P + 1] int64} of a dataset, in its order."""
     if not isinstance(source, Mapping):
-        with streams_kept():
-            batches = [batch["input_ids"] for batch in DataLoader(source, batch_size=256)]
+        if isinstance(source, type | str | bytes | bytearray | range | Tensor | np.ndarray) or not (
+            hasattr(source, "__getitem__") and hasattr(source, "__len__")
+        ):
+            raise TypeError(f'{name} must be {{"input_ids": tokens}} or a dataset of such, got {shown(source)}')
+        try:
+            with streams_kept():
+                batches = [batch["input_ids"] for batch in DataLoader(source, batch_size=256)]
+        except Exception as error:  # of the user's dataset, or of what is none
+            raise TypeError(
+                f'{name}[i]["input_ids"] must be a tensor of tokens, got {shown(source)}: {error}'
+            ) from error
         if not batches or not all(isinstance(ids, Tensor) and ids.ndim == 2 for ids in batches):
             raise TypeError(
                 f'{name}[i]["input_ids"] must be a tensor of tokens; of a datasets.Dataset, with_format("torch")'
             )
         source = {"input_ids": torch.cat(batches)}
+    elif "input_ids" not in source:
+        raise ValueError(f'{name} must hold "input_ids", got {shown(list(source))}')
     samples = read_samples({"input_ids": source["input_ids"]}, name)
     (ids,) = leaves(samples.tree)
     if ids.ndim != 2 or ids.shape[1] < 2 or ids.is_floating_point():
@@ -333,7 +379,7 @@ def _choose(samples: Samples, count: int, seed: int, name: str) -> Samples:
     """The sequences that devinterp would show an observable, in its order."""
     if count > len(samples):
         raise ValueError(
-            f"observables[{name!r}] must hold batches per draw x batch_size = {count} sequences, got {len(samples)}"
+            f"observables[{name!r}] must hold batches_per_draw x batch_size = {count} sequences, got {len(samples)}"
         )
     index = torch.tensor(random.Random(seed).sample(range(len(samples)), count), dtype=torch.int64, device="cpu")
     return Samples({"input_ids": samples.tree["input_ids"][index]}, count)
@@ -343,10 +389,14 @@ def _masks(model: nn.Module, given: ParamMasks | None) -> ParamMasks | None:
     """The parameters to sample that require grad, with bool masks."""
     if given is None:
         return None
+    if not check_mapping("param_masks", given):
+        raise ValueError("param_masks must name at least one parameter, got none")
     parameters, masks = dict(model.named_parameters()), {}
-    for name, mask in given.items():
+    for name, mask in check_mapping("param_masks", given).items():
         if name not in parameters:
             raise ValueError(f"param_masks must name parameters of the model, it has no {name!r}")
+        if mask is not None:
+            mask = check_tensor(f"param_masks[{name!r}]", mask, tuple(parameters[name].shape), of="a real number")
         if mask is not None and not bool(((mask == 0) | (mask == 1)).all()):
             raise ValueError(f"param_masks[{name!r}] must hold 0 and 1 only")
         if parameters[name].requires_grad:

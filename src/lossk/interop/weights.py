@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lossk.backends import resolve_backend
-from lossk.checks import check_choice
+from lossk.checks import check_choice, check_flag, check_instance, shown
 from lossk.interop.weight_states import OwnTensors, flat_value, is_state
 from lossk.kernel import LossKernel
 from lossk.losses import LossFunction, resolve_loss
@@ -58,7 +58,8 @@ def kernel_from_weights(
         TypeError: a state that is neither mapping nor tensor.
     """
     check_choice("centering", centering, CENTERINGS)
-    given = _chains(weights)
+    check_instance("model", model, nn.Module)
+    progress, given = check_flag("progress", progress), _chains(weights)
     _check_lengths([len(chain) for chain in given if isinstance(chain, list | tuple)])
     task = Task(model, resolve_loss(loss), params=["*"], device=device, precision=precision)
     task.loss = resolve_loss(loss, resolve_backend("auto", task.device))
@@ -78,12 +79,14 @@ def kernel_from_weights(
 
 
 def _chains(weights: Iterable[Any]) -> list[Iterable[Any]]:
-    if is_state(weights) or not isinstance(weights, Iterable):
+    if is_state(weights):
         raise TypeError(f"weights must be an iterable of weight states, got one {type(weights).__name__}")
+    if isinstance(weights, str | bytes | bytearray | type) or not isinstance(weights, Iterable):
+        raise TypeError(f"weights must be an iterable of weight states, or a list of such, got {shown(weights)}")
     if not isinstance(weights, list | tuple) or not weights or is_state(weights[0]):
         return [weights]
     for c, chain in enumerate(weights):
-        if is_state(chain) or not isinstance(chain, Iterable):
+        if is_state(chain) or isinstance(chain, str | bytes | bytearray | type) or not isinstance(chain, Iterable):
             raise TypeError(f"weights: chain {c} must be an iterable of weight states, got {type(chain).__name__}")
         if isinstance(chain, Iterator) and any(chain is other for other in weights[:c]):
             raise ValueError(f"weights: chain {c} is the same iterator as one before it, which leaves it nothing")
@@ -126,7 +129,7 @@ def _chain(states: Iterable[Weights], chain: int, put: WeightLoader, probe: Prob
         probe.fill(put.task, row)
         bad = first_non_finite(row)
         if bad is not None:
-            raise ValueError(f"chain {chain}, draw {draw}: {probe.describe(bad)} has loss {float(row[bad])}")
+            raise ValueError(f"weights of chain {chain}, draw {draw}: {probe.describe(bad)} has loss {float(row[bad])}")
         rows.append(row)
         bar.update()
     return torch.stack(rows) if rows else torch.zeros(0, len(probe), dtype=torch.float32, device="cpu")
