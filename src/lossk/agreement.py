@@ -22,6 +22,7 @@ from lossk.attributes import Attributes
 from lossk.called import Called, as_called
 from lossk.data import Samples, few_of
 from lossk.gradient_check import MOVED, check_gradient, moved
+from lossk.parameters import is_compiled
 from lossk.snapshot import Switch, acting
 from lossk.task import Task, fitting_batch
 
@@ -309,7 +310,7 @@ def _rounded_outputs(network: nn.Module, size: float, seed: int) -> Iterator[Non
         noise = torch.empty(output.shape, dtype=torch.float32, device=output.device).normal_(generator=generator)
         return (output * (1.0 + size * noise)).to(output.dtype)
 
-    innermost = [] if _is_compiled(network) else [m for m in network.modules() if not any(m.children())]
+    innermost = [] if is_compiled(network) else [m for m in network.modules() if not any(m.children())]
     plain = [module for module in innermost if not isinstance(module, torch.jit.ScriptModule)]
     handles = [module.register_forward_hook(round_output) for module in plain]
     try:
@@ -317,11 +318,3 @@ def _rounded_outputs(network: nn.Module, size: float, seed: int) -> Iterator[Non
     finally:
         for handle in handles:
             handle.remove()
-
-
-def _is_compiled(network: nn.Module) -> bool:
-    """Whether a part of it is compiled, where a hook would have to be compiled too."""
-    return any(
-        type(module).__name__ == "OptimizedModule" or getattr(module, "_compiled_call_impl", None) is not None
-        for module in network.modules()
-    )

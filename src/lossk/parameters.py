@@ -86,3 +86,11 @@ def _check_module(name: str, module: nn.Module) -> None:
         raise ValueError(
             f"model: batch norm {name!r} keeps no running statistics, so a sample's loss would depend on its batch"
         )
+
+
+def is_compiled(network: nn.Module) -> bool:
+    """Whether a part of it is compiled: what is hung around it would have to be compiled too."""
+    return any(
+        type(module).__name__ == "OptimizedModule" or getattr(module, "_compiled_call_impl", None) is not None
+        for module in network.modules()
+    )

@@ -105,9 +105,11 @@ class Run:
         lone = sets.get("") is train_samples
         fingerprints["train"] = fingerprints["probe"] if lone else train_samples.fingerprint()
         notes = [*chosen.reasons, *place_data(task, [*sets.values(), train_samples])]
+        read = time.perf_counter()
         probe, train_samples = prepare_probe(task, sets, train_samples)
         named = {part.name: part.samples for part in probe.parts}
         witness = witness_of(task, named if probe.holds(train_samples) else {**named, "train": train_samples})
+        checked = time.perf_counter()
         if probe.tokens is not None:
             fingerprints["tokens"] = token_fingerprint(probe.tokens)
         run = cls(
@@ -128,7 +130,7 @@ class Run:
             warnings=[str(warning.message) for warning in caught],
             watch=TraceWatch(num_chains, num_draws, len(probe)),
         )
-        run.timings.seconds["prepare"] = time.perf_counter() - started
+        run.timings.seconds |= {"check": checked - read, "prepare": time.perf_counter() - started - (checked - read)}
         return run
 
     @property
