@@ -8,7 +8,7 @@ OUT ?= out
 READY := $(VENV)/.ready
 SOURCES := pyproject.toml CMakeLists.txt constraints.txt $(wildcard csrc/*)
 
-.PHONY: demo fashion test test-slow test-gpu aot lint bench docs test-kills test-peers test-network doctor clean
+.PHONY: demo fashion test test-slow test-gpu aot lint bench docs test-kills fuzz test-peers test-network doctor clean
 
 demo: $(READY)  ## the loss kernel of a network trained on real digits
 	$(BIN)/lossk demo --out $(OUT) --overwrite
@@ -24,6 +24,9 @@ test-slow: $(READY)  ## the minutes-long tests too
 
 test-kills: $(READY)  ## thirty runs killed with SIGKILL at random moments, resumed and compared
 	$(BIN)/python -m pytest -s -m slow tests/test_kills.py
+
+fuzz: $(READY)  ## bad values for every public argument, option and config key: counts by group, and what is not clear
+	$(BIN)/python -m tests.fuzz
 
 # compute-sanitizer sees every launch; Triton's cache is warm by then, so that it checks kernels and not compilers.
 test-gpu: $(READY)  ## the Triton kernels' tests on a GPU, then compute-sanitizer over the self-tests if it is installed

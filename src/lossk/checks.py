@@ -204,7 +204,8 @@ def check_strings(name: str, value: Any, what: str = "texts") -> tuple[str, ...]
         what: the texts are, for the error.
     """
     rule = f"a list of {what}"
-    if isinstance(value, str | bytes | bytearray | Mapping | Tensor) or not isinstance(value, Iterable):
+    none = isinstance(value, str | bytes | bytearray | Mapping | Tensor) or getattr(value, "ndim", 1) == 0
+    if none or not isinstance(value, Iterable):
         raise wrong_kind(name, rule, value)
     texts = list(itertools.islice(value, MOST_STRINGS + 1))
     for text in texts:

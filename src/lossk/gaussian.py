@@ -10,7 +10,7 @@ import math
 from dataclasses import dataclass
 
 from lossk.chain import Chain, Surroundings
-from lossk.checks import check_number
+from lossk.checks import check_integer, check_number
 from lossk.errors import DivergedError
 from lossk.ops.philox import normals
 from lossk.settings import SamplerSettings, put
@@ -36,7 +36,7 @@ class Gaussian(SamplerSettings):
 
     def steps(self, num_draws: int) -> int:
         """Moves of one chain of `num_draws` draws."""
-        return num_draws
+        return check_integer("num_draws", num_draws, 1)
 
 
 class GaussianChain(Chain):

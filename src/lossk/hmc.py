@@ -64,6 +64,7 @@ class HMC(SamplerSettings):
 
     def steps(self, num_draws: int) -> int:
         """Trajectories of one chain of `num_draws` draws."""
+        num_draws = check_integer("num_draws", num_draws, 1)
         return self.num_burnin_steps + num_draws * self.num_steps_bw_draws
 
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from lossk.chain import Chain, Surroundings
-from lossk.checks import check_automatic, check_choice
+from lossk.checks import check_automatic, check_choice, check_integer
 from lossk.data import Samples
 from lossk.errors import DivergedError
 from lossk.fisher import FisherSamples, fisher_diagonal, kronecker_factors, kronecker_layers
@@ -58,7 +58,7 @@ class Laplace(SamplerSettings):
 
     def steps(self, num_draws: int) -> int:
         """Moves of one chain of `num_draws` draws."""
-        return num_draws
+        return check_integer("num_draws", num_draws, 1)
 
 
 def fit_laplace(sampler: Laplace, task: Task, train: Samples, seed: int) -> dict[str, Tensor]:

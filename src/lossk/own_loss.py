@@ -58,7 +58,7 @@ def _call(function: Callable[..., Any], model: nn.Module, batch: Any) -> Any:
     try:
         return function(model, batch)
     except (TypeError, AttributeError) as error:
-        if type(model).__name__ not in str(error):
+        if not isinstance(function, type) and type(model).__name__ not in str(error):
             raise
         raise TypeError(
             f"loss {name_of(function)} was called with (model, batch) and raised {type(error).__name__}: {error}. "

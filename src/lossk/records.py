@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 
-from lossk.checks import check_flag, check_integer, check_mapping, wrong_kind
+from lossk.checks import check_flag, check_integer, check_mapping, wrong_kind, wrong_value
 
 
 def check_record(record: Any) -> None:
@@ -35,7 +35,7 @@ def check_record(record: Any) -> None:
         elif several and isinstance(kind, type):
             if not isinstance(value, tuple) or not all(isinstance(one, kind) for one in value):
                 raise wrong_kind(field.name, f"a tuple, each a {kind.__name__}", value)
-        elif isinstance(kind, type) and not isinstance(value, kind):
+        elif isinstance(kind, type) and kind is not Any and not isinstance(value, kind):
             raise wrong_kind(field.name, f"a {kind.__name__}", value)
 
 
@@ -51,6 +51,10 @@ def _real(name: str, value: Any) -> None:
     """NaN and infinities too: a result may be either."""
     if isinstance(value, bool | np.bool_) or not isinstance(value, numbers.Real):
         raise wrong_kind(name, "a number", value)
+    try:
+        float(value)
+    except OverflowError:
+        raise wrong_value(name, "a number that float64 holds", value) from None
 
 
 def _count(name: str, value: Any) -> None:

@@ -158,4 +158,5 @@ class SteppingSettings(SamplerSettings):
 
     def steps(self, num_draws: int) -> int:
         """Steps of one chain of `num_draws` draws, once resolved."""
+        num_draws = check_integer("num_draws", num_draws, 1)
         return int(self.num_burnin_steps) + num_draws * int(self.num_steps_bw_draws)

@@ -111,11 +111,11 @@ def open_kernel(path: str | Path) -> LossKernel:
     """
     path = check_path("path", path)
     if not path.exists():
-        raise StoreError(f"there is no store at {str(path)!r}")
+        raise StoreError(f"path: there is no store at {str(path)!r}")
     try:
         group = zarr.open_group(path, mode="r")
     except (FileNotFoundError, ValueError) as error:
-        raise StoreError(f"{str(path)!r} is not a .lossk store: {error}") from error
+        raise StoreError(f"path: {str(path)!r} is not a .lossk store: {error}") from error
     if "complete" not in group:
         raise StoreError(f"{str(path)!r} is unfinished: {progress_of(path)}; continue it with resume=True")
     description = read_json(path / "config.json")

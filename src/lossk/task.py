@@ -65,7 +65,7 @@ class Task:
         if device is not None:
             try:
                 self.device = torch.empty(0, device=device, dtype=torch.float32).device
-            except (RuntimeError, TypeError, AssertionError) as error:
+            except (RuntimeError, TypeError, ValueError, AssertionError) as error:
                 raise ValueError(f"device must be a torch device that is here, got {device!r}: {error}") from error
         self.num_weights = sum(p.numel() for p in self.sampled)
         self.switch: Switch = "none"  # how the model goes to eval mode

@@ -21,7 +21,6 @@ from unittest import mock
 
 import numpy as np
 import torch
-from torch import nn
 
 import lossk
 from lossk.errors import LosskError, MissingPackageError
@@ -170,11 +169,12 @@ def try_value(entry: Entry, parameter: str, value: str | None = None, given: Any
 def judge(error: Exception, entry: Entry, parameter: str, tried: Any, allowed: bool) -> tuple[str, str]:
     """(class, the error in a line)."""
     detail = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-    innermost = traceback.extract_tb(error.__traceback__)[-1]
+    frames = traceback.extract_tb(error.__traceback__)
+    innermost = frames[-1]
     ours = innermost.filename.startswith(SOURCE) or type(error).__name__ == "Refused"
     where = f"{detail}  [{Path(innermost.filename).name}:{innermost.lineno}]"
-    if allowed and isinstance(tried, nn.Module) and "torch/nn/modules" in innermost.filename:
-        return VALID, where  # the caller's own module fails in its own words
+    if allowed and any("torch/nn/modules" in frame.filename for frame in frames):
+        return VALID, where  # the caller's own model fails, on the caller's own data, in its own words
     names = (parameter, *entry.words.get(parameter, ()))
     named = any(re.search(rf"(?<!\w){re.escape(name)}(?!\w)", str(error)) for name in names)
     if allowed and isinstance(error, MissingPackageError):

@@ -32,6 +32,7 @@ INTERNAL = {
     "lossk.interop.weight_states": "how `kernel_from_weights` reads a state",
     "lossk.ops.extension": "loads the compiled extension, which has no arguments",
     "lossk.ops.triton_self_tests": "called with a loaded module",
+    "lossk.recipes.arguments": "the checkers of what recipes are given",
     "lossk.recipes.arithmetic": "networks of the multitask recipe",
     "lossk.recipes.huggingface": "loads a model for the text recipe",
     "lossk.recipes.idx": "reads files for the fashion recipe",

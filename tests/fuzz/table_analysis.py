@@ -142,7 +142,13 @@ def _classes(table: Table, w: World) -> None:
     table.add("lossk.analysis.hierarchy.Dendrogram.cut", {"num_parts": 2}, {"num_parts": r.integer(1)}, on=tree)
     table.add("lossk.analysis.class_matrix.ClassMatrix.estimate", {"statistic": np.max}, {"statistic": r.function},
               on=w.class_matrix)  # fmt: skip
-    array = {"linkage": MATRIX, "cophenetic": MATRIX, "counts": r.array(1), "matrix": r.array(2, finite=False)}
+    loose = r.array(2, finite=False)
+    array = {
+        "linkage": loose,
+        "cophenetic": loose,
+        "counts": r.array(1, 2, 3, finite=False),
+        "matrix": r.array(2, finite=False),
+    }
     stack = {"images": r.optional(r.array(3, finite=False)), "chains": r.optional(r.array(3, finite=False))}
     any_names, any_number = {"class_names": r.sequence_of(r.text)}, r.either(r.number(), _nan, _infinite)
     _record(table, tree, "lossk.analysis.hierarchy.Dendrogram",
@@ -200,7 +206,7 @@ def _alignment(table: Table, w: World) -> None:
     fields = dict.fromkeys(("value", "image_error", "chain_error", "p"), number)
     _record(table, found.rows[0], "lossk.analysis.alignment.AlignmentRow", {**fields, "permutations": r.integer(0)})
     _record(table, found, "lossk.analysis.alignment.Alignment",
-            {"rows": r.sequence_of(r.instance(AlignmentRow)), "num_classes": r.integer(1)})  # fmt: skip
+            {"rows": r.sequence_of(r.instance(AlignmentRow)), "num_classes": r.integer(0)})  # fmt: skip
     pair = {"similarity": w.similarity, "target": w.similarity}
     table.add("lossk.analysis.alignment.triplet_agreement", pair, {"similarity": MATRIX, "target": MATRIX})
     table.add("lossk.analysis.alignment.partition_purity",
@@ -282,7 +288,7 @@ def _evaluation(table: Table, w: World) -> None:
     table.add(
         "lossk.analysis.evaluate.retrain_on_subsets",
         {"train": lambda rows, seed: torch.ones(3) * len(rows), "masks": w.masks, "progress": False},
-        {"train": r.function, "masks": mask, "seeds": r.sequence_of(r.integer(), least=1)},
+        {"train": r.function, "masks": mask, "seeds": r.either(r.sequence_of(r.integer(), least=1), r.labels)},
     )
     table.add(
         "lossk.analysis.evaluate.linear_datamodeling_score",

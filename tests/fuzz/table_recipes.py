@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import numpy as np
 import torch
 
 import lossk
 
 from . import rules as r
 from .table import Table
-from .table_core import LOSS, SEED, source
+from .table_core import SEED
 from .world import NAMES, N, World
 
 SHARE = r.number(least=0.0, most=1.0)
@@ -33,6 +36,12 @@ def add_to(table: Table, w: World) -> None:
     )  # fmt: skip
 
 
+def readable(value: Any) -> bool:
+    """What samples can be read from; what is in it is looked at when it is read."""
+    plain = isinstance(value, str | bytes | bytearray | set | type | torch.Tensor | np.ndarray)
+    return not plain and (hasattr(value, "__iter__") or hasattr(value, "__getitem__"))
+
+
 def _parts(table: Table, w: World) -> None:
     image = r.optional(r.array(3, 4))
     texts = r.sequence_of(r.text)
@@ -40,7 +49,8 @@ def _parts(table: Table, w: World) -> None:
         "lossk.recipes.RecipeTask",
         {"model": w.model, "samples": w.data},
         {
-            "samples": source, "train": r.optional(source), "loss": LOSS, "transform": r.optional(r.function),
+            "samples": readable, "train": r.optional(readable), "loss": r.either(r.text, r.function),
+            "transform": r.optional(r.function),
             "labels": ROWS, "images": image, "class_names": texts, "held_out": r.optional(r.array(1, kinds="b")),
             "held_out_accuracy": r.optional(SHARE), "row_texts": r.optional(texts),
             "checkpoints": r.sequence_of(r.path), "synsets": r.optional(texts),
@@ -49,7 +59,7 @@ def _parts(table: Table, w: World) -> None:
     table.add("lossk.recipes.packaged_config", {"name": "digits"})
     x = {"inputs": w.x, "targets": w.labels}
     rules = {
-        "inputs": r.array(2, 3, 4), "targets": r.labels, "epochs": r.integer(0), "batch_size": r.integer(1),
+        "inputs": r.array(2, 3, 4), "targets": r.labels, "epochs": r.integer(1), "batch_size": r.integer(1),
         "lr": r.number(above=0.0), "weight_decay": r.number(least=0.0), "seed": SEED, "at_least": SHARE,
         "each_epoch": r.optional(r.function),
     }  # fmt: skip
@@ -60,7 +70,12 @@ def _parts(table: Table, w: World) -> None:
         rules,
     )  # fmt: skip
     table.add("lossk.recipes.predict", {"model": w.model, "inputs": w.x}, rules)
-    table.add("lossk.recipes.require_accuracy", {"model": w.model, **x, "at_least": 0.0, "what": "it"}, rules)
+    table.add(
+        "lossk.recipes.require_accuracy",
+        {"model": w.model, **x, "at_least": 0.0, "what": "it"},
+        rules,
+        words={"at_least": ("accuracy",)},
+    )
 
 
 def _tasks(table: Table, w: World) -> None:

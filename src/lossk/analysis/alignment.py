@@ -228,7 +228,9 @@ def _partitioned(name: str, matrix: ClassMatrix, partition: str, parts: Sequence
 def partition_purity(found: np.ndarray, truth: np.ndarray) -> float:
     """Share of classes that belong to the majority of the found part they are in, in (0, 1]."""
     found = check_labels("found", found).numpy()
-    truth = check_labels("truth", truth, len(found)).numpy()
+    truth = check_labels("truth", truth).numpy()
+    if len(found) != len(truth):
+        raise ValueError(f"found and truth must be of the same classes, got {len(found)} and {len(truth)} of them")
     if truth.min() < 0:
         raise ValueError(f"truth must be whole numbers from 0, got {truth.min()}")
     return float(sum(np.bincount(truth[found == part]).max() for part in np.unique(found)) / len(truth))

@@ -70,6 +70,8 @@ class Baseline(AsArray):
         check_record(self)
         check_integer("tile", self.tile, 1)
         check_number("noise", self.noise, least=0.0)
+        for name, rows in self.sets.items():
+            check_instance(f"sets[{name!r}]", rows, slice)
         for part, values in (("features", self.features), ("duals", self.duals)):
             if values is None:
                 continue

@@ -159,7 +159,10 @@ def _mean(values: np.ndarray) -> float:
 
 
 def _check_masks(masks: Tensor) -> Tensor:
-    return check_tensor("masks", masks, ("S", "n"), of="a flag").cpu()
+    found = check_tensor("masks", masks, of="a real number").cpu()
+    if found.ndim != 2 or found.dtype != torch.bool or 0 in found.shape:
+        raise ValueError(f"masks must be [S, n] bool, got {found.dtype} of shape {list(found.shape)}")
+    return found
 
 
 def auroc(scores: Tensor, wrong: Tensor, *, num_bootstrap: int = 200, seed: int = 0) -> tuple[float, float]:

@@ -89,7 +89,7 @@ def class_similarity(
     num_bootstrap, seed = check_integer("num_bootstrap", num_bootstrap, 0, MOST_BOOTSTRAP), check_seed(seed)
     class_names, progress = check_names("class_names", class_names), check_flag("progress", progress)
     pairs, count = as_pairs("source", source), len(class_names)
-    labels = check_classes(labels, pairs.num_samples, count)
+    labels = check_classes(labels, pairs.num_samples, count, "source")
     live = labels.masked_fill(pairs.dead, -1)
     group, per_class = _grouped(live, count, seed)
     signed, absolute = pair_sums(pairs, group, count * per_class, progress=progress)

@@ -58,11 +58,14 @@ def check_labels(name: str, value: Any, num_samples: int | None = None) -> Tenso
     return found.cpu().to(torch.int64)
 
 
-def check_classes(labels: Any, num_samples: int, count: int) -> Tensor:
-    """Labels [N] int64 from 0 to `count` - 1."""
-    found = check_labels("labels", labels, num_samples)
+def check_classes(labels: Any, num_samples: int, count: int, of: str) -> Tensor:
+    """Labels [N] int64 from 0 to `count` - 1, of the samples of the argument `of`."""
+    found = check_labels("labels", labels)
+    if len(found) != num_samples:
+        raise ValueError(f"labels must be [{num_samples}], got [{len(found)}] (a sample of {of} each)")
     if not (int(found.min()) >= 0 and int(found.max()) < count):
-        raise ValueError(f"labels must be from 0 to {count - 1}, got {int(found.min())} to {int(found.max())}")
+        found_range = f"{int(found.min())} to {int(found.max())} ({count} class_names)"
+        raise ValueError(f"labels must be from 0 to {count - 1}, got {found_range}")
     return found
 
 

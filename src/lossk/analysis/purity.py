@@ -23,11 +23,12 @@ def neighbor_purity(index: Tensor, labels: Tensor) -> Tensor:
         labels: [N] integer.
     """
     labels = check_labels("labels", labels)
-    index = check_index("index", index, len(labels) - 1)
-    if len(index) != len(labels):
+    index = check_tensor("index", index, of="an integer").cpu()
+    if index.ndim != 2 or len(index) != len(labels):
         raise ValueError(
             f"index must be [N, k] and labels [N], got shapes {list(index.shape)} and {list(labels.shape)}"
         )
+    index = check_index("index", index, len(labels) - 1)
     same = (labels[index.clamp(min=0)] == labels.unsqueeze(1)) & (index >= 0)
     return same.double().mean(dim=1)
 
@@ -49,7 +50,7 @@ def raw_neighbors(images: Tensor, k: int) -> Tensor:
     if flat.ndim < 2 or 0 in flat.shape:
         raise ValueError(f"images must be [N, ...], at least one number each, got shape {list(flat.shape)}")
     flat = flat.reshape(len(flat), -1).numpy()
-    k = check_integer("k", k, 1, len(flat) - 1, limit=f"N - 1 = {len(flat) - 1}")
+    k = check_integer("k", k, 1, len(flat) - 1, limit=f"N - 1 = {len(flat) - 1} of the images")
     # Without an argument kneighbors leaves each sample itself out, also where several inputs are identical.
     found = NearestNeighbors(n_neighbors=k, algorithm="brute").fit(flat).kneighbors(return_distance=False)
     return torch.from_numpy(found).long()

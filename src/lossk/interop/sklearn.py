@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 import numpy as np
 import scipy.sparse
+from torch import Tensor
 
 from lossk.blocks import tile_spans
 from lossk.centring import degrees_of_freedom
@@ -120,7 +121,7 @@ def _as_features(X: Any) -> Any:
     """What scikit-learn's own checks would fail on without the argument's name; the rest is left to them."""
     if isinstance(X, str | bytes | bytearray | dict | set | type) or X is None or getattr(X, "ndim", 1) == 0:
         raise TypeError(f"X must be an array of losses [n, draws], got {shown(X)}")
-    if isinstance(X, list | tuple) or (isinstance(X, np.ndarray) and X.dtype.kind not in "biuf"):
+    if not hasattr(X, "shape") or isinstance(X, Tensor) or (isinstance(X, np.ndarray) and X.dtype.kind not in "biuf"):
         return check_tensor(
             "X", X, finite=False
         ).numpy()  # NaN is scikit-learn's to refuse, in the words its checks know

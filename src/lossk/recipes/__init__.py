@@ -16,8 +16,21 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from lossk.checks import (
+    check_callable,
+    check_instance,
+    check_integer,
+    check_number,
+    check_optional,
+    check_path,
+    check_tensor,
+    check_text,
+    wrong_kind,
+)  # fmt: skip
 from lossk.errors import LosskError
+from lossk.recipes.arguments import MOST_EPOCHS, check_pairs, check_seed, check_share, check_source
 from lossk.recipes.defaults import usual_defaults
+from lossk.records import check_record
 
 
 class RecipeError(LosskError):
@@ -44,9 +57,28 @@ class RecipeTask:
     checkpoints: Sequence[Path] = ()  # state dicts of the model while it was trained, earliest first; not as it is now
     synsets: Sequence[str] | None = None  # of label 0, 1, ...: WordNet's noun, by name, offset or wnid
 
+    def __post_init__(self) -> None:
+        check_record(self)
+        check_source("samples", self.samples)
+        check_optional(check_source, "train", self.train)
+        check_optional(check_callable, "transform", self.transform)
+        check_optional(check_number, "held_out_accuracy", self.held_out_accuracy, least=0.0, most=1.0)
+        if not isinstance(self.loss, str):
+            check_callable("loss", self.loss, "the name of a loss, or a callable")
+        if isinstance(self.checkpoints, str | bytes) or not isinstance(self.checkpoints, Sequence):
+            raise wrong_kind("checkpoints", "a list of paths", self.checkpoints)
+        for checkpoint in self.checkpoints:
+            check_path("checkpoints", checkpoint)
+        labels = check_optional(check_tensor, "labels", self.labels, ("N",), of="an integer")
+        for name, sizes, of in (("images", (3, 4), "a number"), ("held_out", (1,), "a flag")):
+            given = check_optional(check_tensor, name, getattr(self, name), of=of)
+            if given is not None and (given.ndim not in sizes or (labels is not None and len(given) != len(labels))):
+                raise ValueError(f"{name} must be [N, ...], an entry per label, got {list(given.shape)}")
+
 
 def packaged_config(name: str) -> Path | None:
     """The path of the packaged config called `name` ("digits", "fashion"), or None."""
+    check_text("name", name)
     path = Path(__file__).parent / f"{name}.yaml"
     return path if name in packaged_names() else None
 
@@ -74,11 +106,17 @@ def train_classifier(
     `inputs` [n, ...] float32, `targets` [n] int64. The order of the samples comes from `seed` alone; the caller seeds
     the initial weights. `each_epoch(epoch, loss)` is told the epoch, from 1, and its mean training loss in nats.
     """
+    check_instance("model", model, nn.Module)
+    inputs, targets = check_pairs(inputs, targets)
+    epochs, batch_size = check_integer("epochs", epochs, 1, MOST_EPOCHS), check_integer("batch_size", batch_size, 1)
+    lr, weight_decay = check_number("lr", lr, above=0.0), check_number("weight_decay", weight_decay, least=0.0)
+    seed, each_epoch = check_seed(seed), check_optional(check_callable, "each_epoch", each_epoch)
     order = np.random.default_rng(np.random.SeedSequence(seed))
     count = len(targets)
     steps = math.ceil(count / batch_size) * epochs
+    rise = 5 if steps == 4 else steps  # of 4 steps torch divides by the length of a rise of none
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=weight_decay)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=lr, total_steps=steps, pct_start=0.25)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=lr, total_steps=rise, pct_start=0.25)
     model.train()
     for epoch in range(1, epochs + 1):
         total = 0.0
@@ -99,6 +137,11 @@ def predict(
     model: nn.Module, inputs: Tensor, batch_size: int = 200, transform: Callable[[Any], Any] | None = None
 ) -> Tensor:
     """Predicted classes [N] int64 of a classifier in eval mode; the model's train/eval modes are put back."""
+    check_instance("model", model, nn.Module)
+    inputs, transform = check_tensor("inputs", inputs), check_optional(check_callable, "transform", transform)
+    if inputs.ndim < 2 or not len(inputs):
+        raise ValueError(f"inputs must be [n, ...], at least one, got {list(inputs.shape)}")
+    batch_size = check_integer("batch_size", batch_size, 1)
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
@@ -111,6 +154,9 @@ def predict(
 
 def require_accuracy(model: nn.Module, inputs: Tensor, targets: Tensor, *, at_least: float, what: str) -> float:
     """Accuracy on held-out samples; RecipeError when it is below `at_least`, as the kernel would then mislead."""
+    at_least = check_share("at_least", at_least)
+    check_text("what", what)
+    inputs, targets = check_pairs(inputs, targets)
     accuracy = (predict(model, inputs) == targets).double().mean().item()
     if not accuracy >= at_least:
         raise RecipeError(

@@ -9,7 +9,9 @@ import numpy as np
 import torch
 from torch import nn
 
+from lossk.checks import check_integer, check_number
 from lossk.recipes import RecipeTask, require_accuracy, train_classifier
+from lossk.recipes.arguments import MOST_EPOCHS, check_seed, check_share
 from lossk.recipes.defaults import usual_defaults
 
 
@@ -36,6 +38,9 @@ def make_task(
     Seconds of work. Raises RecipeError when held-out accuracy is below `required_accuracy`, and ModuleNotFoundError
     without scikit-learn.
     """
+    seed, epochs = check_seed(seed), check_integer("epochs", epochs, 1, MOST_EPOCHS)
+    weight_decay = check_number("weight_decay", weight_decay, least=0.0)
+    required_accuracy = check_share("required_accuracy", required_accuracy)
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 

@@ -11,8 +11,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from lossk.checks import check_integer
+from lossk.checks import check_integer, check_optional, check_path
 from lossk.recipes import RecipeError, RecipeTask, require_accuracy, train_classifier
+from lossk.recipes.arguments import MOST_EPOCHS, check_seed, check_share
 from lossk.recipes.defaults import usual_defaults
 from lossk.recipes.idx import find_idx, read_idx
 
@@ -57,9 +58,12 @@ def make_task(
         raise ValueError(
             "checkpoint and checkpoints must not be given together: the folder holds the trained weights too"
         )
-    for name, number in (("num_train", num_train), ("num_probe", num_probe)):
-        if number is not None:
-            check_integer(name, number, 1)
+    data, checkpoint = check_path("data", data), check_optional(check_path, "checkpoint", checkpoint)
+    checkpoints = check_optional(check_path, "checkpoints", checkpoints)
+    seed, epochs = check_seed(seed), check_integer("epochs", epochs, 1, MOST_EPOCHS)
+    required_accuracy = check_share("required_accuracy", required_accuracy)
+    num_train = check_optional(check_integer, "num_train", num_train, 1)
+    num_probe = check_optional(check_integer, "num_probe", num_probe, 1)
     train_images, train_labels, images, labels = read_fashion(data)
     train_images, train_labels = train_images[:num_train], train_labels[:num_train]
     # Normalised by the training set's own mean and deviation, so that any IDX folder of 28 x 28 images will do.

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from lossk.analysis.wordnet import DEBIAN_FOLDER, require_wordnet
-from lossk.checks import check_integer, check_number
+from lossk.checks import check_flag, check_integer, check_optional, check_path, check_text
 from lossk.recipes import RecipeError, RecipeTask
+from lossk.recipes.arguments import check_seed, check_share
 from lossk.recipes.defaults import usual_defaults
 from lossk.recipes.networks import Network, load_network
 from lossk.recipes.photo_cache import cached_photos
@@ -53,9 +54,12 @@ def make_task(
         wordnet: name the classes' synsets, so that `lossk run` aligns the kernel with WordNet and draws its map; needs
             lossk[analysis] and WordNet (Debian's wordnet-base), of which LosskError says what is missing.
     """
-    check_number("required_accuracy", required_accuracy, "a number", least=0.0)
-    if num_probe is not None:
-        check_integer("num_probe", num_probe, 2)
+    required_accuracy, seed = check_share("required_accuracy", required_accuracy), check_seed(seed)
+    data, cache = check_path("data", data), check_path("cache", cache)
+    train, weights = check_optional(check_path, "train", train), check_optional(check_path, "weights", weights)
+    network, wordnet = check_text("network", network), check_flag("wordnet", wordnet)
+    num_train, batch_size = check_integer("num_train", num_train, 1), check_integer("batch_size", batch_size, 1)
+    num_probe = check_optional(check_integer, "num_probe", num_probe, 2)
     if wordnet:
         require_wordnet()
     found = find_photos(data).chosen(num_probe, seed)  # cheap, and says what is missing, before the network is loaded

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import TensorDataset
 
-from lossk.checks import check_choice, check_integer, check_number
+from lossk.checks import check_choice, check_integer, check_number, check_optional, check_path
 from lossk.recipes import RecipeError, RecipeTask, predict, require_accuracy
+from lossk.recipes.arguments import MOST_EPOCHS, MOST_SIDE, check_seed, check_share
 from lossk.recipes.arithmetic import TASKS, Disjoint, OneNetwork, SharedTrunk, arithmetic
 from lossk.recipes.defaults import usual_defaults
 
@@ -63,15 +64,17 @@ def make_task(
     The labels are the tasks, so class purity is the share of neighbours of the same task. Raises RecipeError when a
     task's held-out accuracy is below `required_accuracy`.
     """
-    check_integer("p", p, 2)
-    check_integer("num_tasks", num_tasks, 2, len(TASKS))
-    check_choice("network", network, NETWORKS)
-    check_choice("answers", answers, ANSWERS)
-    check_integer("hidden", hidden, 1)
-    check_number("loudness", loudness, "a number", above=0.0)
-    check_integer("epochs", epochs, 0)
-    check_number("train_share", train_share, "a number", above=0.0)
-    check_number("plain_share", plain_share, "a number", least=0.0)
+    seed, checkpoint = check_seed(seed), check_optional(check_path, "checkpoint", checkpoint)
+    required_accuracy = check_share("required_accuracy", required_accuracy)
+    p = check_integer("p", p, 2, MOST_SIDE)
+    num_tasks = check_integer("num_tasks", num_tasks, 2, len(TASKS))
+    network = check_choice("network", network, NETWORKS)
+    answers = check_choice("answers", answers, ANSWERS)
+    hidden = check_integer("hidden", hidden, 1, MOST_SIDE)
+    loudness = check_number("loudness", loudness, "a number", above=0.0)
+    epochs = check_integer("epochs", epochs, 0, MOST_EPOCHS)
+    train_share = check_number("train_share", train_share, above=0.0, most=1.0)
+    plain_share = check_number("plain_share", plain_share, "a number", least=0.0)
     if plain_share > 1:
         raise ValueError(f"plain_share must be at most 1, got {plain_share}")
     inputs, targets, tasks, num_train = arithmetic(p, train_share, seed, num_tasks)

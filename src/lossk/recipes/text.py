@@ -17,9 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-from lossk.checks import check_choice, check_integer, check_number
+from lossk.checks import check_choice, check_integer, check_number, check_optional, check_path
 from lossk.ops.sample_loss import IGNORED, cross_entropy
 from lossk.recipes import RecipeError, RecipeTask
+from lossk.recipes.arguments import check_seed
 from lossk.recipes.defaults import usual_defaults
 from lossk.recipes.text_data import DEBIAN_LICENCES, SEQUENCES, Sequences, cut, read_documents
 from lossk.recipes.transformer import (
@@ -65,13 +66,15 @@ def make_task(
 
     Raises RecipeError when there is no text or the model predicts it too badly to be worth a kernel.
     """
-    check_choice("rows", rows, ROWS)
-    check_choice("sequences", sequences, SEQUENCES)
-    check_integer("context", context, 1)
-    check_integer("steps", steps, 0)
-    if num_probe is not None:
-        check_integer("num_probe", num_probe, 2)
-    check_number("held_out_share", held_out_share, "a number", least=0.0)
+    text, seed = check_path("text", text), check_seed(seed)
+    model, checkpoint = check_optional(check_path, "model", model), check_optional(check_path, "checkpoint", checkpoint)
+    required_gain = check_number("required_gain", required_gain)
+    rows = check_choice("rows", rows, ROWS)
+    sequences = check_choice("sequences", sequences, SEQUENCES)
+    context = check_integer("context", context, 1)
+    steps = check_integer("steps", steps, 0)
+    num_probe = check_optional(check_integer, "num_probe", num_probe, 2)
+    held_out_share = check_number("held_out_share", held_out_share, "a number", least=0.0)
     if not held_out_share < 1:
         raise ValueError(f"held_out_share must be below 1, got {held_out_share}")
     documents = read_documents(text)

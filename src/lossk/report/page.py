@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from lossk import provenance
+from lossk.checks import check_flag, check_integer, check_optional, check_path, check_text, shown
 from lossk.errors import LosskError
 from lossk.kernel import LossKernel
 from lossk.report.findings import STEPS, check_size, find
@@ -81,7 +82,11 @@ def write_report(
         ValueError: what is given does not fit the kernel, or the kernel is too small or too large for a report.
         LosskError: a package of lossk[report] is missing.
     """
-    path = Path(path)
+    overwrite, progress = check_flag("overwrite", overwrite), check_flag("progress", progress)
+    path, seed = check_path("path", path), check_integer("seed", seed, 0, 2**32 - 1)
+    title, config = check_optional(check_text, "title", title), check_optional(check_text, "config", config)
+    if not isinstance(kernel_or_store, LossKernel):
+        check_path("kernel_or_store", kernel_or_store)
     if path.exists() and not overwrite:
         raise FileExistsError(f"path {str(path)!r} exists; pass overwrite=True to replace it")
     require_packages()
@@ -128,12 +133,16 @@ def merge(given: dict[str, Any], saved: Samples) -> Samples:
     kept = {name: getattr(saved, name) for name in given}
     if given["labels"] is not None:
         kept["class_names"] = ()
-    found = {name: kept[name] if _absent(value) else value for name, value in given.items()}
+    found = {name: kept[name] if _absent(name, value) else value for name, value in given.items()}
     return Samples(**found, notes=saved.notes)
 
 
-def _absent(value: Any) -> bool:
-    return value is None or (not hasattr(value, "shape") and len(value) == 0)
+def _absent(name: str, value: Any) -> bool:
+    if value is None:
+        return name != "class_names"
+    if isinstance(value, str | bytes | bytearray) or not (hasattr(value, "__iter__") or hasattr(value, "shape")):
+        raise TypeError(f"{name} must be an array or a list, an entry per sample or class, got {shown(value)}")
+    return isinstance(value, list | tuple) and not value
 
 
 def render(view: dict[str, Any], data: str) -> str:

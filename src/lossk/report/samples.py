@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from lossk.checks import check_tensor, shown
 from lossk.errors import LosskError
 from lossk.recipes import RecipeTask, predict
 
@@ -49,7 +50,7 @@ class Samples:
         held_out = None if self.held_out is None else as_array("held_out", self.held_out, num_samples).astype(bool)
         return Samples(
             labels=_integers("labels", self.labels, num_samples),
-            class_names=[str(name) for name in self.class_names],
+            class_names=_names(self.class_names),
             images=None if self.images is None else _images(self.images, num_samples),
             texts=_texts(self.texts, num_samples),
             predictions=_integers("predictions", self.predictions, num_samples),
@@ -64,7 +65,7 @@ class Samples:
 
 def as_array(name: str, values: Any, num_samples: int) -> np.ndarray:
     """A one-dimensional array of N entries; tensors are taken too."""
-    array = np.asarray(values.detach().cpu() if hasattr(values, "detach") else values)
+    array = check_tensor(name, values, of="a real number").cpu().numpy()
     if array.shape != (num_samples,):
         raise ValueError(f"{name} must have shape [{num_samples}], one entry per sample, got {list(array.shape)}")
     return array
@@ -82,16 +83,35 @@ def _integers(name: str, values: Any, num_samples: int) -> np.ndarray | None:
     return array.astype(np.int64)
 
 
+def _names(names: Any) -> list[str]:
+    if isinstance(names, str | bytes | Mapping) or not isinstance(names, Iterable) or getattr(names, "ndim", 1) != 1:
+        raise TypeError(f"class_names must be a list of texts, got {shown(names)}")
+    given = list(names)
+    for name in given:
+        if not isinstance(name, str | int | np.integer) or isinstance(name, bool):
+            raise TypeError(f"class_names must be a list of texts, got {shown(name)} among them")
+    return [str(name) for name in given]
+
+
 def _texts(texts: Sequence[str] | None, num_samples: int) -> list[str] | None:
     if texts is None:
         return None
+    if (
+        isinstance(texts, str | bytes | Mapping)
+        or not isinstance(texts, Sequence | np.ndarray)
+        or getattr(texts, "ndim", 1) == 0
+    ):
+        raise TypeError(f"texts must be a list of texts, got {shown(texts)}")
+    if not all(isinstance(text, str) for text in texts):
+        raise TypeError(f"texts must be a list of texts, got {shown(texts)}")
     if len(texts) != num_samples:
         raise ValueError(f"texts must have one entry per sample, {num_samples}, got {len(texts)}")
     return [str(text) for text in texts]
 
 
 def _images(images: Any, num_samples: int) -> np.ndarray:
-    array = images.detach().cpu().numpy() if hasattr(images, "detach") else np.asanyarray(images)
+    mapped = isinstance(images, np.memmap)  # read a part at a time
+    array = images if mapped else check_tensor("images", images).cpu().numpy()
     shape = list(array.shape)
     if not (array.ndim == 3 or (array.ndim == 4 and shape[3] == 3)) or shape[0] != num_samples or 0 in shape:
         raise ValueError(f"images must be [{num_samples}, H, W] or [{num_samples}, H, W, 3], got {shape}")
