@@ -21,7 +21,6 @@ from lossk.cli_checkpoints import checkpoint_outputs, show_checkpoints
 from lossk.cli_distributed import follow, share_threads
 from lossk.cli_wordnet import show_wordnet, wordnet_picture
 from lossk.config import RunConfig, load_config, parse_override
-from lossk.disk import refuse_to_delete
 from lossk.distributed import Ranks, joined, rank_name
 from lossk.errors import LosskError
 from lossk.kernel import LossKernel
@@ -29,6 +28,7 @@ from lossk.neighbors import Neighbors
 from lossk.passes import Passes
 from lossk.recipes import RecipeTask, packaged_names
 from lossk.samplers import read_sampler
+from lossk.swap import refuse_to_delete
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -7,9 +7,11 @@ import json
 from pathlib import Path
 from typing import Any
 
+from lossk.commits import progress_of
 from lossk.errors import StoreError
+from lossk.manifest import is_complete
 from lossk.plan import gigabytes
-from lossk.store import open_kernel, progress_of
+from lossk.store import open_kernel
 
 
 def add_commands(commands: Any) -> None:
@@ -38,7 +40,7 @@ def run_info(options: argparse.Namespace) -> None:
     try:
         kernel = open_kernel(path)
     except StoreError:
-        if (path / "complete").exists() or not (path / "config.json").exists():
+        if is_complete(path) or not (path / "config.json").exists():
             raise
         progress = progress_of(path)
         if options.json:
