@@ -8,6 +8,7 @@ from typing import Any
 
 from lossk.centring import degrees_of_freedom
 from lossk.chunks import ArraySpec, parse_spec
+from lossk.diagnostics import Diagnostics
 from lossk.errors import StoreError
 from lossk.manifest import MOMENTS
 from lossk.sealed import MARK
@@ -37,6 +38,29 @@ def check_description(path: Path, config: Config) -> None:
         raise StoreError(
             f"config.json of {str(path)!r}: freedom must be {freedom}, got {_short(config.get('freedom'))}"
         )
+    read_diagnostics(path, config)
+
+
+def read_diagnostics(path: Path, config: Config) -> Diagnostics | None:
+    """What a description says of how far its kernel can be trusted.
+
+    Raises:
+        StoreError: it cannot be read.
+    """
+    plain = config["diagnostics"]
+    try:
+        if plain is None or all(_is_plain(value) for value in plain.values()):
+            return None if plain is None else Diagnostics.from_dict(plain)
+        wrong: Exception = ValueError("its members must be numbers, texts, or lists of these")
+    except (TypeError, ValueError) as error:
+        wrong = error
+    raise StoreError(f"config.json of {str(path)!r}: diagnostics cannot be read: {wrong}") from wrong
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, list):
+        return all(_is_plain(part) and not isinstance(part, list) for part in value)
+    return value is None or isinstance(value, str | int | float)
 
 
 def _short(value: Any) -> str:

@@ -28,8 +28,7 @@ from torch import Tensor
 from lossk.blocks import FactorBlocks, Moments, TileBlocks
 from lossk.chunks import ArraySpec, Digests
 from lossk.commits import COMMITS, clear_transient, is_transient, progress_of
-from lossk.description import CHUNK_SAMPLES, FORMAT
-from lossk.diagnostics import Diagnostics
+from lossk.description import CHUNK_SAMPLES, FORMAT, read_diagnostics
 from lossk.disk import Digest, sync_tree
 from lossk.errors import StoreError
 from lossk.kernel import LossKernel
@@ -167,7 +166,7 @@ def _open(path: Path) -> LossKernel:
         blocks,
         moments,
         meta=config["meta"],
-        diagnostics=_diagnostics(store),
+        diagnostics=read_diagnostics(path, config),
         tokens=torch.from_numpy(store.read("tokens")) if "tokens" in store.specs else None,
         sets={name: slice(*ends) for name, ends in (config.get("sets") or {}).items()},
     )
@@ -184,14 +183,6 @@ def refuse_unfinished(path: Path) -> None:
     if (path / MANIFEST).exists() and not (path / COMMITS).exists():
         raise StoreError(f"the store's array 'complete' in {str(path)!r} is missing")
     raise StoreError(f"{str(path)!r} is unfinished: {progress_of(path)}; continue it with resume=True")
-
-
-def _diagnostics(store: OpenStore) -> Diagnostics | None:
-    plain = store.config["diagnostics"]
-    try:
-        return None if plain is None else Diagnostics.from_dict(plain)
-    except (TypeError, ValueError, KeyError) as error:
-        raise StoreError(f"config.json of {str(store.path)!r}: diagnostics cannot be read: {error}") from error
 
 
 def open_finished(path: Path, request: Mapping[str, Any]) -> LossKernel | None:

@@ -1,0 +1,373 @@
+"""A store's files: links, locks, disks that fail, others who write, and what came from a stranger."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import re
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numcodecs.blosc import Blosc
+
+import lossk
+import lossk.swap
+from damage import as_before, seal_again
+from lossk.disk import digest
+from lossk.runlog import RunLog
+from lossk.sealed import read_sealed, write_sealed
+from lossk.verify import verify_store
+from sweep_kinds import N, build, kernel_of, losses, out_of_core
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "k.lossk"
+
+
+@pytest.fixture
+def stopped(path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A run that stopped after three of its four panels."""
+    append = RunLog.append
+
+    def stopping(log: RunLog, panel: Any) -> None:
+        append(log, panel)
+        if len(log.commits) == 3:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RunLog, "append", stopping)
+        with pytest.raises(KeyboardInterrupt):
+            build(path)
+    return path
+
+
+# --- links -----------------------------------------------------------------------------------------------------------
+
+
+LINKS = [".lock", ".config.json.part", ".commits.jsonl.part", ".state-9.npz.part", "tiles", "losses/c/1/1"]
+
+
+@pytest.mark.parametrize("name", [*LINKS, "commits.jsonl"])
+@pytest.mark.parametrize("hard", [False, True])
+def test_nothing_is_written_through_a_link(stopped: Path, tmp_path: Path, name: str, hard: bool) -> None:
+    """Refused by its name; but for a second name of a file in a leftover's place, which is cleared away as one."""
+    precious = tmp_path / "precious"
+    precious.write_text("precious")
+    link = stopped / name
+    link.parent.mkdir(parents=True, exist_ok=True)
+    if link.is_dir():
+        link.rename(tmp_path / "moved")
+    link.unlink(missing_ok=True)
+    if hard:
+        os.link(precious, link)
+        with contextlib.suppress(lossk.StoreError, FileExistsError):
+            build(stopped)
+    else:
+        link.symlink_to(precious)
+        with pytest.raises(lossk.StoreError, match=re.escape(Path(name).name)):
+            build(stopped)
+    assert precious.read_text() == "precious"
+
+
+def test_a_linked_store_is_not_overwritten(path: Path, tmp_path: Path) -> None:
+    kernel_of(0).save(tmp_path / "other.lossk")
+    path.symlink_to(tmp_path / "other.lossk")
+    with pytest.raises(lossk.StoreError, match=r"k\.lossk.* is a symbolic link"):
+        kernel_of(1).save(path, overwrite=True)
+    assert torch.equal(lossk.open(path)[:], kernel_of(0)[:])
+
+
+# --- locks, and others who write -------------------------------------------------------------------------------------
+
+
+def test_a_lock_that_was_removed_is_nobody_s(stopped: Path) -> None:
+    """Its holder's end removes the file: whoever waited for that has locked nothing."""
+    log = RunLog.open(stopped, _request(stopped))
+    assert log is not None
+    (stopped / ".lock").unlink()
+    with (stopped / ".lock").open("w") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        with pytest.raises(lossk.StoreError, match="being written by another process"):
+            build(stopped)
+    log.close()
+
+
+def _request(path: Path) -> dict[str, Any]:
+    saved = read_sealed(path / "config.json")
+    return {key: value for key, value in saved.items() if key not in ("chosen", "checksums")}
+
+
+def test_finished_between_the_look_and_the_lock(stopped: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A second starter that has found a run unfinished, and locks it once another has finished it, changes nothing."""
+    request, made = _request(stopped), []
+    take = lossk.runlog.Lock
+
+    def late(store: Path) -> Any:
+        if not made:
+            made.append(1)
+            build(stopped)
+        return take(store)
+
+    monkeypatch.setattr(lossk.runlog, "Lock", late)
+    with pytest.raises(lossk.StoreError, match=r"k\.lossk.* has been finished by another process"):
+        RunLog.open(stopped, request)
+    assert verify_store(stopped).ok
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP])
+def test_a_file_system_without_locks_is_named(path: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    def none(*_: Any) -> None:
+        raise OSError(number, os.strerror(number))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(fcntl, "flock", none)
+        with pytest.raises(lossk.StoreError, match=r"k\.lossk.* file system without locks .*write it on another"):
+            build(path)
+        kernel_of(0).save(path)  # nobody else resumes what is saved in one step
+    assert verify_store(path).ok
+
+
+@pytest.mark.parametrize("earlier", [False, True])
+@pytest.mark.parametrize("kind", ["tiles", "stored factor"])
+def test_a_store_that_is_replaced_is_not_mixed(path: Path, kind: str, earlier: bool) -> None:
+    """Tiles of one kernel with the moments of another would be a silent wrong answer."""
+    other = lossk.LossTraces(2 * losses()[:, ::-1].copy())
+    if kind == "tiles":
+        build(path)
+    else:
+        lossk.LossTraces(losses()).save(path)
+    if earlier:
+        as_before(path)
+    opened = lossk.open(path)
+    lossk.LossKernel.from_traces(other).save(path, overwrite=True)
+    with pytest.raises(lossk.StoreError, match=r"k\.lossk.* was replaced while it was open"):
+        opened[:]
+    assert torch.equal(lossk.open(path)[:], lossk.LossKernel.from_traces(other)[:])
+
+
+def test_reading_while_others_replace(path: Path) -> None:
+    """Every open sees one of the two, whole, and none fails."""
+    kernels = [kernel_of(0), kernel_of(1)]
+    expected = [kernel[:] for kernel in kernels]
+    kernels[0].save(path)
+    done = threading.Event()
+
+    def replace() -> None:
+        for number in range(12):
+            kernels[number % 2].save(path, overwrite=True)
+        done.set()
+
+    writer = threading.Thread(target=replace)
+    writer.start()
+    seen = 0
+    while not done.is_set() or seen == 0:
+        found = lossk.open(path)[:]
+        assert any(torch.equal(found, each) for each in expected)
+        seen += 1
+    writer.join()
+
+
+@pytest.mark.parametrize("swapped", [False, True])
+def test_what_was_moved_aside_comes_back(path: Path, swapped: bool) -> None:
+    """Where folders cannot change places: killed between two moves, the old one is there again when it is asked for."""
+    if swapped:
+        kernel_of(1).save(path)
+    kernel_of(0).save(path.with_name("old"))
+    path.with_name("old").rename(path.with_name(f".{path.name}.1234567.old"))
+    found = lossk.open(path)[:]
+    assert torch.equal(found, kernel_of(int(swapped))[:])
+    kernel_of(1).save(path, overwrite=True)
+    assert [entry.name for entry in path.parent.iterdir()] == ["k.lossk"]
+
+
+# --- disks that fail -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EACCES])
+@pytest.mark.parametrize("call", ["write", "fsync", "mkdir"])
+@pytest.mark.parametrize("write", ["save", "traces", "run", "zarr", "npy"])
+def test_a_failure_names_its_file_and_leaves_nothing(
+    path: Path, monkeypatch: pytest.MonkeyPatch, number: int, call: str, write: str
+) -> None:
+    kernel, original = kernel_of(0), getattr(os, call)
+    if write == "npy" and call in ("mkdir", "write"):
+        call, original = "pwrite", os.pwrite
+
+    def fail(*arguments: Any, **options: Any) -> Any:
+        place = arguments[0] if isinstance(arguments[0], str | Path) else os.readlink(f"/proc/self/fd/{arguments[0]}")
+        if str(path.parent) in str(place):
+            raise OSError(number, os.strerror(number))
+        return original(*arguments, **options)
+
+    work: dict[str, Callable[[], Any]] = {
+        "save": lambda: kernel.save(path),
+        "traces": lambda: lossk.LossTraces(losses()).save(path),
+        "run": lambda: build(path),
+        "zarr": lambda: kernel.to_zarr(path),
+        "npy": lambda: kernel.to_memmap(path),
+    }
+    with monkeypatch.context() as patch:
+        patch.setattr(os, call, fail)
+        with pytest.raises(lossk.StoreError, match=r"k\.lossk.* cannot be written: .*" + os.strerror(number)):
+            work[write]()
+    assert not list(path.parent.iterdir())
+
+
+# --- stores of strangers ---------------------------------------------------------------------------------------------
+
+
+def config_of(path: Path, **changes: Any) -> None:
+    write_sealed(path / "config.json", {**read_sealed(path / "config.json"), **changes})
+
+
+def spec_of(path: Path, name: str, **changes: Any) -> None:
+    """Change an array's description, its own and in the group's list."""
+    own, group = (json.loads(file.read_text()) for file in (path / name / "zarr.json", path / "zarr.json"))
+    own |= changes
+    group["consolidated_metadata"]["metadata"][name] = own
+    (path / name / "zarr.json").write_text(json.dumps(own))
+    (path / "zarr.json").write_text(json.dumps(group))
+
+
+HUGE = 2**40
+
+
+def grid(*chunks: int) -> dict[str, Any]:
+    return {"chunk_grid": {"name": "regular", "configuration": {"chunk_shape": list(chunks)}}}
+
+
+def many_samples(path: Path) -> None:
+    config_of(path, num_samples=HUGE)
+    for name in ("mean", "variance", "scale", "lag1"):
+        spec_of(path, name, shape=[HUGE], **grid(2**20))
+
+
+HOSTILE: dict[str, Callable[[Path], None]] = {
+    "many samples": lambda path: config_of(path, num_samples=HUGE),
+    "many samples, by all": many_samples,
+    "many draws": lambda path: config_of(path, num_draws=HUGE),
+    "no draws": lambda path: config_of(path, num_draws=0),
+    "a text for a count": lambda path: config_of(path, num_chains="2"),
+    "true for a count": lambda path: config_of(path, num_chains=True),
+    "a fraction of a tile": lambda path: config_of(path, tile=16.5),
+    "no kind": lambda path: config_of(path, kind=None),
+    "another centring": lambda path: config_of(path, centering=["chain"]),
+    "sets beyond its rows": lambda path: config_of(path, sets={"a": [0, N + 1]}),
+    "sets of texts": lambda path: config_of(path, sets={"a": ["0", "1"]}),
+    "sets in a list": lambda path: config_of(path, sets=[[0, 3]]),
+    "meta of another kind": lambda path: config_of(path, meta=[1]),
+    "diagnostics of another kind": lambda path: config_of(path, diagnostics={"rhat": {"nested": []}, "sudo": 1}),
+    "a format to come": lambda path: config_of(path, format=2),
+    "tiny chunks": lambda path: spec_of(path, "mean", **grid(1)),
+    "no chunks": lambda path: spec_of(path, "mean", **grid(0)),
+    "negative chunks": lambda path: spec_of(path, "mean", **grid(-3)),
+    "another rank": lambda path: spec_of(path, "mean", shape=[N, 1], **grid(N, 1)),
+    "numbers of another kind": lambda path: spec_of(path, "scale", data_type="int64"),
+    "another codec": lambda path: spec_of(path, "scale", codecs=[{"name": "bytes"}, {"name": "gzip"}]),
+    "no codecs": lambda path: spec_of(path, "scale", codecs=[]),
+    "codecs of texts": lambda path: spec_of(path, "scale", codecs=["bytes", "crc32c"]),
+    "big-endian numbers": lambda path: spec_of(
+        path, "scale", codecs=[{"name": "bytes", "configuration": {"endian": "big"}}, {"name": "crc32c"}]
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("sealed", [True, False])
+@pytest.mark.parametrize("change", HOSTILE)
+def test_a_description_that_lies_is_refused(path: Path, change: str, sealed: bool) -> None:
+    """With checksums that fit, too: by what it says."""
+    lossk.LossTraces(losses()).save(path)
+    HOSTILE[change](path)
+    if sealed:
+        with contextlib.suppress(lossk.StoreError):  # it cannot even be read to be sealed
+            seal_again(path)
+    with pytest.raises(lossk.StoreError):
+        lossk.open(path)
+    assert not verify_store(path).ok
+
+
+@pytest.mark.parametrize("size", [2**31 - 1, 16 * 16 * 4 * 2, 0])
+def test_a_chunk_that_would_grow_is_refused(path: Path, tmp_path: Path, size: int) -> None:
+    """A few bytes that say that they hold 2 GB, or twice as much as a tile: before they are unpacked."""
+    (tmp_path / "o").mkdir()
+    out_of_core(tmp_path / "o")
+    (tmp_path / "o" / "k.lossk").rename(path)
+    content = bytearray(Blosc(cname="lz4", clevel=1, shuffle=2).encode(np.zeros((16, 32), np.float32)))
+    content[4:8] = size.to_bytes(4, "little")
+    (path / "tiles" / "c" / "0" / "1").write_bytes(content + digest(bytes(content))[1].to_bytes(4, "little"))
+    seal_again(path)
+    with pytest.raises(lossk.StoreError, match=r"tile 0, 1 .* is damaged: it holds"):
+        lossk.open(path)[:, 16:32]
+    assert any(problem.startswith("tiles: chunk 0, 1 is damaged") for problem in verify_store(path).problems)
+
+
+FILES = ["config.json", "zarr.json", "checksums.json", "mean/zarr.json", "mean/c/0", "complete/c/0"]
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("kind", ["pipe", "folder", "device", "large"])
+def test_what_is_no_file_or_too_large_is_refused(path: Path, name: str, kind: str) -> None:
+    """At once: a pipe would be waited for, a device never ends, and what is large is not read first."""
+    lossk.LossTraces(losses()).save(path)
+    file = path / name
+    file.unlink()
+    if kind == "pipe":
+        os.mkfifo(file)
+    elif kind == "folder":
+        file.mkdir()
+    elif kind == "device":
+        file.symlink_to("/dev/zero")
+    else:
+        with file.open("wb") as large:
+            large.truncate(2**36)
+    with pytest.raises(lossk.StoreError):
+        lossk.open(path)
+    with contextlib.suppress(lossk.StoreError):
+        assert not verify_store(path).ok
+
+
+# --- earlier versions ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["tiles", "factor", "traces", "dead", "nothing"])
+def test_stores_of_an_earlier_version_open(path: Path, kind: str) -> None:
+    """Written by Zarr, zeros left out, no checksums of files: the same numbers, and `verify` says what they lack."""
+    some = losses()
+    some[:, :, 3] = 0.5
+    if kind == "tiles":
+        build(path)
+    elif kind == "traces":
+        lossk.LossTraces(some).save(path)
+    else:
+        some = {"dead": np.full_like(some, 0.7), "nothing": np.zeros_like(some)}.get(kind, some)
+        lossk.LossKernel.from_traces(lossk.LossTraces(some)).save(path)
+    expected = lossk.open(path)
+    whole, mean = expected[:], expected.mean_loss
+    as_before(path)
+    found = lossk.open(path)
+    assert torch.equal(found[:], whole)
+    assert torch.equal(found.mean_loss, mean)
+    checked = verify_store(path)
+    assert checked.problems == []
+    assert any("an earlier version wrote none" in check for check in checked.checks)
+    found.save(path, overwrite=True)
+    assert torch.equal(lossk.open(path)[:], whole)
+
+
+@pytest.mark.parametrize("name", ["mean", "variance", "scale", "lag1", "chain_mean"])
+def test_a_lost_moment_of_an_earlier_version_is_not_zero(path: Path, name: str) -> None:
+    lossk.LossKernel.from_traces(lossk.LossTraces(losses())).save(path)
+    as_before(path)
+    (path / name / "c" / "0" / ("0" if name == "chain_mean" else "")).unlink()
+    with pytest.raises(lossk.StoreError, match=f"{name}.* is missing"):
+        lossk.open(path)
+    assert any(problem.startswith(f"{name}: chunk") for problem in verify_store(path).problems)
