@@ -24,6 +24,7 @@ from lossk.errors import StoreError
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
 JSON_BYTES = 2**26  # the largest JSON file read or written; parsed, it can take 30 times as much
+SHARED, ROOM_BYTES = Path("/dev/shm"), 2**20  # memory in a file's form; full, once it has less room than this
 FLAGS = os.O_CLOEXEC | os.O_NONBLOCK  # a pipe that lies in a file's place answers at once
 
 Bytes = bytes | bytearray | memoryview
@@ -36,11 +37,20 @@ def full_disk_named(path: Path | None) -> Iterator[None]:
 
     Raises:
         StoreError: instead of such an OSError.
+        OSError: it is shared memory that is full, which a loader's workers use.
     """
     try:
         yield
     except OSError as error:
-        if path is None or error.errno not in FULL:
+        if error.errno not in FULL:
+            raise
+        if SHARED.is_dir() and shutil.disk_usage(SHARED).free < ROOM_BYTES:
+            raise OSError(
+                error.errno,
+                f"{SHARED} is full ({error.strerror}): a DataLoader's workers pass their batches through it; give it "
+                "num_workers=0, or make room",
+            ) from error
+        if path is None:
             raise
         raise StoreError(
             f"out={str(path)!r} cannot be written on, its disk is full ({error.strerror}); what is committed is safe: "
