@@ -17,11 +17,12 @@ import torch
 
 import lossk
 import lossk.swap
+import lossk.tile_pass
 from damage import as_before
 from lossk.runlog import RunLog
 from lossk.sealed import read_sealed
 from lossk.verify import verify_store
-from sweep_kinds import build, kernel_of, losses
+from sweep_kinds import NAME, arrays, build, kernel_of, losses, out_of_core
 
 
 @pytest.fixture
@@ -216,3 +217,26 @@ def test_a_failure_names_its_file_and_leaves_nothing(
         with pytest.raises(lossk.StoreError, match=r"k\.lossk.* cannot be written: .*" + os.strerror(number)):
             work[write]()
     assert not list(path.parent.iterdir())
+
+
+def test_a_committed_tile_that_was_cut_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would be sealed as it is, and never be resumed from; all its chunks are those of a run left alone."""
+    (tmp_path / "whole").mkdir()
+    out_of_core(tmp_path / "whole")
+    write, count = lossk.tile_pass.TileWriter._write, [0]
+
+    def stopping(*arguments: Any) -> None:
+        count[0] += 1
+        if count[0] > 2:
+            raise KeyboardInterrupt
+        write(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(lossk.tile_pass.TileWriter, "_write", stopping)
+        with pytest.raises(KeyboardInterrupt):
+            out_of_core(tmp_path)
+    tile = sorted((tmp_path / NAME / "tiles" / "c").rglob("?/?"))[0]
+    tile.write_bytes(tile.read_bytes()[:-9])
+    out_of_core(tmp_path)
+    assert arrays(tmp_path / NAME) == arrays(tmp_path / "whole" / NAME)
+    assert verify_store(tmp_path / NAME).ok

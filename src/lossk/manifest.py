@@ -110,16 +110,22 @@ def digest_of(file: Path) -> Digest:
 def digests_of(chunks: Chunks) -> dict[str, Digest]:
     """Of an array's files: its description, and what every chunk says of itself."""
     found = {f"{chunks.name}/zarr.json": digest_of(chunks.path / chunks.name / "zarr.json")}
-    for at in written(chunks):
-        file = chunks.file(at)
-        try:
-            with file.open("rb") as content:
-                size = content.seek(0, os.SEEK_END) - CRC_BYTES
-                content.seek(max(size, 0))
-                found[chunks.key(at)] = size, int.from_bytes(content.read(), "little")
-        except FileNotFoundError as error:
-            raise ChunkError(file) from error
-    return found
+    return found | {chunks.key(at): digest_of_chunk(chunks.file(at)) for at in written(chunks)}
+
+
+def digest_of_chunk(file: Path) -> Digest:
+    """Of a chunk, as it says itself: only its end is read.
+
+    Raises:
+        ChunkError: it is missing.
+    """
+    try:
+        with file.open("rb") as content:
+            size = content.seek(0, os.SEEK_END) - CRC_BYTES
+            content.seek(max(size, 0))
+            return size, int.from_bytes(content.read(), "little")
+    except FileNotFoundError as error:
+        raise ChunkError(file) from error
 
 
 def read_manifest(path: Path) -> dict[str, Digest] | None:

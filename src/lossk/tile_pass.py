@@ -30,6 +30,7 @@ from lossk.chunks import Chunks
 from lossk.disk import Digest, forget, sync, sync_tree
 from lossk.errors import StoreError
 from lossk.layout import Layout
+from lossk.manifest import digest_of_chunk
 from lossk.runlog import RunLog
 from lossk.running import MomentsFirst, RunningMoments
 from lossk.sealed import LineLog, read_log
@@ -163,7 +164,12 @@ def committed_tiles(store: Path) -> dict[Key, Digest | None]:
                 found[int(i), int(j)] = None if written is None else (int(written[0]), int(written[1]))
             except (KeyError, TypeError, ValueError, IndexError) as error:
                 raise StoreError(f"{log.name} of {str(store)!r}, line {number}, names no tile") from error
-    return {key: written for key, written in found.items() if chunk_path(store, key).exists()}
+    return {key: written for key, written in found.items() if _is_there(chunk_path(store, key), written)}
+
+
+def _is_there(file: Path, written: Digest | None) -> bool:
+    """Whether a tile need not be made again; what lies in the middle of it is checked when it is read."""
+    return file.exists() and (written is None or digest_of_chunk(file) == written)
 
 
 def _line(key: Key, written: Digest | None) -> dict[str, Any]:
