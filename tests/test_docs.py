@@ -17,6 +17,7 @@ DOCS = Path(__file__).parent.parent / "docs"
 FENCE = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 PAGES = (
     "index.md",
+    "data.md",
     "probe.md",
     "reading.md",
     "analysis.md",

@@ -118,7 +118,12 @@ def test_parameters_without_grad_come_back_too() -> None:
         (
             [{}, {"3.bias": torch.tensor([float("nan"), 0.0])}],
             ValueError,
-            "chain 0, draw 1: probe sample 0 has loss nan",
+            r"chain 0, draw 1: '3.bias' must be finite, entry \[0\] is nan",
+        ),
+        (
+            [{}, {"3.weight": torch.full((2, 4), 3e38)}],
+            ValueError,
+            r"chain 0, draw 1: probe sample \d+ has loss (nan|inf)",
         ),
     ],
 )

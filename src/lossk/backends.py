@@ -6,8 +6,9 @@ from dataclasses import dataclass
 
 import torch
 
+from lossk.checks import check_choice
 from lossk.errors import BackendError
-from lossk.settings import BACKENDS, check_choice
+from lossk.settings import BACKENDS
 
 OPS = ("sgld_step", "sample_loss", "head_loss", "rank_update", "top_correlations")
 COMPILED = ("sgld_step", "sample_loss", "head_loss")  # what "cpp" does; the reference is the CPU's fast path elsewhere

@@ -31,10 +31,11 @@ from typing import Literal
 import torch
 
 from lossk.chain import Surroundings
+from lossk.checks import check_automatic, check_flag
 from lossk.errors import DivergedError
 from lossk.ops.philox import normals
 from lossk.ops.sgld_step import sgld_step
-from lossk.settings import SteppingSettings, check_automatic, check_choice
+from lossk.settings import SteppingSettings, put
 from lossk.stepping import SteppingChain
 
 STREAM = 3  # of the Philox counter: the first velocities
@@ -69,9 +70,12 @@ class BAOAB(SteppingSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_automatic("step_size", self.step_size, above=0.0)
-        check_automatic("friction", self.friction, above=0.0)
-        check_choice("control_variate", self.control_variate, (True, False))
+        put(
+            self,
+            step_size=check_automatic("step_size", self.step_size, above=0.0),
+            friction=check_automatic("friction", self.friction, above=0.0),
+            control_variate=check_flag("control_variate", self.control_variate),
+        )
 
 
 class BAOABChain(SteppingChain):

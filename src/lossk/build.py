@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from lossk import record
+from lossk.ambient import usual_modes
 from lossk.chain import ChainState
 from lossk.data import Transform
 from lossk.disk import full_disk_named
@@ -25,7 +26,7 @@ from lossk.panel import choose_panel
 from lossk.passes import Passes, check_passes
 from lossk.run import Run
 from lossk.runlog import RunLog
-from lossk.samplers import Sampler
+from lossk.samplers import Sampler, check_sampler
 from lossk.settings import check_settings
 from lossk.store import open_finished, saved_panel
 from lossk.stored_tiles import CACHE_BYTES
@@ -35,6 +36,7 @@ from lossk.timings import Progress
 from lossk.traces import LossTraces
 
 
+@usual_modes()
 def build_kernel(
     model: nn.Module,
     loader: Any,
@@ -67,7 +69,7 @@ def build_kernel(
         model: the trained network; used in eval mode and given back bit-identical, whatever happens.
         loader: the N probe samples: a DataLoader, a Dataset or a tuple (inputs, targets) of tensors. Row i of the
             kernel is sample i in dataset order. Or several sets in one `ProbeSets`, one after the other
-            (`kernel.sets`).
+            (`kernel.sets`). Read once; random streams are then put back where they were (docs/data.md).
         train: the data that defines the training loss L_n, in the same forms; None is the probe data, which `ProbeSets`
             cannot be.
         loss: "cross_entropy" (class-index targets), "token_cross_entropy" (logits [B, T, C], class indices [B, T], -100
@@ -112,13 +114,14 @@ def build_kernel(
 
     Raises:
         ValueError, TypeError: a bad argument, before sampling starts.
-        MemoryError: the kernel would not fit, before sampling starts; the message says what would.
+        MemoryError: the data or the kernel would not fit, before sampling starts; the message says what would.
+        RuntimeError: the dataset's own code failed; the message says at which samples, and its error is the cause.
         DivergedError: a chain left the neighbourhood of the trained weights.
         BackendError: an explicit backend cannot run here.
         DistributedError: ranks disagree on the call, or one of them has stopped; it is named.
         StoreError, FileExistsError: `out` is taken, damaged, holds another run, or does not fit on its disk.
     """
-    check_settings(
+    plain = check_settings(
         num_chains=num_chains,
         num_draws=num_draws,
         tile=tile,
@@ -130,12 +133,21 @@ def build_kernel(
         precision=precision,
         seed=seed,
         memory=memory,
+        transform=transform,
+        device=device,
+        out=out,
+        resume=resume,
+        progress=progress,
+        distributed=distributed,
     )
-    check_passes(passes)
-    budget = Budget.now(memory)
+    num_chains, num_draws, tile, panel = (plain[key] for key in ("num_chains", "num_draws", "tile", "panel"))
+    dtype, centering, form, backend = (plain[key] for key in ("dtype", "centering", "form", "backend"))
+    precision, seed, path, resume = (plain[key] for key in ("precision", "seed", "out", "resume"))
+    progress, distributed = plain["progress"], plain["distributed"]
+    passes, sampler = check_passes(passes), check_sampler(sampler, num_draws)
+    budget = Budget.now(plain["memory"])
     if resume and out is None:
         raise ValueError("resume=True needs out=, the store to continue, got None")
-    path = None if out is None else Path(out)
     with (
         joined(distributed) as ranks,
         full_disk_named(path),
@@ -146,8 +158,9 @@ def build_kernel(
         if ranks is not None:
             device = ranks.own_device(device)
         run = Run.prepare(
-            model, loader, train, loss, sampler, num_chains, num_draws, backend, device, precision, seed, transform
-        )
+            model, loader, train, loss, sampler, num_chains, num_draws, backend, device, precision, seed, transform,
+            bar, budget,
+        )  # fmt: skip
         settings = {"tile": tile, "dtype": dtype, "centering": centering, "form": None if form == "tiles" else form}
         if ranks is not None:
             return build_on_ranks(
@@ -184,6 +197,7 @@ def build_kernel(
                 log.close()
 
 
+@usual_modes()
 def sample_losses(
     model: nn.Module,
     loader: Any,
@@ -206,15 +220,29 @@ def sample_losses(
 
     On many ranks, which must all make this call, every rank gets all traces.
     """
-    check_settings(num_chains=num_chains, num_draws=num_draws, backend=backend, precision=precision, seed=seed)
-    check_passes(passes)
+    plain = check_settings(
+        num_chains=num_chains,
+        num_draws=num_draws,
+        backend=backend,
+        precision=precision,
+        seed=seed,
+        transform=transform,
+        device=device,
+        progress=progress,
+        distributed=distributed,
+    )
+    num_chains, num_draws, backend = (plain[key] for key in ("num_chains", "num_draws", "backend"))
+    precision, seed, progress = (plain[key] for key in ("precision", "seed", "progress"))
+    distributed = plain["distributed"]
+    passes, sampler = check_passes(passes), check_sampler(sampler, num_draws)
     budget = Budget.now(None)
     with joined(distributed) as ranks, Progress(progress and (ranks is None or ranks.first)) as bar:
         if ranks is not None:
             device = ranks.own_device(device)
         run = Run.prepare(
-            model, loader, train, loss, sampler, num_chains, num_draws, backend, device, precision, seed, transform
-        )
+            model, loader, train, loss, sampler, num_chains, num_draws, backend, device, precision, seed, transform,
+            bar, budget,
+        )  # fmt: skip
         if ranks is not None:
             return sample_on_ranks(ranks, run, passes=passes, budget=budget, bar=bar)
         panel = choose_panel(len(run.probe), num_draws)
@@ -224,7 +252,7 @@ def sample_losses(
             run.announce(bar)
             with run.timings.measure("plan"):
                 run.plan(bar, budget, tile=4096, panel=panel, dtype="float32", form="traces")
-            losses = torch.empty(num_chains, num_draws, len(run.probe))
+            losses = torch.empty(num_chains, num_draws, len(run.probe), dtype=torch.float32, device="cpu")
             for part in (each.on_host() for each in run.panels(panel, bar, dict.fromkeys(range(num_chains)))):
                 losses[part.chain, part.first_draw : part.first_draw + len(part.losses)] = part.losses
                 run.watch.note(part.losses, part.draws)

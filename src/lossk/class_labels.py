@@ -46,10 +46,10 @@ def _read_file(path: Path) -> tuple[Tensor, list[str]]:
         return torch.from_numpy(values.astype(np.int64)), []
     words = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     if all(word.lstrip("-").isdigit() for word in words):
-        return torch.tensor([int(word) for word in words], dtype=torch.int64), []
+        return torch.tensor([int(word) for word in words], dtype=torch.int64, device="cpu"), []
     names = sorted(set(words))
     number = {name: i for i, name in enumerate(names)}
-    return torch.tensor([number[word] for word in words], dtype=torch.int64), names
+    return torch.tensor([number[word] for word in words], dtype=torch.int64, device="cpu"), names
 
 
 def read_taxonomy(source: str, class_names: list[str]) -> Taxonomy:

@@ -19,6 +19,7 @@ from lossk import cli_attribution, cli_insight, cli_report, cli_stores, cli_tune
 from lossk.analysis.purity import chance_purity, class_purity
 from lossk.cli_checkpoints import checkpoint_outputs, show_checkpoints
 from lossk.cli_distributed import follow, share_threads
+from lossk.cli_options import Parser, folder, store_path
 from lossk.cli_wordnet import show_wordnet, wordnet_picture
 from lossk.config import RunConfig, load_config, parse_override
 from lossk.distributed import Ranks, joined, rank_name
@@ -51,19 +52,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="lossk", description=lossk.__doc__.splitlines()[0] if lossk.__doc__ else None)
+    parser = Parser(prog="lossk", description=lossk.__doc__.splitlines()[0] if lossk.__doc__ else None)
     parser.add_argument("--version", action="version", version=f"lossk {lossk.__version__}")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     demo = commands.add_parser("demo", help="train on real digits, build their kernel, draw it (about a minute)")
-    demo.add_argument("--out", default=".", metavar="DIR", help="folder for demo.lossk, demo.yaml and demo.png")
+    demo.add_argument(
+        "--out", type=folder, default=".", metavar="DIR", help="folder for demo.lossk, demo.yaml and demo.png"
+    )
     demo.add_argument("--overwrite", action="store_true", help="replace an earlier demo's files")
     demo.set_defaults(run=run_demo)
 
     run = commands.add_parser("run", help="run a recipe or a config file")
     run.add_argument("config", help=f"a YAML file, or a recipe: {', '.join(packaged_names())}")
-    run.add_argument("--out", metavar="STORE", help="path of the store, instead of the config's")
+    run.add_argument("--out", type=store_path, metavar="STORE", help="path of the store, instead of the config's")
     run.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="e.g. build.num_draws=50")
     group = run.add_mutually_exclusive_group()
     group.add_argument("--overwrite", action="store_true", help="replace what an earlier run wrote")

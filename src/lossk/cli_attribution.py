@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from lossk.analysis.attribution import ORDERS, Influence, influence
+from lossk.checks import shown
+from lossk.cli_options import file_path, whole
 from lossk.cross import CrossKernel
 from lossk.errors import LosskError
 from lossk.kernel import LossKernel
-from lossk.settings import check_integer
 from lossk.store import open_kernel
 
 SUFFIXES = (".csv", ".parquet")
@@ -22,22 +23,25 @@ SHOWN = 5  # queries that are printed
 def add_command(commands: Any) -> None:
     """Add it to the parser's subcommands."""
     parser = commands.add_parser("attribute", help="which training samples help and harm each query")
-    parser.add_argument("store")
+    parser.add_argument("store", type=file_path)
     parser.add_argument("--query", required=True, metavar="SET", help="a set of the store, or row numbers: 3,17,40-49")
     parser.add_argument("--train", metavar="SET", help="likewise; default: the set 'train' or, without sets, every row")
-    parser.add_argument("--top", type=int, default=10, metavar="K", help="samples of either kind per query (10)")
+    parser.add_argument("--top", type=whole(1), default=10, metavar="K", help="samples of either kind per query (10)")
     parser.add_argument("--by", choices=ORDERS, default="influence", help="rank by K or by R; default: influence")
-    parser.add_argument("--out", metavar="TABLE", help="write the whole table: a .csv or .parquet file")
+    parser.add_argument("--out", type=file_path, metavar="TABLE", help="write the whole table: a .csv or .parquet file")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier table")
     parser.set_defaults(run=run_attribute)
 
 
 def run_attribute(options: argparse.Namespace) -> None:
     out = None if options.out is None else check_table(Path(options.out), overwrite=options.overwrite)
-    check_integer("--top", options.top, 1)
     kernel = open_kernel(options.store)
     train = "train" if kernel.sets else "all"
-    cross = CrossKernel(kernel, _rows(kernel, options.train or train), _rows(kernel, options.query))
+    cross = CrossKernel(
+        kernel,
+        _rows("--train", kernel, train if options.train is None else options.train),
+        _rows("--query", kernel, options.query),
+    )
     found = influence(cross, top=min(options.top, cross.num_train), by=options.by)
     print(kernel)
     if kernel.diagnostics is not None:
@@ -49,20 +53,23 @@ def run_attribute(options: argparse.Namespace) -> None:
         print(f"wrote {out}  {len(frame):,} rows")
 
 
-def _rows(kernel: LossKernel, text: str) -> str | list[int] | slice:
+def _rows(option: str, kernel: LossKernel, text: str) -> str | list[int] | slice:
     """A set's name, "all", or the rows of "3,17,40-49"."""
     if text in kernel.sets:
         return text
     if text == "all":
         return slice(None)
     if not re.fullmatch(r"\d+(-\d+)?(,\d+(-\d+)?)*", text):
-        return text  # no set of the store: refused with the names there are
+        known = ", ".join([*kernel.sets, "all"])
+        raise ValueError(f"{option} must be a set of the store ({known}) or row numbers, got {shown(text)}")
     rows: list[int] = []
     for part in text.split(","):
         first, _, last = part.partition("-")
+        if max(len(first), len(last)) > len(str(kernel.num_samples)) or int(last or first) < int(first):
+            raise ValueError(f"{option}: {shown(part)} is not among the {kernel.num_samples} rows of the kernel")
         end = int(last or first)
         if end >= kernel.num_samples:
-            raise ValueError(f"row {end} is not among the {kernel.num_samples} rows of the kernel")
+            raise ValueError(f"{option}: row {end} is not among the {kernel.num_samples} rows of the kernel")
         rows += range(int(first), end + 1)
     return rows
 
@@ -87,7 +94,7 @@ def describe(found: Influence) -> str:
     return "\n".join(lines)
 
 
-def check_table(path: Path, *, overwrite: bool) -> Path:
+def check_table(table: Path, *, overwrite: bool) -> Path:
     """Refuse, before any work, a table that cannot be written.
 
     Raises:
@@ -95,14 +102,14 @@ def check_table(path: Path, *, overwrite: bool) -> Path:
         FileExistsError: it exists.
         LosskError: a package is missing.
     """
-    if path.suffix not in SUFFIXES:
-        raise ValueError(f"--out must end in {' or '.join(SUFFIXES)}, got {str(path)!r}")
-    if path.exists() and not overwrite:
-        raise FileExistsError(f"{path} exists; pass --overwrite to replace it, or another --out")
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"--out: there is no folder {str(path.parent)!r}")
-    needed = ("pandas",) if path.suffix == ".csv" else ("pandas", "pyarrow")
+    if table.suffix not in SUFFIXES:
+        raise ValueError(f"--out must end in {' or '.join(SUFFIXES)}, got {str(table)!r}")
+    if table.exists() and not overwrite:
+        raise FileExistsError(f"--out: {table} exists; pass --overwrite to replace it, or another --out")
+    if not table.parent.is_dir():
+        raise FileNotFoundError(f"--out: there is no folder {str(table.parent)!r}")
+    needed = ("pandas",) if table.suffix == ".csv" else ("pandas", "pyarrow")
     missing = [name for name in needed if importlib.util.find_spec(name) is None]
     if missing:
         raise LosskError(f'a table needs {" and ".join(missing)}: pip install "lossk[analysis]"')
-    return path
+    return table

@@ -10,7 +10,10 @@ import numpy as np
 import torch
 
 from lossk.analysis.tables import PICTURES, TABLES, check_outputs, write_table
+from lossk.checks import check_integer
 from lossk.class_labels import read_labels, read_taxonomy
+from lossk.cli_options import file_path, named, real, whole
+from lossk.indexing import resolve
 from lossk.store import open_kernel
 
 LABELS = "one class per line, number or name (a .npy file of numbers too), or 'config': of the store's own config"
@@ -19,52 +22,61 @@ LABELS = "one class per line, number or name (a .npy file of numbers too), or 'c
 def add_commands(commands: Any) -> None:
     """Add them to the parser's subcommands."""
     near = commands.add_parser("neighbors", help="nearest neighbours with standard errors and the noise floor")
-    near.add_argument("store")
-    near.add_argument("--k", type=int, default=10, help="neighbours of each sample; default 10")
+    near.add_argument("store", type=file_path)
+    near.add_argument("--k", type=whole(1), default=10, help="neighbours of each sample; default 10")
     near.add_argument("--rows", type=int, nargs="+", help="only these samples'; default all")
     near.add_argument("--anti", action="store_true", help="the most anti-correlated instead")
     _add_out(near, TABLES)
     near.set_defaults(run=run_neighbors)
 
     drawn = commands.add_parser("map", help="a UMAP map of the samples, and clusters on it")
-    drawn.add_argument("store")
-    drawn.add_argument("--labels", metavar="FILE", help=LABELS)
-    drawn.add_argument("--dimensions", type=int, default=2, help="default 2")
-    drawn.add_argument("--num-neighbors", type=int, default=30, help="default 30")
-    drawn.add_argument("--min-dist", type=float, default=0.1, help="default 0.1")
-    drawn.add_argument("--min-cluster-size", type=int, default=15, help="default 15")
-    drawn.add_argument("--seed", type=int, default=0, help="default 0")
+    drawn.add_argument("store", type=file_path)
+    drawn.add_argument("--labels", type=file_path, metavar="FILE", help=LABELS)
+    drawn.add_argument("--dimensions", type=whole(1, 10), default=2, help="default 2")
+    drawn.add_argument("--num-neighbors", type=whole(2), default=30, help="default 30")
+    drawn.add_argument("--min-dist", type=real(0.0, 1.0), default=0.1, help="default 0.1")
+    drawn.add_argument("--min-cluster-size", type=whole(2), default=15, help="default 15")
+    drawn.add_argument("--seed", type=whole(0, 2**32 - 1), default=0, help="default 0")
     _add_out(drawn, TABLES + PICTURES)
     drawn.set_defaults(run=run_map)
 
     classes = commands.add_parser("hierarchy", help="how classes relate, and whether a taxonomy agrees")
-    classes.add_argument("store")
-    classes.add_argument("--labels", metavar="FILE", required=True, help=LABELS)
+    classes.add_argument("store", type=file_path)
+    classes.add_argument("--labels", type=file_path, metavar="FILE", required=True, help=LABELS)
     classes.add_argument(
-        "--taxonomy", metavar="FILE", help="YAML, 'synsets: {class: WordNet synset}' or 'tree: {...}'; or 'fashion'"
+        "--taxonomy",
+        type=file_path,
+        metavar="FILE",
+        help="YAML, 'synsets: {class: WordNet synset}' or 'tree: {...}'; or 'fashion'",
     )
     classes.add_argument("--absolute", action="store_true", help="cluster by mean |R| instead of mean R")
-    classes.add_argument("--seed", type=int, default=0, help="default 0")
+    classes.add_argument("--seed", type=whole(0, 2**32 - 1), default=0, help="default 0")
     _add_out(classes, TABLES + PICTURES)
     classes.set_defaults(run=run_hierarchy)
 
     both = commands.add_parser("compare", help="two kernels of the same samples: entries, CKA, neighbours")
-    both.add_argument("a")
-    both.add_argument("b")
-    both.add_argument("--k", type=int, default=10, help="neighbours compared; default 10")
+    both.add_argument("a", type=file_path)
+    both.add_argument("b", type=file_path)
+    both.add_argument("--k", type=whole(1), default=10, help="neighbours compared; default 10")
     _add_out(both, TABLES)
     both.set_defaults(run=run_compare)
 
 
 def _add_out(parser: argparse.ArgumentParser, suffixes: tuple[str, ...]) -> None:
-    parser.add_argument("--out", action="append", default=[], metavar="FILE", help=" or ".join(suffixes))
+    parser.add_argument(
+        "--out", type=file_path, action="append", default=[], metavar="FILE", help=" or ".join(suffixes)
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace what is there")
 
 
 def _outputs(options: argparse.Namespace, suffixes: tuple[str, ...]) -> list[Path]:
-    paths = [Path(path) for path in options.out]
+    paths = [Path(each) for each in options.out]
     check_outputs(paths, suffixes, overwrite=options.overwrite)
     return paths
+
+
+def _labels(options: argparse.Namespace, count: int) -> tuple[torch.Tensor, list[str]]:
+    return named("--labels", read_labels, options.labels, options.store, count)
 
 
 def _wrote(paths: list[Path]) -> None:
@@ -76,17 +88,21 @@ def run_neighbors(options: argparse.Namespace) -> None:
     from lossk.analysis import significant_neighbors
 
     paths, kernel = _outputs(options, TABLES), open_kernel(options.store)
+    check_integer("--k", options.k, 1, len(kernel) - 1, limit=f"N - 1 = {len(kernel) - 1}")
+    if options.rows is not None:
+        resolve(options.rows, len(kernel), "--rows")
     found = significant_neighbors(kernel, options.k, options.rows, options.anti)
     rows, k = found.index.shape
-    samples = torch.arange(rows) if options.rows is None else torch.tensor(options.rows) % kernel.num_samples
+    chosen = range(kernel.num_samples) if options.rows is None else options.rows
+    samples = torch.tensor(chosen, dtype=torch.int64, device="cpu") % kernel.num_samples
     print(f"{rows:,} samples, {k} {'most anti-correlated' if options.anti else 'nearest'} of each")
     print(f"significant   {found.share:.1%} above the noise floor (unrelated samples: about {1 / k:.0%})")
     sure = float((found.by_chance < 0.01).double().mean())
     print(f"by_chance     {sure:.1%} are such as fewer than one row of a hundred would show by chance")
-    for path in paths:
+    for target in paths:
         columns = {
             "sample": samples.repeat_interleave(k),
-            "rank": torch.arange(1, k + 1).repeat(rows),
+            "rank": torch.arange(1, k + 1, device="cpu").repeat(rows),
             "neighbor": found.index.reshape(-1),
             "correlation": found.correlation.reshape(-1),
             "standard_error": found.standard_error.reshape(-1),
@@ -94,7 +110,7 @@ def run_neighbors(options: argparse.Namespace) -> None:
             "significant": found.significant.reshape(-1),
             "by_chance": found.by_chance.reshape(-1),
         }
-        write_table(columns, path)
+        write_table(columns, target)
     _wrote(paths)
 
 
@@ -102,7 +118,7 @@ def run_map(options: argparse.Namespace) -> None:
     from lossk.analysis import cluster, map_kernel
 
     paths, kernel = _outputs(options, TABLES + PICTURES), open_kernel(options.store)
-    labels, names = (None, []) if options.labels is None else read_labels(options.labels, options.store, len(kernel))
+    labels, names = (None, []) if options.labels is None else _labels(options, len(kernel))
     drawn = map_kernel(
         kernel,
         dimensions=options.dimensions,
@@ -118,18 +134,18 @@ def run_map(options: argparse.Namespace) -> None:
             where = "no cluster" if number == found.num_clusters else f"cluster {number}"
             parts = sorted(zip(counts, found.classes.tolist(), strict=True), reverse=True)
             print(f"  {where:10s} {sum(counts):6,}  " + ", ".join(f"{names[c]} {n:,}" for n, c in parts[:5] if n))
-    for path in paths:
-        if path.suffix in PICTURES:
+    for target in paths:
+        if target.suffix in PICTURES:
             from lossk.report.class_picture import draw_map
 
             shown = found.labels if labels is None else labels
             legend = [f"cluster {i}" for i in range(found.num_clusters)] if labels is None else names
-            draw_map(drawn, path, labels=shown.numpy(), names=legend, title=Path(options.store).stem)
+            draw_map(drawn, target, labels=shown.numpy(), names=legend, title=Path(options.store).stem)
             continue
         axes = {f"x{i}": drawn.coordinates[:, i] for i in range(options.dimensions)}
         table: dict[str, Any] = {"sample": np.arange(len(kernel)), **axes, "cluster": found.labels}
         table |= {"membership": found.probability, "dead": drawn.dead, "mean_loss": kernel.mean_loss}
-        write_table(table | ({} if labels is None else {"label": [names[i] for i in labels.tolist()]}), path)
+        write_table(table | ({} if labels is None else {"label": [names[i] for i in labels.tolist()]}), target)
     _wrote(paths)
 
 
@@ -139,27 +155,27 @@ def run_hierarchy(options: argparse.Namespace) -> None:
 
     paths = _outputs(options, TABLES + PICTURES)
     kernel = open_with_chains(options.store)
-    labels, names = read_labels(options.labels, options.store, len(kernel))
-    taxonomy = None if options.taxonomy is None else read_taxonomy(options.taxonomy, names)
+    labels, names = _labels(options, len(kernel))
+    taxonomy = None if options.taxonomy is None else named("--taxonomy", read_taxonomy, options.taxonomy, names)
     found = class_similarity(kernel, labels, names, seed=options.seed, progress=len(kernel) > 10_000)
     shown = found.absolute if options.absolute else found.signed
     tree = dendrogram(shown, names)
     print(f"{len(names)} classes, {int(found.counts.sum()):,} live samples")
     print(f"dendrogram's cophenetic correlation {tree.cophenetic_correlation:.3f}")
-    tables = [path for path in paths if path.suffix in TABLES]
+    tables = [target for target in paths if target.suffix in TABLES]
     if taxonomy is not None:
         alignment = align({"mean R": found.signed, "mean |R|": found.absolute}, taxonomy, seed=options.seed)
         print(alignment.note)
         for measure in ("wu_palmer", "path", "lin"):
             print(f"\n{measure}\n" + alignment.markdown(measure, ["spearman", "kendall", "triplets", "cophenetic"]))
         records = alignment.records()
-        for path in tables:
-            write_table({key: [record[key] for record in records] for key in records[0]}, path)
+        for target in tables:
+            write_table({key: [record[key] for record in records] for key in records[0]}, target)
     else:
         first, second = np.triu_indices(len(names))
         image, chain = shown.image_error, shown.chain_error
         blank = np.full(len(first), np.nan)
-        for path in tables:
+        for target in tables:
             columns = {
                 "class_a": [names[i] for i in first],
                 "class_b": [names[j] for j in second],
@@ -168,12 +184,12 @@ def run_hierarchy(options: argparse.Namespace) -> None:
                 "image_error": blank if image is None else image[first, second],
                 "chain_error": blank if chain is None else chain[first, second],
             }
-            write_table(columns, path)
-    for path in paths:
-        if path.suffix in PICTURES:
+            write_table(columns, target)
+    for target in paths:
+        if target.suffix in PICTURES:
             from lossk.report.class_picture import draw_hierarchy
 
-            draw_hierarchy(found, tree, path)
+            draw_hierarchy(found, tree, target)
     _wrote(paths)
 
 
@@ -182,6 +198,7 @@ def run_compare(options: argparse.Namespace) -> None:
 
     paths = _outputs(options, TABLES)
     a, b = open_kernel(options.a), open_kernel(options.b)
+    check_integer("--k", options.k, 1, len(a) - 1, limit=f"N - 1 = {len(a) - 1}")
     found = compare_kernels(a, b, k=options.k, progress=len(a) > 10_000)
     print(f"{found.num_samples:,} samples live in both")
     print(f"entries above the diagonal  correlation of K {found.entry_correlation_k:.3f}, of R "
@@ -191,8 +208,8 @@ def run_compare(options: argparse.Namespace) -> None:
     print(
         f"{found.neighbours} nearest neighbours        {found.overlap:.1%} shared (chance {found.chance_overlap:.1%})"
     )
-    for path in paths:
+    for target in paths:
         gained, lost = ((x >= 0).sum(dim=1) for x in (found.gained, found.lost))
         sample = np.arange(a.num_samples)
-        write_table({"sample": sample, "overlap": found.overlaps, "gained": gained, "lost": lost}, path)
+        write_table({"sample": sample, "overlap": found.overlaps, "gained": gained, "lost": lost}, target)
     _wrote(paths)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from lossk.cli_options import file_path, named
 from lossk.commits import progress_of
 from lossk.errors import StoreError
 from lossk.manifest import is_complete
@@ -17,17 +19,17 @@ from lossk.store import open_kernel
 def add_commands(commands: Any) -> None:
     """Add them to the parser's subcommands."""
     info = commands.add_parser("info", help="what a store holds")
-    info.add_argument("store")
+    info.add_argument("store", type=file_path)
     info.add_argument("--json", action="store_true", help="everything, as JSON")
     info.set_defaults(run=run_info)
 
     verify = commands.add_parser("verify", help="check every checksum of a store, and that it can be a kernel")
-    verify.add_argument("store")
+    verify.add_argument("store", type=file_path)
     verify.set_defaults(run=run_verify)
 
     export = commands.add_parser("export", help="write the whole N x N matrix for other tools")
-    export.add_argument("store")
-    export.add_argument("out", help="path to write, which must not exist")
+    export.add_argument("store", type=file_path)
+    export.add_argument("out", type=file_path, help="path to write, which must not exist")
     export.add_argument("--format", choices=("zarr", "npy"), default="zarr", help="default: zarr")
     export.add_argument("--correlation", action="store_true", help="R instead of K")
     export.set_defaults(run=run_export)
@@ -36,19 +38,19 @@ def add_commands(commands: Any) -> None:
 def run_info(options: argparse.Namespace) -> None:
     from lossk.report.summary import describe
 
-    path = Path(options.store)
+    store = Path(options.store)
     try:
-        kernel = open_kernel(path)
+        kernel = open_kernel(store)
     except StoreError:
-        if is_complete(path) or not (path / "config.json").exists():
+        if is_complete(store) or not (store / "config.json").exists():
             raise
-        progress = progress_of(path)
+        progress = progress_of(store)
         if options.json:
             print(json.dumps({"complete": False, "progress": progress}))
         else:
-            print(f"{path}  unfinished: {progress}; lossk run {path.with_suffix('.yaml')} --resume continues it")
+            print(f"{store}  unfinished: {progress}; lossk run {store.with_suffix('.yaml')} --resume continues it")
         return
-    size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+    size = sum(file.stat().st_size for file in store.rglob("*") if file.is_file())
     if options.json:
         plain = {key: value for key, value in kernel.meta.items() if not key.endswith("_trace")}
         diagnostics = None if kernel.diagnostics is None else kernel.diagnostics.to_dict()
@@ -56,7 +58,7 @@ def run_info(options: argparse.Namespace) -> None:
         kind = {"tile": kernel.tile, "dtype": kernel.dtype, "centering": kernel.centering, "bytes": size}
         print(json.dumps({"complete": True, **shape, **kind, "diagnostics": diagnostics, **plain}, indent=1))
         return
-    print(f"{path}  {gigabytes(size)}, complete")
+    print(f"{store}  {gigabytes(size)}, complete")
     print(describe(kernel))
     print(f"{kernel.form:12s} side {kernel.tile}, {kernel.dtype}, centred by {kernel.centering}")
     for key, value in kernel.meta.get("sampler", {}).items():
@@ -80,9 +82,7 @@ def run_verify(options: argparse.Namespace) -> int:
 
 def run_export(options: argparse.Namespace) -> None:
     kernel, out = open_kernel(options.store), Path(options.out)
-    if options.format == "npy":
-        kernel.to_memmap(out, correlation=options.correlation)
-    else:
-        kernel.to_zarr(out, correlation=options.correlation)
+    write: Any = kernel.to_memmap if options.format == "npy" else kernel.to_zarr
+    named("out", partial(write, correlation=options.correlation), out)
     what = "correlations" if options.correlation else "covariances, nats^2"
     print(f"wrote {out}  {kernel.num_samples} x {kernel.num_samples} {what}, {gigabytes(4 * kernel.num_samples**2)}")

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from lossk.cli_options import folder, whole
 from lossk.config import RunConfig, load_config, parse_override
 from lossk.grid import GridSettings, parse_values, plan_grid, planned_cells, request_of
 from lossk.grid_cell import PlannedCell, read_cell
@@ -17,8 +18,8 @@ from lossk.grid_jobs import PICTURE, open_grid, run_grid
 from lossk.optional import check_installed
 from lossk.plan import duration
 from lossk.report.grid_picture import draw_grid, number
-from lossk.settings import check_integer
 
+MOST_JOBS = 1024  # processes
 RISE_LIMIT = 0.5  # nats
 
 
@@ -27,15 +28,17 @@ def add_command(commands: Any, recipes: Sequence[str]) -> None:
     tune = commands.add_parser("tune", help="try n_beta and localization on a grid of short runs; a verdict for each")
     defaults = GridSettings()
     tune.add_argument("config", help=f"a YAML file, or a recipe: {', '.join(recipes)}")
-    tune.add_argument("--out", metavar="FOLDER", help="default: the config's out, ending in .tune")
+    tune.add_argument("--out", type=folder, metavar="FOLDER", help="default: the config's out, ending in .tune")
     tune.add_argument("--n-beta", nargs="+", metavar="VALUE", help="numbers, or multiples like 10x of the middle")
     tune.add_argument("--localization", nargs="+", metavar="VALUE", help="likewise")
-    tune.add_argument("--jobs", type=int, default=1, metavar="K", help="processes, of one thread each (default 1)")
+    tune.add_argument(
+        "--jobs", type=whole(1, MOST_JOBS), default=1, metavar="K", help="processes, of one thread each (default 1)"
+    )
     tune.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="e.g. sampler.batch_size=64")
-    tune.add_argument("--probe", type=int, default=defaults.probe, help="most probe samples (default %(default)s)")
-    tune.add_argument("--num-chains", type=int, default=defaults.num_chains, help="per cell (default %(default)s)")
-    tune.add_argument("--num-draws", type=int, default=defaults.num_draws, help="per chain (default %(default)s)")
-    tune.add_argument("--max-steps", type=int, default=defaults.max_steps, help="per chain (default %(default)s)")
+    tune.add_argument("--probe", type=whole(2), default=defaults.probe, help="most probe samples (default %(default)s)")
+    tune.add_argument("--num-chains", type=whole(2), default=defaults.num_chains, help="per cell (default %(default)s)")
+    tune.add_argument("--num-draws", type=whole(4), default=defaults.num_draws, help="per chain (default %(default)s)")
+    tune.add_argument("--max-steps", type=whole(1), default=defaults.max_steps, help="per chain (default %(default)s)")
     group = tune.add_mutually_exclusive_group()
     group.add_argument("--overwrite", action="store_true", help="begin again in a folder that is there")
     group.add_argument("--resume", action="store_true", help="finish, or help to finish, or extend a grid")
@@ -43,7 +46,10 @@ def add_command(commands: Any, recipes: Sequence[str]) -> None:
 
 
 def run_tune(options: argparse.Namespace) -> None:
-    check_integer("--jobs", options.jobs, 1)
+    if options.max_steps < 2 * options.num_draws:
+        raise ValueError(
+            f"--max-steps must be at least 2 x --num-draws, {2 * options.num_draws}, got {options.max_steps}"
+        )
     settings = GridSettings(
         num_chains=options.num_chains, num_draws=options.num_draws, probe=options.probe, max_steps=options.max_steps
     )

@@ -10,16 +10,17 @@ import re
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import yaml
 
+from lossk.checks import check_device, check_integer, check_mapping, check_optional, check_path, check_text
 from lossk.passes import Passes
 from lossk.recipes import RecipeTask, packaged_config, packaged_names
 from lossk.samplers import KINDS, read_sampler
-from lossk.settings import check_integer, check_settings
+from lossk.settings import check_settings
 
+MOST_THREADS = 4096
 BUILD_KEYS = (
     "num_chains", "num_draws", "tile", "panel", "dtype", "centering", "form", "memory", "backend", "device",
     "precision", "seed",
@@ -52,20 +53,26 @@ class RunConfig:
     threads: int | None = None
 
     def __post_init__(self) -> None:
-        if self.task.count(":") != 1:
+        if check_text("task", self.task).count(":") != 1:
             raise ValueError(f"task must be 'module:function', got {self.task!r}")
         if self.threads is not None:
-            check_integer("threads", self.threads, 1)
-        if Path(self.out).suffix != ".lossk":
+            check_integer("threads", self.threads, 1, MOST_THREADS)
+        for name in ("task_args", "build", "sampler"):
+            check_mapping(name, getattr(self, name))
+        check_optional(check_mapping, "passes", self.passes)
+        for name in ("picture", "report"):
+            check_optional(check_path, name, getattr(self, name))
+        if check_path("out", self.out).suffix != ".lossk":
             raise ValueError(f"out must end in .lossk, got {self.out!r}")
         refuse_unknown("build", self.build, BUILD_KEYS)
-        kind = KINDS.get(self.sampler.get("kind", "sgld"))
+        kind = KINDS.get(check_text("sampler.kind", self.sampler.get("kind", "sgld")))
         if kind is not None:  # an unknown kind is refused by read_sampler
             refuse_unknown("sampler", self.sampler, ["kind", *(f.name for f in dataclasses.fields(kind))])
         read_sampler(self.sampler)
         if self.passes is not None:
             refuse_unknown("passes", self.passes, [f.name for f in dataclasses.fields(Passes)])
             Passes(**self.passes)
+        check_device("device", self.build.get("device"))
         check_settings(**{key: value for key, value in self.build.items() if key != "device"})
 
     def to_yaml(self) -> str:
@@ -105,9 +112,11 @@ def load_config(name_or_path: str, overrides: Mapping[str, Any] | None = None) -
     Raises:
         ValueError: no such recipe or file, not a mapping, or an unknown key (the nearest known one is named).
     """
-    path = packaged_config(name_or_path) or Path(name_or_path)
+    path = packaged_config(name_or_path) or check_path("config", name_or_path)
     if not path.is_file():
-        raise ValueError(f"there is no config file or recipe {name_or_path!r}; recipes: {', '.join(packaged_names())}")
+        raise ValueError(
+            f"config: there is no config file or recipe {name_or_path!r}; recipes: {', '.join(packaged_names())}"
+        )
     try:
         plain = parse_yaml(path.read_text())
     except (yaml.YAMLError, UnicodeDecodeError) as error:

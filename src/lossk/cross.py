@@ -4,22 +4,29 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+from lossk.ambient import usual_modes
 from lossk.build import sample_losses
-from lossk.data import Transform, map_tensors, read_samples
+from lossk.checks import check_choice, check_instance, check_tensor
+from lossk.data import Transform, map_tensors
+from lossk.dense import AsArray, refuse_too_large
 from lossk.diagnostics import Diagnostics
-from lossk.indexing import resolve
+from lossk.indexing import resolve, rows_and_columns
 from lossk.kernel import LossKernel
 from lossk.losses import LossFunction
 from lossk.neighbors import noise_floor
 from lossk.passes import Passes
 from lossk.probe_sets import ProbeSets
+from lossk.reading import check_source, read_samples
 from lossk.samplers import Sampler
-from lossk.settings import CENTERINGS, check_choice
+from lossk.settings import CENTERINGS
+from lossk.timings import Progress
 
 
+@usual_modes()
 def cross_kernel(
     model: nn.Module,
     train: Any,
@@ -62,25 +69,27 @@ def cross_kernel(
 
     Raises:
         ValueError, TypeError, IndexError: a bad argument, before sampling starts.
-        MemoryError: the draws' losses would not fit.
+        MemoryError: the data or the draws' losses would not fit.
         DivergedError: a chain left the neighbourhood of the trained weights.
         BackendError: an explicit backend cannot run here.
     """
-    check_choice("centering", centering, CENTERINGS)
+    centering = check_choice("centering", centering, CENTERINGS)
     for name, data in (("train", train), ("query", query)):
         if data is None or isinstance(data, ProbeSets):
             kind = type(data).__name__
             raise TypeError(
                 f"{name} must be a DataLoader, a Dataset or a tuple (inputs, targets) of tensors, got {kind}"
             )
+        check_source(data, name)
     shown, index = train, None
     if rows is not None:
-        samples = read_samples(train, "train")
-        index = resolve(rows, len(samples))
+        with Progress(progress) as bar:
+            read = read_samples(train, "train", bar=bar)
+        index = resolve(rows, len(read), "rows")
         if len(index) == 0:
             raise ValueError("rows must select at least one training sample, got none")
         # What was read is passed on, so that a loader is read once and its random augmentation drawn once.
-        train, shown = samples.tree, map_tensors(lambda t: t[index.to(t.device)], samples.tree)
+        train, shown = read.tree, map_tensors(lambda t: t[index.to(t.device)], read.tree)
     traces = sample_losses(
         model,
         ProbeSets(train=shown, query=query),
@@ -98,10 +107,11 @@ def cross_kernel(
         progress=progress,
     )
     kernel = LossKernel.from_traces(traces, centering=centering)
-    return CrossKernel(kernel, kernel.sets["train"], kernel.sets["query"], samples=index)
+    samples = index if kernel.tokens is None else None
+    return CrossKernel(kernel, kernel.sets["train"], kernel.sets["query"], samples=samples)
 
 
-class CrossKernel:
+class CrossKernel(AsArray):
     """The block of a loss kernel between training samples (rows) and query samples (columns), read like a kernel.
 
     Args:
@@ -118,11 +128,19 @@ class CrossKernel:
     def __init__(
         self, kernel: LossKernel, train: Any = "train", query: Any = "query", *, samples: Tensor | None = None
     ) -> None:
-        self.kernel = kernel
+        self.kernel: LossKernel = check_instance("kernel", kernel, LossKernel)
         self._train, of_set = _rows_of(kernel, "train", train)
         self._query, query_of_set = _rows_of(kernel, "query", query)
-        self.train_samples = of_set if samples is None or kernel.tokens is not None else samples  # [n] int64
+        self.train_samples = of_set if samples is None else self._check_samples(samples)  # [n] int64
         self.query_samples = query_of_set  # [q] int64
+
+    def _check_samples(self, samples: Any) -> Tensor:
+        if self.kernel.tokens is not None:
+            raise ValueError("samples must be None where rows are tokens, which say themselves what they are of")
+        numbers = check_tensor("samples", samples, (self.num_train,), of="an integer").to("cpu", torch.int64)
+        if (numbers < 0).any():
+            raise ValueError(f"samples must be at least 0, got {int(numbers.min())}")
+        return numbers
 
     @property
     def num_train(self) -> int:
@@ -138,6 +156,15 @@ class CrossKernel:
     def shape(self) -> tuple[int, int]:
         """(n, q)."""
         return self.num_train, self.num_query
+
+    def to_numpy(self) -> np.ndarray:
+        """All covariances: [n, q] float32. Refuses, with the size, what free memory cannot hold.
+
+        Raises:
+            MemoryError: the matrix needs more than the memory now available.
+        """
+        refuse_too_large(*self.shape, "read blocks, cross[train, query]")
+        return self[:, :].numpy()
 
     @property
     def diagnostics(self) -> Diagnostics | None:
@@ -176,7 +203,7 @@ class CrossKernel:
 
     def __getitem__(self, key: Any) -> Tensor:
         """Covariances `cross[train, query]` (or `cross[train]`): [r, c] float32, nats^2. Positive: helpful."""
-        rows, columns = key if isinstance(key, tuple) and len(key) == 2 else (key, slice(None))
+        rows, columns = rows_and_columns(key)
         return self.kernel[self._at(rows, columns)]
 
     def influence(self, rows: Any = slice(None), columns: Any = slice(None)) -> Tensor:
@@ -194,7 +221,10 @@ class CrossKernel:
         return self.kernel.standard_error(*self._at(rows, columns), correlation=correlation, method=method)
 
     def _at(self, rows: Any, columns: Any) -> tuple[Tensor, Tensor]:
-        return self._train[resolve(rows, self.num_train)], self._query[resolve(columns, self.num_query)]
+        return (
+            self._train[resolve(rows, self.num_train, "rows")],
+            self._query[resolve(columns, self.num_query, "columns")],
+        )
 
     def __repr__(self) -> str:
         return f"CrossKernel({self.num_train} x {self.num_query} of {self.kernel!r})"
@@ -208,7 +238,7 @@ def _rows_of(kernel: LossKernel, name: str, which: Any) -> tuple[Tensor, Tensor]
             raise ValueError(f"{name} must name a set of the kernel, got {which!r}; its sets are {there}")
         which = kernel.sets[which]
     sets = [span for span in kernel.sets.values() if span == which] if isinstance(which, slice) else []
-    rows = resolve(which, kernel.num_samples)
+    rows = resolve(which, kernel.num_samples, name)
     if len(rows) == 0:
         raise ValueError(f"{name} must select at least one sample, got none")
     return rows, rows - (sets[0].start if sets else 0)

@@ -70,7 +70,10 @@ def write_npy(kernel: LossKernel, path: Path, *, correlation: bool) -> np.memmap
 
 def refuse_too_large(num_samples: int, path: Path) -> None:
     """Raise OSError, with the sizes, where the matrix does not fit onto the disk."""
-    needed, free = 4 * num_samples**2, shutil.disk_usage(path.resolve().parent).free
+    folder = path.resolve().parent
+    if not folder.is_dir():
+        raise FileNotFoundError(f"path {str(path)!r} must lie in a folder that is there, got {str(folder)!r}")
+    needed, free = 4 * num_samples**2, shutil.disk_usage(folder).free
     if needed > free:
         raise OSError(
             f"the {num_samples} x {num_samples} matrix needs {needed / 1e9:.1f} GB and {free / 1e9:.1f} GB are free "

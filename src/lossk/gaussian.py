@@ -10,9 +10,10 @@ import math
 from dataclasses import dataclass
 
 from lossk.chain import Chain, Surroundings
+from lossk.checks import check_number
 from lossk.errors import DivergedError
 from lossk.ops.philox import normals
-from lossk.settings import SamplerSettings, check_number
+from lossk.settings import SamplerSettings, put
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +32,7 @@ class Gaussian(SamplerSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_number("sigma", self.sigma, "a number", above=0.0)
+        put(self, sigma=check_number("sigma", self.sigma, above=0.0))
 
     def steps(self, num_draws: int) -> int:
         """Moves of one chain of `num_draws` draws."""

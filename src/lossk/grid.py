@@ -13,11 +13,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from lossk.checks import check_integer
 from lossk.config import RunConfig
 from lossk.grid_cell import PlannedCell, grid_data
 from lossk.run import Run
 from lossk.samplers import kind_of, read_sampler
-from lossk.settings import check_integer
 from lossk.sgld import SGLD
 from lossk.tune import choose_settings
 

@@ -17,10 +17,11 @@ from dataclasses import dataclass
 import torch
 
 from lossk.chain import Chain, Surroundings
+from lossk.checks import check_integer, check_number
 from lossk.errors import DivergedError
 from lossk.metropolis import Energy, kinetic, probability
 from lossk.ops.philox import normals, uint32_stream
-from lossk.settings import SamplerSettings, check_integer, check_n_beta, check_number
+from lossk.settings import MOST_STEPS, SamplerSettings, check_n_beta, put
 
 STREAM = 4  # of the Philox counter: the uniform numbers of the tests
 
@@ -51,12 +52,15 @@ class HMC(SamplerSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_number("step_size", self.step_size, "a number", above=0.0)
-        check_number("localization", self.localization, "a number", least=0.0)
-        check_integer("num_leapfrog_steps", self.num_leapfrog_steps, 1)
-        check_n_beta(self.n_beta)
-        check_integer("num_burnin_steps", self.num_burnin_steps, 0)
-        check_integer("num_steps_bw_draws", self.num_steps_bw_draws, 1)
+        put(
+            self,
+            step_size=check_number("step_size", self.step_size, above=0.0),
+            localization=check_number("localization", self.localization, least=0.0),
+            num_leapfrog_steps=check_integer("num_leapfrog_steps", self.num_leapfrog_steps, 1, ceiling=MOST_STEPS),
+            n_beta=check_n_beta(self.n_beta),
+            num_burnin_steps=check_integer("num_burnin_steps", self.num_burnin_steps, 0, ceiling=MOST_STEPS),
+            num_steps_bw_draws=check_integer("num_steps_bw_draws", self.num_steps_bw_draws, 1, ceiling=MOST_STEPS),
+        )
 
     def steps(self, num_draws: int) -> int:
         """Trajectories of one chain of `num_draws` draws."""
@@ -83,7 +87,7 @@ class HMCChain(Chain):
         force = torch.empty_like(self.task.flat)
         with self.around.timings.measure("gradient"):
             loss = self.energy.gradient(force)
-        self.memory = {"force": force, "loss": torch.tensor(loss, dtype=torch.float64)}
+        self.memory = {"force": force, "loss": torch.tensor(loss, dtype=torch.float64, device="cpu")}
 
     def advance(self) -> float:
         """One trajectory and its test; returns L_n(w) - L_n(w*) at the weights after it."""
@@ -100,7 +104,7 @@ class HMCChain(Chain):
         passed = (word + 0.5) / 2**32 < probability(rise)
         if passed:
             loss, self.memory["force"] = proposed, force
-            self.memory["loss"] = torch.tensor(loss, dtype=torch.float64)
+            self.memory["loss"] = torch.tensor(loss, dtype=torch.float64, device="cpu")
         else:
             self.task.flat.copy_(weights)
         self._tests, self._passed = self._tests + 1, self._passed + passed

@@ -7,14 +7,24 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import psutil
 import torch
 from torch import Tensor
 
 from lossk.blocks import Blocks, FactorBlocks, Moments, tile_spans, upper_triangle
 from lossk.centring import centre, degrees_of_freedom, empty_moments, note
-from lossk.dense import write_dense
-from lossk.indexing import resolve
+from lossk.checks import (
+    check_choice,
+    check_flag,
+    check_instance,
+    check_integer,
+    check_mapping,
+    check_path,
+    check_tensor,
+    wrong_kind,
+)
+from lossk.column_checks import check_diagnostics, check_sets, check_tokens
+from lossk.dense import AsArray, dense
+from lossk.indexing import resolve, rows_and_columns
 from lossk.neighbors import (
     Neighbors,
     device_for_neighbors,
@@ -24,7 +34,8 @@ from lossk.neighbors import (
     nearest_on_device,
     noise_floor,
 )
-from lossk.settings import CENTERINGS, check_choice
+from lossk.ops.top_correlations import BACKENDS
+from lossk.settings import CENTERINGS
 from lossk.spectrum import leading
 from lossk.standard_error import METHODS, bartlett, from_draws, method_for
 
@@ -36,11 +47,12 @@ ROWS_AT_A_TIME = 1024  # of a tile, in float64 products
 STRIPE = 4096  # samples centred at a time, which bounds the float64 temporaries
 
 
-class LossKernel:
+class LossKernel(AsArray):
     """K_ij = Cov(loss_i, loss_j) over SGLD draws around the trained weights (arXiv 2509.26537).
 
     Held as dense triangular tiles (streamed) or as the low-rank factor of centred traces; both give the same numbers.
-    All entries are in nats^2. The kernel is symmetric and positive semi-definite up to rounding.
+    All entries are in nats^2. The kernel is symmetric and positive semi-definite up to rounding. NumPy and scikit-learn
+    take it as an array of shape (N, N), `np.asarray(kernel)`, within the limit of `to_numpy`.
     """
 
     def __init__(
@@ -53,11 +65,13 @@ class LossKernel:
         tokens: Tensor | None = None,
         sets: Mapping[str, slice] | None = None,
     ) -> None:
+        if isinstance(blocks, type) or not hasattr(blocks, "row_blocks"):
+            raise wrong_kind("blocks", "the blocks of a kernel", blocks)
         self._blocks = blocks
-        self._moments = moments
-        self.meta = meta or {}
-        self.diagnostics = diagnostics
-        self._tokens, self._sets = tokens, dict(sets or {})
+        self._moments: Moments = check_instance("moments", moments, Moments)
+        self.meta = {} if meta is None else check_mapping("meta", meta)
+        self.diagnostics: Diagnostics | None = check_diagnostics(diagnostics)
+        self._tokens, self._sets = check_tokens(tokens, blocks.num_samples), check_sets(sets, blocks.num_samples)
         self._std_over_scale = (moments.variance.sqrt() / moments.scale).float()  # [N], 0 for a dead sample
         self._gain = torch.where(self._std_over_scale > 0, 1.0 / self._std_over_scale, 0.0)  # [N]
 
@@ -70,11 +84,13 @@ class LossKernel:
             centering: "chain" or "pooled".
         """
         from lossk.diagnostics import diagnose_traces
+        from lossk.traces import LossTraces
 
+        check_instance("traces", traces, LossTraces)
         losses = traces.losses  # [C, T, N] float32
         num_chains, num_draws, num_samples = losses.shape
-        check_choice("centering", centering, CENTERINGS)
-        factor = torch.empty(num_chains * num_draws, num_samples)
+        centering = check_choice("centering", centering, CENTERINGS)
+        factor = torch.empty(num_chains * num_draws, num_samples, dtype=torch.float32, device="cpu")
         moments = empty_moments(num_chains, num_draws, num_samples, centering)
         for span in tile_spans(num_samples, STRIPE):
             centred = centre(losses[:, :, span], centering)
@@ -159,8 +175,10 @@ class LossKernel:
         """[N] bool: samples whose loss never varied."""
         return self._moments.variance == 0
 
-    def __len__(self) -> int:
-        return self.num_samples
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(N, N)."""
+        return self.num_samples, self.num_samples
 
     def __repr__(self) -> str:
         unit = "samples" if self.tokens is None else "tokens"
@@ -180,9 +198,10 @@ class LossKernel:
 
         Raises:
             IndexError: out of range, or a mask of another length.
+            TypeError: neither integers nor a mask.
         """
-        rows, columns = key if isinstance(key, tuple) and len(key) == 2 else (key, slice(None))
-        rows, columns = self._index(rows), self._index(columns)
+        rows, columns = rows_and_columns(key)
+        rows, columns = self._index(rows), self._index(columns, "columns")
         scale = self._moments.scale.float()
         block = self._blocks.gather(rows, columns) * scale[rows].unsqueeze(1) * scale[columns]
         return torch.where(rows.unsqueeze(1) == columns, self.variance.float()[columns], block)
@@ -192,9 +211,9 @@ class LossKernel:
 
         Where a variance is zero, R_ij = 0 for i != j and R_ii = 1.
         """
-        rows, columns = self._index(rows), self._index(columns)
+        rows, columns = self._index(rows), self._index(columns, "columns")
         block = self._correlate(self._blocks.gather(rows, columns), rows, columns)
-        return torch.where(rows.unsqueeze(1) == columns, torch.ones(()), block)
+        return torch.where(rows.unsqueeze(1) == columns, torch.ones((), dtype=torch.float32, device="cpu"), block)
 
     def standard_error(
         self, rows: Any = slice(None), columns: Any = slice(None), *, correlation: bool = False, method: str = "auto"
@@ -213,8 +232,8 @@ class LossKernel:
                 form, chain centring, and at least 2 chains (and many for a steady answer).
                 "auto": "products" where the draws are in memory, else "lag1".
         """
-        check_choice("method", method, METHODS)
-        rows, columns = self._index(rows), self._index(columns)
+        method, correlation = check_choice("method", method, METHODS), check_flag("correlation", correlation)
+        rows, columns = self._index(rows), self._index(columns, "columns")
         method = method_for(self._blocks) if method == "auto" else method
         if method != "lag1":
             return from_draws(self._blocks, self._moments, self.centering, method)(rows, columns, correlation)
@@ -230,8 +249,8 @@ class LossKernel:
     def _correlate(self, block: Tensor, rows: Tensor | slice, columns: Tensor | slice) -> Tensor:
         return (block * self._gain[rows].unsqueeze(1) * self._gain[columns]).clamp_(-1.0, 1.0)
 
-    def _index(self, key: Any) -> Tensor:
-        return resolve(key, self.num_samples)
+    def _index(self, key: Any, name: str = "rows") -> Tensor:
+        return resolve(key, self.num_samples, name)
 
     # -- whole-kernel operations, a tile at a time ------------------------------------------------------------------
 
@@ -256,7 +275,7 @@ class LossKernel:
 
         In factor form K is F'F, two passes over F, its rounded diagonal included: positive semi-definite in any dtype.
         """
-        v = torch.as_tensor(v).double()
+        v = check_tensor("v", v, of="a real number").to("cpu", torch.float64)
         if v.ndim not in (1, 2) or v.shape[0] != self.num_samples:
             raise ValueError(f"v must have shape [{self.num_samples}] or [{self.num_samples}, m], got {list(v.shape)}")
         scale = self._moments.scale.unsqueeze(1)
@@ -285,8 +304,7 @@ class LossKernel:
         else ARPACK (SciPy) on `matvec`, from a fixed start; a dense solver for small N.
         """
         n = self.num_samples
-        if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= n:
-            raise ValueError(f"k must be an integer from 1 to the number of samples, {n}, got {k!r}")
+        k = check_integer("k", k, 1, n, limit=f"the number of samples, {n}")
         factor = self._blocks if isinstance(self._blocks, FactorBlocks) else None
         return leading(self.matvec, factor, self._moments.scale, k)
 
@@ -309,8 +327,8 @@ class LossKernel:
         Memory beyond the result and the form itself: of all rows, about five tiles in float32 (350 MB at side 4,096);
         of some, two blocks of r rows (4,096 at a time) by a tile's side.
         """
-        if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k < self.num_samples:
-            raise ValueError(f"k must be an integer from 1 to N - 1 = {self.num_samples - 1}, got {k!r}")
+        k = check_integer("k", k, 1, self.num_samples - 1, limit=f"N - 1 = {self.num_samples - 1}")
+        anti, backend = check_flag("anti", anti), check_choice("backend", backend, (None, *BACKENDS))
         if anti and backend == "triton":
             raise ValueError("anti must be False with backend='triton', which ranks the largest only, got True")
         device = device_for_neighbors(self._blocks, k, backend)
@@ -335,20 +353,7 @@ class LossKernel:
         Raises:
             MemoryError: the matrix needs more than the memory now available.
         """
-        n = self.num_samples
-        needed, free = 4 * n * n, psutil.virtual_memory().available
-        if needed > 0.9 * free:
-            raise MemoryError(
-                f"the {n} x {n} matrix needs {needed / 1e9:.1f} GB and {free / 1e9:.1f} GB are available; "
-                "read blocks (kernel[rows, columns]) or iterate kernel.tiles()"
-            )
-        out = np.empty((n, n), dtype=np.float32)
-
-        def put(rows: slice, columns: slice, tile: np.ndarray) -> None:
-            out[rows, columns] = tile
-
-        write_dense(self, put, correlation=correlation)
-        return out
+        return dense(self, correlation=check_flag("correlation", correlation))
 
     def to_zarr(self, path: str | Path, *, correlation: bool = False) -> None:
         """Write the whole matrix as a Zarr v3 group, which xarray and dask open: `covariance` [N, N] float32, nats^2
@@ -362,7 +367,7 @@ class LossKernel:
         """
         from lossk.export import write_zarr
 
-        write_zarr(self, Path(path), correlation=correlation)
+        write_zarr(self, check_path("path", path), correlation=check_flag("correlation", correlation))
 
     def to_memmap(self, path: str | Path, *, correlation: bool = False) -> np.memmap:
         """Write the whole matrix [N, N] float32 as an .npy file; returns it as a read-only memory map.
@@ -371,7 +376,7 @@ class LossKernel:
         """
         from lossk.export import write_npy
 
-        return write_npy(self, Path(path), correlation=correlation)
+        return write_npy(self, check_path("path", path), correlation=check_flag("correlation", correlation))
 
     def correlation_tiles(self) -> Iterator[tuple[int, int, Tensor]]:
         """Iterate (i, j, correlation tile [a, b] float32) over the upper triangle, i <= j, as `tiles` does; the
@@ -386,4 +391,4 @@ class LossKernel:
         """Write a `.lossk` store, which `lossk.open` reads. An existing path is refused unless `overwrite`."""
         from lossk.store import save_kernel
 
-        save_kernel(self, Path(path), overwrite=overwrite)
+        save_kernel(self, check_path("path", path), overwrite=check_flag("overwrite", overwrite))

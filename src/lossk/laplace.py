@@ -10,17 +10,19 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from lossk.chain import Chain, Surroundings
+from lossk.checks import check_automatic, check_choice
 from lossk.data import Samples
 from lossk.errors import DivergedError
 from lossk.fisher import FisherSamples, fisher_diagonal, kronecker_factors, kronecker_layers
 from lossk.ops.philox import normals
-from lossk.settings import SamplerSettings, check_automatic, check_choice, check_n_beta
+from lossk.settings import SamplerSettings, check_n_beta, put
 from lossk.task import Task
 
 STRUCTURES = ("kronecker", "diagonal")
@@ -47,9 +49,12 @@ class Laplace(SamplerSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_n_beta(self.n_beta)
-        check_automatic("localization", self.localization, above=0.0)
-        check_choice("structure", self.structure, STRUCTURES)
+        put(
+            self,
+            n_beta=check_n_beta(self.n_beta),
+            localization=check_automatic("localization", self.localization, above=0.0),
+            structure=check_choice("structure", self.structure, STRUCTURES),
+        )
 
     def steps(self, num_draws: int) -> int:
         """Moves of one chain of `num_draws` draws."""
@@ -92,7 +97,7 @@ class LaplaceChain(Chain):
     def __init__(self, around: Surroundings, sampler: Laplace, chain: int) -> None:
         super().__init__(around, chain)
         self.sampler = sampler
-        ends = torch.tensor([p.numel() for p in self.task.sampled]).cumsum(0).tolist()
+        ends = list(accumulate(p.numel() for p in self.task.sampled))
         self._spans = [slice(a, b) for a, b in zip([0, *ends], ends, strict=False)]
         names = {name.rsplit(".", 1)[0] for name in around.fitted if name.startswith("layer.")}
         self._layers = sorted(names)

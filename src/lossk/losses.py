@@ -12,11 +12,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lossk.criteria import Criterion, class_rows, recognize
 from lossk.ops.sample_loss import IGNORED, cross_entropy, cross_entropy_slopes
+from lossk.own_loss import Evaluated, name_of, per_sample_losses
 
-# (model, batch) -> losses [B], or (losses [B, T], mask [B, T] bool)
-LossFunction = Callable[[nn.Module, Any], Tensor | tuple[Tensor, Tensor]]
-Evaluated = tuple[Tensor, Tensor | None]  # losses [B] and None, or losses [B, T] and mask [B, T] bool; float32, nats
+# (model, batch) -> losses [B], or (losses [B, T], mask [B, T] bool); or a criterion of torch
+LossFunction = Callable[[nn.Module, Any], Tensor | tuple[Tensor, Tensor]] | nn.Module | Callable[..., Tensor]
 
 CHUNK = 2**22  # logits whose exact cross entropy is formed at a time, in float64
 
@@ -39,6 +40,8 @@ class Loss:
     quick_slopes: Callable[[nn.Module, Any, float], tuple[Tensor, Tensor, Tensor]] | None = None
     mean_tokens: float = 1.0  # unmasked tokens per training sample
     positions: int | None = None  # T of a loss per token, None of a loss per sample
+    takes_outputs: bool = False  # formed from the model's outputs and the targets alone, and `check` wants the outputs
+    token_name: str | None = None  # the name where it is a loss per token after all
 
     @property
     def unit(self) -> str:
@@ -47,7 +50,8 @@ class Loss:
 
     def over_tokens(self, num_tokens: int, num_samples: int, positions: int) -> Loss:
         """This loss for training data with so many unmasked tokens."""
-        return dataclasses.replace(self, mean_tokens=num_tokens / num_samples, positions=positions)
+        name = self.token_name or self.name
+        return dataclasses.replace(self, name=name, mean_tokens=num_tokens / num_samples, positions=positions)
 
     def num_terms(self, num_samples: int) -> int:
         """n, the terms of the training loss: its samples, or their unmasked tokens."""
@@ -94,15 +98,23 @@ def resolve_loss(loss: str | LossFunction, backend: str = "torch") -> Loss:
     Args:
         loss: "cross_entropy" (logits [B, C], class indices [B]), "token_cross_entropy" (logits [B, T, C], class indices
             [B, T], -100 where a token does not count), "mse" (mean over the output's entries of the squared error; no
-            factor 1/2), or a callable (model, batch) -> losses [B], or (losses [B, T], mask [B, T] bool).
+            factor 1/2), a callable (model, batch) -> losses [B], or (losses [B, T], mask [B, T] bool), or torch's own
+            `nn.CrossEntropyLoss(...)`, `F.mse_loss` and the like, or a `functools.partial` of one: `lossk.criteria`.
         backend: of the cross entropies.
 
     Raises:
         ValueError: an unknown name.
-        TypeError: neither a name nor a callable.
+        TypeError: neither a name nor a callable, or one that cannot be called with (model, batch).
     """
+    criterion = None if isinstance(loss, str) else recognize(loss, backend)
+    if criterion is not None and criterion.name == "mse":
+        loss = "mse"
+    elif criterion is not None and criterion.name == "cross_entropy":
+        return _plain_cross_entropy(criterion, backend)
+    elif criterion is not None:
+        return _wrap_criterion(criterion)
     if callable(loss):
-        return _wrap_callable(loss)
+        return Loss(name_of(loss), per_sample_losses(loss), lambda samples, outputs: None)
     if not isinstance(loss, str):
         raise TypeError(f"loss must be a name or a callable loss(model, batch), got {type(loss).__name__}")
     if loss == "cross_entropy":
@@ -112,6 +124,7 @@ def resolve_loss(loss: str | LossFunction, backend: str = "torch") -> Loss:
             _check_classes,
             _cross_entropy_mean,
             _slopes if backend == "cpp" else None,
+            takes_outputs=True,
         )
     if loss == "token_cross_entropy":
         return Loss(
@@ -120,9 +133,10 @@ def resolve_loss(loss: str | LossFunction, backend: str = "torch") -> Loss:
             _check_tokens,
             _token_mean,
             _slopes if backend == "cpp" else None,
+            takes_outputs=True,
         )
     if loss == "mse":
-        return Loss("mse", _mse_losses, _check_regression)
+        return Loss("mse", _mse_losses, _check_regression, takes_outputs=True)
     raise ValueError(
         f"loss must be 'cross_entropy', 'token_cross_entropy', 'mse' or a callable loss(model, batch), got {loss!r}"
     )
@@ -187,6 +201,15 @@ def _token_mean(model: nn.Module, batch: Any) -> Tensor:
 def _slopes(model: nn.Module, batch: Any, mean_tokens: float) -> tuple[Tensor, Tensor, Tensor]:
     inputs, targets = split_batch(batch)
     logits = forward(model, inputs).float().flatten(0, -2)
+    return _slopes_of(logits, targets, mean_tokens)
+
+
+def _plain_slopes(model: nn.Module, batch: Any, mean_tokens: float) -> tuple[Tensor, Tensor, Tensor]:
+    inputs, targets = split_batch(batch)
+    return _slopes_of(class_rows(forward(model, inputs).float()), targets, mean_tokens)
+
+
+def _slopes_of(logits: Tensor, targets: Tensor, mean_tokens: float) -> tuple[Tensor, Tensor, Tensor]:
     scale = 1.0 / (len(targets) * mean_tokens)
     losses, slopes = cross_entropy_slopes(logits, targets.flatten().long(), scale, backend="cpp")
     return scale * losses.sum(), logits, slopes
@@ -264,47 +287,35 @@ def _check_regression(samples: Any, outputs: Tensor | None) -> None:
         )
 
 
-def _wrap_callable(function: LossFunction) -> Loss:
-    def evaluate(model: nn.Module, batch: Any) -> Evaluated:
-        losses, size = function(model, batch), batch_length(batch)
-        if isinstance(losses, tuple):
-            return _checked_tokens(losses, size)
-        if not isinstance(losses, Tensor):
-            raise ValueError(f"loss must return a tensor of one loss per sample, got {type(losses).__name__}")
-        if list(losses.shape) != [size]:
-            hint = "; use reduction='none'" if losses.ndim == 0 else ""
-            if losses.ndim == 2:
-                hint = "; for a loss per token return (losses [B, T], mask [B, T] bool), True where the token counts"
-            raise ValueError(f"loss must return one loss per sample, shape [{size}], got {list(losses.shape)}{hint}")
-        _check_floating(losses)
-        return losses.float(), None
-
-    name = f"{getattr(function, '__module__', '?')}:{getattr(function, '__qualname__', type(function).__name__)}"
-    return Loss(name, evaluate, lambda samples, outputs: None)
+def _of_criterion(criterion: Criterion, model: nn.Module, batch: Any) -> Evaluated:
+    inputs, targets = split_batch(batch)
+    return criterion.losses(forward(model, inputs), targets)
 
 
-def _checked_tokens(returned: tuple[Any, ...], size: int) -> Evaluated:
-    kinds = ", ".join(f"{list(v.shape)} {v.dtype}" if isinstance(v, Tensor) else type(v).__name__ for v in returned)
-    rule = (
-        f"loss must return losses [{size}] or a tuple (losses [{size}, T], mask [{size}, T] bool), got tuple ({kinds})"
+def _check_criterion(criterion: Criterion, samples: Any, outputs: Tensor | None) -> None:
+    criterion.check(split_batch(samples)[1], outputs)
+
+
+def _wrap_criterion(criterion: Criterion) -> Loss:
+    return Loss(
+        criterion.name, partial(_of_criterion, criterion), partial(_check_criterion, criterion), takes_outputs=True
     )
-    if len(returned) != 2 or not all(isinstance(value, Tensor) for value in returned):
-        raise ValueError(rule)
-    losses, mask = returned
-    if losses.ndim != 2 or len(losses) != size or mask.shape != losses.shape or mask.dtype != torch.bool:
-        raise ValueError(rule)
-    _check_floating(losses)
-    return losses.float(), mask.to(losses.device)
 
 
-def _check_floating(losses: Tensor) -> None:
-    if not losses.is_floating_point():
-        raise ValueError(f"loss must return floating-point losses, got {losses.dtype}")
+def _plain_cross_entropy(criterion: Criterion, backend: str) -> Loss:
+    """ "cross_entropy" itself for outputs [B, C]; for torch's [B, C, T] a loss per token of another name."""
+    return Loss(
+        "cross_entropy",
+        partial(_of_criterion, criterion),
+        partial(_check_criterion, criterion),
+        _plain_mean,
+        _plain_slopes if backend == "cpp" else None,
+        takes_outputs=True,
+        token_name="cross_entropy of outputs [B, C, T]",
+    )
 
 
-def batch_length(batch: Any) -> int:
-    """The number of samples in a batch: the first dimension of its first tensor."""
-    if isinstance(batch, Tensor):
-        return batch.shape[0]
-    children = batch.values() if isinstance(batch, Mapping) else batch
-    return batch_length(next(iter(children)))
+def _plain_mean(model: nn.Module, batch: Any) -> Tensor:
+    inputs, targets = split_batch(batch)
+    logits = class_rows(forward(model, inputs).float())
+    return F.cross_entropy(logits, targets.long().flatten(), ignore_index=IGNORED, reduction="sum") / len(targets)

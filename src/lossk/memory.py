@@ -9,7 +9,10 @@ from typing import Any
 
 import psutil
 
+from lossk.checks import check_integer, wrong_kind, wrong_value
+
 UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+MOST_BYTES = 2**63 - 1
 FREE_SHARE = 0.95  # of what is free, that a run may plan with
 
 
@@ -21,18 +24,18 @@ def parse_memory(memory: Any) -> int | None:
     """
     if memory is None:
         return None
-    if isinstance(memory, bool) or not isinstance(memory, int | str):
-        raise TypeError(f"memory must be a number of bytes, text such as '8GB', or None, got {memory!r}")
     if isinstance(memory, str):
         found = re.fullmatch(r"\s*(\d+\.?\d*|\.\d+)\s*([A-Za-z]+)\s*", memory)
         if found is None or found[2].upper() not in UNITS:
-            raise ValueError(f"memory must be a number and a unit, such as '8GB', '500MB' or '2GiB', got {memory!r}")
-        size = int(float(found[1]) * UNITS[found[2].upper()])
-    else:
-        size = memory
-    if size <= 0:
-        raise ValueError(f"memory must be positive, got {memory!r}")
-    return size
+            raise wrong_value("memory", "a number and a unit, such as '8GB', '500MB' or '2GiB',", memory)
+        size = float(found[1]) * UNITS[found[2].upper()]
+        if not 1 <= size <= MOST_BYTES:
+            raise wrong_value("memory", "positive, and at most 8 EiB", memory)
+        return int(size)
+    try:
+        return check_integer("memory", memory, 1, ceiling=MOST_BYTES)
+    except TypeError:
+        raise wrong_kind("memory", "a number of bytes, text such as '8GB', or None", memory) from None
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,12 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from lossk.settings import check_choice, check_integer
+from lossk.checks import check_choice, check_flag, check_instance, check_integer, check_optional, check_text, wrong_kind
+from lossk.memory import MOST_BYTES
+from lossk.settings import put
 
 MEMORY_FORMATS = ("channels_last", "contiguous")
+MOST_THREADS = 4096  # that torch is asked for: far more than any machine has cores
 UPDATE_PRECISIONS = ("fp32", "tf32x3", "tf32", "fp16", "bf16")
 
 
@@ -57,22 +60,22 @@ class Passes:
     update_precision: Literal["fp32", "tf32x3", "tf32", "fp16", "bf16"] = "tf32x3"
 
     def __post_init__(self) -> None:
-        check_integer("probe_batch", self.probe_batch, 1)
-        check_integer("gradient_batch", self.gradient_batch, 1)
-        check_choice("memory_format", self.memory_format, MEMORY_FORMATS)
-        if self.num_threads is not None:
-            check_integer("num_threads", self.num_threads, 1)
-        if not isinstance(self.frozen_prefix, bool | str):
-            raise TypeError(f"frozen_prefix must be a bool or the name of a module, got {self.frozen_prefix!r}")
-        if self.prefix_bytes is not None:
-            check_integer("prefix_bytes", self.prefix_bytes, 0)
-        check_choice("fold_norms", self.fold_norms, (True, False))
-        check_choice("compile", self.compile, (True, False, "graphs"))
-        check_choice("fused_head", self.fused_head, (True, False, "auto"))
-        check_choice("overlap", self.overlap, (True, False, "auto"))
+        put(
+            self,
+            probe_batch=check_integer("probe_batch", self.probe_batch, 1),
+            gradient_batch=check_integer("gradient_batch", self.gradient_batch, 1),
+            memory_format=check_choice("memory_format", self.memory_format, MEMORY_FORMATS),
+            num_threads=check_optional(check_integer, "num_threads", self.num_threads, 1, ceiling=MOST_THREADS),
+            fold_norms=check_flag("fold_norms", self.fold_norms),
+            frozen_prefix=_check_prefix(self.frozen_prefix),
+            prefix_bytes=check_optional(check_integer, "prefix_bytes", self.prefix_bytes, 0, ceiling=MOST_BYTES),
+            compile=check_choice("compile", self.compile, (True, False, "graphs")),
+            fused_head=check_choice("fused_head", self.fused_head, (True, False, "auto")),
+            overlap=check_choice("overlap", self.overlap, (True, False, "auto")),
+            update_precision=check_choice("update_precision", self.update_precision, UPDATE_PRECISIONS),
+        )
         if self.overlap is True and self.compile == "graphs":
             raise ValueError('overlap=True and compile="graphs" exclude one another')
-        check_choice("update_precision", self.update_precision, UPDATE_PRECISIONS)
 
     def to_dict(self) -> dict[str, Any]:
         """A plain, JSON-ready form; `Passes(**d)` gives it back."""
@@ -88,7 +91,29 @@ class Passes:
         )
 
 
-def check_passes(passes: Any) -> None:
-    """Raise TypeError unless it is a `Passes` or None."""
-    if passes is not None and not isinstance(passes, Passes):
-        raise TypeError(f"passes must be a lossk.Passes or None, got {type(passes).__name__}")
+def check_passes(passes: Any) -> Passes | None:
+    """A `Passes` or None."""
+    return check_instance("passes", passes, Passes, optional=True)
+
+
+def _check_prefix(frozen_prefix: Any) -> bool | str:
+    if isinstance(frozen_prefix, str):
+        return check_text("frozen_prefix", frozen_prefix)
+    try:
+        return check_flag("frozen_prefix", frozen_prefix)
+    except TypeError:
+        raise wrong_kind("frozen_prefix", "True, False or the name of a module", frozen_prefix) from None
+
+
+def resumed_passes(asked: Passes | None, saved: Passes) -> Passes:
+    """The passes of the run that is resumed; `overlap`, which bears on nothing but time, as asked for now.
+
+    Raises:
+        ValueError: others are asked for.
+    """
+    saved = dataclasses.replace(saved, overlap="auto" if asked is None else asked.overlap)
+    if asked is not None and asked.fused_head == "auto":  # what it came to is kept
+        asked = dataclasses.replace(asked, fused_head=saved.fused_head)
+    if asked not in (None, saved):
+        raise ValueError(f"passes must be those of the run that is resumed, {saved!r}, got {asked!r}")
+    return saved

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lossk.baoab import BAOAB, BAOABChain
 from lossk.chain import Chain, Surroundings
+from lossk.checks import shown
 from lossk.data import Samples
 from lossk.distributed import Ranks
 from lossk.force import FULL_GRADIENT, full_gradient
@@ -19,7 +20,30 @@ from lossk.sgld import SGLD, SGLDChain
 from lossk.task import Task
 
 Sampler = SGLD | BAOAB | HMC | Laplace | Gaussian
+MOST_STEPS_IN_ALL = 2**32  # a step is one word of the Philox counter
 KINDS: dict[str, type[Sampler]] = {"sgld": SGLD, "baoab": BAOAB, "hmc": HMC, "laplace": Laplace, "gaussian": Gaussian}
+
+
+def check_sampler(sampler: Any, num_draws: int) -> Sampler:
+    """A sampler's settings, or those of `SGLD()` for None.
+
+    Raises:
+        TypeError: something else.
+        ValueError: a chain of more steps than the noise's counter can count.
+    """
+    if sampler is None:
+        return SGLD()
+    if not isinstance(sampler, Sampler):
+        names = ", ".join(kind.__name__ for kind in KINDS.values())
+        found = shown(sampler) if isinstance(sampler, type) else type(sampler).__name__
+        raise TypeError(f"sampler must be a sampler of lossk ({names}) or None, got {found}")
+    known = "auto" not in (getattr(sampler, "num_burnin_steps", 0), getattr(sampler, "num_steps_bw_draws", 1))
+    if known and sampler.steps(num_draws) >= MOST_STEPS_IN_ALL:
+        raise ValueError(
+            f"sampler: num_burnin_steps and num_draws times num_steps_bw_draws must be less than 2^32 together, "
+            f"got {sampler.steps(num_draws)}"
+        )
+    return sampler
 
 
 def kind_of(sampler: Sampler) -> str:

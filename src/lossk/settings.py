@@ -3,10 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Sequence
 from typing import Any, Literal
 
+from lossk.checks import (
+    check_automatic,
+    check_callable,
+    check_choice,
+    check_device,
+    check_flag,
+    check_integer,
+    check_number,
+    check_optional,
+    check_path,
+    check_strings,
+)
 from lossk.memory import parse_memory
 
 DTYPES = ("float32", "float16")
@@ -14,6 +25,9 @@ CENTERINGS = ("chain", "pooled")
 FORMS = ("tiles", "factor")
 BACKENDS = ("auto", "torch", "cpp", "triton", "cuda")
 PRECISIONS = (None, "bf16", "fp16", "tf32")
+MOST_SEED = 2**32 - 1  # a Philox key's word
+MOST_DRAWS = 10**7  # of all chains: what is watched of a draw takes up to 1 KB of memory
+MOST_STEPS = 10**8  # of a chain, from one draw to the next or before the first: days, where a step takes a millisecond
 
 
 def check_settings(
@@ -29,68 +43,70 @@ def check_settings(
     precision: Any = None,
     seed: Any = 0,
     memory: Any = None,
-) -> None:
-    """Raise ValueError or TypeError, naming the argument, the rule and the value, unless all can be used."""
-    check_integer("num_chains", num_chains, 1)
-    check_integer("num_draws", num_draws, 2)
-    check_integer("seed", seed, 0, 2**32 - 1)
-    check_integer("tile", tile, 16)
-    if tile % 16:
-        raise ValueError(f"tile must be a positive multiple of 16, got {tile}")
-    if panel is not None:
-        check_integer("panel", panel, 1)
-    parse_memory(memory)
-    check_choice("dtype", dtype, DTYPES)
-    check_choice("centering", centering, CENTERINGS)
-    check_choice("form", form, FORMS)
-    check_choice("backend", backend, BACKENDS)
-    check_choice("precision", precision, PRECISIONS)
+    transform: Any = None,
+    device: Any = None,
+    out: Any = None,
+    resume: Any = False,
+    progress: Any = True,
+    distributed: Any = None,
+) -> dict[str, Any]:
+    """The settings by name, in plain Python.
+
+    Raises:
+        ValueError, TypeError: one cannot be used; names the argument, the rule and the value.
+    """
+    plain = {
+        "num_chains": check_integer("num_chains", num_chains, 1, ceiling=MOST_DRAWS // 2),
+        "num_draws": check_integer("num_draws", num_draws, 2, ceiling=MOST_DRAWS),
+        "tile": check_tile(tile),
+        "panel": check_optional(check_integer, "panel", panel, 1),
+        "dtype": check_choice("dtype", dtype, DTYPES),
+        "centering": check_choice("centering", centering, CENTERINGS),
+        "form": check_choice("form", form, FORMS),
+        "backend": check_choice("backend", backend, BACKENDS),
+        "precision": check_choice("precision", precision, PRECISIONS),
+        "seed": check_integer("seed", seed, 0, MOST_SEED),
+        "memory": parse_memory(memory),
+        "transform": check_optional(check_callable, "transform", transform, "a callable or None"),
+        "device": check_device("device", device),
+        "out": check_optional(check_path, "out", out),
+        "resume": check_flag("resume", resume),
+        "progress": check_flag("progress", progress),
+        "distributed": check_choice("distributed", distributed, (None, True, False)),
+    }
+    if plain["num_chains"] * plain["num_draws"] > MOST_DRAWS:
+        raise ValueError(
+            f"num_chains times num_draws must be at most {MOST_DRAWS}, got {plain['num_chains']} x {plain['num_draws']}"
+        )
+    return plain
 
 
-def check_integer(name: str, value: Any, least: int, most: int | None = None) -> None:
-    """Raise unless `value` is an integer from `least` to `most`."""
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an integer, got {value!r}")
-    if value < least or (most is not None and value > most):
-        rule = f"at least {least}" if most is None else f"from {least} to {most}"
-        raise ValueError(f"{name} must be {rule}, got {value}")
+def check_tile(tile: Any) -> int:
+    """The side of a tile: a positive multiple of 16."""
+    side = check_integer("tile", tile, 16)
+    if side % 16:
+        raise ValueError(f"tile must be a positive multiple of 16, got {side}")
+    return side
 
 
-def check_choice(name: str, value: Any, choices: tuple[Any, ...]) -> None:
-    """Raise unless `value` is one of `choices`."""
-    if value not in choices:
-        raise ValueError(f"{name} must be one of {list(choices)}, got {value!r}")
+def check_n_beta(n_beta: Any) -> float | None:
+    """None or a number greater than 0."""
+    return None if n_beta is None else check_number("n_beta", n_beta, "a number or None", above=0.0)
 
 
-def check_number(name: str, value: Any, kind: str, *, above: float | None = None, least: float | None = None) -> None:
-    """Raise unless `value` is a finite number greater than `above`, or at least `least`."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise TypeError(f"{name} must be {kind}, got {value!r}")
-    too_low = value <= above if above is not None else value < (least or 0.0)
-    if not math.isfinite(value) or too_low:
-        rule = f"greater than {above:g}" if above is not None else f"at least {least:g}"
-        raise ValueError(f"{name} must be finite and {rule}, got {value!r}")
+def check_steps(name: str, steps: Any, least: int) -> int | Any:
+    """ "auto" or a number of steps."""
+    return (
+        check_choice(name, steps, ("auto",))
+        if isinstance(steps, str)
+        else check_integer(name, steps, least, ceiling=MOST_STEPS)
+    )
 
 
-def check_patterns(params: Any) -> tuple[str, ...] | None:
-    """Parameter-name patterns as a tuple."""
-    if params is None:
-        return None
-    if isinstance(params, str) or not all(isinstance(pattern, str) for pattern in params):
-        raise TypeError(f"params must be a list of name patterns, got {params!r}")
-    return tuple(params)
-
-
-def check_automatic(name: str, value: Any, *, above: float | None = None, least: float | None = None) -> None:
-    """Raise unless `value` is "auto" or a finite number greater than `above`, or at least `least`."""
-    if value != "auto":
-        check_number(name, value, "a number or 'auto'", above=above, least=least)
-
-
-def check_n_beta(n_beta: Any) -> None:
-    """Raise unless it is None or a number greater than 0."""
-    if n_beta is not None:
-        check_number("n_beta", n_beta, "a number or None", above=0.0)
+def put(settings: Any, **plain: Any) -> None:
+    """Set fields of a frozen dataclass, from its own __post_init__, to their plain values."""
+    for name, value in plain.items():
+        object.__setattr__(settings, name, value)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -100,7 +116,7 @@ class SamplerSettings:
     params: Sequence[str] | None = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "params", check_patterns(self.params))
+        put(self, params=check_optional(check_strings, "params", self.params, "name patterns"))
 
     @property
     def has_auto(self) -> bool:
@@ -126,14 +142,14 @@ class SteppingSettings(SamplerSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_n_beta(self.n_beta)
-        check_automatic("localization", self.localization, least=0.0)
-        if self.batch_size is not None:
-            check_integer("batch_size", self.batch_size, 1)
-        if self.num_burnin_steps != "auto":
-            check_integer("num_burnin_steps", self.num_burnin_steps, 0)
-        if self.num_steps_bw_draws != "auto":
-            check_integer("num_steps_bw_draws", self.num_steps_bw_draws, 1)
+        put(
+            self,
+            n_beta=check_n_beta(self.n_beta),
+            localization=check_automatic("localization", self.localization, least=0.0),
+            batch_size=check_optional(check_integer, "batch_size", self.batch_size, 1),
+            num_burnin_steps=check_steps("num_burnin_steps", self.num_burnin_steps, 0),
+            num_steps_bw_draws=check_steps("num_steps_bw_draws", self.num_steps_bw_draws, 1),
+        )
 
     @property
     def resolved(self) -> bool:

@@ -24,10 +24,11 @@ import torch
 from torch import Tensor
 
 from lossk.chain import Surroundings
+from lossk.checks import check_automatic, check_choice, check_flag
 from lossk.errors import DivergedError
 from lossk.metropolis import Energy, mala_acceptance
 from lossk.ops.sgld_step import sgld_step
-from lossk.settings import SteppingSettings, check_automatic, check_choice
+from lossk.settings import SteppingSettings, put
 from lossk.stepping import SteppingChain
 
 PRECONDITIONERS = (None, "rmsprop", "rmsprop-frozen")
@@ -75,11 +76,14 @@ class SGLD(SteppingSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_automatic("lr", self.lr, above=0.0)
-        check_choice("preconditioner", self.preconditioner, PRECONDITIONERS)
-        check_choice("control_variate", self.control_variate, (True, False, "auto"))
-        check_choice("measure_acceptance", self.measure_acceptance, (True, False))
-        check_choice("integrator", self.integrator, INTEGRATORS)
+        put(
+            self,
+            lr=check_automatic("lr", self.lr, above=0.0),
+            preconditioner=check_choice("preconditioner", self.preconditioner, PRECONDITIONERS),
+            control_variate=check_choice("control_variate", self.control_variate, (True, False, "auto")),
+            measure_acceptance=check_flag("measure_acceptance", self.measure_acceptance),
+            integrator=check_choice("integrator", self.integrator, INTEGRATORS),
+        )
         if self.averaged and self._needs_euler is not None:
             given = self._needs_euler
             raise ValueError(f"integrator={AVERAGED!r} goes without {given}, got {getattr(self, given)!r}")

@@ -86,6 +86,8 @@ def product_spread(blocks: FactorBlocks, moments: Moments, rows: Tensor, columns
     a, b = blocks.take(rows).double(), blocks.take(columns).double()  # [D, r], [D, c]
     if correlation:
         a, b = (x / (x.square().sum(dim=0) / freedom).sqrt().clamp(min=TINY) for x in (a, b))
+    if not a.shape[1]:
+        return torch.zeros(0, b.shape[1], dtype=torch.float32)
     errors = []
     for one in a.T:  # a row at a time: its terms are [D, c]
         terms = one.unsqueeze(1) * b

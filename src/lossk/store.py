@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from lossk.blocks import FactorBlocks, Moments, TileBlocks
+from lossk.checks import check_path
 from lossk.chunks import ArraySpec, Digests
 from lossk.commits import COMMITS, clear_transient, is_transient, progress_of
 from lossk.description import CHUNK_SAMPLES, FORMAT, read_diagnostics
@@ -39,6 +40,7 @@ from lossk.sealed import MARK, read_sealed, write_sealed
 from lossk.stored_factor import StoredFactor
 from lossk.stored_tiles import StoredTiles, write_tiles
 from lossk.swap import in_one_step, recover
+from lossk.witness import differences
 
 TRIES = 5  # to open a store that others replace meanwhile
 
@@ -125,7 +127,7 @@ def open_kernel(path: str | Path) -> LossKernel:
     Raises:
         StoreError: no store there, unfinished (with how far it got), damaged, or of a newer format.
     """
-    path = Path(path)
+    path = check_path("path", path)
     recover(path)
     for _ in range(TRIES - 1):
         before = _identity(path)
@@ -215,8 +217,6 @@ def saved_panel(path: Path | None) -> int | None:
 
 def refuse_other_run(path: Path, saved: Mapping[str, Any], request: Mapping[str, Any]) -> None:
     """Raise StoreError, showing the difference, unless a saved request is this one."""
-    changed = [
-        f"{key}: saved {saved.get(key)!r}, now {request[key]!r}" for key in request if saved.get(key) != request[key]
-    ]
+    changed = differences(saved, request)
     if changed:
         raise StoreError(f"out={str(path)!r} holds another run, not resumed ({'; '.join(changed)})")

@@ -72,7 +72,7 @@ class StoredFactor(FactorBlocks):
             raise StoreError(error.says(what)) from error
 
     def take(self, index: Tensor) -> Tensor:
-        out = torch.empty(self.num_rows, len(index))
+        out = torch.empty(self.num_rows, len(index), dtype=torch.float32, device="cpu")
         chunk = index // self.tile
         for i in chunk.unique().tolist():
             at = (chunk == i).nonzero().squeeze(1)

@@ -20,12 +20,14 @@ import torch
 from torch import Tensor
 
 from lossk.centring import centre, degrees_of_freedom, empty_moments, note
+from lossk.checks import check_choice, check_integer, check_json, check_optional, check_path, check_tensor
 from lossk.chunks import ArraySpec, Chunks
+from lossk.column_checks import check_excess, check_sets, check_tokens
 from lossk.diagnostics import Diagnostics, diagnose, watched_samples
 from lossk.disk import Digest, sync_tree
 from lossk.kernel import LossKernel
 from lossk.neighbors import median_noise_floor
-from lossk.settings import CENTERINGS, check_choice
+from lossk.settings import check_n_beta, check_settings
 from lossk.store import write_kernel
 from lossk.stored_factor import StoredFactor
 from lossk.swap import in_one_step
@@ -80,30 +82,30 @@ class TraceWriter:
         sets: Mapping[str, slice] | None = None,
         meta: dict[str, Any] | None = None,
     ) -> None:
-        least = {"num_chains": (num_chains, 1), "num_draws": (num_draws, 2), "num_samples": (num_samples, 1)}
-        if chunk is not None:
-            least["chunk"] = (chunk, 1)
-        for name, (value, bound) in least.items():
-            if isinstance(value, bool) or not isinstance(value, int) or value < bound:
-                raise ValueError(f"{name} must be an integer of at least {bound}, got {value!r}")
-        check_choice("centering", centering, CENTERINGS)
-        check_choice("dtype", dtype, tuple(DTYPES))
+        where = check_path("path", path)
+        plain = check_settings(num_chains=num_chains, num_draws=num_draws, centering=centering)
+        num_chains, num_draws, centering = plain["num_chains"], plain["num_draws"], plain["centering"]
+        num_samples = check_integer("num_samples", num_samples, 1)
+        chunk = check_optional(check_integer, "chunk", chunk, 1)
+        dtype = check_choice("dtype", dtype, tuple(DTYPES))
         self.num_chains, self.num_draws, self.num_samples = num_chains, num_draws, num_samples
         self.centering, self.dtype = centering, dtype
         self.chunk = min(chunk or chunk_samples(num_chains * num_draws, dtype), num_samples)
         self.num_written = 0  # samples appended
         self._closed = False
-        self._excess, self._n_beta, self._tokens = excess, n_beta, tokens
-        self._sets, self._meta = dict(sets or {}), dict(meta or {})
+        self._excess, self._n_beta = check_excess(excess, num_chains, num_draws), check_n_beta(n_beta)
+        self._tokens, self._sets = check_tokens(tokens, num_samples), check_sets(sets, num_samples)
+        self._meta = {} if meta is None else check_json("meta", meta)
         self._held = np.empty((num_chains, num_draws, self.chunk), dtype=np.float32)
         self._moments = empty_moments(num_chains, num_draws, num_samples, centering)
         self._watched = watched_samples(num_samples)
-        self._watched_losses = torch.empty(num_chains, num_draws, len(self._watched))
-        self._total = torch.zeros(num_chains, num_draws, dtype=torch.float64)  # of the losses, over samples
+        self._watched_losses = torch.empty(num_chains, num_draws, len(self._watched), dtype=torch.float32, device="cpu")
+        # of the losses, over samples
+        self._total = torch.zeros(num_chains, num_draws, dtype=torch.float64, device="cpu")
         self._num_constant = 0
         self._known: dict[str, Digest] = {}  # of the files that were written
         self._writing = ExitStack()
-        self._parts = self._writing.enter_context(in_one_step(Path(path)))
+        self._parts = self._writing.enter_context(in_one_step(where))
         try:
             shape, chunks = (num_chains * num_draws, num_samples), (num_chains * num_draws, self.chunk)
             spec = ArraySpec.of(shape, dtype, ("draw", "sample"), chunks)
@@ -120,8 +122,10 @@ class TraceWriter:
         """
         if self._closed:
             raise ValueError("the writer is closed")
+        if not isinstance(losses, np.ndarray):  # of which parts only are read: it may lie on disk
+            losses = check_tensor("losses", losses, of="a real number", finite=False)
         rest = self.num_samples - self.num_written
-        right = len(losses.shape) == 3 and tuple(losses.shape[:2]) == (self.num_chains, self.num_draws)
+        right = losses.ndim == 3 and tuple(losses.shape[:2]) == (self.num_chains, self.num_draws)
         if not right or losses.shape[2] > rest:
             raise ValueError(
                 f"losses must have shape [{self.num_chains}, {self.num_draws}, n] with n at most the {rest} samples "
@@ -131,10 +135,8 @@ class TraceWriter:
         while start < stop:
             held = self.num_written % self.chunk
             count = min(self.chunk - held, stop - start)
-            part = losses[:, :, start : start + count]
-            part = part.detach().float().numpy(force=True) if isinstance(part, Tensor) else np.asarray(part)
-            with np.errstate(over="ignore"):  # what float32 cannot hold is not finite
-                part = part.astype(np.float32, copy=False)
+            given = check_tensor("losses", losses[:, :, start : start + count], of="a real number", finite=False)
+            part = given.float().numpy(force=True)  # what float32 cannot hold is not finite
             self._refuse_non_finite(part)
             self._held[:, :, held : held + count] = part
             self.num_written, start = self.num_written + count, start + count

@@ -10,6 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lossk.checks import check_mapping, check_tensor
+from lossk.column_checks import check_excess, check_sets, check_tokens
+from lossk.settings import check_n_beta
+
 
 class LossTraces:
     """Losses [chain, draw, sample] float32, nats, from `lossk.sample_losses` or from anywhere.
@@ -21,6 +25,7 @@ class LossTraces:
         sets: name -> slice of the columns of one of several probe sets.
 
     Raises:
+        TypeError: something that holds no numbers; names the argument.
         ValueError: another shape, fewer than two draws, a non-finite entry, or a set outside the columns.
     """
 
@@ -34,35 +39,22 @@ class LossTraces:
         tokens: Tensor | np.ndarray | None = None,
         sets: Mapping[str, slice] | None = None,
     ) -> None:
-        losses = torch.as_tensor(losses)
-        if losses.ndim != 3 or 0 in losses.shape:
-            raise ValueError(f"losses must have shape [chain, draw, sample], got {list(losses.shape)}")
-        if losses.shape[1] < 2:
-            raise ValueError(f"losses must hold at least 2 draws per chain, got {losses.shape[1]}")
-        self.losses = losses.detach().float().cpu()
+        given = check_tensor("losses", losses, of="a real number", finite=False)
+        if given.ndim != 3 or 0 in given.shape:
+            raise ValueError(f"losses must have shape [chain, draw, sample], got {list(given.shape)}")
+        if given.shape[1] < 2:
+            raise ValueError(f"losses must hold at least 2 draws per chain, got {given.shape[1]}")
+        self.losses = given.float().cpu()
         bad = (~torch.isfinite(self.losses)).nonzero()
         if bad.numel():
             chain, draw, sample = bad[0].tolist()
             value = float(self.losses[chain, draw, sample])
             raise ValueError(f"losses must be finite; chain {chain}, draw {draw}, sample {sample} is {value}")
-        self.excess = excess
-        self.n_beta = n_beta
-        self.meta = meta or {}
-        self.tokens = None if tokens is None else self._check_tokens(torch.as_tensor(tokens))
-        self.sets = dict(sets or {})
-        for name, rows in self.sets.items():
-            whole = isinstance(rows, slice) and isinstance(rows.start, int) and isinstance(rows.stop, int)
-            if not (whole and rows.step is None and 0 <= rows.start < rows.stop <= self.num_samples):
-                raise ValueError(f"sets: {name!r} must be a slice of the {self.num_samples} columns, got {rows!r}")
-
-    def _check_tokens(self, tokens: Tensor) -> Tensor:
-        whole = not (tokens.is_floating_point() or tokens.is_complex() or tokens.dtype == torch.bool)
-        if list(tokens.shape) != [self.num_samples, 2] or not whole:
-            raise ValueError(
-                f"tokens must be integers of shape [{self.num_samples}, 2], (sample, position) of each column, "
-                f"got {tokens.dtype} of shape {list(tokens.shape)}"
-            )
-        return tokens.detach().long().cpu()
+        self.excess = check_excess(excess, self.num_chains, self.num_draws)
+        self.n_beta = check_n_beta(n_beta)
+        self.meta = {} if meta is None else check_mapping("meta", meta)
+        self.tokens = check_tokens(tokens, self.num_samples)
+        self.sets = check_sets(sets, self.num_samples)
 
     @property
     def num_chains(self) -> int:

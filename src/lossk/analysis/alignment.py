@@ -11,9 +11,12 @@ from scipy import stats
 
 from lossk.analysis.class_matrix import Array, ClassMatrix, as_class_matrix
 from lossk.analysis.hierarchy import dendrogram
+from lossk.analysis.inputs import check_labels, check_named, check_square
 from lossk.analysis.mantel import mantel, partial_spearman
 from lossk.analysis.taxonomy import MEASURES, Taxonomy
+from lossk.checks import check_choice, check_mapping, check_strings, check_text
 from lossk.optional import check_installed
+from lossk.records import check_record
 
 BAR = "\\|"  # a bar inside a cell of a Markdown table
 
@@ -31,6 +34,9 @@ class AlignmentRow:
     p: float  # of the Mantel tests; NaN elsewhere
     permutations: int  # that p rests on: all C! where the test is exact
 
+    def __post_init__(self) -> None:
+        check_record(self)
+
 
 @dataclass(frozen=True)
 class Alignment:
@@ -40,12 +46,21 @@ class Alignment:
     num_classes: int
     note: str
 
+    def __post_init__(self) -> None:
+        check_record(self)
+
     def row(self, similarity: str, reference: str, statistic: str) -> AlignmentRow:
         """The one row of that name."""
+        for name, value in (("similarity", similarity), ("reference", reference), ("statistic", statistic)):
+            check_text(name, value)
         for row in self.rows:
             if (row.similarity, row.reference, row.statistic) == (similarity, reference, statistic):
                 return row
-        raise KeyError(f"there is no {statistic!r} of {similarity!r} against {reference!r}")
+        known = {"similarity": similarity, "reference": reference, "statistic": statistic}
+        for name, value in known.items():
+            there = dict.fromkeys(getattr(row, name) for row in self.rows)
+            check_choice(name, value, there)
+        raise KeyError(f"there is no statistic {statistic!r} of similarity {similarity!r} against {reference!r}")
 
     def records(self) -> list[dict[str, Any]]:
         """Plain rows, for pandas.DataFrame and JSON."""
@@ -53,6 +68,8 @@ class Alignment:
 
     def markdown(self, reference: str, statistics: Sequence[str]) -> str:
         """A table against one reference: a row per similarity, a column per statistic, errors over images, chains."""
+        statistics = check_strings("statistics", statistics, "statistics")
+        check_choice("reference", reference, dict.fromkeys(row.reference for row in self.rows))
         names = list(dict.fromkeys(row.similarity for row in self.rows))
         heads = [statistic.replace("|", BAR) for statistic in statistics]
         lines = [f"| | {' | '.join(heads)} |", f"|---|{'--:|' * len(statistics)}"]
@@ -99,30 +116,48 @@ def align(
     """
     check_installed("sklearn", "analysis", "alignment", package="scikit-learn")
     references = (
-        {measure: taxonomy.similarity(measure) for measure in MEASURES} if isinstance(taxonomy, Taxonomy) else taxonomy
+        {measure: taxonomy.similarity(measure) for measure in MEASURES}
+        if isinstance(taxonomy, Taxonomy)
+        else check_named("taxonomy", taxonomy)
     )
-    if not similarities or not references:
-        raise ValueError("similarities and taxonomy must not be empty")
-    count = len(next(iter(references.values())))
-    given = {name: as_class_matrix(name, x, count) for name, x in similarities.items()}
-    held = {name: as_class_matrix(name, x, count).matrix for name, x in (controls or {}).items()}
-    truth = {name: as_class_matrix(name, x, count).matrix for name, x in references.items()}
-    for name, parts in (partitions or {}).items():
-        if len(parts) != count:
-            raise ValueError(f"partitions: {name!r} must have one part per class, {count}, got {len(parts)}")
+    first = next(iter(references.values()))
+    count = len(first.matrix if isinstance(first, ClassMatrix) else check_square("taxonomy", first))
+    truth = {name: found.matrix for name, found in _matrices("taxonomy", references, count).items()}
+    given = _matrices("similarities", check_named("similarities", similarities), count)
+    held = {
+        name: found.matrix
+        for name, found in _matrices(
+            "controls", check_mapping("controls", {} if controls is None else controls), count
+        ).items()
+    }
+    divided = {
+        name: _parts(name, parts, count)
+        for name, parts in check_mapping("partitions", {} if partitions is None else partitions).items()
+    }
     rows: list[AlignmentRow] = []
     options: dict[str, Any] = {"alternative": alternative, "num_permutations": num_permutations, "seed": seed}
     for name, matrix in given.items():
         others = {key: value for key, value in held.items() if key != name}
         for reference, target in truth.items():
             rows += _against(name, matrix, reference, target, others, options)
-        for partition, parts in (partitions or {}).items():
+        for partition, parts in divided.items():
             rows += _partitioned(name, matrix, partition, parts)
     note = (
         f"{count} classes, {count * (count - 1) // 2} pairs that are not independent. Errors are over the images and "
         f"chains given, not over classes. p: {alternative}, by relabelling the classes."
     )
     return Alignment(tuple(rows), count, note)
+
+
+def _parts(name: str, given: Any, count: int) -> list[int]:
+    parts = check_labels(f"partitions: {name}", given).tolist()
+    if len(parts) != count:
+        raise ValueError(f"partitions: {name!r} must have one part per class, {count}, got {len(parts)}")
+    return parts
+
+
+def _matrices(argument: str, given: Mapping[str, ClassMatrix | Array], count: int) -> dict[str, ClassMatrix]:
+    return {name: as_class_matrix(f"{argument}: {name}", matrix, count) for name, matrix in given.items()}
 
 
 def _against(
@@ -192,6 +227,10 @@ def _partitioned(name: str, matrix: ClassMatrix, partition: str, parts: Sequence
 
 def partition_purity(found: np.ndarray, truth: np.ndarray) -> float:
     """Share of classes that belong to the majority of the found part they are in, in (0, 1]."""
+    found = check_labels("found", found).numpy()
+    truth = check_labels("truth", truth, len(found)).numpy()
+    if truth.min() < 0:
+        raise ValueError(f"truth must be whole numbers from 0, got {truth.min()}")
     return float(sum(np.bincount(truth[found == part]).max() for part in np.unique(found)) / len(truth))
 
 
@@ -200,6 +239,9 @@ def triplet_agreement(similarity: Array, target: Array) -> float:
 
     A tie of the similarity counts half; NaN where the target never prefers.
     """
+    similarity, target = check_square("similarity", similarity), check_square("target", target)
+    if len(similarity) != len(target):
+        raise ValueError(f"similarity must be of the target's {len(target)} classes, got {len(similarity)}")
     excess, total = 0.0, 0.0
     for a in range(len(target)):
         others = np.arange(len(target)) != a
@@ -223,7 +265,7 @@ def _concordance(x: Array, y: Array) -> tuple[float, float]:
 def _cell(alignment: Alignment, name: str, reference: str, statistic: str) -> str:
     try:
         row = alignment.row(name, reference, statistic)
-    except KeyError:
+    except (KeyError, ValueError):
         return "–"
     errors = [f"{error:.2f}" for error in (row.image_error, row.chain_error) if np.isfinite(error)]
     text = f"{row.value:.2f}" + (f" ± {', '.join(errors)}" if errors else "")

@@ -18,10 +18,11 @@ from torch import Tensor
 
 from lossk.analysis.baselines import Baseline
 from lossk.blocks import tile_spans
+from lossk.checks import check_choice, check_instance, check_integer, check_tensor
 from lossk.cross import CrossKernel
 from lossk.kernel import LossKernel
 from lossk.optional import require
-from lossk.settings import check_choice, check_integer
+from lossk.records import check_record
 from lossk.traces import LossTraces
 
 if TYPE_CHECKING:
@@ -45,6 +46,9 @@ class Ranked:
     correlation_error: Tensor  # float32: Monte Carlo, of the correlation
     significant: Tensor  # bool: |R| above the query's noise floor
 
+    def __post_init__(self) -> None:
+        check_record(self)
+
 
 @dataclass(frozen=True)
 class Influence:
@@ -62,6 +66,9 @@ class Influence:
     noise_floor: Tensor
     query_samples: Tensor
 
+    def __post_init__(self) -> None:
+        check_record(self)
+
     def to_frame(self) -> pd.DataFrame:
         """One row per query, kind ("helpful", "harmful") and rank (from 1). Needs pandas.
 
@@ -74,7 +81,7 @@ class Influence:
             columns: dict[str, Any] = {
                 "query": self.query_samples.repeat_interleave(k).numpy(),
                 "kind": kind,
-                "rank": torch.arange(1, k + 1).repeat(num_query).numpy(),
+                "rank": torch.arange(1, k + 1, device="cpu").repeat(num_query).numpy(),
                 "train": ranked.samples.flatten().numpy(),
                 "influence": ranked.influence.flatten().numpy(),
                 "standard_error": ranked.standard_error.flatten().numpy(),
@@ -101,8 +108,8 @@ def influence(cross: CrossKernel, *, top: int = 10, by: str = "influence") -> In
     Raises:
         ValueError, TypeError: a bad argument.
     """
-    check_integer("top", top, 1, cross.num_train)
-    check_choice("by", by, ORDERS)
+    cross, by = check_instance("cross", cross, CrossKernel), check_choice("by", by, ORDERS)
+    top = check_integer("top", top, 1, cross.num_train)
     floor, found = cross.noise_floor, []
     for columns in tile_spans(cross.num_query, max(1, ENTRIES // cross.num_train)):
         block = cross[:, columns] if by == "influence" else cross.correlation(slice(None), columns)
@@ -149,6 +156,7 @@ def mislabel_scores(kernel: LossKernel | LossTraces, labels: Tensor | None = Non
     """
     if isinstance(kernel, LossTraces):
         kernel = LossKernel.from_traces(kernel)
+    kernel = check_instance("kernel", kernel, LossKernel, LossTraces)
     scores = {"mean_loss": kernel.mean_loss.double(), "self_influence": kernel.variance.double()}
     return scores if labels is None else {**scores, **class_scores(kernel, labels)}
 
@@ -158,8 +166,9 @@ def class_scores(kernel: LossKernel | Baseline, labels: Tensor) -> dict[str, Ten
 
     A dead sample, of which nothing is known, takes the lowest score of all.
     """
-    labels = torch.as_tensor(labels)
-    if labels.shape != (kernel.num_samples,) or labels.is_floating_point():
+    kernel = check_instance("kernel", kernel, LossKernel, Baseline)
+    labels = check_tensor("labels", labels, of="a real number").cpu()
+    if labels.shape != (kernel.num_samples,) or labels.is_floating_point() or labels.dtype == torch.bool:
         raise ValueError(f"labels must be integers [{kernel.num_samples}], got {labels.dtype} {list(labels.shape)}")
     classes, member = labels.unique(return_inverse=True)
     counts = member.bincount(minlength=len(classes))
@@ -196,7 +205,7 @@ def mislabel_ranking(
             influence functions and TracIn rank by; "mean_loss" has less Monte Carlo error. `python -m bench.mislabels`
             compares them all, with baselines.
     """
-    check_choice("score", score, SCORES)
+    score = check_choice("score", score, SCORES)
     if labels is None and score.startswith("class_"):
         raise ValueError(f"score={score!r} needs labels, got None")
     scores = mislabel_scores(kernel, labels)[score]

@@ -13,25 +13,38 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lossk.analysis.gradients import Sketch, check_module, frozen, gradient_batches, losses_of
+from lossk.ambient import without_autocast
+from lossk.analysis.gradients import Sketch, check_module, frozen, gradient_batches, losses_of, read_data
+from lossk.analysis.inputs import check_labels, check_seed
 from lossk.analysis.purity import neighbor_purity
 from lossk.blocks import tile_spans
+from lossk.checks import (
+    check_callable,
+    check_flag,
+    check_instance,
+    check_integer,
+    check_number,
+    check_optional,
+    check_tensor,
+)
 from lossk.data import Samples, Transform, leaves
-from lossk.indexing import resolve
+from lossk.dense import AsArray, refuse_too_large
+from lossk.indexing import resolve, rows_and_columns
 from lossk.losses import LossFunction, forward, split_batch
 from lossk.neighbors import Neighbors, nearest_of_rows
-from lossk.probe_sets import ProbeSets, read_sources
+from lossk.records import check_record
 from lossk.task import Task
 
 BATCH = 256
 
 
 @dataclass(frozen=True)
-class Baseline:
+class Baseline(AsArray):
     """A similarity of N samples held as vectors: S_ij = features_i . duals_j. Deterministic: no Monte Carlo error.
 
     It is read as a kernel is: `baseline[rows, columns]`, `.correlation(rows, columns)`, `.neighbors(k)`, `.matvec(v)`,
@@ -54,9 +67,13 @@ class Baseline:
     tile: int = 4096
 
     def __post_init__(self) -> None:
+        check_record(self)
+        check_integer("tile", self.tile, 1)
+        check_number("noise", self.noise, least=0.0)
         for part, values in (("features", self.features), ("duals", self.duals)):
             if values is None:
                 continue
+            check_tensor(part, values, finite=False)
             if values.ndim != 2 or not values.is_floating_point() or values.shape != self.features.shape:
                 raise ValueError(
                     f"{part} must be floating point [N, d], duals of the features' shape {list(self.features.shape)}, "
@@ -71,8 +88,19 @@ class Baseline:
         """N."""
         return len(self.features)
 
-    def __len__(self) -> int:
-        return self.num_samples
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(N, N)."""
+        return self.num_samples, self.num_samples
+
+    def to_numpy(self) -> np.ndarray:
+        """The whole matrix: [N, N] float32. Refuses, with the size, what free memory cannot hold.
+
+        Raises:
+            MemoryError: the matrix needs more than the memory now available.
+        """
+        refuse_too_large(*self.shape, "read blocks, baseline[rows, columns]")
+        return self.similarity().numpy()
 
     @property
     def _right(self) -> Tensor:
@@ -90,21 +118,21 @@ class Baseline:
 
     def similarity(self, rows: Any = slice(None), columns: Any = slice(None)) -> Tensor:
         """S_ij: [r, c] float32."""
-        rows, columns = resolve(rows, self.num_samples), resolve(columns, self.num_samples)
-        return (self.features[rows] @ self._right[columns].T).float()
+        rows, columns = resolve(rows, self.num_samples, "rows"), resolve(columns, self.num_samples, "columns")
+        with without_autocast():
+            return (self.features[rows] @ self._right[columns].T).float()
 
     def __getitem__(self, key: Any) -> Tensor:
-        rows, columns = key if isinstance(key, tuple) and len(key) == 2 else (key, slice(None))
-        return self.similarity(rows, columns)
+        return self.similarity(*rows_and_columns(key))
 
     def correlation(self, rows: Any = slice(None), columns: Any = slice(None)) -> Tensor:
         """S_ij / sqrt(S_ii S_jj), of features their cosine: [r, c] float32 in [-1, 1].
 
         As in a kernel, 0 for i != j where S_ii or S_jj is 0, and 1 for i = j.
         """
-        rows, columns = resolve(rows, self.num_samples), resolve(columns, self.num_samples)
+        rows, columns = resolve(rows, self.num_samples, "rows"), resolve(columns, self.num_samples, "columns")
         block = self._correlate(rows, columns)
-        return torch.where(rows.unsqueeze(1) == columns, torch.ones(()), block)
+        return torch.where(rows.unsqueeze(1) == columns, torch.ones((), dtype=torch.float32, device="cpu"), block)
 
     def _correlate(self, rows: Tensor, columns: Tensor | slice) -> Tensor:
         variance = self.variance
@@ -115,7 +143,7 @@ class Baseline:
 
     def matvec(self, v: Tensor) -> Tensor:
         """S v for v [N] or [N, m], float64, without forming S."""
-        v = torch.as_tensor(v).double()
+        v = check_tensor("v", v).double()
         if v.ndim not in (1, 2) or v.shape[0] != self.num_samples:
             raise ValueError(f"v must have shape [{self.num_samples}] or [{self.num_samples}, m], got {list(v.shape)}")
         inner = self._right.double().T @ v.reshape(self.num_samples, -1)
@@ -127,11 +155,10 @@ class Baseline:
         `noise_floor` is 0 where features are exact: there is no noise for a neighbour to be. Of a sketch it is three
         times its standard error.
         """
-        if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k < self.num_samples:
-            raise ValueError(f"k must be an integer from 1 to N - 1 = {self.num_samples - 1}, got {k!r}")
-        rows = resolve(slice(None) if rows is None else rows, self.num_samples)
+        k = check_integer("k", k, 1, self.num_samples - 1, limit=f"N - 1 = {self.num_samples - 1}")
+        rows = resolve(slice(None) if rows is None else rows, self.num_samples, "rows")
         found = nearest_of_rows(self._correlation_rows, self.dead, rows, k)
-        return found._replace(noise_floor=torch.full((len(rows),), 3.0 * self.noise))
+        return found._replace(noise_floor=torch.full((len(rows),), 3.0 * self.noise, dtype=torch.float32, device="cpu"))
 
     def _correlation_rows(self, rows: Tensor) -> Iterator[tuple[slice, Tensor]]:
         return ((span, self._correlate(rows, span)) for span in tile_spans(self.num_samples, self.tile))
@@ -144,8 +171,8 @@ def raw_inputs(data: Any, *, transform: Transform | None = None, centred: bool =
         data: samples (inputs, targets) in any form `build_kernel` takes, or `ProbeSets`; targets are not looked at.
         centred: about the mean input.
     """
-    train = next(iter(data.sets.values())) if isinstance(data, ProbeSets) else None
-    sets, _ = read_sources(data, train, transform)
+    centred, transform = check_flag("centred", centred), check_optional(check_callable, "transform", transform)
+    sets = read_data(data, transform)
     rows = []
     for samples in sets.values():
         inputs = [leaves(split_batch(batch)[0]) for _, batch in samples.batches(BATCH)]
@@ -175,8 +202,8 @@ def penultimate_features(
     Raises:
         ValueError: no Linear layer was called, no such layer, or its inputs are not one row per sample.
     """
-    wanted = None if layer is None else check_module(model, layer)
-    with frozen(model, data, loss=_no_loss) as (task, sets), torch.inference_mode():
+    centred, wanted = check_flag("centred", centred), None if layer is None else check_module(model, layer)
+    with frozen(model, data, loss=_no_loss, transform=transform) as (task, sets), torch.no_grad():
         rows = [_layer_inputs(task, batch, wanted) for samples in sets.values() for _, batch in samples.batches(BATCH)]
         features = torch.cat(rows)
     return Baseline("penultimate features", _about_mean(features.clone(), centred), sets=spans_of(sets))
@@ -201,11 +228,15 @@ def gradient_cosine(
         seed: of the sketch.
         params: patterns of the parameters to take gradients in; None is all that require grad.
     """
+    dimensions = check_optional(check_integer, "dimensions", dimensions, 1)
+    seed, progress = check_seed(seed), check_flag("progress", progress)
+    if dimensions is not None and dimensions % Sketch.BLOCKS:
+        raise ValueError(f"dimensions must be a positive multiple of {Sketch.BLOCKS}, got {dimensions}")
     with frozen(model, data, loss=loss, params=params, transform=transform) as (task, sets):
         exact = dimensions is None or dimensions >= task.num_weights
         sketch = None if dimensions is None or exact else Sketch(task.num_weights, dimensions, seed)
         width = task.num_weights if sketch is None else sketch.dimensions
-        features = torch.empty(sum(map(len, sets.values())), width)
+        features = torch.empty(sum(map(len, sets.values())), width, dtype=torch.float32, device="cpu")
         batches = gradient_batches(task, list(sets.values()), losses_of(task), progress=progress, what="gradients")
         for rows, gradients in batches:
             features[rows] = gradients.cpu() if sketch is None else sketch(gradients)
@@ -223,6 +254,7 @@ def gradient_norms(
     progress: bool = False,
 ) -> Tensor:
     """|g_i| of every sample's loss at w*: [N] float64."""
+    progress = check_flag("progress", progress)
     with frozen(model, data, loss=loss, params=params, transform=transform) as (task, sets):
         batches = gradient_batches(task, list(sets.values()), losses_of(task), progress=progress, what="gradients")
         return torch.cat([gradients.double().norm(dim=1).cpu() for _, gradients in batches])
@@ -239,7 +271,8 @@ def confusion(
     Returns:
         (the baseline, P [C, C] float64); rows of P of classes without samples are 0.
     """
-    with frozen(model, data, transform=transform) as (task, sets), torch.inference_mode():
+    soft = check_flag("soft", soft)
+    with frozen(model, data, transform=transform) as (task, sets), torch.no_grad():
         given, labels = [], []
         for samples in sets.values():
             for _, batch in samples.batches(BATCH):
@@ -261,6 +294,8 @@ def knn_disagreement(features: Baseline, labels: Tensor, k: int = 10) -> Tensor:
 
     A common detector of wrong labels that needs no retraining (k-nearest-neighbour editing, Wilson 1972).
     """
+    features = check_instance("features", features, Baseline)
+    labels = check_labels("labels", labels, features.num_samples)
     return 1.0 - neighbor_purity(features.neighbors(k).index, labels)
 
 

@@ -4,9 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from lossk.analysis.inputs import check_square
+from lossk.checks import check_callable, check_number, check_optional, check_tensor
+from lossk.records import check_record
 
 Array = NDArray[np.float64]
 
@@ -18,6 +23,9 @@ class Estimate:
     value: float
     image_error: float  # had other images been drawn from the same classes
     chain_error: float  # had the sampler's chains been others
+
+    def __post_init__(self) -> None:
+        check_record(self)
 
 
 @dataclass(frozen=True)
@@ -33,6 +41,12 @@ class ClassMatrix:
     groups: int = 0  # per class; the bootstrap's variance is (groups - 1) / groups of what it should be
     chains: Array | None = None  # [chains, C, C]
 
+    def __post_init__(self) -> None:
+        check_record(self)
+        check_square("matrix", self.matrix)
+        for name in ("images", "chains"):
+            check_optional(check_tensor, name, getattr(self, name), ("R", *self.matrix.shape), finite=False, at_least=0)
+
     @property
     def image_error(self) -> Array | None:
         """[C, C] standard errors over images."""
@@ -46,8 +60,9 @@ class ClassMatrix:
 
     def estimate(self, statistic: Callable[[Array], float]) -> Estimate:
         """statistic(matrix), with standard errors from its spread over the replicates."""
+        check_callable("statistic", statistic, "a function of a matrix [C, C]")
         nan = float("nan")
-        value = statistic(self.matrix)
+        value = _number(statistic(self.matrix))
         images = nan if self.images is None else _bootstrap_error(_each(statistic, self.images), self.groups)
         chains = nan if self.chains is None else _jackknife_error(_each(statistic, self.chains))
         return Estimate(value, float(images), float(chains))
@@ -55,7 +70,7 @@ class ClassMatrix:
 
 def as_class_matrix(name: str, given: ClassMatrix | Array, num_classes: int) -> ClassMatrix:
     """A `ClassMatrix` of that many classes, or an array [C, C] made one; symmetric, finite off the diagonal."""
-    matrix = given if isinstance(given, ClassMatrix) else ClassMatrix(np.asarray(given, dtype=np.float64))
+    matrix = given if isinstance(given, ClassMatrix) else ClassMatrix(check_square(name, given))
     values = matrix.matrix
     if values.shape != (num_classes, num_classes):
         raise ValueError(f"{name} must be [{num_classes}, {num_classes}], got {list(values.shape)}")
@@ -67,8 +82,15 @@ def as_class_matrix(name: str, given: ClassMatrix | Array, num_classes: int) -> 
     return matrix
 
 
+def _number(value: Any) -> float:
+    """NaN where nothing varies is an answer too."""
+    if isinstance(value, float | np.floating):
+        return float(value)
+    return check_number("statistic", value, "a function that returns a number")
+
+
 def _each(statistic: Callable[[Array], float], replicates: Array) -> Array:
-    return np.array([statistic(replicate) for replicate in replicates])
+    return np.array([_number(statistic(replicate)) for replicate in replicates])
 
 
 def _bootstrap_error(values: Array, groups: int) -> Array:

@@ -11,8 +11,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from lossk.analysis.pairs import Kernel, Pairs, as_pairs, blocks, spans_of
+from lossk.checks import check_flag, check_integer
 from lossk.neighbors import nearest
-from lossk.settings import check_integer
+from lossk.records import check_record
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,9 @@ class Comparison:
     overlaps: Tensor  # [N] float64, per sample; NaN where dead
     gained: Tensor  # [N, k] int64: b's neighbours that are none of a's, nearest first, then -1
     lost: Tensor  # [N, k] int64: a's neighbours that are none of b's
+
+    def __post_init__(self) -> None:
+        check_record(self)
 
     def to_dict(self) -> dict[str, Any]:
         """The numbers that are not per sample."""
@@ -57,7 +61,7 @@ def compare_kernels(
     Raises:
         ValueError: different numbers of samples, or too few live in both.
     """
-    check_integer("k", k, 1)
+    k, progress = check_integer("k", k, 1), check_flag("progress", progress)
     one, two = as_pairs("a", a), as_pairs("b", b)
     if one.num_samples != two.num_samples:
         raise ValueError(f"a and b must be of the same samples, got {one.num_samples} and {two.num_samples}")
@@ -99,9 +103,10 @@ class _Sums:
     """Sums over the pairs of two symmetric matrices, from blocks of their upper triangles; float64."""
 
     def __init__(self, num_samples: int) -> None:
-        self.row = torch.zeros(2, num_samples, dtype=torch.float64)  # sums of rows, without the diagonal
-        self.diagonal = torch.zeros(2, num_samples, dtype=torch.float64)
-        self.product = torch.zeros(2, 2, dtype=torch.float64)  # of entries off the diagonal, both triangles
+        self.row = torch.zeros(2, num_samples, dtype=torch.float64, device="cpu")  # sums of rows, without the diagonal
+        self.diagonal = torch.zeros(2, num_samples, dtype=torch.float64, device="cpu")
+        # of entries off the diagonal, both triangles
+        self.product = torch.zeros(2, 2, dtype=torch.float64, device="cpu")
 
     def add(self, rows: slice, columns: slice, x: Tensor, y: Tensor) -> None:
         """Blocks [r, c], which are changed."""

@@ -12,11 +12,17 @@ from scipy import stats
 from torch import Tensor
 from tqdm import tqdm
 
+from lossk.analysis.baselines import Baseline
+from lossk.analysis.inputs import check_labels, check_seed
 from lossk.analysis.purity import chance_purity, class_purity
+from lossk.checks import check_callable, check_flag, check_instance, check_integer, check_number, check_tensor
+from lossk.kernel import LossKernel
 from lossk.neighbors import Neighbors
 from lossk.optional import require
-from lossk.settings import check_integer, check_number
+from lossk.records import check_record
 
+MOST_BOOTSTRAP = 10**6
+MOST_ENTRIES = 2**34  # of the masks, a byte each
 Train = Callable[[Tensor, int], Tensor]  # (rows [m] int64 of the training samples, seed) -> losses of the queries [q]
 
 
@@ -39,6 +45,9 @@ class DatamodelingScore:
     mean: float  # over the queries that have one
     standard_error: float  # of the mean, by bootstrap over subsets and queries
 
+    def __post_init__(self) -> None:
+        check_record(self)
+
 
 def random_subsets(num_train: int, num_subsets: int, *, fraction: float = 0.5, seed: int = 0) -> Tensor:
     """Random subsets of one size, as rows of a mask [S, n] bool.
@@ -46,14 +55,17 @@ def random_subsets(num_train: int, num_subsets: int, *, fraction: float = 0.5, s
     Args:
         fraction: of the training samples in each, between 0 and 1.
     """
-    check_integer("num_train", num_train, 2)
-    check_integer("num_subsets", num_subsets, 1)
-    check_number("fraction", fraction, "a number", above=0.0)
+    num_train = check_integer("num_train", num_train, 2)
+    num_subsets = check_integer("num_subsets", num_subsets, 1)
+    fraction = check_number("fraction", fraction, above=0.0, most=1.0)
+    seed = check_seed(seed)
+    if num_train * num_subsets > MOST_ENTRIES:
+        raise MemoryError(f"num_subsets x num_train must be at most {MOST_ENTRIES:,}, got {num_subsets} x {num_train}")
     size = round(fraction * num_train)
     if not 0 < size < num_train:
         raise ValueError(f"fraction must leave some of the {num_train} samples in and some out, got {fraction}")
     rng = np.random.default_rng(np.random.SeedSequence(seed))
-    masks = torch.zeros(num_subsets, num_train, dtype=torch.bool)
+    masks = torch.zeros(num_subsets, num_train, dtype=torch.bool, device="cpu")
     for mask in masks:
         mask[torch.from_numpy(rng.choice(num_train, size, replace=False))] = True
     return masks
@@ -71,20 +83,28 @@ def retrain_on_subsets(train: Train, masks: Tensor, *, seeds: Sequence[int] = (0
     Raises:
         ValueError: masks of another shape, no seed, or losses that are not finite or change their number.
     """
-    _check_masks(masks)
-    if not seeds:
+    train, progress = check_callable("train", train), check_flag("progress", progress)
+    masks = _check_masks(masks)
+    if isinstance(seeds, list | tuple) and not seeds:
         raise ValueError("seeds must hold at least one seed, got none")
+    seeds = [int(seed) for seed in check_tensor("seeds", seeds, ("S",), of="an integer")]
     outcomes: list[Tensor] = []
     with tqdm(total=len(masks) * len(seeds), desc="retraining", unit="model", disable=not progress) as bar:
         for number, mask in enumerate(masks):
             rows, runs = mask.nonzero().squeeze(1), []
             for seed in seeds:
-                runs.append(torch.as_tensor(train(rows, seed)).detach().cpu().double())
+                losses = check_tensor("what train returns", train(rows, seed), finite=False).cpu().double()
+                if losses.ndim != 1 or not len(losses) or not torch.isfinite(losses).all():
+                    found = list(losses.shape)
+                    raise ValueError(f"train must return finite losses [q], got {found} for subset {number}")
+                runs.append(losses)
                 bar.update()
-            losses = torch.stack(runs).mean(dim=0)
-            if losses.ndim != 1 or not torch.isfinite(losses).all() or (outcomes and len(losses) != len(outcomes[0])):
-                raise ValueError(f"train must return finite losses [q], got {list(losses.shape)} for subset {number}")
-            outcomes.append(losses)
+            lengths = {len(losses) for losses in (*runs, *outcomes[:1])}
+            if len(lengths) > 1:
+                raise ValueError(
+                    f"train must return as many losses each time, got {sorted(lengths)} at subset {number}"
+                )
+            outcomes.append(torch.stack(runs).mean(dim=0))
     return torch.stack(outcomes)
 
 
@@ -105,18 +125,16 @@ def linear_datamodeling_score(
     Raises:
         ValueError: shapes that do not fit, non-finite numbers, or fewer than 3 subsets.
     """
-    _check_masks(masks)
-    helpfulness, outcomes = torch.as_tensor(helpfulness).double(), torch.as_tensor(outcomes).double()
+    masks, seed = _check_masks(masks), check_seed(seed)
+    helpfulness = check_tensor("helpfulness", helpfulness, ("n", "q")).cpu().double()
+    outcomes = check_tensor("outcomes", outcomes, ("S", "q")).cpu().double()
     wanted = [masks.shape[1], outcomes.shape[-1]]
     if list(helpfulness.shape) != wanted or list(outcomes.shape) != [len(masks), wanted[1]] or len(masks) < 3:
         raise ValueError(
             "helpfulness must be [n, q], masks [S, n] and outcomes [S, q] with at least 3 subsets, got "
             f"{list(helpfulness.shape)}, {list(masks.shape)} and {list(outcomes.shape)}"
         )
-    for name, values in (("helpfulness", helpfulness), ("outcomes", outcomes)):
-        if not torch.isfinite(values).all():
-            raise ValueError(f"{name} must be finite")
-    check_integer("num_bootstrap", num_bootstrap, 2)
+    num_bootstrap = check_integer("num_bootstrap", num_bootstrap, 2, MOST_BOOTSTRAP)
     predicted, found = (-(masks.double() @ helpfulness)).numpy(), outcomes.numpy()
     per_query = _spearman(predicted, found)
     rng = np.random.default_rng(np.random.SeedSequence(seed))
@@ -140,9 +158,8 @@ def _mean(values: np.ndarray) -> float:
     return float(there.mean()) if len(there) else float("nan")
 
 
-def _check_masks(masks: Tensor) -> None:
-    if masks.ndim != 2 or masks.dtype != torch.bool or 0 in masks.shape:
-        raise ValueError(f"masks must be [S, n] bool, got {masks.dtype} of shape {list(masks.shape)}")
+def _check_masks(masks: Tensor) -> Tensor:
+    return check_tensor("masks", masks, ("S", "n"), of="a flag").cpu()
 
 
 def auroc(scores: Tensor, wrong: Tensor, *, num_bootstrap: int = 200, seed: int = 0) -> tuple[float, float]:
@@ -157,12 +174,14 @@ def auroc(scores: Tensor, wrong: Tensor, *, num_bootstrap: int = 200, seed: int 
     Raises:
         ValueError: shapes that do not fit, a score that is not finite, or only one kind of labels.
     """
-    metrics = require("sklearn.metrics", "analysis", "an AUROC", package="scikit-learn")
-    scores, wrong = torch.as_tensor(scores), torch.as_tensor(wrong)
-    if scores.ndim != 1 or scores.shape != wrong.shape or wrong.dtype != torch.bool:
+    scores = check_tensor("scores", scores, finite=False).cpu()
+    wrong = check_tensor("wrong", wrong, of="a flag").cpu()
+    if scores.ndim != 1 or not len(scores) or scores.shape != wrong.shape or wrong.dtype != torch.bool:
         raise ValueError(f"scores and wrong (bool) must be [N], got {list(scores.shape)} and {list(wrong.shape)}")
+    num_bootstrap, seed = check_integer("num_bootstrap", num_bootstrap, 2, MOST_BOOTSTRAP), check_seed(seed)
     if not torch.isfinite(scores).all():
         raise ValueError(f"scores must be finite, sample {int((~torch.isfinite(scores)).nonzero()[0])} is not")
+    metrics = require("sklearn.metrics", "analysis", "an AUROC", package="scikit-learn")
     if bool(wrong.all()) or not bool(wrong.any()):
         raise ValueError(f"wrong must mark some samples and not others, got {int(wrong.sum())} of {len(wrong)}")
     rng = np.random.default_rng(np.random.SeedSequence(seed))
@@ -190,6 +209,9 @@ class RandomisationCheck:
     purity_random: float
     purity_chance: float
 
+    def __post_init__(self) -> None:
+        check_record(self)
+
 
 def randomisation_check(
     trained: Correlated, untrained: Correlated, labels: Tensor, *, k: int = 10, most: int = 2000, seed: int = 0
@@ -201,9 +223,13 @@ def randomisation_check(
         k: neighbours.
         most: samples between which entries are compared, chosen at random from `seed`; neighbours are of all.
     """
+    for name, kernel in (("trained", trained), ("untrained", untrained)):
+        check_instance(name, kernel, LossKernel, Baseline)
+    labels, k = check_labels("labels", labels), check_integer("k", k, 1)
+    most, seed = check_integer("most", most, 3), check_seed(seed)
     if not trained.num_samples == untrained.num_samples == len(labels):
         counts = f"{trained.num_samples}, {untrained.num_samples} and {len(labels)}"
-        raise ValueError(f"both kernels and labels must be of the same samples, got {counts}")
+        raise ValueError(f"trained, untrained and labels must be of the same samples, got {counts}")
     rng = np.random.default_rng(np.random.SeedSequence(seed))
     n = trained.num_samples
     rows = torch.from_numpy(np.sort(rng.choice(n, min(n, most), replace=False)))

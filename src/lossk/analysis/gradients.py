@@ -13,6 +13,17 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 from tqdm import tqdm
 
+from lossk.agreement import prove
+from lossk.analysis.inputs import check_seed
+from lossk.checks import (
+    check_callable,
+    check_instance,
+    check_integer,
+    check_optional,
+    check_strings,
+    check_tensor,
+    check_text,
+)
 from lossk.data import Samples, Transform, leaves, map_tensors
 from lossk.losses import LossFunction, resolve_loss
 from lossk.passes import Passes
@@ -39,17 +50,24 @@ def frozen(
     Raises:
         ValueError, TypeError: data, loss or model that `build_kernel` would refuse, or a loss per token.
     """
-    train = next(iter(data.sets.values())) if isinstance(data, ProbeSets) else None
-    sets, _ = read_sources(data, train, transform)
+    check_instance("model", model, nn.Module)
+    transform = check_optional(check_callable, "transform", transform)
+    params = check_optional(check_strings, "params", params, "name patterns")
+    sets = read_data(data, transform)
     task = Task(model, resolve_loss(loss), params=params)
     task.passes = Passes(memory_format="contiguous")  # weights in `task.flat` lie as in the model
+    names = {id(samples): name or "data" for name, samples in sets.items()}
+    proven, positions = prove(task, {names[id(samples)]: samples for samples in sets.values()})
+    if any(each is not None for each in positions.values()):
+        raise ValueError(f"loss must be one per sample for a baseline, got one per token ({task.loss.name})")
     with task:
-        once = {id(samples): task.place(samples) for samples in sets.values()}
-        placed = {name: once[id(samples)] for name, samples in sets.items()}
-        for name, samples in placed.items():
-            if task.check(samples, name or "data") is not None:
-                raise ValueError(f"loss must be one per sample for a baseline, got one per token ({task.loss.name})")
-        yield task, placed
+        yield task, {name: proven[names[id(samples)]] for name, samples in sets.items()}
+
+
+def read_data(data: Any, transform: Transform | None) -> Mapping[str, Samples]:
+    """The probe sets of `data`, a lone one under the name ""."""
+    train = next(iter(data.sets.values())) if isinstance(data, ProbeSets) else None
+    return read_sources(data, train, transform, name="data")[0]
 
 
 def losses_of(task: Task) -> SampleValue:
@@ -147,9 +165,11 @@ class Sketch:
     BLOCKS = 4
 
     def __init__(self, num_weights: int, dimensions: int, seed: int) -> None:
-        if dimensions < self.BLOCKS or dimensions % self.BLOCKS:
+        num_weights, seed = check_integer("num_weights", num_weights, 1), check_seed(seed)
+        dimensions = check_integer("dimensions", dimensions, 1)
+        if dimensions % self.BLOCKS:
             raise ValueError(f"dimensions must be a positive multiple of {self.BLOCKS}, got {dimensions}")
-        self.dimensions = dimensions
+        self.dimensions, self.num_weights = dimensions, num_weights
         side = dimensions // self.BLOCKS
         rng = np.random.default_rng(np.random.SeedSequence(seed))
         rows = np.concatenate([rng.integers(0, side, num_weights) + b * side for b in range(self.BLOCKS)])
@@ -160,6 +180,7 @@ class Sketch:
 
     def __call__(self, gradients: Tensor) -> Tensor:
         """[b, P] float32 -> [b, d] float32."""
+        gradients = check_tensor("gradients", gradients, ("b", self.num_weights), finite=False).float()
         return torch.from_numpy(np.ascontiguousarray((self._matrix @ gradients.cpu().numpy().T).T))
 
 
@@ -169,7 +190,8 @@ def check_module(model: nn.Module, name: str) -> nn.Module:
     Raises:
         ValueError: there is none.
     """
-    found = dict(model.named_modules())
-    if name not in found:
+    check_text("layer", name)
+    found = dict(check_instance("model", model, nn.Module).named_modules())
+    if name not in found or not name:
         raise ValueError(f"layer must name a module of the model, got {name!r}; it has {', '.join(list(found)[1:9])}")
     return found[name]

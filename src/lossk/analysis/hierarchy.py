@@ -11,10 +11,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 from lossk.analysis.class_matrix import Array, ClassMatrix
+from lossk.analysis.inputs import check_classes, check_names, check_seed, check_square
 from lossk.analysis.pairs import Kernel, KernelPairs, Pairs, as_pairs, blocks, spans_of
 from lossk.chains import has_chains, leave_one_chain_out
-from lossk.settings import check_integer
+from lossk.checks import check_choice, check_flag, check_integer
+from lossk.records import check_record
 
+METHODS = ("average", "complete", "single", "weighted", "centroid", "median", "ward")  # of SciPy's linkage
+MOST_BOOTSTRAP = 10**5  # replicates, each [C, C] float64
 MOST_GROUPS = 1000  # of images, in all classes together: their sums are [groups, groups] float64
 
 
@@ -26,6 +30,9 @@ class ClassSimilarity:
     signed: ClassMatrix  # mean R; NaN on the diagonal of a class of one
     absolute: ClassMatrix  # mean |R|: what two classes share, whichever way it moves
     counts: Array  # [C] live samples
+
+    def __post_init__(self) -> None:
+        check_record(self)
 
     @property
     def matrix(self) -> Array:
@@ -42,10 +49,14 @@ class Dendrogram:
     cophenetic: Array  # [C, C]: the height at which two classes are first together
     cophenetic_correlation: float  # of these with the distances: how far a tree is a fair picture
 
+    def __post_init__(self) -> None:
+        check_record(self)
+
     def cut(self, num_parts: int) -> np.ndarray:
         """The part, from 0, of each class when the tree is cut into that many: [C] int."""
         from scipy.cluster.hierarchy import fcluster
 
+        num_parts = check_integer("num_parts", num_parts, 1)
         return fcluster(self.linkage, num_parts, criterion="maxclust") - 1
 
 
@@ -75,13 +86,10 @@ def class_similarity(
     Raises:
         ValueError: labels of another length or out of range.
     """
-    check_integer("num_bootstrap", num_bootstrap, 0)
-    pairs, labels = as_pairs("source", source), torch.as_tensor(labels).long()
-    if labels.shape != (pairs.num_samples,):
-        raise ValueError(f"labels must be [{pairs.num_samples}], got {list(labels.shape)}")
-    count = len(class_names)
-    if len(labels) and not (int(labels.min()) >= 0 and int(labels.max()) < count):
-        raise ValueError(f"labels must be from 0 to {count - 1}, got {int(labels.min())} to {int(labels.max())}")
+    num_bootstrap, seed = check_integer("num_bootstrap", num_bootstrap, 0, MOST_BOOTSTRAP), check_seed(seed)
+    class_names, progress = check_names("class_names", class_names), check_flag("progress", progress)
+    pairs, count = as_pairs("source", source), len(class_names)
+    labels = check_classes(labels, pairs.num_samples, count)
     live = labels.masked_fill(pairs.dead, -1)
     group, per_class = _grouped(live, count, seed)
     signed, absolute = pair_sums(pairs, group, count * per_class, progress=progress)
@@ -98,7 +106,7 @@ def class_similarity(
         )
 
     live_counts = sizes.reshape(count, per_class).sum(dim=1).numpy()
-    return ClassSimilarity(tuple(class_names), matrix(signed, 0), matrix(absolute, 1), live_counts)
+    return ClassSimilarity(class_names, matrix(signed, 0), matrix(absolute, 1), live_counts)
 
 
 def pair_sums(pairs: Pairs, group: Tensor, num_groups: int, *, progress: bool = False) -> tuple[Tensor, Tensor]:
@@ -108,7 +116,7 @@ def pair_sums(pairs: Pairs, group: Tensor, num_groups: int, *, progress: bool = 
         group: [N] int64; -1 leaves a sample out.
     """
     place = group.masked_fill(group < 0, num_groups)  # one more group, thrown away at the end
-    sums = torch.zeros(2, num_groups + 1, num_groups + 1, dtype=torch.float64)
+    sums = torch.zeros(2, num_groups + 1, num_groups + 1, dtype=torch.float64, device="cpu")
     parts = list(blocks(spans_of(pairs)))
     for rows, columns in tqdm(parts, desc="class means", unit="tile", disable=not progress):
         block = pairs.correlation(rows, columns)
@@ -132,14 +140,14 @@ def _grouped(live: Tensor, count: int, seed: int) -> tuple[Tensor, int]:
     for label in range(count):
         members = (live == label).nonzero().squeeze(1)
         order = torch.from_numpy(rng.permutation(len(members)))
-        group[members[order]] = label * per_class + torch.arange(len(members)) % per_class
+        group[members[order]] = label * per_class + torch.arange(len(members), device="cpu") % per_class
     return group, per_class
 
 
 def _resampled(exists: Tensor, num_bootstrap: int, seed: int) -> Tensor:
     """How often each group is drawn, class by class and as often as the class has groups: [B, C, groups] float64."""
     rng = np.random.default_rng(np.random.SeedSequence(entropy=seed, spawn_key=(1,)))
-    draws = torch.zeros(num_bootstrap, *exists.shape, dtype=torch.float64)
+    draws = torch.zeros(num_bootstrap, *exists.shape, dtype=torch.float64, device="cpu")
     for label, mine in enumerate(exists):
         groups = int(mine.sum())
         if groups:
@@ -181,15 +189,18 @@ def dendrogram(similarity: ClassMatrix | Array, class_names: Sequence[str], *, m
 
     Args:
         similarity: [C, C], at most 1 off the diagonal; the diagonal is not used.
-        method: of scipy.cluster.hierarchy.linkage: "average", "complete", "single", ...
+        method: of scipy.cluster.hierarchy.linkage: one of `METHODS`
     """
     from scipy.cluster.hierarchy import cophenet, linkage
     from scipy.spatial.distance import squareform
 
-    matrix = similarity.matrix if isinstance(similarity, ClassMatrix) else np.asarray(similarity, dtype=np.float64)
+    matrix = check_square("similarity", similarity.matrix if isinstance(similarity, ClassMatrix) else similarity)
+    class_names, method = check_names("class_names", class_names), check_choice("method", method, METHODS)
     count = len(class_names)
     if matrix.shape != (count, count) or count < 3:
-        raise ValueError(f"similarity must be [C, C] for the {count} class names, at least 3, got {list(matrix.shape)}")
+        raise ValueError(
+            f"similarity and class_names must be of the same classes, at least 3, got {len(matrix)} and {count}"
+        )
     upper = matrix[np.triu_indices(count, 1)]
     if not np.isfinite(upper).all() or upper.max() > 1 + 1e-9:
         raise ValueError("similarity must be finite and at most 1 off the diagonal")
@@ -198,4 +209,4 @@ def dendrogram(similarity: ClassMatrix | Array, class_names: Sequence[str], *, m
     heights = cophenet(tree)
     varies = np.ptp(heights) > 0 and np.ptp(distance) > 0
     correlation = float(np.corrcoef(heights, distance)[0, 1]) if varies else float("nan")
-    return Dendrogram(tuple(class_names), tree, squareform(heights), correlation)
+    return Dendrogram(class_names, tree, squareform(heights), correlation)

@@ -17,10 +17,10 @@ from tqdm import tqdm
 
 from lossk.analysis.baselines import Baseline, spans_of
 from lossk.analysis.gradients import Sketch, frozen, gradient_batches, losses_of
+from lossk.checks import check_choice, check_flag, check_integer, check_number
 from lossk.data import Samples, Transform
 from lossk.losses import LossFunction, forward, split_batch
 from lossk.probe_sets import ProbeSets
-from lossk.settings import check_choice, check_number
 from lossk.task import Task
 
 CURVATURES = ("gauss-newton", "hessian")
@@ -62,16 +62,15 @@ def damped_influence(
     Raises:
         ValueError: a bad argument, or a damped Hessian that is not positive definite.
     """
-    check_number("damping", damping, "a number", above=0.0)
-    check_number("tolerance", tolerance, "a number", above=0.0)
-    check_choice("curvature", curvature, CURVATURES)
-    check_choice("solver", solver, SOLVERS)
+    damping, tolerance = check_number("damping", damping, above=0.0), check_number("tolerance", tolerance, above=0.0)
+    curvature = check_choice("curvature", curvature, CURVATURES)
+    solver, progress = check_choice("solver", solver, SOLVERS), check_flag("progress", progress)
     everything = _beside(data, train)
     with frozen(model, everything, loss=loss, params=params, transform=transform) as (task, sets):
         probes, train_samples = _split(sets)
         product = _curvature(task, train_samples, curvature)
         size = sum(map(len, probes.values()))
-        gradients = torch.empty(size, task.num_weights)
+        gradients = torch.empty(size, task.num_weights, dtype=torch.float32, device="cpu")
         for rows, part in gradient_batches(
             task, list(probes.values()), losses_of(task), progress=progress, what="gradients"
         ):
@@ -108,7 +107,8 @@ def projected_influence(
         dimensions: of the sketch (a multiple of 4).
         damping: relative to the mean eigenvalue, at least 0.
     """
-    check_number("damping", damping, "a number", least=0.0)
+    damping, progress = check_number("damping", damping, least=0.0), check_flag("progress", progress)
+    dimensions = check_integer("dimensions", dimensions, 1)
     with frozen(model, _beside(data, train), params=params, transform=transform) as (task, sets):
         probes, train_samples = _split(sets)
         sketch = Sketch(task.num_weights, dimensions, seed)
@@ -207,8 +207,8 @@ def _gauss_newton_product(task: Task, train: Samples, v: Tensor) -> Tensor:
 def _matrix(product: Product, task: Task, progress: bool) -> Tensor:
     """H [P, P] float64, symmetrised."""
     size = task.num_weights
-    h = torch.empty(size, size, dtype=torch.float64)
-    basis = torch.zeros(size, device=task.device)
+    h = torch.empty(size, size, dtype=torch.float64, device="cpu")
+    basis = torch.zeros(size, device=task.device, dtype=torch.float32)
     for i in tqdm(range(size), desc="curvature", unit="column", disable=not progress, dynamic_ncols=True):
         basis[i] = 1.0
         h[i] = product(basis).double().cpu()

@@ -12,12 +12,14 @@ from numpy.typing import NDArray
 from scipy.stats import rankdata
 
 from lossk.analysis.class_matrix import Array
-from lossk.settings import check_choice, check_integer
+from lossk.analysis.inputs import check_list, check_seed, check_square
+from lossk.checks import check_choice, check_integer
 
 EXACT = 50_000  # permutations up to which all are tried: 8 classes have 40,320
 BATCH = 512
 MOST_ENTRIES = 4_000_000  # of a batch of relabelled matrices: 1,000 classes have half a million pairs
 SIDES = ("greater", "two-sided")
+MOST_PERMUTATIONS = 10**7  # each keeps its order of the classes, 8 C bytes
 SLACK = 1e-12  # relabellings that leave the statistic as it is must count, whatever rounding does
 
 
@@ -49,12 +51,11 @@ def mantel(
     A partial test does not hold its level where `a` and `b` each have structure of their own that the controls share
     only in part (Guillot and Rousset 2013): read a small p with that in mind. Where nothing varies: NaN, and p = 1.
     """
-    check_choice("alternative", alternative, SIDES)
-    check_integer("num_permutations", num_permutations, 1)
-    a, count = np.asarray(a, dtype=np.float64), len(a)
-    others = [np.asarray(x, dtype=np.float64) for x in (b, *controls)]
-    if any(x.shape != (count, count) for x in (a, *others)) or count < 3:
-        raise ValueError(f"matrices must be [C, C], C at least 3, got {[list(x.shape) for x in (a, *others)]}")
+    alternative = check_choice("alternative", alternative, SIDES)
+    num_permutations = check_integer("num_permutations", num_permutations, 1, MOST_PERMUTATIONS)
+    seed = check_seed(seed)
+    a, *others = _same_size(a, b, controls)
+    count = len(a)
     upper = np.triu_indices(count, 1)
     ranks = np.zeros((count, count))
     ranks[upper] = rankdata(a[upper])
@@ -78,8 +79,23 @@ def mantel(
     return Mantel(statistic, p, len(orders), exact)
 
 
+def _same_size(a: Array, b: Array, controls: Sequence[Array]) -> list[Array]:
+    """Matrices [C, C] float64, C at least 3, finite off the diagonal."""
+    check_list("controls", controls, "matrices [C, C]")
+    given = {"a": a, "b": b, **{f"controls[{i}]": x for i, x in enumerate(controls)}}
+    found = {name: check_square(name, x, least=3) for name, x in given.items()}
+    sizes = {name: len(x) for name, x in found.items()}
+    if len(set(sizes.values())) > 1:
+        raise ValueError(f"{', '.join(sizes)} must be [C, C] of the same classes, got {list(sizes.values())} of them")
+    for name, x in found.items():
+        if not np.isfinite(x[np.triu_indices(len(x), 1)]).all():
+            raise ValueError(f"{name} must be finite above the diagonal")
+    return list(found.values())
+
+
 def partial_spearman(a: Array, b: Array, controls: Sequence[Array]) -> float:
     """The statistic of `mantel` alone."""
+    a, b, *controls = _same_size(a, b, controls)
     upper = np.triu_indices(len(a), 1)
     basis = _basis([rankdata(x[upper]) for x in controls], len(upper[0]))
     target = _residual(rankdata(b[upper])[None], basis)[0]

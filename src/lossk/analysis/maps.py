@@ -17,8 +17,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lossk.analysis.inputs import check_kernel, check_labels, check_neighbors, check_seed
+from lossk.checks import check_integer, check_number, check_optional, check_tensor
 from lossk.optional import check_installed
-from lossk.settings import check_integer, check_number
+from lossk.records import check_record
 
 if TYPE_CHECKING:
     from lossk.kernel import LossKernel
@@ -35,6 +37,9 @@ class KernelMap:
     index: Tensor  # [N, k] int64, other samples, nearest first; -1 where there is none
     distance: Tensor  # [N, k] float32, sqrt(2 (1 - R)); NaN where there is none
     dead: Tensor  # [N] bool: samples whose loss never varied, which have no place on the map
+
+    def __post_init__(self) -> None:
+        check_record(self)
 
 
 def map_kernel(
@@ -62,25 +67,26 @@ def map_kernel(
     Raises:
         ValueError: a bad argument, or fewer live samples than a map needs (dimensions + 2, and 4).
     """
-    check_integer("dimensions", dimensions, 1)
-    check_integer("num_neighbors", num_neighbors, 2)
-    check_integer("seed", seed, 0)
-    check_number("min_dist", min_dist, "a number from 0 to 1", least=0.0)
+    kernel = check_kernel("kernel", kernel)
+    dimensions = check_integer("dimensions", dimensions, 1)
+    num_neighbors = check_integer("num_neighbors", num_neighbors, 2)
+    seed = check_seed(seed)
+    min_dist = check_number("min_dist", min_dist, "a number from 0 to 1", least=0.0)
     if dimensions > 10 or min_dist > 1:
         raise ValueError(f"dimensions must be at most 10 and min_dist at most 1, got {dimensions} and {min_dist}")
     alive = (~kernel.dead).nonzero().squeeze(1)
     fewest = max(dimensions + 2, 4)
     if len(alive) < fewest:
         raise ValueError(
-            f"a map in {dimensions} dimensions needs at least {fewest} live samples, got {len(alive)} "
+            f"a map of dimensions={dimensions} needs at least {fewest} live samples, got {len(alive)} "
             f"({kernel.num_samples} in all, {int(kernel.dead.sum())} whose loss never varied)"
         )
     check_installed("umap", "analysis", "a map", package="umap-learn")
     k = min(num_neighbors, len(alive) - 2)  # UMAP counts a sample among its own, and wants fewer than there are
     found = kernel.neighbors(k) if neighbors is None else _cut(neighbors, kernel.num_samples, k)
     distance = (2.0 * (1.0 - found.correlation)).clamp(min=0.0).sqrt().masked_fill(found.index < 0, float("nan"))
-    place = torch.full((kernel.num_samples,), -1, dtype=torch.int64)
-    place[alive] = torch.arange(len(alive))  # samples are numbered anew without the dead ones
+    place = torch.full((kernel.num_samples,), -1, dtype=torch.int64, device="cpu")
+    place[alive] = torch.arange(len(alive), device="cpu")  # samples are numbered anew without the dead ones
     points = _umap(
         place[found.index[alive]].numpy(),
         distance[alive].numpy(),
@@ -89,15 +95,13 @@ def map_kernel(
         min_dist=min_dist,
         seed=seed,
     )
-    coordinates = torch.full((kernel.num_samples, dimensions), float("nan"))
+    coordinates = torch.full((kernel.num_samples, dimensions), float("nan"), dtype=torch.float32, device="cpu")
     coordinates[alive] = torch.from_numpy(points)
     return KernelMap(coordinates, found.index, distance, kernel.dead)
 
 
 def _cut(neighbors: Neighbors, num_samples: int, k: int) -> Neighbors:
-    rows, given = neighbors.index.shape
-    if rows != num_samples or given < k:
-        raise ValueError(f"neighbors must be of all {num_samples} samples, at least {k} of each, got {rows} of {given}")
+    neighbors = check_neighbors("neighbors", neighbors, num_samples, k)
     return neighbors._replace(index=neighbors.index[:, :k], correlation=neighbors.correlation[:, :k])
 
 
@@ -108,7 +112,7 @@ def _outline(kernel: LossKernel, alive: Tensor, seed: int) -> np.ndarray:
     """
     directions = np.random.default_rng(np.random.SeedSequence(seed)).standard_normal((len(alive), PROJECTIONS))
     gain = kernel.variance[alive].rsqrt().unsqueeze(1)
-    vectors = torch.zeros(kernel.num_samples, PROJECTIONS, dtype=torch.float64)
+    vectors = torch.zeros(kernel.num_samples, PROJECTIONS, dtype=torch.float64, device="cpu")
     vectors[alive] = gain * torch.from_numpy(directions)
     rows = gain * kernel.matvec(vectors)[alive]
     return (rows / rows.norm(dim=1, keepdim=True).clamp(min=1e-300)).float().numpy()
@@ -129,7 +133,7 @@ def _umap(
             n_components=dimensions,
             n_neighbors=index.shape[1],
             min_dist=min_dist,
-            random_state=seed % 2**32,
+            random_state=seed,
             n_jobs=1,  # with a seed UMAP uses one thread anyway
             # The spectral start solves for dimensions + 1 eigenvectors, which so few points do not have.
             init="spectral" if count > 3 * (dimensions + 1) else "random",
@@ -157,6 +161,9 @@ class Clusters:
     composition: Tensor | None  # [clusters + 1, classes] int64: samples of each class; the last row is label -1
     classes: Tensor | None  # [classes] int64: which class labels the columns are
 
+    def __post_init__(self) -> None:
+        check_record(self)
+
     @property
     def num_clusters(self) -> int:
         """Clusters, noise aside."""
@@ -181,18 +188,14 @@ def cluster(
         min_samples: neighbours that make a point dense; None = `min_cluster_size`.
         labels: [N] integer classes, for the composition of each cluster.
     """
-    check_integer("min_cluster_size", min_cluster_size, 2)
-    if min_samples is not None:
-        check_integer("min_samples", min_samples, 1)
+    min_cluster_size = check_integer("min_cluster_size", min_cluster_size, 2)
+    min_samples = check_optional(check_integer, "min_samples", min_samples, 1)
     given = map_or_coordinates.coordinates if isinstance(map_or_coordinates, KernelMap) else map_or_coordinates
-    coordinates = torch.as_tensor(given)
-    if coordinates.ndim != 2:
-        raise ValueError(f"coordinates must be [N, d], got shape {list(coordinates.shape)}")
-    if labels is not None and labels.shape != (len(coordinates),):
-        raise ValueError(f"labels must be [{len(coordinates)}], got {list(labels.shape)}")
+    coordinates = check_tensor("map_or_coordinates", given, ("N", "d"), finite=False).cpu()
+    labels = check_optional(check_labels, "labels", labels, len(coordinates))
     placed = torch.isfinite(coordinates).all(dim=1)
-    found = torch.full((len(coordinates),), -1, dtype=torch.int64)
-    probability = torch.zeros(len(coordinates), dtype=torch.float64)
+    found = torch.full((len(coordinates),), -1, dtype=torch.int64, device="cpu")
+    probability = torch.zeros(len(coordinates), dtype=torch.float64, device="cpu")
     if int(placed.sum()) >= max(min_cluster_size, min_samples or 1, 2):
         result = _hdbscan(coordinates[placed].double().numpy(), min_cluster_size, min_samples)
         found[placed] = torch.from_numpy(result.labels_.astype(np.int64))
@@ -213,6 +216,6 @@ def _composition(found: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     classes, column = labels.long().unique(return_inverse=True)
     count = int(found.max()) + 1
     row = torch.where(found < 0, count, found)
-    table = torch.zeros(count + 1, len(classes), dtype=torch.int64)
+    table = torch.zeros(count + 1, len(classes), dtype=torch.int64, device="cpu")
     table.index_put_((row, column), torch.ones_like(row), accumulate=True)
     return table, classes

@@ -8,6 +8,7 @@ import torch
 from scipy import stats
 from torch import Tensor
 
+from lossk.analysis.inputs import check_kernel
 from lossk.indexing import resolve
 from lossk.standard_error import bartlett_factor, method_for
 
@@ -44,16 +45,18 @@ def significant_neighbors(
         rows: the samples whose neighbours are wanted, as `kernel[rows]` takes; None = all.
         anti: the most anti-correlated instead, lowest first. There R below -noise_floor is significant.
     """
+    kernel = check_kernel("kernel", kernel)
     found = kernel.neighbors(k, rows, anti=anti)
-    here = torch.arange(kernel.num_samples) if rows is None else resolve(rows, kernel.num_samples)
+    here = torch.arange(kernel.num_samples, device="cpu") if rows is None else resolve(rows, kernel.num_samples, "rows")
     exists = found.index >= 0
     lag1 = kernel.lag1.clamp(-0.99, 0.99)
     draws = kernel.num_chains * (kernel.num_draws - 1)
     variance = bartlett_factor(lag1[here].unsqueeze(1) * lag1[found.index.clamp(min=0)]) / draws
     size = (-found.correlation if anti else found.correlation).double()
     if method_for(kernel._blocks) == "products":
+        none = torch.zeros(0, found.index.shape[1], dtype=torch.float32, device="cpu")
         pairs = zip(here.tolist(), found.index.clamp(min=0), strict=True)
-        error = torch.cat([kernel.standard_error([i], index, correlation=True) for i, index in pairs])
+        error = torch.cat([none, *(kernel.standard_error([i], index, correlation=True) for i, index in pairs)])
     else:
         error = ((1 - size.square()) * variance.sqrt()).float()
     error = error.masked_fill(~exists, float("nan"))

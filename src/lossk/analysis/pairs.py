@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from lossk.blocks import tile_spans, upper_triangle
+from lossk.checks import check_tensor, refuse_non_finite, shown
 
 SIDE = 2048  # of the blocks that arrays and features are read in
 
@@ -102,15 +103,14 @@ def as_pairs(name: str, source: Kernel | Tensor | np.ndarray) -> Pairs:
     Raises:
         ValueError: another shape, or an entry that is not finite.
     """
-    if not isinstance(source, Tensor | np.ndarray):
-        if not hasattr(source, "correlation"):
-            raise TypeError(f"{name} must be a LossKernel, a baseline or an array, got {type(source).__name__}")
-        return KernelPairs(source)
-    array = torch.as_tensor(source)
-    if array.ndim != 2 or 0 in array.shape or array.is_complex():
-        raise ValueError(f"{name} must be [N, N] or features [N, d], got shape {list(array.shape)}")
-    if not all(torch.isfinite(part).all() for part in array.split(SIDE)):
-        raise ValueError(f"{name} must be finite")
+    if not isinstance(source, type) and all(hasattr(source, part) for part in ("correlation", "num_samples", "tile")):
+        return KernelPairs(cast(Kernel, source))
+    if not isinstance(source, Tensor | np.ndarray | list | tuple):
+        raise TypeError(f"{name} must be a LossKernel, a baseline or an array, got {shown(source)}")
+    array = check_tensor(name, source, ("N", "N or d"), finite=False)
+    array = array.cpu()
+    for part in array.split(SIDE):
+        refuse_non_finite(name, part)
     if array.shape[0] != array.shape[1]:
         return FeaturePairs(array)
     size = float(array.abs().max())

@@ -5,6 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lossk.analysis.inputs import check_index, check_labels
+from lossk.checks import check_integer, check_tensor
+
 
 def class_purity(index: Tensor, labels: Tensor) -> float:
     """Mean share of each sample's k neighbours that carry its label, in [0, 1]; `neighbor_purity` averaged."""
@@ -19,13 +22,11 @@ def neighbor_purity(index: Tensor, labels: Tensor) -> Tensor:
             so that samples without neighbours lower the purity instead of vanishing from it.
         labels: [N] integer.
     """
-    if index.ndim != 2 or labels.ndim != 1 or len(index) != len(labels):
+    labels = check_labels("labels", labels)
+    index = check_index("index", index, len(labels) - 1)
+    if len(index) != len(labels):
         raise ValueError(
             f"index must be [N, k] and labels [N], got shapes {list(index.shape)} and {list(labels.shape)}"
-        )
-    if index.numel() and not (int(index.min()) >= -1 and int(index.max()) < len(labels)):
-        raise ValueError(
-            f"index must be from -1 to N - 1 = {len(labels) - 1}, got {int(index.min())} to {int(index.max())}"
         )
     same = (labels[index.clamp(min=0)] == labels.unsqueeze(1)) & (index >= 0)
     return same.double().mean(dim=1)
@@ -33,7 +34,8 @@ def neighbor_purity(index: Tensor, labels: Tensor) -> Tensor:
 
 def chance_purity(labels: Tensor) -> float:
     """Expected share of same-label samples among random other samples: sum_c n_c (n_c - 1) / (N (N - 1))."""
-    if labels.ndim != 1 or len(labels) < 2:
+    labels = check_labels("labels", labels)
+    if len(labels) < 2:
         raise ValueError(f"labels must be [N] with N at least 2, got shape {list(labels.shape)}")
     counts = torch.unique(labels, return_counts=True)[1].double()
     return float((counts * (counts - 1)).sum() / (len(labels) * (len(labels) - 1)))
@@ -43,9 +45,11 @@ def raw_neighbors(images: Tensor, k: int) -> Tensor:
     """The k nearest other samples by Euclidean distance of raw inputs: [N, k] int64. Needs scikit-learn."""
     from sklearn.neighbors import NearestNeighbors
 
-    flat = images.reshape(len(images), -1).numpy()
-    if not 1 <= k < len(flat):
-        raise ValueError(f"k must be from 1 to N - 1 = {len(flat) - 1}, got {k}")
+    flat = check_tensor("images", images).cpu()
+    if flat.ndim < 2 or 0 in flat.shape:
+        raise ValueError(f"images must be [N, ...], at least one number each, got shape {list(flat.shape)}")
+    flat = flat.reshape(len(flat), -1).numpy()
+    k = check_integer("k", k, 1, len(flat) - 1, limit=f"N - 1 = {len(flat) - 1}")
     # Without an argument kneighbors leaves each sample itself out, also where several inputs are identical.
     found = NearestNeighbors(n_neighbors=k, algorithm="brute").fit(flat).kneighbors(return_distance=False)
     return torch.from_numpy(found).long()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from lossk.analysis.inputs import check_traces
 from lossk.traces import LossTraces
 
 
@@ -21,6 +22,7 @@ def sequence_traces(traces: LossTraces) -> LossTraces:
     Raises:
         ValueError: traces of a loss per sample.
     """
+    traces = check_traces("traces", traces)
     if traces.tokens is None:
         raise ValueError("traces must be those of a loss per token (traces.tokens), got a loss per sample")
     sample = traces.tokens[:, 0].numpy()  # a sequence's rows are consecutive

@@ -8,7 +8,10 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
+from lossk.analysis.inputs import check_kernel
 from lossk.blocks import FactorBlocks
+from lossk.checks import check_integer
+from lossk.records import check_record
 
 if TYPE_CHECKING:
     from lossk.kernel import LossKernel
@@ -33,12 +36,15 @@ class Spectrum:
     trace: float  # nats^2: the sum of all variances
     participation_ratio: float  # (trace K)^2 / |K|_F^2, from 1 to the rank: how many directions hold the variance
 
+    def __post_init__(self) -> None:
+        check_record(self)
+
     def eigen_samples(self, j: int, m: int = 10) -> EigenSamples:
         """The m samples with the largest |entry| in eigenvector j."""
-        if not 0 <= j < len(self.eigenvalues):
-            raise ValueError(f"j must be from 0 to {len(self.eigenvalues) - 1}, got {j}")
+        j = check_integer("j", j, 0, len(self.eigenvalues) - 1)
+        m = check_integer("m", m, 0)
         vector = self.eigenvectors[:, j]
-        index = torch.argsort(vector.abs(), descending=True, stable=True)[: max(m, 0)]
+        index = torch.argsort(vector.abs(), descending=True, stable=True)[:m]
         return EigenSamples(index, vector[index])
 
 
@@ -51,6 +57,7 @@ def spectrum(kernel: LossKernel, k: int = 20) -> Spectrum:
     Args:
         k: at most N; more than the kernel's rank gives zeros.
     """
+    kernel, k = check_kernel("kernel", kernel), check_integer("k", k, 1)
     values, vectors = kernel.eigsh(min(k, kernel.num_samples))
     trace = float(kernel.variance.sum())
     norm2 = frobenius_squared(kernel)
@@ -62,7 +69,7 @@ def frobenius_squared(kernel: LossKernel) -> float:
     """|K|_F^2 in nats^4, the diagonal that of `kernel.variance`, without forming K."""
     blocks = kernel._blocks
     if isinstance(blocks, FactorBlocks) and blocks.num_rows <= min(kernel.num_samples, 8192):
-        gram = torch.zeros(blocks.num_rows, blocks.num_rows, dtype=torch.float64)
+        gram = torch.zeros(blocks.num_rows, blocks.num_rows, dtype=torch.float64, device="cpu")
         for span, stripe in blocks.stripes():
             part = stripe.double().mul_(kernel._moments.scale[span])
             gram.addmm_(part, part.T)

@@ -11,7 +11,9 @@ from typing import Any
 import numpy as np
 
 from lossk.analysis.class_matrix import Array
-from lossk.settings import check_choice
+from lossk.analysis.inputs import check_named
+from lossk.checks import check_choice, check_strings, check_text
+from lossk.records import check_record
 
 MEASURES = ("wu_palmer", "path", "lin")
 ROOT = "(root)"
@@ -34,6 +36,9 @@ class Taxonomy:
     parents: Mapping[str, tuple[str, ...]]
     content: Mapping[str, float]
 
+    def __post_init__(self) -> None:
+        check_record(self)
+
     @classmethod
     def from_parents(cls, parents: Mapping[str, str | Sequence[str]], class_nodes: Mapping[str, str]) -> Taxonomy:
         """A taxonomy given as node -> parent, or parents; nodes without an entry are roots (of several, one is made).
@@ -44,7 +49,8 @@ class Taxonomy:
         Raises:
             ValueError: an unknown node, or a cycle.
         """
-        graph = {node: (up,) if isinstance(up, str) else tuple(up) for node, up in parents.items()}
+        given, class_nodes = check_named("parents", parents), _class_nodes(class_nodes)
+        graph = {node: (up,) if isinstance(up, str) else _parents_of(node, up) for node, up in given.items()}
         nodes = {*graph, *(up for several in graph.values() for up in several)}
         roots = sorted(node for node in nodes if not graph.get(node))
         unknown = sorted(set(class_nodes.values()) - nodes)
@@ -64,14 +70,16 @@ class Taxonomy:
         Raises:
             ValueError: a name occurs twice.
         """
+        tree = check_named("tree", tree)
         parents: dict[str, str | Sequence[str]] = {}
         leaves: list[str] = []
 
         def add(name: str, below: Any, parent: str) -> None:
+            check_text("tree: a name", name)
             if name in parents or name == ROOT:
                 raise ValueError(f"tree must not hold a name twice, got {name!r}")
             parents[name] = parent
-            children = below.items() if isinstance(below, Mapping) else [(child, None) for child in below or ()]
+            children = _children_of(name, below)
             if not children:
                 leaves.append(name)
             for child, more in children:
@@ -106,7 +114,7 @@ class Taxonomy:
         "path": 1 / (1 + n(a, b)).
         "lin": 2 IC(c) / (IC(a) + IC(b)), c the common ancestor of most content (Lin 1998).
         """
-        check_choice("measure", measure, MEASURES)
+        measure = check_choice("measure", measure, MEASURES)
         depths = self._depths()
         above = [_ancestors(self.parents, node) for node in self.class_nodes]
         count = len(self.class_nodes)
@@ -154,6 +162,25 @@ class Taxonomy:
         for node in self.parents:
             depth(node)
         return found
+
+
+def _class_nodes(given: Any) -> dict[str, str]:
+    found = check_named("class_nodes", given)
+    return {name: check_text(f"class_nodes[{name!r}]", node) for name, node in found.items()}
+
+
+def _parents_of(node: str, given: Any) -> tuple[str, ...]:
+    name = f"parents[{node!r}]"
+    return () if isinstance(given, list | tuple) and not given else check_strings(name, given, "nodes")
+
+
+def _children_of(name: str, below: Any) -> list[tuple[str, Any]]:
+    """What lies below a node of a nested tree: a dict of names, a list of leaves, or None of a leaf."""
+    if below is None or (isinstance(below, list | tuple) and not below):
+        return []
+    if isinstance(below, Mapping):
+        return list(below.items())
+    return [(child, None) for child in check_strings(f"tree[{name!r}]", below, "names, a dict or None")]
 
 
 def _ancestors(parents: Mapping[str, Sequence[str]], start: str) -> dict[str, int]:

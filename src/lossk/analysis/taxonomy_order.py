@@ -8,7 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lossk.analysis.taxonomy import Taxonomy
-from lossk.settings import check_integer
+from lossk.checks import check_instance, check_integer, check_number
+from lossk.records import check_record
 
 
 @dataclass(frozen=True)
@@ -19,6 +20,9 @@ class Stretch:
     first: int
     count: int
 
+    def __post_init__(self) -> None:
+        check_record(self)
+
 
 def places(taxonomy: Taxonomy) -> NDArray[np.int64]:
     """The place of each class, from 0 to C - 1, in a walk of the taxonomy that finishes one branch before the next.
@@ -26,6 +30,7 @@ def places(taxonomy: Taxonomy) -> NDArray[np.int64]:
     A node of several parents hangs under its first one (WordNet names the principal hypernym first), so that what
     results is a tree, and the classes below any node of it are neighbours: [C].
     """
+    check_instance("taxonomy", taxonomy, Taxonomy)
     place = {node: number for number, node in enumerate(_walk(taxonomy))}
     return np.array([place[node] for node in taxonomy.class_nodes])
 
@@ -36,7 +41,9 @@ def stretches(taxonomy: Taxonomy, most: int = 16, least_share: float = 0.02) -> 
     The node with most classes is split into its children, and so on; children of less than `least_share` of all classes
     are left out, and a node that would lose more than a third of its own that way stays whole.
     """
-    check_integer("most", most, 1)
+    check_instance("taxonomy", taxonomy, Taxonomy)
+    most = check_integer("most", most, 1)
+    least_share = check_number("least_share", least_share, "a share", least=0.0, most=1.0)
     children, own = _tree(taxonomy), set(taxonomy.class_nodes)
     below = _counts(children, own)
     fewest = max(least_share * len(own), 1.0)

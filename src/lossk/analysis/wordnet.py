@@ -9,7 +9,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from lossk.analysis.inputs import check_named
 from lossk.analysis.taxonomy import Taxonomy
+from lossk.checks import check_integer, check_optional, check_path
 from lossk.errors import LosskError
 from lossk.optional import check_installed
 
@@ -43,7 +45,8 @@ def wordnet_taxonomy(synsets: Mapping[str, str | int], *, folder: str | Path | N
         LosskError: NLTK or WordNet is missing, with what to install.
         ValueError: no such noun synset.
     """
-    return _taxonomy(_reader(folder), synsets)
+    synsets = _check_synsets(synsets)
+    return _taxonomy(_reader(check_optional(check_path, "folder", folder)), synsets)
 
 
 def require_wordnet() -> None:
@@ -62,13 +65,22 @@ def wordnet_with_words(
     synsets: Mapping[str, str | int], *, folder: str | Path | None = None
 ) -> tuple[Taxonomy, dict[str, str]]:
     """`wordnet_taxonomy`, and the first word of every node of it."""
-    reader = _reader(folder)
+    synsets = _check_synsets(synsets)
+    reader = _reader(check_optional(check_path, "folder", folder))
     taxonomy = _taxonomy(reader, synsets)
     words = {
         node: reader.synset_from_pos_and_offset("n", int(node)).lemma_names()[0].replace("_", " ")
         for node in taxonomy.parents
     }
     return taxonomy, words
+
+
+def _check_synsets(synsets: Any) -> dict[str, str | int]:
+    found = check_named("synsets", synsets)
+    for name, synset in found.items():
+        if not isinstance(synset, str):
+            check_integer(f"synsets[{name!r}]", synset, 0)
+    return found
 
 
 def _taxonomy(reader: Any, synsets: Mapping[str, str | int]) -> Taxonomy:
@@ -82,7 +94,7 @@ def _reader(folder: str | Path | None) -> Any:
     if (where / "data.noun").is_file():
         return _read_folder(where)
     if folder is not None:
-        raise LosskError(f"there is no WordNet in {str(where)!r}: data.noun is missing")
+        raise LosskError(f"folder {str(where)!r} must hold WordNet: data.noun is missing")
     import nltk
 
     try:

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from lossk.checks import check_flag, check_instance
 from lossk.kernel import LossKernel
 from lossk.optional import require
 from lossk.traces import LossTraces
@@ -28,6 +29,8 @@ def to_xarray(source: LossTraces | LossKernel, *, correlation: bool = False) -> 
         TypeError: neither traces nor a kernel.
         ImportError: xarray is not installed.
     """
+    correlation = check_flag("correlation", correlation)
+    source = check_instance("source", source, LossTraces, LossKernel)
     xr = require("xarray", "arviz")
     if isinstance(source, LossTraces):
         return xr.Dataset(
@@ -38,8 +41,6 @@ def to_xarray(source: LossTraces | LossKernel, *, correlation: bool = False) -> 
                 **_columns(source.num_samples, source.tokens, source.sets),
             },
         )
-    if not isinstance(source, LossKernel):
-        raise TypeError(f"source must be a LossTraces or a LossKernel, got {type(source).__name__}")
     name, units = ("correlation", "1") if correlation else ("covariance", "nats^2")
     columns = _columns(source.num_samples, source.tokens, source.sets)
     return xr.Dataset(
@@ -65,6 +66,7 @@ def to_inferencedata(traces: LossTraces) -> Any:
     Raises:
         ImportError: arviz-base is not installed.
     """
+    traces = check_instance("traces", traces, LossTraces)
     base = require("arviz_base", "arviz", package="arviz-base")
     losses = traces.losses.numpy()
     posterior = {"mean_loss": losses.mean(axis=2, dtype=np.float64)}

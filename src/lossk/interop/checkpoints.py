@@ -18,12 +18,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from lossk.analysis.compare import Comparison, compare_kernels
+from lossk.checks import check_callable, check_instance, check_integer, check_path, check_text, shown
 from lossk.kernel import LossKernel
 from lossk.optional import require
+from lossk.records import check_record
 
 Build = Callable[[nn.Module], LossKernel]
 
@@ -35,6 +38,9 @@ class CheckpointKernel:
     name: str
     kernel: LossKernel
     change: Comparison | None  # from the checkpoint before: CKA, entry correlation, neighbours; None for the first
+
+    def __post_init__(self) -> None:
+        check_record(self)
 
 
 class CheckpointKernels:
@@ -49,7 +55,7 @@ class CheckpointKernels:
     """
 
     def __init__(self, build: Build, *, k: int = 10) -> None:
-        self.build, self.k = build, k
+        self.build, self.k = check_callable("build", build), check_integer("k", k, 1)
         self.steps: list[CheckpointKernel] = []
 
     def add(self, model: nn.Module, name: str) -> CheckpointKernel:
@@ -59,6 +65,8 @@ class CheckpointKernels:
             TypeError: build did not return a LossKernel.
             ValueError: a kernel of another number of samples than the one before.
         """
+        check_instance("model", model, nn.Module)
+        check_text("name", name)
         step = _step(self.build, model, name, self.steps[-1].kernel if self.steps else None, self.k)
         self.steps.append(step)
         return step
@@ -81,13 +89,25 @@ def over_checkpoints(
         ValueError: a checkpoint that does not fit the model.
         FileNotFoundError, TypeError: no checkpoint.
     """
+    check_instance("model", model, nn.Module)
+    build, k = check_callable("build", build), check_integer("k", k, 1)
+    if isinstance(checkpoints, str | bytes | Mapping | Tensor | np.ndarray) or not isinstance(checkpoints, Iterable):
+        raise TypeError(f"checkpoints must be a list of paths or of state dicts, got {shown(checkpoints)}")
+    return _over_checkpoints(model, checkpoints, build, k)
+
+
+def _over_checkpoints(
+    model: nn.Module, checkpoints: Iterable[str | Path | Mapping[str, Tensor]], build: Build, k: int
+) -> Iterator[CheckpointKernel]:
     before: LossKernel | None = None
     for number, checkpoint in enumerate(checkpoints):
         name, state = str(number), checkpoint
         if isinstance(checkpoint, str | Path):
-            name, state = Path(checkpoint).name, read_state(checkpoint)
+            name, state = Path(checkpoint).name, _read_state(f"checkpoints[{number}]", checkpoint)
         if not isinstance(state, Mapping):
             raise TypeError(f"checkpoints must be paths or state dicts, number {number} is {type(state).__name__}")
+        if not state or not all(isinstance(key, str) and isinstance(value, Tensor) for key, value in state.items()):
+            raise TypeError(f"checkpoints[{number}] must be a state dict, names to tensors, got {shown(state)}")
         own = {key: value.clone() for key, value in model.state_dict().items()}
         try:
             _load(model, state, name)
@@ -110,7 +130,7 @@ def _load(model: nn.Module, state: Mapping[str, Tensor], name: str) -> None:
     try:
         model.load_state_dict(dict(state))
     except RuntimeError as error:
-        raise ValueError(f"checkpoint {name} does not fit the model: {error}") from error
+        raise ValueError(f"checkpoints: {name} does not fit the model: {error}") from error
 
 
 def read_state(path: str | Path) -> dict[str, Tensor]:
@@ -121,25 +141,29 @@ def read_state(path: str | Path) -> dict[str, Tensor]:
         ValueError: the file holds something else, or objects that only an unsafe load would read.
         ImportError: safetensors is needed and not installed.
     """
-    path = Path(path)
+    return _read_state("path", path)
+
+
+def _read_state(argument: str, path: str | Path) -> dict[str, Tensor]:
+    path = check_path(argument, path)
+    if not path.exists():
+        raise FileNotFoundError(f"{argument} must be a file or a folder that is there, nothing is at {str(path)!r}")
     if path.is_dir():
         found = [path / name for name in ("model.safetensors", "pytorch_model.bin") if (path / name).exists()]
         if not found:
-            raise FileNotFoundError(f"{path} must hold model.safetensors or pytorch_model.bin")
+            raise FileNotFoundError(f"{argument}={str(path)!r} must hold model.safetensors or pytorch_model.bin")
         path = found[0]
     if path.suffix == ".safetensors":
         return require("safetensors.torch", "checkpoints", "a .safetensors file").load_file(path)
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise
     except Exception as error:
         raise ValueError(
-            f"{path} must be a file of tensors that torch.load(weights_only=True) reads: {error}"
+            f"{argument}={str(path)!r} must be a file of tensors that torch.load(weights_only=True) reads: {error}"
         ) from error
     state = state.get("state_dict", state) if isinstance(state, Mapping) else state
     if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise ValueError(f"{path} must hold a state dict, names to tensors")
+        raise ValueError(f"{argument}={str(path)!r} must hold a state dict, names to tensors")
     return dict(state)
 
 
@@ -180,6 +204,8 @@ def lightning_callback(kernels: CheckpointKernels, *, every_n_epochs: int = 1) -
     Raises:
         ImportError: lightning is not installed.
     """
+    check_instance("kernels", kernels, CheckpointKernels)
+    every_n_epochs = check_integer("every_n_epochs", every_n_epochs, 1)
     lightning = require("lightning", "lightning", "its callback")
 
     class KernelsWhileTraining(lightning.pytorch.Callback):  # type: ignore[name-defined]
@@ -196,6 +222,7 @@ def huggingface_callback(kernels: CheckpointKernels) -> Any:
     Raises:
         ImportError: transformers is not installed.
     """
+    check_instance("kernels", kernels, CheckpointKernels)
     transformers = require("transformers", "text", "its trainer's callback")
 
     class KernelsWhileTraining(transformers.TrainerCallback):  # type: ignore[name-defined]

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
+import psutil
 import torch
 from torch import Tensor, nn
 
-from lossk.data import map_tensors, read_samples
+from lossk.checks import check_choice, check_instance, check_integer, check_number, check_optional
+from lossk.data import map_tensors
 from lossk.kernel import LossKernel
 from lossk.losses import LossFunction, resolve_loss
-from lossk.settings import CENTERINGS, check_choice, check_integer
+from lossk.reading import read_samples
+from lossk.settings import CENTERINGS, MOST_DRAWS
 from lossk.traces import LossTraces
 
 
@@ -49,14 +52,20 @@ class LossKernelCallback:
         centering: str = "chain",
         nbeta: float | None = None,
     ) -> None:
-        check_integer("num_chains", num_chains, 1)
-        check_integer("num_draws", num_draws, 2)
-        check_integer("batch_size", batch_size, 1)
+        num_chains = check_integer("num_chains", num_chains, 1, MOST_DRAWS)
+        num_draws = check_integer("num_draws", num_draws, 2, MOST_DRAWS)
+        batch_size = check_integer("batch_size", batch_size, 1)
+        nbeta = check_optional(check_number, "nbeta", nbeta, above=0.0)
         check_choice("centering", centering, CENTERINGS)
         resolve_loss(loss)  # a bad name is refused now
         self.probe = read_samples(probe, "probe")
         self.loss, self.batch_size, self.centering, self.nbeta = loss, batch_size, centering, nbeta
-        self.losses = torch.full((num_chains, num_draws, len(self.probe)), float("nan"))
+        size = 4 * num_chains * num_draws * len(self.probe)
+        if size > psutil.virtual_memory().available:
+            raise MemoryError(f"num_chains x num_draws losses of the probe need {size / 1e9:.1f} GB, more than is free")
+        self.losses = torch.full(
+            (num_chains, num_draws, len(self.probe)), float("nan"), dtype=torch.float32, device="cpu"
+        )
         self.losses.share_memory_()
 
     def share_memory_(self) -> LossKernelCallback:
@@ -65,6 +74,9 @@ class LossKernelCallback:
 
     def __call__(self, chain: int, draw: int, model: nn.Module, **local: Any) -> None:
         """Note the losses at one draw; `local` is what else their sampler has at hand."""
+        check_instance("model", model, nn.Module)
+        chains, draws = self.losses.shape[:2]
+        chain, draw = check_integer("chain", chain, 0, chains - 1), check_integer("draw", draw, 0, draws - 1)
         modes = [(module, module.training) for module in model.modules()]
         device, loss = next(model.parameters()).device, resolve_loss(self.loss)
         model.eval()

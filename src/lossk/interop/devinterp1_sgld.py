@@ -15,14 +15,15 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
 from lossk.backends import resolve_backend
+from lossk.checks import check_callable, check_flag, check_number, check_optional, check_strings, check_tensor, shown
 from lossk.ops.philox import normals
 from lossk.ops.sgld_step import sgld_step
-from lossk.settings import check_number
 from lossk.sgld import ALPHA, STABILITY
 
 LISTS = ("noise", "dws")
@@ -62,8 +63,16 @@ class LangevinOptimizer(Optimizer):
     ) -> None:
         for name, value in (("lr", lr), ("noise_level", noise_level)):
             check_number(name, value, "a number", above=0.0)
-        for name, value in (("nbeta", float(nbeta)), ("localization", localization), ("weight_decay", weight_decay)):
+        for name, value in (("nbeta", nbeta), ("localization", localization), ("weight_decay", weight_decay)):
             check_number(name, value, "a number", least=0.0)
+        check_optional(check_number, "bounding_box_size", bounding_box_size, least=0.0)
+        check_optional(check_number, "alpha", alpha, least=0.0, most=1.0)
+        check_number("eps", eps, above=0.0)
+        metrics = (
+            None
+            if metrics is None or (isinstance(metrics, list | tuple) and not metrics)
+            else check_strings("metrics", metrics)
+        )
         unknown = sorted(set(metrics or ()) - set(METRICS))
         if unknown:
             raise ValueError(f"metrics must be of {list(METRICS)}, got {unknown}")
@@ -81,7 +90,7 @@ class LangevinOptimizer(Optimizer):
             "optimize_over": optimize_over,
             "mask": None,  # devinterp 2's name of optimize_over
         }
-        super().__init__([params] if isinstance(params, dict) else params, defaults)
+        super().__init__(_check_params(params), defaults)
         for group in self.param_groups:
             masks = _masks(group)
             for p, mask in zip(group["params"], masks, strict=True):
@@ -102,12 +111,13 @@ class LangevinOptimizer(Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step of every parameter that has a gradient; returns what the closure does, if there is one."""
+        check_optional(check_callable, "closure", closure)
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         if self._key is None:
-            self._key = int(torch.randint(2**32, (), dtype=torch.int64))
+            self._key = int(torch.randint(2**32, (), dtype=torch.int64, device="cpu"))
         self._clear()
         sums = dict.fromkeys(("noise_norm", "grad_norm", "weight_norm", "distance", "localization_loss"), 0.0)
         number = 0
@@ -118,7 +128,7 @@ class LangevinOptimizer(Optimizer):
                 number += 1
         for name in self._wanted - set(LISTS):
             value = sums[name] if name == "localization_loss" else math.sqrt(sums[name])
-            setattr(self, name, torch.tensor(value))
+            setattr(self, name, torch.tensor(value, dtype=torch.float32, device="cpu"))
         self._steps += 1
         return loss
 
@@ -183,20 +193,44 @@ class LangevinOptimizer(Optimizer):
         return drift if self._alpha is None else drift / (state["square_avg"].sqrt() + self._eps)
 
 
+def _check_params(params: Any) -> list[Any]:
+    """Parameters or groups of them, as a list, before torch.optim looks at them."""
+    if isinstance(params, dict):
+        params = [params]
+    if isinstance(params, str | bytes | Tensor | type | np.ndarray) or not isinstance(params, Iterable):
+        raise TypeError(f"params must be parameters or groups of parameters, got {shown(params)}")
+    found = list(params)
+    for each in found:
+        inner = each.get("params") if isinstance(each, dict) else [each]
+        several = list(inner) if isinstance(inner, Iterable) and not isinstance(inner, Tensor) else [inner]
+        pairs = [one[1] if isinstance(one, tuple) and len(one) == 2 else one for one in several]  # (name, parameter)
+        if not pairs or not all(isinstance(one, Tensor) and one.is_leaf and one.is_floating_point() for one in pairs):
+            raise TypeError(f"params must be parameters or groups of parameters, got {shown(each)}")
+    if not found:
+        raise ValueError("params must hold at least one parameter, got none")
+    return found
+
+
 def _masks(group: dict[str, Any]) -> list[Tensor | None]:
     """The bool mask of each parameter of a group, or None."""
     given = group["optimize_over"] if group["optimize_over"] is not None else group["mask"]
     if given is None:
         return [None] * len(group["params"])
+    if not isinstance(given, Tensor | list | tuple):
+        raise TypeError(f"optimize_over must be a list of masks, one per parameter, got {shown(given)}")
     masks = [given] if isinstance(given, Tensor) and len(group["params"]) == 1 else list(given)
     if len(masks) != len(group["params"]):
         raise ValueError(f"optimize_over must hold one mask per parameter, {len(group['params'])}, got {len(masks)}")
     bools = []
     for p, mask in zip(group["params"], masks, strict=True):
-        tensor = torch.as_tensor(mask)
+        tensor = check_tensor("optimize_over", mask, of="a real number").to(p.device)
         if not bool(((tensor == 0) | (tensor == 1)).all()):
             raise ValueError("optimize_over must hold 0 and 1 (or False and True) only")
-        bools.append(tensor.bool().expand(p.shape).clone())
+        try:
+            bools.append(tensor.bool().expand(p.shape).clone())
+        except RuntimeError as error:
+            sizes = f"{list(p.shape)}, got {list(tensor.shape)}"
+            raise ValueError(f"optimize_over must hold masks of the parameters' shapes, {sizes}") from error
     return bools  # type: ignore[return-value]
 
 
@@ -229,7 +263,7 @@ def sgld(
     Raises:
         ValueError, TypeError: naming the argument, the rule and the value.
     """
-    if save_metrics:
+    if check_flag("save_metrics", save_metrics):
         raise ValueError("save_metrics must be False: devinterp 2's per-step metrics are of its own optimizer")
     return LangevinOptimizer(
         params,
@@ -266,8 +300,10 @@ def rmsprop_sgld(
     Args:
         add_grad_correction: must be False, in devinterp too.
     """
-    if save_metrics or add_grad_correction:
-        raise ValueError("save_metrics and add_grad_correction must be False")
+    for name, value in (("save_metrics", save_metrics), ("add_grad_correction", add_grad_correction)):
+        if check_flag(name, value):
+            raise ValueError(f"{name} must be False, got {value}")
+    check_number("alpha", alpha, least=0.0, most=1.0)
     return LangevinOptimizer(
         params,
         lr=lr,

@@ -19,12 +19,13 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from lossk.ambient import without_autocast
 from lossk.blocks import tile_spans
 from lossk.centring import centre, degrees_of_freedom
+from lossk.checks import check_choice, check_device, check_flag, check_integer, shown
 from lossk.interop.devinterp2_sample import LossFn, ObservableSpec, ParamMasks, sample
-from lossk.interop.devinterp2_tree import loss_names, open_tree, read_losses
+from lossk.interop.devinterp2_tree import MissingObservable, loss_names, open_tree, read_losses
 from lossk.optional import require
-from lossk.settings import check_choice
 
 CorrelationMethod = Literal["token", "sequence"]
 ChainReductionMethod = Literal["stack", "mean"]
@@ -72,8 +73,19 @@ def compute_bif(
     xr = require("xarray", "devinterp")
     check_choice("correlation_method", correlation_method, ("token", "sequence"))
     check_choice("reduce_chain_dimension_method", reduce_chain_dimension_method, ("stack", "mean"))
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    dataset = open_tree(samples).dataset
+    average_tokenwise_bif = check_flag("average_tokenwise_bif", average_tokenwise_bif)
+    compute_covariance = check_flag("compute_covariance", compute_covariance)
+    check_integer("batch_size", batch_size, 1)
+    device = _device("device", device) or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    for argument, chosen in (
+        ("batch_index_range_1", batch_index_range_1),
+        ("batch_index_range_2", batch_index_range_2),
+    ):
+        _check_range(argument, chosen)
+    try:
+        dataset = open_tree(samples).dataset
+    except (TypeError, ValueError, FileNotFoundError) as error:
+        raise type(error)(f"samples{str(error).removeprefix('source')}") from error
     names = loss_names(dataset, loss_keys)
     rows, positions = _rows(dataset, names, correlation_method, reduce_chain_dimension_method)
     averaged = correlation_method == "token" and average_tokenwise_bif
@@ -81,7 +93,8 @@ def compute_bif(
     del rows
     per_sequence = 1 if correlation_method == "sequence" or averaged else positions
     labels = _labels(xr, dataset, names, z.shape[1] // per_sequence)
-    first, second = (_select(labels, r) for r in (batch_index_range_1, batch_index_range_2))
+    first = _select("batch_index_range_1", labels, batch_index_range_1)
+    second = _select("batch_index_range_2", labels, batch_index_range_2)
     index = labels.coords["batch"].values
     z1, z2 = (_columns(z, chosen, per_sequence) for chosen in (first, second))
     del z
@@ -90,6 +103,7 @@ def compute_bif(
     if correlation_method == "sequence" and not compute_covariance:
         influences.clip(-1.0, 1.0, out=influences)
     if correlation_method == "token" and not averaged:
+        influences = influences.reshape(len(first), len(second), positions, positions)  # of one token, too
         dims += ["target_position", "target_position_T"]
         coords["target_position"] = coords["target_position_T"] = np.arange(1, positions + 1)
     result = xr.DataArray(influences, name="influences", dims=dims, coords=coords).to_dataset()
@@ -119,6 +133,12 @@ def bif(
 
     Further keywords are those of `lossk.interop.devinterp.sample`, the others those of `compute_bif`.
     """
+    check_choice("correlation_method", correlation_method, ("token", "sequence"))
+    check_choice("reduce_chain_dimension_method", reduce_chain_dimension_method, ("stack", "mean"))
+    check_flag("average_tokenwise_bif", average_tokenwise_bif)
+    check_flag("compute_covariance", compute_covariance)
+    check_integer("bif_batch_size", bif_batch_size, 1)
+    _device("bif_device", bif_device)
     samples = sample(
         model, dataset, observables, lr=lr, n_beta=n_beta, param_masks=param_masks, loss_fn=loss_fn, **kwargs
     )
@@ -155,7 +175,7 @@ def _standardise(rows: Tensor, covariance: bool, positions: int | None) -> Tenso
     num_chains, num_draws, count = rows.shape
     freedom = degrees_of_freedom(num_chains, num_draws, "pooled")
     group = positions or 1
-    z = torch.empty(num_chains * num_draws, count // group)
+    z = torch.empty(num_chains * num_draws, count // group, dtype=torch.float32, device="cpu")
     for span in tile_spans(count, max(group, STRIPE // group * group)):
         centred = centre(rows[:, :, span], "pooled")
         unit = torch.ones_like(centred.scale) if covariance else centred.variance.sqrt()  # 0 gives NaN: 0 * inf
@@ -176,19 +196,42 @@ def _labels(xr: Any, dataset: Any, names: list[str], count: int) -> Any:
     return xr.DataArray(np.arange(count), dims="batch", coords={"batch": labels})
 
 
-def _select(labels: Any, wanted: Range) -> np.ndarray:
+def _device(name: str, value: Any) -> torch.device | None:
+    """A device that torch knows, or None."""
+    if check_device(name, value) is None:
+        return None
+    try:
+        return torch.device(value)
+    except RuntimeError as error:
+        raise ValueError(f"{name} must be a device that torch knows, got {shown(value)}") from error
+
+
+def _check_range(name: str, wanted: Any) -> None:
+    if isinstance(wanted, str):
+        check_choice(name, wanted, ("all",))
+    elif not isinstance(wanted, list | tuple | range) and not (isinstance(wanted, np.ndarray) and wanted.ndim == 1):
+        raise TypeError(f"{name} must be 'all' or a list of sequences, got {shown(wanted)}")
+
+
+def _select(name: str, labels: Any, wanted: Range) -> np.ndarray:
     """The positions of the sequences wanted: [r] int64."""
-    return labels.values if isinstance(wanted, str) and wanted == "all" else labels.sel(batch=list(wanted)).values
+    if isinstance(wanted, str):
+        return labels.values
+    try:
+        return labels.sel(batch=list(wanted)).values
+    except (KeyError, TypeError, ValueError) as error:
+        raise MissingObservable(f"{name} must be of the sequences that are there, got {shown(wanted)}") from error
 
 
 def _columns(z: Tensor, chosen: np.ndarray, per_sequence: int) -> Tensor:
     """The columns of Z of some sequences; Z itself where these are all of them, in order."""
     if np.array_equal(chosen, np.arange(z.shape[1] // per_sequence)):
         return z
-    columns = (torch.from_numpy(chosen)[:, None] * per_sequence + torch.arange(per_sequence)).reshape(-1)
+    columns = (torch.from_numpy(chosen)[:, None] * per_sequence + torch.arange(per_sequence, device="cpu")).reshape(-1)
     return z[:, columns.to(z.device)]
 
 
+@without_autocast()
 def _products(z1: Tensor, z2: Tensor, per_sequence: int) -> np.ndarray:
     """Z1'Z2 as [n1, n2] float32, or by tokens [n1, n2, P, P]."""
     n1, n2 = z1.shape[1] // per_sequence, z2.shape[1] // per_sequence

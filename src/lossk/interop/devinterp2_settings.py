@@ -8,9 +8,9 @@ from typing import Any
 
 from torch import Tensor
 
+from lossk.checks import MOST_NUMBER, check_choice, check_flag, check_integer, check_mapping, check_number
 from lossk.interop.devinterp2_chain import Law
 from lossk.ops.philox import check_uint32
-from lossk.settings import check_choice, check_integer, check_number
 from lossk.sgld import ALPHA, SGLD, STABILITY
 
 # Fields that their stores carry besides; their own reading of a store compares them.
@@ -64,7 +64,9 @@ class Settings:
         check_choice("sampling_method", self.sampling_method, ("sgmcmc_sgld", "rmsprop_sgld"))
         check_choice("save_metrics", self.save_metrics, (False,))
         known = ("alpha", "eps", "add_grad_correction") if self.sampling_method == "rmsprop_sgld" else ()
-        for name, value in self.sampling_method_kwargs.items():
+        for name in ("shuffle", "match_sampling_input_ids_across_chains"):
+            check_flag(name, getattr(self, name))
+        for name, value in check_mapping("sampling_method_kwargs", self.sampling_method_kwargs).items():
             if name not in known:
                 raise ValueError(
                     f"sampling_method_kwargs of {self.sampling_method!r} must be of {list(known)}, got {name!r}"
@@ -72,7 +74,7 @@ class Settings:
             if name == "add_grad_correction":
                 check_choice(name, value, (False,))
             else:
-                check_number(name, value, "a number", above=0.0)
+                check_number(name, value, above=0.0, most=1.0 if name == "alpha" else MOST_NUMBER)
 
     @property
     def num_steps(self) -> int:

@@ -16,10 +16,28 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lossk.checks import (
+    check_choice,
+    check_flag,
+    check_instance,
+    check_number,
+    check_optional,
+    check_path,
+    check_strings,
+    check_tensor,
+    check_text,
+    shown,
+)  # fmt: skip
 from lossk.optional import require
 from lossk.traces import LossTraces
 
 PREFIX = "loss_"
+
+
+class MissingObservable(KeyError, ValueError):
+    """A sequence or an observable that is not there: devinterp's KeyError, and a bad argument as any other."""
+
+    __str__ = Exception.__str__
 
 
 def open_tree(source: Any) -> Any:
@@ -31,11 +49,15 @@ def open_tree(source: Any) -> Any:
     """
     xr = require("xarray", "devinterp")
     if isinstance(source, str | Path):
+        check_path("source", source)
         if not Path(source).exists():
             raise FileNotFoundError(f"source must be the path of a Zarr store, nothing is at {str(source)!r}")
-        return xr.open_datatree(str(source), engine="zarr", consolidated=False)
+        try:
+            return xr.open_datatree(str(source), engine="zarr", consolidated=False)
+        except Exception as error:  # of Zarr or xarray, as the case may be
+            raise ValueError(f"source must be the path of a Zarr store, {str(source)!r} is none: {error}") from error
     if not isinstance(source, xr.DataTree):
-        raise TypeError(f"source must be an xarray DataTree or the path of a Zarr store, got {type(source).__name__}")
+        raise TypeError(f"source must be an xarray DataTree or the path of a Zarr store, got {shown(source)}")
     return source
 
 
@@ -54,13 +76,16 @@ def loss_names(dataset: Any, wanted: Literal["all"] | Sequence[str] = "all") -> 
     found = sorted(str(v).removeprefix(PREFIX) for v in dataset.data_vars if str(v).startswith(PREFIX))
     if isinstance(wanted, str):
         if wanted != "all":
-            raise KeyError(f"loss_keys must be 'all' or a list of observables of {found}, got {wanted!r}")
+            raise MissingObservable(f"loss_keys must be 'all' or a list of observables of {found}, got {wanted!r}")
         if not found:
-            raise KeyError(f"the tree must hold a variable {PREFIX}NAME, got {sorted(map(str, dataset.data_vars))}")
+            raise MissingObservable(
+                f"source must hold a variable {PREFIX}NAME, got {sorted(map(str, dataset.data_vars))}"
+            )
         return found
+    wanted = check_strings("loss_keys", wanted, "observables")
     missing = [name for name in wanted if name not in found]
     if missing or not wanted:
-        raise KeyError(f"loss_keys must name observables of {found}, got {list(wanted)}")
+        raise MissingObservable(f"loss_keys must name observables of {found}, got {list(wanted)}")
     return list(wanted)
 
 
@@ -116,6 +141,7 @@ def read_traces(
         KeyError: an observable that is not there.
         ImportError: xarray is not installed.
     """
+    per_token = check_flag("per_token", per_token)
     tree = open_tree(source)
     dataset = tree.dataset
     names = loss_names(dataset, loss_keys)
@@ -132,7 +158,7 @@ def read_traces(
     return LossTraces(
         np.concatenate(parts, axis=2) if len(parts) > 1 else parts[0],
         excess=_excess(dataset, sampler),
-        n_beta=None if "n_beta" not in sampler else float(sampler["n_beta"]),
+        n_beta=None if sampler.get("n_beta") is None else float(sampler["n_beta"]),
         meta={"source": "devinterp", "sampler": sampler},
         tokens=np.concatenate(tokens) if per_token else None,
         sets=sets if len(sets) > 1 else None,
@@ -179,9 +205,13 @@ def to_datatree(
         ValueError: tokens with gaps, or input_ids of another shape.
         ImportError: xarray is not installed.
     """
+    traces, name = check_instance("traces", traces, LossTraces), check_text("name", name)
+    init_loss = check_optional(check_number, "init_loss", init_loss)
     xr = require("xarray", "devinterp")
     spans = traces.sets or {name: slice(0, traces.num_samples)}
     given = input_ids if isinstance(input_ids, Mapping) else dict.fromkeys(spans, input_ids)
+    for key in given:
+        check_choice("input_ids", key, tuple(spans))
     variables: dict[str, Any] = {}
     for key, span in spans.items():
         num_samples, positions = _grid(traces, span)
@@ -217,8 +247,10 @@ def _grid(traces: LossTraces, span: slice) -> tuple[int, int]:
         return columns, 1
     tokens = traces.tokens[span]
     positions = int(tokens[:, 1].max()) + 1
-    full = torch.stack([torch.arange(columns) // positions, torch.arange(columns) % positions], dim=1)
-    if columns % positions or not torch.equal(tokens - tokens[0] * torch.tensor([1, 0]), full):
+    column = torch.arange(columns, device="cpu")
+    full = torch.stack([column // positions, column % positions], dim=1)
+    first = tokens[0] * torch.tensor([1, 0], dtype=torch.int64, device="cpu")
+    if columns % positions or not torch.equal(tokens - first, full):
         raise ValueError(
             "traces must hold every position of every sample, in order, to be devinterp's (batch, token_pos) array; "
             "these leave tokens out: average them over each sample first"
@@ -231,7 +263,7 @@ def _input_ids(given: Any, num_samples: int, positions: int) -> np.ndarray:
         ids = np.zeros((num_samples, positions + 1), dtype=np.int64)
         ids[:, 0] = np.arange(num_samples)
         return ids
-    ids = np.asarray(given)
+    ids = check_tensor("input_ids", given, of="an integer").cpu().numpy()
     if ids.shape != (num_samples, positions + 1) or ids.dtype.kind not in "iu":
         raise ValueError(
             f"input_ids must be integers of shape [{num_samples}, {positions + 1}], got {ids.dtype} {list(ids.shape)}"

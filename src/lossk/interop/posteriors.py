@@ -20,10 +20,10 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from lossk.backends import resolve_backend
+from lossk.checks import check_callable, check_flag, check_instance, check_number, shown
 from lossk.interop.weights import kernel_from_weights
 from lossk.ops.philox import check_uint32
 from lossk.ops.sgld_step import sgld_step
-from lossk.settings import check_number
 
 __all__ = ["SGLDState", "Transform", "build", "init", "kernel_from_weights", "update"]
 
@@ -73,12 +73,7 @@ def build(
     Raises:
         ValueError, TypeError: a bad argument.
     """
-    for name, value in (("lr", lr), ("temperature", temperature)):
-        if not callable(value):
-            check_number(name, value, "a number or a function of the step", above=0.0)
-    check_number("localization", localization, "a number", least=0.0)
-    check_uint32("seed", seed)
-    check_uint32("chain", chain)
+    _check_settings(log_posterior, lr, temperature, localization, seed, chain)
     step = partial(
         update,
         log_posterior=log_posterior,
@@ -91,6 +86,24 @@ def build(
     return Transform(init, step)
 
 
+def _check_settings(log_posterior: Any, lr: Any, temperature: Any, localization: Any, seed: Any, chain: Any) -> None:
+    check_callable("log_posterior", log_posterior, "a function (params, batch) -> (value, aux)")
+    for name, value in (("lr", lr), ("temperature", temperature)):
+        if callable(value):
+            check_callable(name, value)
+        else:
+            check_number(name, value, "a number or a function of the step", above=0.0)
+    check_number("localization", localization, least=0.0)
+    check_uint32("seed", seed)
+    check_uint32("chain", chain)
+
+
+def _at(name: str, value: float | Schedule, step: Tensor) -> float:
+    """A setting at a step."""
+    found = value(step) if callable(value) else value
+    return check_number(name, found, "a number, or a function of the step that returns one", above=0.0)
+
+
 def init(params: Any) -> SGLDState:
     """The state at w*: params, a tree (dicts, lists, tuples) of floating-point tensors, is copied.
 
@@ -98,14 +111,14 @@ def init(params: Any) -> SGLDState:
         ValueError: no tensors, or such as are not floating point or not on one device.
     """
     leaves, tree = pytree.tree_flatten(params)
-    if not leaves or not all(isinstance(leaf, Tensor) and leaf.is_floating_point() for leaf in leaves):
-        raise ValueError("params must be a tree of at least one floating-point tensor, and of nothing else")
+    if not leaves or not all(isinstance(leaf, Tensor) and _holds_floats(leaf) for leaf in leaves):
+        raise ValueError("params must be a tree of at least one dense floating-point tensor, and of nothing else")
     if len({leaf.device for leaf in leaves}) > 1:
         raise ValueError(f"params must be on one device, got {sorted({str(leaf.device) for leaf in leaves})}")
     flat = torch.cat([leaf.detach().float().flatten() for leaf in leaves])
-    nothing = torch.full((), float("nan"), device=flat.device)
+    nothing = torch.full((), float("nan"), device=flat.device, dtype=torch.float32)
     views = _unflatten(flat, leaves, tree)
-    return SGLDState(views, nothing, torch.zeros((), dtype=torch.int64), flat, flat.clone())
+    return SGLDState(views, nothing, torch.zeros((), dtype=torch.int64, device="cpu"), flat, flat.clone())
 
 
 def update(
@@ -127,14 +140,19 @@ def update(
     Returns:
         The new state and what log_posterior returned beside its value.
     """
+    check_instance("state", state, SGLDState)
+    _check_settings(log_posterior, lr, temperature, localization, seed, chain)
+    inplace = check_flag("inplace", inplace)
     leaves, tree = pytree.tree_flatten(state.params)
     wanted = [leaf.detach().requires_grad_() for leaf in leaves]
     with torch.enable_grad():
-        value, aux = log_posterior(pytree.tree_unflatten(wanted, tree), batch)
+        found = log_posterior(pytree.tree_unflatten(wanted, tree), batch)
+        if not isinstance(found, tuple) or len(found) != 2 or not isinstance(found[0], Tensor) or found[0].numel() != 1:
+            raise TypeError(f"log_posterior must return (a scalar tensor, aux), got {shown(found)}")
+        value, aux = found
         grads = torch.autograd.grad(value, wanted, allow_unused=True, materialize_grads=True)
     flat = state.flat if inplace else state.flat.clone()
-    heat = float(temperature(state.step) if callable(temperature) else temperature)
-    rate = float(lr(state.step) if callable(lr) else lr)
+    heat, rate = _at("temperature", temperature, state.step), _at("lr", lr, state.step)
     sgld_step(
         flat,
         torch.cat([grad.flatten() for grad in grads]).neg_(),
@@ -153,6 +171,10 @@ def update(
         return state, aux
     params = _unflatten(flat, leaves, tree)
     return SGLDState(params, value.detach().clone(), state.step + 1, flat, state.anchor), aux
+
+
+def _holds_floats(leaf: Tensor) -> bool:
+    return leaf.is_floating_point() and leaf.layout is torch.strided and leaf.device.type != "meta"
 
 
 def _unflatten(flat: Tensor, like: list[Any], tree: Any) -> Any:

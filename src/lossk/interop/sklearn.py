@@ -17,9 +17,9 @@ import scipy.sparse
 
 from lossk.blocks import tile_spans
 from lossk.centring import degrees_of_freedom
+from lossk.checks import check_choice, check_flag, check_instance, check_integer, check_tensor, shown
 from lossk.kernel import LossKernel
 from lossk.optional import require
-from lossk.settings import check_choice, check_integer
 from lossk.traces import LossTraces
 
 require("sklearn", "sklearn", package="scikit-learn")
@@ -37,7 +37,7 @@ def gram(kernel: LossKernel, *, correlation: bool = True) -> np.ndarray:
     Raises:
         MemoryError: it does not fit.
     """
-    return _symmetric(kernel, correlation)
+    return _symmetric(kernel, check_flag("correlation", correlation))
 
 
 def affinity(kernel: LossKernel) -> np.ndarray:
@@ -60,7 +60,7 @@ def distance(kernel: LossKernel) -> np.ndarray:
 
 def _symmetric(kernel: LossKernel, correlation: bool) -> np.ndarray:
     """The matrix, symmetric to the last bit, as HDBSCAN insists: within a diagonal tile a product may not be."""
-    matrix = kernel.to_numpy(correlation=correlation)
+    matrix = check_instance("kernel", kernel, LossKernel).to_numpy(correlation=correlation)
     for span in tile_spans(len(kernel), kernel.tile):
         upper = np.triu(matrix[span, span])
         matrix[span, span] = upper + np.triu(upper, 1).T
@@ -77,7 +77,7 @@ def knn(kernel: LossKernel, k: int = 15) -> tuple[np.ndarray, np.ndarray]:
     Raises:
         ValueError: k is not from 1 to N - 1, or fewer than k other samples vary.
     """
-    found = kernel.neighbors(k)
+    found = check_instance("kernel", kernel, LossKernel).neighbors(k)
     index, correlation = found.index.numpy(), found.correlation.numpy().copy()
     dead, n = kernel.dead.numpy(), len(kernel)
     if (index[~dead] < 0).any():
@@ -103,7 +103,7 @@ def neighbor_graph(
         k: neighbours besides the sample itself.
         mode: "distance", sqrt(2 (1 - R)), or "connectivity", ones.
     """
-    check_choice("mode", mode, ("distance", "connectivity"))
+    mode = check_choice("mode", mode, ("distance", "connectivity"))
     index, away = knn(kernel, k)
     data = away if mode == "distance" else np.ones_like(away)
     starts = np.arange(0, index.size + 1, k + 1)
@@ -112,7 +112,19 @@ def neighbor_graph(
 
 def losses(traces: LossTraces) -> np.ndarray:
     """Traces as scikit-learn's X: a sample per row, its losses at all draws as features: [N, C T] float32, nats."""
+    traces = check_instance("traces", traces, LossTraces)
     return traces.losses.reshape(-1, traces.num_samples).T.numpy()
+
+
+def _as_features(X: Any) -> Any:
+    """What scikit-learn's own checks would fail on without the argument's name; the rest is left to them."""
+    if isinstance(X, str | bytes | bytearray | dict | set | type) or X is None or getattr(X, "ndim", 1) == 0:
+        raise TypeError(f"X must be an array of losses [n, draws], got {shown(X)}")
+    if isinstance(X, list | tuple) or (isinstance(X, np.ndarray) and X.dtype.kind not in "biuf"):
+        return check_tensor(
+            "X", X, finite=False
+        ).numpy()  # NaN is scikit-learn's to refuse, in the words its checks know
+    return X
 
 
 class LossKernelTransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
@@ -138,12 +150,13 @@ class LossKernelTransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, B
 
     def fit(self, X: Any, y: Any = None) -> LossKernelTransformer:
         """Remember the samples that rows are compared with. X: [n, draws] losses; y is not looked at."""
-        X = validate_data(self, X, dtype=(np.float64, np.float32), ensure_min_features=2)
         check_choice("output", self.output, ("kernel", "features"))
-        check_integer("num_chains", self.num_chains, 1)
-        if X.shape[1] % self.num_chains or X.shape[1] < 2 * self.num_chains:
+        check_flag("correlation", self.correlation)
+        num_chains = check_integer("num_chains", self.num_chains, 1)
+        X = validate_data(self, _as_features(X), dtype=(np.float64, np.float32), ensure_min_features=2)
+        if X.shape[1] % num_chains or X.shape[1] < 2 * num_chains:
             raise ValueError(
-                f"num_chains must divide the number of draws, {X.shape[1]}, at least 2 to each, got {self.num_chains}"
+                f"num_chains must divide the number of draws, {X.shape[1]}, at least 2 to each, got {num_chains}"
             )
         self.features_ = self._features(X)
         self._n_features_out = len(X) if self.output == "kernel" else X.shape[1]
@@ -152,7 +165,7 @@ class LossKernelTransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, B
     def transform(self, X: Any) -> np.ndarray:
         """[n, fitted samples] or [n, draws]. X: [n, draws] losses at the same draws as those fitted."""
         check_is_fitted(self)
-        X = validate_data(self, X, dtype=(np.float64, np.float32), reset=False)
+        X = validate_data(self, _as_features(X), dtype=(np.float64, np.float32), reset=False)
         features = self._features(X)
         return features @ self.features_.T if self.output == "kernel" else features
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lossk.operands import check_ignored, check_operands, check_word
 from lossk.ops.sample_loss import DTYPES, IGNORED, check_targets_and_out, sample_loss
 
 BACKENDS = ("torch", "cpp", "triton")
@@ -47,15 +48,17 @@ def head_loss(
         precision: one of PRECISIONS, of products of float32 inputs. The reference's are float32 whatever is asked.
 
     Raises:
-        ValueError: a bad argument; nothing has been changed.
+        TypeError, ValueError: a bad argument; nothing has been changed.
         BackendError: "triton" cannot run here.
     """
-    if backend not in BACKENDS:
-        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
-    if precision not in PRECISIONS:
-        raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
+    check_word("backend", backend, BACKENDS)
+    check_word("precision", precision, PRECISIONS)
+    check_operands(hidden=hidden, head=head, targets=targets, out=out)
+    if bias is not None:
+        check_operands(bias=bias)
+    ignore_index = check_ignored(ignore_index)
     _check(hidden, head, bias)
-    check_targets_and_out(targets, out, (*head.shape[:-2], len(hidden)), hidden.device)
+    check_targets_and_out(targets, out, (*head.shape[:-2], len(hidden)), hidden.device, "hidden")
     if head.ndim == 2:
         head, bias, out = head.unsqueeze(0), None if bias is None else bias.unsqueeze(0), out.unsqueeze(0)
     if backend != "triton":
@@ -103,7 +106,7 @@ def _losses_of_heads(logits: Tensor, targets: Tensor, out: Tensor, ignore_index:
     """out [h, r] from logits [r, h C], the classes of one head after those of another."""
     heads, rows = out.shape
     each = logits.view(rows * heads, -1)
-    losses = torch.empty(rows * heads, device=out.device)
+    losses = torch.empty(rows * heads, device=out.device, dtype=torch.float32)
     sample_loss(each, targets.repeat_interleave(heads), losses, backend=backend, ignore_index=ignore_index)
     out.copy_(losses.view(rows, heads).T)
 
@@ -115,12 +118,15 @@ def _check(hidden: Tensor, head: Tensor, bias: Tensor | None) -> None:
     alike = head.dtype == hidden.dtype and head.device == hidden.device
     if head.ndim not in (2, 3) or head.shape[-1] != hidden.shape[1] or not alike:
         raise ValueError(
-            f"head must be [C, {hidden.shape[1]}] or [k, C, {hidden.shape[1]}] {wanted}, got {_describe(head)}"
+            f"head must be [C, {hidden.shape[1]}] or [k, C, {hidden.shape[1]}] {wanted}, got {_describe(head)}, "
+            f"beside hidden {_describe(hidden)}"
         )
     if bias is not None and (
         bias.shape != head.shape[:-1] or bias.dtype != hidden.dtype or bias.device != hidden.device
     ):
-        raise ValueError(f"bias must be {list(head.shape[:-1])} {wanted}, got {_describe(bias)}")
+        raise ValueError(
+            f"bias must be {list(head.shape[:-1])} {wanted}, got {_describe(bias)}, beside head {_describe(head)}"
+        )
 
 
 def _describe(tensor: Tensor) -> str:

@@ -12,9 +12,13 @@ with streams 0 a step's noise, 1 minibatches, 2 tuning pilots, 3 first velocitie
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import numpy.typing as npt
 import torch
+
+from lossk.checks import check_integer, plain_scalar, shown
 
 UInt32Array = npt.NDArray[np.uint32]
 
@@ -26,6 +30,7 @@ _HALF_WORD = np.uint64(32)
 
 # Blocks handled at once: the temporaries of a chunk stay in cache, and a large count costs no extra memory.
 _CHUNK_BLOCKS = 1 << 15
+MOST_COUNT = 2**36  # words: more than any model has weights
 
 
 def philox4x32(counter: UInt32Array, key: tuple[int, int]) -> UInt32Array:
@@ -38,10 +43,10 @@ def philox4x32(counter: UInt32Array, key: tuple[int, int]) -> UInt32Array:
     Returns:
         [n, 4] uint32.
     """
-    if counter.dtype != np.uint32 or counter.ndim != 2 or counter.shape[1] != 4:
-        raise ValueError(f"counter must be uint32 [n, 4], got {counter.dtype} {list(counter.shape)}")
-    check_uint32("key[0]", key[0])
-    check_uint32("key[1]", key[1])
+    _check_words("counter", counter)
+    if not isinstance(key, tuple) or len(key) != 2:
+        raise TypeError(f"key must be two integers in a tuple, got {shown(key)}")
+    key = (check_uint32("key[0]", key[0]), check_uint32("key[1]", key[1]))
     x0, x1, x2, x3 = (counter[:, i].astype(np.uint64) for i in range(4))
     for r in range(_ROUNDS):
         key0, key1 = (np.uint64((key[i] + r * _KEY_STEPS[i]) & 0xFFFFFFFF) for i in range(2))
@@ -53,10 +58,8 @@ def philox4x32(counter: UInt32Array, key: tuple[int, int]) -> UInt32Array:
 
 def uint32_stream(seed: int, chain: int, step: int, stream: int, count: int) -> UInt32Array:
     """The first `count` words, in block order: [count] uint32."""
-    for name, value in (("seed", seed), ("chain", chain), ("step", step), ("stream", stream)):
-        check_uint32(name, value)
-    if count < 0:
-        raise ValueError(f"count must be >= 0, got {count}")
+    seed, chain, step = check_uint32("seed", seed), check_uint32("chain", chain), check_uint32("step", step)
+    stream, count = check_uint32("stream", stream), _check_count(count)
     words = np.empty((count + 3) // 4 * 4, dtype=np.uint32)
     for first in range(0, words.size // 4, _CHUNK_BLOCKS):
         blocks = np.arange(first, min(first + _CHUNK_BLOCKS, words.size // 4), dtype=np.uint64)
@@ -80,6 +83,7 @@ def box_muller(words: UInt32Array) -> npt.NDArray[np.float32]:
 
     u and b are float32 on purpose: every backend forms them exactly. All else is float64, rounded once at the end.
     """
+    _check_words("words", words)
     x, y = words[:, 0::2], words[:, 1::2]
     u = x.astype(np.float32) * np.float32(2**-32) + np.float32(2**-33)
     radius = np.sqrt(-2.0 * np.log(u.astype(np.float64)))
@@ -98,6 +102,7 @@ def box_muller(words: UInt32Array) -> npt.NDArray[np.float32]:
 
 def normals(seed: int, chain: int, step: int, count: int, *, stream: int = 0) -> torch.Tensor:
     """The first `count` standard normals of a stream: [count] float32, on the CPU."""
+    count = _check_count(count)
     out = np.empty(count, dtype=np.float32)
     words = uint32_stream(seed, chain, step, stream, (count + 3) // 4 * 4).reshape(-1, 4)
     for first in range(0, len(words), _CHUNK_BLOCKS):
@@ -106,9 +111,24 @@ def normals(seed: int, chain: int, step: int, count: int, *, stream: int = 0) ->
     return torch.from_numpy(out)
 
 
-def check_uint32(name: str, value: int) -> None:
-    """Raise unless `value` is an integer in [0, 2^32)."""
-    if isinstance(value, bool) or not isinstance(value, int):
+def check_uint32(name: str, value: Any) -> int:
+    """An integer in [0, 2^32)."""
+    plain = plain_scalar(value)
+    if isinstance(plain, bool) or not isinstance(plain, int):
         raise TypeError(f"{name} must be an int, got {type(value).__name__}")
-    if not 0 <= value < 2**32:
-        raise ValueError(f"{name} must be in [0, 2^32), got {value}")
+    if not 0 <= plain < 2**32:
+        raise ValueError(f"{name} must be in [0, 2^32), got {shown(plain)}")
+    return int(plain)
+
+
+def _check_count(count: Any) -> int:
+    if isinstance(count, int) and count < 0:
+        raise ValueError(f"count must be >= 0, got {count}")
+    return check_integer("count", count, 0, ceiling=MOST_COUNT)
+
+
+def _check_words(name: str, words: Any) -> None:
+    if not isinstance(words, np.ndarray):
+        raise TypeError(f"{name} must be an array, got {type(words).__name__}")
+    if words.dtype != np.uint32 or words.ndim != 2 or words.shape[1] != 4:
+        raise ValueError(f"{name} must be uint32 [n, 4], got {words.dtype} {list(words.shape)}")

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lossk.operands import check_operands, check_word
+
 BACKENDS = ("torch", "triton")
 # Of the products; sums are float32 in all of them. "tf32x3" makes a float32 product of three tf32 ones.
 PRECISIONS = ("fp32", "tf32", "tf32x3", "fp16", "bf16")
@@ -30,10 +32,10 @@ def rank_update(
         ValueError: a bad argument; nothing has been changed.
         BackendError: "triton" cannot run here.
     """
+    _check(tile, rows_i, rows_j, backend, precision)
     if backend == "torch":
         tile.addmm_(rows_i.T.to(tile.dtype), rows_j.to(tile.dtype))
         return
-    _check(tile, rows_i, rows_j, backend, precision)
     _launch(tile, rows_i, rows_j, precision, triangle=False)
 
 
@@ -66,7 +68,8 @@ def rank_update_triangle(
         ValueError: a bad argument; nothing has been changed.
         BackendError: "triton" cannot run here.
     """
-    _check(matrix, panel, panel, backend, precision)
+    check_operands(matrix=matrix, panel=panel)
+    _check(matrix, panel, panel, backend, precision, "matrix and panel: ")
     if (mean is None) != (inverse_scale is None) or (mean is None and last is not None):
         raise ValueError("mean and inverse_scale must be given together, and last only with them")
     if mean is not None and panel.dtype != torch.float32:
@@ -92,6 +95,8 @@ def _scaling(panel: Tensor, mean: Tensor, inverse_scale: Tensor | None, last: Te
     assert inverse_scale is not None
     shape = panel.shape[1:]
     for name, value in (("mean", mean), ("inverse_scale", inverse_scale), ("last", last)):
+        if value is not None:
+            check_operands(**{name: value})
         if value is not None and (value.shape != shape or value.device != panel.device):
             raise ValueError(f"{name} must be {list(shape)} on {panel.device}, got {list(value.shape)}")
     high = mean.float()
@@ -112,21 +117,20 @@ def _launch(
         module.rank_update(out, left, right, triangle=triangle, precision=precision, scaling=scaling)
 
 
-def _check(out: Tensor, left: Tensor, right: Tensor, backend: str, precision: str) -> None:
-    if backend not in BACKENDS:
-        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
-    if precision not in PRECISIONS:
-        raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
+def _check(out: Tensor, left: Tensor, right: Tensor, backend: str, precision: str, of: str = "") -> None:
+    check_word("backend", backend, BACKENDS)
+    check_word("precision", precision, PRECISIONS)
+    check_operands(tile=out, rows_i=left, rows_j=right)
     if out.ndim != 2 or out.stride(1) != 1 or out.dtype not in (torch.float32, torch.float16):
         raise ValueError(
-            f"tile must be [a, b] float32 or float16 with adjacent columns, got {list(out.shape)} {out.dtype}"
+            f"{of}tile must be [a, b] float32 or float16 with adjacent columns, got {list(out.shape)} {out.dtype}"
         )
     for name, rows, count in (("rows_i", left, out.shape[0]), ("rows_j", right, out.shape[1])):
         allowed = (torch.float32, HALF.get(precision, torch.float32))
         if rows.ndim != 2 or rows.shape[1] != count or rows.dtype not in allowed or rows.device != out.device:
             raise ValueError(
-                f"{name} must be [k, {count}] float32 (or the precision's dtype) on {out.device}, "
-                f"got {list(rows.shape)} {rows.dtype} on {rows.device}"
+                f"{of}{name} must be [k, {count}] float32 (or the precision's dtype) on {out.device}, "
+                f"got {list(rows.shape)} {rows.dtype} on {rows.device}, beside a tile {list(out.shape)}"
             )
     if len(left) != len(right):
         raise ValueError(f"rows_i and rows_j must have as many rows, got {len(left)} and {len(right)}")

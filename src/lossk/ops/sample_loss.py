@@ -19,6 +19,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lossk.operands import check_ignored, check_operands, check_scale, check_word
 from lossk.ops import extension
 
 BACKENDS = ("torch", "cpp", "triton")
@@ -42,6 +43,8 @@ def cross_entropy(logits: Tensor, targets: Tensor, *, backend: str = "torch") ->
     Raises:
         BackendError: the backend cannot run here.
     """
+    check_word("backend", backend, BACKENDS)
+    _check_logits(logits, targets)
     wants_gradient = logits.requires_grad and torch.is_grad_enabled()
     if backend == "torch" or wants_gradient or logits.dtype not in DTYPES:
         return cross_entropy_reference(logits, targets)
@@ -70,12 +73,15 @@ def cross_entropy_slopes(logits: Tensor, targets: Tensor, scale: float, *, backe
     Raises:
         BackendError: the backend cannot run here.
     """
-    logits = logits.detach()
+    check_word("backend", backend, ("torch", "cpp"))
+    _check_logits(logits, targets)
+    scale, logits = check_scale(scale), logits.detach()
     if backend != "cpp" or logits.dtype not in DTYPES:
         return _slopes_reference(logits, targets, scale)
     if logits.stride(1) != 1:
         logits = logits.contiguous()
-    losses, slopes = torch.empty(len(logits), dtype=torch.float32), torch.empty(logits.shape, dtype=torch.float32)
+    losses = torch.empty(len(logits), dtype=torch.float32, device="cpu")
+    slopes = torch.empty(logits.shape, dtype=torch.float32, device="cpu")
     _compiled(logits, targets, losses, IGNORED, slopes, scale)
     return losses, slopes
 
@@ -93,12 +99,24 @@ def cross_entropy_reference(logits: Tensor, targets: Tensor) -> Tensor:
     ignored = targets == IGNORED
     targets = targets.masked_fill(ignored, 0).unsqueeze(1)  # [B, 1]
     wide = logits.double()
-    gaps = wide - wide.gather(1, targets)
+    gaps = wide - _of_targets(wide, targets)
     gaps = gaps.scatter(1, targets, float("-inf"))  # the target itself is not summed
     peak = gaps.detach().amax(dim=1, keepdim=True).clamp(min=0.0)
     others = (gaps - peak).exp().sum(dim=1)
     peak = peak.squeeze(1)
     return (peak + (others + (-peak).expm1()).log1p()).float().masked_fill(ignored, 0.0)
+
+
+def _of_targets(logits: Tensor, targets: Tensor) -> Tensor:
+    """The target's logit: [B, 1]."""
+    try:
+        return logits.gather(1, targets)
+    except (RuntimeError, IndexError) as error:
+        classes = logits.shape[1]
+        bad = targets[(targets < 0) | (targets >= classes)]
+        if not len(bad):
+            raise
+        raise IndexError(f"targets must lie in [0, {classes}), the columns of logits, got {int(bad[0])}") from error
 
 
 def sample_loss(logits: Tensor, targets: Tensor, out: Tensor, *, backend: str, ignore_index: int = IGNORED) -> None:
@@ -116,11 +134,12 @@ def sample_loss(logits: Tensor, targets: Tensor, out: Tensor, *, backend: str, i
         ValueError: a bad argument; nothing has been changed.
         BackendError: the backend cannot run here.
     """
-    if backend not in BACKENDS:
-        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
+    check_word("backend", backend, BACKENDS)
+    check_operands(logits=logits, targets=targets, out=out)
+    ignore_index = check_ignored(ignore_index)
     if logits.ndim != 2 or logits.dtype not in DTYPES:
         raise ValueError(f"logits must be [B, C] float16, bfloat16 or float32, got {_describe(logits)}")
-    check_targets_and_out(targets, out, (len(logits),), logits.device)
+    check_targets_and_out(targets, out, (len(logits),), logits.device, "logits")
     if backend == "torch":
         sample_loss_reference(logits, targets, out, ignore_index)
         return
@@ -152,7 +171,7 @@ def _compiled(
     rows, classes = logits.shape
     if rows == 0:
         return
-    losses = out if out.is_contiguous() else torch.empty(rows, dtype=torch.float32)
+    losses = out if out.is_contiguous() else torch.empty(rows, dtype=torch.float32, device="cpu")
     extension.load().sample_loss(
         logits=logits.data_ptr(),
         targets=targets.data_ptr(),
@@ -175,12 +194,26 @@ def sample_loss_reference(logits: Tensor, targets: Tensor, out: Tensor, ignore_i
         out.copy_(cross_entropy_reference(logits, targets.masked_fill(ignored, 0)).masked_fill(ignored, 0.0))
 
 
-def check_targets_and_out(targets: Tensor, out: Tensor, shape: tuple[int, ...], device: torch.device) -> None:
+def check_targets_and_out(
+    targets: Tensor, out: Tensor, shape: tuple[int, ...], device: torch.device, beside: str
+) -> None:
     """Raise unless targets are [B] int64 and out is `shape` ([B], or [k, B]) float32, on `device`."""
     if targets.shape != shape[-1:] or targets.dtype != torch.int64 or targets.device != device:
-        raise ValueError(f"targets must be [{shape[-1]}] int64 on {device}, got {_describe(targets)}")
+        raise ValueError(f"targets must be [{shape[-1]}] int64 on {device}, got {_describe(targets)}, beside {beside}")
     if out.shape != shape or out.dtype != torch.float32 or out.device != device:
-        raise ValueError(f"out must be {list(shape)} float32 on {device}, got {_describe(out)}")
+        raise ValueError(f"out must be {list(shape)} float32 on {device}, got {_describe(out)}, beside {beside}")
+
+
+def _check_logits(logits: Tensor, targets: Tensor) -> None:
+    """Raise unless logits are [B, C] floating point, C at least 1, and targets [B] int64 there."""
+    check_operands(logits=logits, targets=targets)
+    if logits.ndim != 2 or logits.shape[1] < 1 or not logits.is_floating_point():
+        raise ValueError(f"logits must be [B, C] floating point, C at least 1, got {_describe(logits)}")
+    if targets.shape != logits.shape[:1] or targets.dtype != torch.int64 or targets.device != logits.device:
+        raise ValueError(
+            f"targets must be [{len(logits)}] int64 on {logits.device}, got {_describe(targets)}, "
+            f"beside logits {_describe(logits)}"
+        )
 
 
 def _describe(tensor: Tensor) -> str:

@@ -14,10 +14,13 @@ depend on the backend (up to rounding), the number of threads, the number of par
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from lossk.checks import MOST_NUMBER, check_flag, plain_scalar, wrong_kind
+from lossk.operands import check_operands, check_word
 from lossk.ops import extension, philox
 
 BACKENDS = ("torch", "cpp", "triton")
@@ -60,16 +63,18 @@ def sgld_step(
         TypeError, ValueError: a bad argument; nothing has been changed.
         BackendError: "cpp" or "triton" cannot run here.
     """
-    _check_number("lr", lr, positive=True)
-    _check_number("n_beta", n_beta, positive=False)
-    _check_number("localization", localization, positive=False)
-    _check_number("stability", stability, positive=True)
+    lr = _check_number("lr", lr, positive=True)
+    n_beta = _check_number("n_beta", n_beta, positive=False)
+    localization = _check_number("localization", localization, positive=False)
+    stability = _check_number("stability", stability, positive=True)
+    alpha = _as_number("alpha", alpha)
     if not 0.0 <= alpha < 1.0:
         raise ValueError(f"alpha must be in [0, 1), got {alpha}")
-    for name, value in (("seed", seed), ("chain", chain), ("step", step)):
-        philox.check_uint32(name, value)
-    if backend not in BACKENDS:
-        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
+    seed, chain, step = (
+        philox.check_uint32(name, value) for name, value in (("seed", seed), ("chain", chain), ("step", step))
+    )
+    update_square_avg = check_flag("update_square_avg", update_square_avg)
+    check_word("backend", backend, BACKENDS)
     _check(w, grad, anchor, square_avg, backend)
 
     if backend == "torch":
@@ -141,8 +146,7 @@ def _check(w: Tensor, grad: Tensor, anchor: Tensor, square_avg: Tensor | None, b
     if square_avg is not None:
         tensors["square_avg"] = square_avg
     for name, tensor in tensors.items():
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+        check_operands(**{name: tensor})
         if tensor.dtype != torch.float32:
             raise ValueError(f"{name} must be float32, got {tensor.dtype}")
         if tensor.device != w.device or (backend == "cpp" and tensor.device.type != "cpu"):
@@ -154,6 +158,15 @@ def _check(w: Tensor, grad: Tensor, anchor: Tensor, square_avg: Tensor | None, b
             raise ValueError(f"{name} must have the {w.numel()} elements of w, got {tensor.numel()}")
 
 
-def _check_number(name: str, value: float, *, positive: bool) -> None:
-    if not math.isfinite(value) or value < 0 or (positive and value == 0):
-        raise ValueError(f"{name} must be finite and {'> 0' if positive else '>= 0'}, got {value}")
+def _check_number(name: str, value: Any, *, positive: bool) -> float:
+    number = _as_number(name, value)
+    if not math.isfinite(number) or number < 0 or (positive and number == 0):
+        raise ValueError(f"{name} must be finite and {'> 0' if positive else '>= 0'}, got {number}")
+    return number
+
+
+def _as_number(name: str, value: Any) -> float:
+    plain = plain_scalar(value)
+    if isinstance(plain, bool) or not isinstance(plain, int | float):
+        raise wrong_kind(name, "a number", value)
+    return math.inf if abs(plain) > MOST_NUMBER else float(plain)  # NaN stays NaN

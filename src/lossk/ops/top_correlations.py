@@ -5,6 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lossk.checks import check_integer
+from lossk.operands import check_operands, check_word
+
 EMPTY = torch.iinfo(torch.int64).min
 BACKENDS = ("torch", "triton")
 MOST_BY_TRITON = 64  # neighbours: its kernel keeps them in registers
@@ -24,6 +27,11 @@ def top_correlations(keys: Tensor, correlation: Tensor, first_column: int) -> Te
     Returns:
         [r, k] int64, the new running result, best first; `unpack` reads it.
     """
+    check_operands(keys=keys, correlation=correlation)
+    first_column = check_integer("first_column", first_column, 0)
+    if correlation.ndim != 2 or correlation.dtype != torch.float32:
+        raise ValueError(f"correlation must be [r, c] float32, got {list(correlation.shape)} {correlation.dtype}")
+    _check_keys(keys, len(correlation), "correlation")
     columns = torch.arange(first_column, first_column + correlation.shape[1], device=correlation.device)
     packed = (_ordered(correlation).long() << 32) | (0x7FFFFFFF - columns)
     packed = packed.masked_fill(correlation == float("-inf"), EMPTY)
@@ -58,6 +66,8 @@ def merge_tile(
         BackendError: "triton" cannot run here.
     """
     _check(keys, tile, row_gain, column_gain, backend)
+    first_row = check_integer("first_row", first_row, 0)
+    first_column = check_integer("first_column", first_column, 0)
     if backend == "torch":
         keys.copy_(merge_tile_reference(keys, tile, row_gain, column_gain, first_row, first_column))
         return
@@ -81,6 +91,8 @@ def merge_tile_reference(
 
 def unpack(keys: Tensor) -> tuple[Tensor, Tensor]:
     """Column [r, k] int64 (-1 where empty) and correlation [r, k] float32 (0 where empty) of packed keys."""
+    check_operands(keys=keys)
+    _check_keys(keys, None, "nothing")
     empty = keys == EMPTY
     columns = 0x7FFFFFFF - (keys & 0xFFFFFFFF)
     correlation = _unordered((keys >> 32).int())
@@ -97,18 +109,27 @@ def _unordered(order: Tensor) -> Tensor:
     return torch.where(order < 0, order ^ 0x7FFFFFFF, order).view(torch.float32)
 
 
+def _check_keys(keys: Tensor, num_rows: int | None, beside: str) -> None:
+    if keys.ndim != 2 or (num_rows is not None and len(keys) != num_rows) or keys.dtype != torch.int64:
+        rows = "r" if num_rows is None else num_rows
+        raise ValueError(
+            f"keys must be [{rows}, k] int64, contiguous, got {list(keys.shape)} {keys.dtype}, beside {beside}"
+        )
+
+
 def _check(keys: Tensor, tile: Tensor, row_gain: Tensor, column_gain: Tensor, backend: str) -> None:
-    if backend not in BACKENDS:
-        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
+    check_word("backend", backend, BACKENDS)
+    check_operands(keys=keys, tile=tile, row_gain=row_gain, column_gain=column_gain)
     if tile.ndim != 2 or tile.dtype not in (torch.float32, torch.float16):
         raise ValueError(f"tile must be [r, c] float32 or float16, got {list(tile.shape)} {tile.dtype}")
-    if keys.ndim != 2 or len(keys) != len(tile) or keys.dtype != torch.int64 or not keys.is_contiguous():
-        raise ValueError(f"keys must be [{len(tile)}, k] int64, contiguous, got {list(keys.shape)} {keys.dtype}")
+    _check_keys(keys, len(tile), "tile")
+    if not keys.is_contiguous():
+        raise ValueError(f"keys must be [{len(tile)}, k] int64, contiguous, got strides {list(keys.stride())}")
     if backend == "triton" and keys.shape[1] > MOST_BY_TRITON:
         raise ValueError(f"k must be at most {MOST_BY_TRITON} for backend='triton', got {keys.shape[1]}")
     for name, gain, count in (("row_gain", row_gain, len(tile)), ("column_gain", column_gain, tile.shape[1])):
         if gain.shape != (count,) or gain.dtype != torch.float32 or gain.device != tile.device:
             raise ValueError(
                 f"{name} must be [{count}] float32 on {tile.device}, "
-                f"got {list(gain.shape)} {gain.dtype} on {gain.device}"
+                f"got {list(gain.shape)} {gain.dtype} on {gain.device}, beside a tile {list(tile.shape)}"
             )

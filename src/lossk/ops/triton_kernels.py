@@ -14,7 +14,9 @@ from types import ModuleType
 
 import torch
 
+from lossk.checks import check_instance
 from lossk.errors import BackendError
+from lossk.operands import check_word
 
 OPS = ("head_loss", "rank_update", "sample_loss", "sgld_step", "top_correlations")
 
@@ -30,6 +32,7 @@ class KernelStatus:
 
 def status(op: str, device: torch.device) -> KernelStatus:
     """Load and test the kernel of an op of `OPS` (once per process and device); never raises."""
+    _check_call(op, device)
     return _load(op, device)[0]
 
 
@@ -39,6 +42,7 @@ def load(op: str, device: torch.device) -> ModuleType:
     Raises:
         BackendError: it cannot run on `device`; the message says why.
     """
+    _check_call(op, device)
     found, module = _load(op, device)
     if module is None:
         raise BackendError(f'backend "triton" cannot run {op} here: {found.reason}; available: "torch"')
@@ -47,6 +51,7 @@ def load(op: str, device: torch.device) -> ModuleType:
 
 def refusal(device: torch.device) -> str:
     """Why not every op's kernel can run on `device`; "" when all can."""
+    check_instance("device", device, torch.device)
     for op in OPS:
         found = status(op, device)
         if not found.available:
@@ -54,8 +59,12 @@ def refusal(device: torch.device) -> str:
     return ""
 
 
+def _check_call(op: str, device: torch.device) -> None:
+    check_word("op", op, OPS)
+    check_instance("device", device, torch.device)
+
+
 def _load(op: str, device: torch.device) -> tuple[KernelStatus, ModuleType | None]:
-    assert op in OPS
     try:
         from triton import knobs
     except ImportError as error:

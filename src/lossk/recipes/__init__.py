@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from lossk.errors import LosskError
+from lossk.recipes.defaults import usual_defaults
 
 
 class RecipeError(LosskError):
@@ -55,6 +56,7 @@ def packaged_names() -> list[str]:
     return sorted(path.stem for path in Path(__file__).parent.glob("*.yaml"))
 
 
+@usual_defaults()
 def train_classifier(
     model: nn.Module,
     inputs: Tensor,

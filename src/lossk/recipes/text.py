@@ -17,8 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
+from lossk.checks import check_choice, check_integer, check_number
 from lossk.ops.sample_loss import IGNORED, cross_entropy
 from lossk.recipes import RecipeError, RecipeTask
+from lossk.recipes.defaults import usual_defaults
 from lossk.recipes.text_data import DEBIAN_LICENCES, SEQUENCES, Sequences, cut, read_documents
 from lossk.recipes.transformer import (
     Shape,
@@ -28,11 +30,11 @@ from lossk.recipes.transformer import (
     train_language_model,
 )
 from lossk.recipes.words import Words
-from lossk.settings import check_choice, check_integer, check_number
 
 ROWS = ("tokens", "sequences")
 
 
+@usual_defaults()
 def make_task(
     *,
     text: str | Path = DEBIAN_LICENCES,

@@ -6,7 +6,7 @@ import re
 from collections import Counter
 from dataclasses import dataclass, field
 
-from lossk.settings import check_integer
+from lossk.checks import check_integer
 
 # A word takes the space before it along, so that text is the plain concatenation of its tokens.
 _PIECES = re.compile(r" ?[^\W\d_]+| ?\d| ?[^\w\s]|\s|_")

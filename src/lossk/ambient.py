@@ -1,0 +1,29 @@
+"""What the caller's surroundings may not change: numbers are the same within autocast and inference mode."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+
+@contextmanager
+def without_autocast() -> Iterator[None]:
+    """Products of float32 are float32: under a caller's autocast torch would take them in half precision.
+
+    An autocast within (a model's own, say) casts weights anew: torch would keep those of the first cast until the
+    outermost autocast ends, while the weights move.
+    """
+    with (
+        torch.autocast("cpu", enabled=False, cache_enabled=False),
+        torch.autocast("cuda", enabled=False, cache_enabled=False),
+    ):
+        yield
+
+
+@contextmanager
+def usual_modes() -> Iterator[None]:
+    """No autocast, and gradients can be taken, within a caller's `no_grad` or `inference_mode` too."""
+    with without_autocast(), torch.inference_mode(False), torch.enable_grad():
+        yield

@@ -1,0 +1,58 @@
+"""What comes with a kernel's or with traces' columns: tokens, sets, the draws' excess, diagnostics."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from lossk.checks import check_instance, check_integer, check_mapping, check_tensor, shown
+
+if TYPE_CHECKING:
+    from lossk.diagnostics import Diagnostics
+
+
+def check_diagnostics(diagnostics: Any) -> Diagnostics | None:
+    """Those of a run, or None."""
+    if diagnostics is not None:
+        from lossk.diagnostics import Diagnostics  # which samplers are behind: none is needed to read a kernel
+
+        check_instance("diagnostics", diagnostics, Diagnostics)
+    return diagnostics
+
+
+def check_excess(excess: Any, num_chains: int, num_draws: int) -> Tensor | None:
+    """[C, T] rise of the training loss; NaN where a draw's is not known."""
+    if excess is None:
+        return None
+    return check_tensor("excess", excess, (num_chains, num_draws), finite=False).cpu()
+
+
+def check_tokens(tokens: Any, num_samples: int) -> Tensor | None:
+    """[N, 2] int64, (sample, position) of each column."""
+    if tokens is None:
+        return None
+    given = check_tensor("tokens", tokens, of="a real number")
+    if list(given.shape) != [num_samples, 2] or given.is_floating_point() or given.dtype == torch.bool:
+        raise ValueError(
+            f"tokens must be integers of shape [{num_samples}, 2], (sample, position) of each column, "
+            f"got {given.dtype} of shape {list(given.shape)}"
+        )
+    return given.to("cpu", torch.int64)
+
+
+def check_sets(sets: Any, num_samples: int) -> dict[str, slice]:
+    """Slices of the columns by name, their bounds plain integers."""
+    if sets is None:
+        return {}
+    plain = {}
+    for name, columns in check_mapping("sets", sets).items():
+        if not isinstance(columns, slice) or columns.step is not None:
+            raise TypeError(f"sets[{name!r}] must be a slice of the {num_samples} columns, got {shown(columns)}")
+        start = check_integer(f"sets[{name!r}].start", columns.start, 0)
+        stop = check_integer(f"sets[{name!r}].stop", columns.stop, 0)
+        if not start < stop <= num_samples:
+            raise ValueError(f"sets: {name!r} must be a slice of the {num_samples} columns, got {columns!r}")
+        plain[name] = slice(start, stop)
+    return plain
