@@ -15,6 +15,7 @@ import torch
 import zarr
 
 import lossk
+from damage import seal_again
 from lossk import cli
 from lossk.tiles import kernel_from_panels
 from lossk.verify import verify_store
@@ -133,12 +134,14 @@ def test_every_lost_chunk_is_noticed(form: str, tmp_path: Path) -> None:
 
 
 def rewritten(path: Path, name: str, change: Callable[[np.ndarray], None]) -> list[str]:
-    """Problems after numbers were changed and written back with a right checksum."""
+    """Problems after numbers were changed and written back, with right checksums of chunks, and then of files."""
     with zarr.config.set({"array.write_empty_chunks": True}):
         array = zarr.open_array(path / name, mode="r+")
     values = np.asarray(array[...])
     change(values)
     array[...] = values
+    assert any(problem.startswith(f"{name}: chunk ") for problem in verify_store(path, side=20).problems)
+    seal_again(path)
     return verify_store(path, side=20).problems
 
 
