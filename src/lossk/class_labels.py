@@ -9,21 +9,22 @@ import torch
 from torch import Tensor
 
 from lossk.analysis import Taxonomy
-from lossk.config import load_config, parse_yaml
+from lossk.config import load_config, read_yaml
 
 
-def read_labels(source: str, store: str | Path, num_samples: int) -> tuple[Tensor, list[str]]:
+def read_labels(source: str, store: str | Path, num_samples: int, *, trusted: bool = False) -> tuple[Tensor, list[str]]:
     """Labels [N] int64 from 0 and the classes' names.
 
     Args:
         source: a .npy file of N integers; a text file, one class per line, number or name (names are numbered in
             alphabetical order); or "config", which runs the task of the YAML beside the store for its labels.
+        trusted: the user vouches for that YAML, which may have come with the store; else it may name packaged recipes.
 
     Raises:
         ValueError: no such file, another number of labels, or none in the task.
     """
     if source == "config":
-        task = load_config(str(Path(store).with_suffix(".yaml"))).make_task()
+        task = load_config(str(Path(store).with_suffix(".yaml"))).make_task(trusted=trusted)
         if task.labels is None:
             raise ValueError(f"--labels config: the task of {str(store)!r} has no labels")
         labels, names = task.labels.long(), list(task.class_names)
@@ -78,7 +79,7 @@ def read_taxonomy(source: str, class_names: list[str]) -> Taxonomy:
 def _mapping(path: Path) -> dict:
     if not path.is_file():
         raise ValueError(f"--taxonomy: there is no file {str(path)!r}")
-    plain = parse_yaml(path.read_text(encoding="utf-8"))
+    plain = read_yaml(path)
     keys = [key for key in ("synsets", "tree") if isinstance(plain, dict) and isinstance(plain.get(key), dict)]
     if len(keys) != 1:
         raise ValueError(f"--taxonomy {str(path)!r} must hold one mapping, 'synsets' or 'tree'")

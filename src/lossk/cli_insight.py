@@ -8,12 +8,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from lossk.analysis.tables import PICTURES, TABLES, check_outputs, write_table
 from lossk.class_labels import read_labels, read_taxonomy
 from lossk.store import open_kernel
 
 LABELS = "one class per line, number or name (a .npy file of numbers too), or 'config': of the store's own config"
+TRUST = "with --labels config: let the YAML beside the store name code other than the packaged recipes, and run it"
 
 
 def add_commands(commands: Any) -> None:
@@ -29,6 +31,7 @@ def add_commands(commands: Any) -> None:
     drawn = commands.add_parser("map", help="a UMAP map of the samples, and clusters on it")
     drawn.add_argument("store")
     drawn.add_argument("--labels", metavar="FILE", help=LABELS)
+    drawn.add_argument("--trust", action="store_true", help=TRUST)
     drawn.add_argument("--dimensions", type=int, default=2, help="default 2")
     drawn.add_argument("--num-neighbors", type=int, default=30, help="default 30")
     drawn.add_argument("--min-dist", type=float, default=0.1, help="default 0.1")
@@ -40,6 +43,7 @@ def add_commands(commands: Any) -> None:
     classes = commands.add_parser("hierarchy", help="how classes relate, and whether a taxonomy agrees")
     classes.add_argument("store")
     classes.add_argument("--labels", metavar="FILE", required=True, help=LABELS)
+    classes.add_argument("--trust", action="store_true", help=TRUST)
     classes.add_argument(
         "--taxonomy", metavar="FILE", help="YAML, 'synsets: {class: WordNet synset}' or 'tree: {...}'; or 'fashion'"
     )
@@ -72,6 +76,10 @@ def _wrote(paths: list[Path]) -> None:
         print("wrote " + ", ".join(map(str, paths)))
 
 
+def _labels(options: argparse.Namespace, num_samples: int) -> tuple[Tensor, list[str]]:
+    return read_labels(options.labels, options.store, num_samples, trusted=options.trust)
+
+
 def run_neighbors(options: argparse.Namespace) -> None:
     from lossk.analysis import significant_neighbors
 
@@ -102,7 +110,7 @@ def run_map(options: argparse.Namespace) -> None:
     from lossk.analysis import cluster, map_kernel
 
     paths, kernel = _outputs(options, TABLES + PICTURES), open_kernel(options.store)
-    labels, names = (None, []) if options.labels is None else read_labels(options.labels, options.store, len(kernel))
+    labels, names = (None, []) if options.labels is None else _labels(options, len(kernel))
     drawn = map_kernel(
         kernel,
         dimensions=options.dimensions,
@@ -139,7 +147,7 @@ def run_hierarchy(options: argparse.Namespace) -> None:
 
     paths = _outputs(options, TABLES + PICTURES)
     kernel = open_with_chains(options.store)
-    labels, names = read_labels(options.labels, options.store, len(kernel))
+    labels, names = _labels(options, len(kernel))
     taxonomy = None if options.taxonomy is None else read_taxonomy(options.taxonomy, names)
     found = class_similarity(kernel, labels, names, seed=options.seed, progress=len(kernel) > 10_000)
     shown = found.absolute if options.absolute else found.signed

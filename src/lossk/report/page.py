@@ -94,7 +94,7 @@ def write_report(
     }  # fmt: skip
     samples = merge(given, saved_samples(store, kernel.num_samples)).checked(kernel.num_samples)
     if config is None and store is not None and store.with_suffix(".yaml").is_file():
-        config = store.with_suffix(".yaml").read_text()
+        config = store.with_suffix(".yaml").read_text(encoding="utf-8", errors="replace")  # shown, never parsed
     if title is None:
         title = "Loss kernel" if store is None else store.stem
     if progress:
