@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from lossk.analysis import Taxonomy
 from lossk.config import load_config, read_yaml
+from lossk.label_files import read_classes
 
 
 def read_labels(source: str, store: str | Path, num_samples: int, *, trusted: bool = False) -> tuple[Tensor, list[str]]:
@@ -29,28 +29,22 @@ def read_labels(source: str, store: str | Path, num_samples: int, *, trusted: bo
             raise ValueError(f"--labels config: the task of {str(store)!r} has no labels")
         labels, names = task.labels.long(), list(task.class_names)
     else:
-        labels, names = _read_file(Path(source))
+        labels, names = _of_file(Path(source))
     if len(labels) != num_samples:
         raise ValueError(f"--labels {source!r} must hold one label per sample, {num_samples}, got {len(labels)}")
-    if num_samples and int(labels.min()) < 0:
+    if num_samples and int(labels.min()) < 0:  # of a task: those of a file are
         raise ValueError(f"--labels {source!r} must be at least 0, got {int(labels.min())}")
+    if names and num_samples and int(labels.max()) >= len(names):
+        raise ValueError(f"--labels {source!r} must be less than its {len(names)} class names, got {int(labels.max())}")
     return labels, names or [str(i) for i in range(int(labels.max()) + 1)]
 
 
-def _read_file(path: Path) -> tuple[Tensor, list[str]]:
-    if not path.is_file():
-        raise ValueError(f"--labels: there is no file {str(path)!r}")
-    if path.suffix == ".npy":
-        values = np.load(path, allow_pickle=False)
-        if values.ndim != 1 or values.dtype.kind not in "iu":
-            raise ValueError(f"--labels {str(path)!r} must hold integers [N], got {values.dtype} {list(values.shape)}")
-        return torch.from_numpy(values.astype(np.int64)), []
-    words = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    if all(word.lstrip("-").isdigit() for word in words):
-        return torch.tensor([int(word) for word in words], dtype=torch.int64), []
-    names = sorted(set(words))
-    number = {name: i for i, name in enumerate(names)}
-    return torch.tensor([number[word] for word in words], dtype=torch.int64), names
+def _of_file(path: Path) -> tuple[Tensor, list[str]]:
+    try:
+        labels, names = read_classes(path)
+    except ValueError as error:
+        raise ValueError(f"--labels: {error}") from error
+    return torch.from_numpy(labels), names
 
 
 def read_taxonomy(source: str, class_names: list[str]) -> Taxonomy:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lossk.analysis.attribution import ORDERS, Influence, influence
+from lossk.analysis.tables import write_csv
 from lossk.cross import CrossKernel
 from lossk.errors import LosskError
 from lossk.kernel import LossKernel
@@ -45,7 +46,7 @@ def run_attribute(options: argparse.Namespace) -> None:
     print(describe(found))
     if out is not None:
         frame = found.to_frame()
-        frame.to_csv(out, index=False) if out.suffix == ".csv" else frame.to_parquet(out, index=False)
+        write_csv(frame, out) if out.suffix == ".csv" else frame.to_parquet(out, index=False)
         print(f"wrote {out}  {len(frame):,} rows")
 
 

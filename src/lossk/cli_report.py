@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import csv
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from lossk.label_files import read_array, read_classes, read_lines
 from lossk.plan import gigabytes
 
 
@@ -33,7 +33,7 @@ def run_report(options: argparse.Namespace) -> None:
     out = store.with_suffix(".html") if options.out is None else Path(options.out)
     labels, class_names = (None, ()) if options.labels is None else read_labels(Path(options.labels))
     images = None if options.images is None else read_array(Path(options.images))
-    texts = None if options.texts is None else Path(options.texts).read_text(encoding="utf-8").splitlines()
+    texts = None if options.texts is None else read_lines(Path(options.texts))
     write_report(
         store,
         out,
@@ -48,36 +48,8 @@ def run_report(options: argparse.Namespace) -> None:
     print(f"wrote {out}  {gigabytes(out.stat().st_size)}; open it in a browser, no network needed")
 
 
-def read_array(path: Path) -> np.ndarray:
-    """An .npy file, mapped rather than read, pickling refused."""
-    if path.suffix != ".npy":
-        raise ValueError(f"{str(path)!r} must be an .npy file")
-    return np.load(path, mmap_mode="r", allow_pickle=False)
-
-
 def read_labels(path: Path) -> tuple[np.ndarray, list[str]]:
-    """Labels [N] int64 and the classes' names, empty where the file has numbers.
-
-    A CSV has one column, or a heading with a column `label`. Names are numbered in alphabetical order.
-    """
-    if path.suffix == ".npy":
-        return np.asarray(read_array(path)), []
-    if path.suffix != ".csv":
+    """Labels [N] int64 and the classes' names, empty where the file has numbers."""
+    if path.suffix not in (".npy", ".csv"):
         raise ValueError(f"labels must be an .npy or a .csv file, got {str(path)!r}")
-    with path.open(newline="", encoding="utf-8") as file:
-        rows = [row for row in csv.reader(file) if row]
-    if not rows:
-        raise ValueError(f"{str(path)!r} is empty")
-    column = 0
-    if "label" in rows[0]:
-        column, rows = rows[0].index("label"), rows[1:]
-    elif len(rows[0]) != 1:
-        raise ValueError(f"{str(path)!r} must have one column, or a heading with a column 'label', got {rows[0]}")
-    short = [number for number, row in enumerate(rows) if len(row) <= column]
-    if short:
-        raise ValueError(f"{str(path)!r}: row {short[0]} has no column {column}")
-    values = [row[column].strip() for row in rows]
-    if all(value.isdecimal() for value in values):
-        return np.array(values, dtype=np.int64), []
-    names, numbers = np.unique(np.array(values, dtype=np.str_), return_inverse=True)
-    return numbers.astype(np.int64), [str(name) for name in names]
+    return read_classes(path)
