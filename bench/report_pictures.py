@@ -2,7 +2,7 @@
 
     python -m bench.report_pictures fashion.html --out docs/images
 
-Needs lossk[dev] and Chromium. Without a GPU the browser draws WebGL on the processor.
+Needs lossk[dev] and Chromium. No GPU is needed.
 """
 
 from __future__ import annotations
