@@ -16,7 +16,7 @@ from PIL import Image
 from playwright.sync_api import Page, sync_playwright
 
 SCREEN = {"width": 1366, "height": 768}
-FLAGS = ["--no-sandbox", "--enable-unsafe-swiftshader", "--use-angle=swiftshader"]
+FLAGS = ["--no-sandbox", "--disable-gpu"]
 MOST_BYTES = 380_000  # of a picture; larger ones are reduced to 256 colours
 
 

@@ -4,12 +4,14 @@ plotly.js draws (from the PyPI package `plotly`, whose wheel carries it; MIT). O
 one that does all that the page needs inside one file: it pans and zooms, finds the one of 50,000 points under the
 pointer, a click is an event, axes, colour bars and legends come from the same library for every plot, and colours can
 be changed in place (dark mode). The points themselves are the page's own (`page/points.js`), as Plotly's WebGL layer
-makes functions from strings: a page that allows that has a hole where hostile strings could become code. It takes 4.8 MB of the file. Bokeh is smaller (about 1.2 MB) and close; its
-themes are fixed when the page is made. deck.gl has no axes or colour bars, and DataMapPlot, which carries it, draws
-maps only. Keyboard use is the page's own, as none of them has enough of it.
+makes functions from strings: a page that allows that has a hole where hostile strings could become code. It takes
+4.8 MB of the file. Bokeh is smaller (about 1.2 MB) and close; its themes are fixed when the page is made. deck.gl has
+no axes or colour bars, and DataMapPlot, which carries it, draws maps only. Keyboard use is the page's own, as none of
+them has enough of it.
 
 The page's own parts are in `page/`: a Jinja2 template (autoescape on: a store's strings are not trusted), a style sheet
-and scripts, which put strings into the page as text only. A content security policy in the page forbids every request and `eval`.
+and scripts, which put strings into the page as text only. A content security policy in the page forbids every request
+and `eval`.
 """
 
 from __future__ import annotations
