@@ -30,10 +30,10 @@ from bench.time_to_truth_statistics import MEASURES, entries, reliability
 from lossk import curvature, provenance
 from lossk.anchor import evaluate_anchor
 from lossk.chain import Surroundings
-from lossk.data import read_samples
 from lossk.diagnostics import STABILITY_LIMIT
 from lossk.losses import resolve_loss
 from lossk.pilot import Pilot
+from lossk.reading import read_samples
 from lossk.sgld import AVERAGED, SGLDChain
 from lossk.task import Task
 from lossk.timings import Timings

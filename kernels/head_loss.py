@@ -193,9 +193,9 @@ def head_loss(
     split_classes = triton.cdiv(blocks, splits) * config.constants["CLASSES"]
     splits = triton.cdiv(num_classes, split_classes)
 
-    sums = torch.empty(num_heads, splits, batch, device=hidden.device)
+    sums = torch.empty(num_heads, splits, batch, device=hidden.device, dtype=torch.float32)
     exponents = torch.empty(num_heads, splits, batch, dtype=torch.int32, device=hidden.device)
-    chosen = torch.full((num_heads, batch), float("nan"), device=hidden.device)
+    chosen = torch.full((num_heads, batch), float("nan"), device=hidden.device, dtype=torch.float32)
     bias_step = 0 if bias is None else bias.stride(0)
     tensors = (hidden, head, hidden if bias is None else bias, targets, sums, exponents, chosen)
     sizes = (batch, num_classes, depth, num_heads, splits, split_classes, int(bias is not None))

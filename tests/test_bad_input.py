@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 import lossk
+from small_networks import Tally
 
 Build = Callable[..., lossk.LossKernel]
 BAD = (ValueError, TypeError)
@@ -26,10 +27,10 @@ class Counted(nn.Module):
     def __init__(self, inner: nn.Module) -> None:
         super().__init__()
         self.inner = inner
-        self.calls = 0
+        self.tally = Tally()
 
     def forward(self, x: Tensor) -> Tensor:
-        self.calls += 1
+        self.tally.count += 1
         return self.inner(x)
 
 
@@ -49,7 +50,7 @@ def refused(build: Build, counted: Counted, sgld: Any) -> Callable[..., None]:
         message = str(caught.value)
         for fragment in fragments:
             assert re.search(fragment, message, re.IGNORECASE), f"{fragment!r} is not in: {message}"
-        assert counted.calls < 30, "refused only after sampling had begun"
+        assert counted.tally.count < 30, "refused only after sampling had begun"
 
     return check
 

@@ -16,6 +16,7 @@ from frozen_network import Data, entropy, images, network, wide_gradients
 from lossk.analysis import baselines, influence_functions
 from lossk.analysis.baselines import Baseline
 from lossk.analysis.gradients import Sketch
+from small_networks import Tally
 
 
 @pytest.fixture
@@ -254,11 +255,11 @@ class Interrupting(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.calls, self.at = 0, -1
+        self.tally, self.at = Tally(), -1
 
     def forward(self, x: Tensor) -> Tensor:
-        self.calls += 1
-        if self.calls == self.at:
+        self.tally.count += 1
+        if self.tally.count == self.at:
             raise KeyboardInterrupt
         return x
 
@@ -274,7 +275,7 @@ def test_the_model_comes_back_bit_identical(name: str, data: Data) -> None:
     before = state(model)
     CALLS[name](model, data)
     assert_same_state(before, state(model))
-    stop.at, stop.calls = stop.calls, 0
+    stop.at, stop.tally.count = stop.tally.count, 0
     with pytest.raises(KeyboardInterrupt):
         CALLS[name](model, data)
     assert_same_state(before, state(model))

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 import lossk
 import oracles
-from lossk.data import read_samples
 from lossk.losses import resolve_loss
 from lossk.metropolis import Energy, mala_acceptance, probability
 from lossk.ops.philox import normals
+from lossk.reading import read_samples
 from lossk.task import Task
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))

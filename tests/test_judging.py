@@ -14,8 +14,8 @@ from torch import Tensor, nn
 import lossk
 from lossk import curvature, diagnostics, judging, pilot
 from lossk.chain import Chain
-from lossk.data import read_samples
 from lossk.losses import resolve_loss
+from lossk.reading import read_samples
 from lossk.runlog import RunLog
 from lossk.stepping import SteppingChain
 from lossk.task import Task

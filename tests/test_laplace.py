@@ -13,10 +13,10 @@ from torch import Tensor, nn
 import lossk
 import oracles
 from lossk.chain import Surroundings
-from lossk.data import read_samples
 from lossk.fisher import FisherSamples, _recording, fisher_diagonal, kronecker_factors, kronecker_layers
 from lossk.laplace import LaplaceChain, fit_laplace
 from lossk.losses import resolve_loss
+from lossk.reading import read_samples
 from lossk.task import Task
 from lossk.timings import Timings
 

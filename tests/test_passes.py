@@ -18,6 +18,7 @@ from lossk.data import Samples
 from lossk.losses import resolve_loss
 from lossk.passes_pilot import Load, choose_passes
 from lossk.task import Task
+from small_networks import Tally
 
 Build = Callable[..., lossk.LossKernel]
 
@@ -28,10 +29,10 @@ class Watched(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.linear = nn.Linear(4, 3)
-        self.seen: list[tuple[int, bool]] = []
+        self.tally = Tally()  # (samples, whether gradients are on)
 
     def forward(self, x: Tensor) -> Tensor:
-        self.seen.append((len(x), torch.is_grad_enabled()))
+        self.tally.seen.append((len(x), torch.is_grad_enabled()))
         return self.linear(x)
 
 
@@ -57,8 +58,8 @@ def test_batch_sizes_are_those_asked_for(build: Build, problem: Any) -> None:
     model = Watched()
     kernel = build(model, problem.data, passes=lossk.Passes(probe_batch=7, gradient_batch=3))
     num_samples = len(problem.data[0])
-    backward = {size for size, grad in model.seen if grad}
-    forward = {size for size, grad in model.seen if not grad}
+    backward = {size for size, grad in model.tally.seen if grad}
+    forward = {size for size, grad in model.tally.seen if not grad}
     assert max(size for size in backward if size <= 4) <= 3  # the minibatch is 4 samples
     assert {7, num_samples % 7 or 7} <= forward
     assert (
@@ -169,7 +170,7 @@ def choose(
 
     monkeypatch.setattr(passes_pilot._Bench, "measure", measure)
     samples = Samples(data, 600)
-    found, (reason,) = choose_passes(task, samples, samples, Load(draws, steps, 128))
+    found, (reason, *_) = choose_passes(task, samples, samples, Load(draws, steps, 128))
     assert task.passes == lossk.Passes()
     return found, reason, tried
 

@@ -97,10 +97,10 @@ def test_the_last_layer_of_a_sequence(build: Build) -> None:
     model = nn.Sequential(nn.Linear(4, 8), counted, nn.ReLU(), nn.Linear(8, 3))
     data = vectors()
     build(model, data, sampler=sgld(params=["3.*"]))
-    checks = counted.count
-    counted.count = 0
+    checks = counted.tally.count
+    counted.tally.count = 0
     build(model, data, sampler=sgld(params=["3.*"]), num_draws=40)
-    assert counted.count == checks  # the same with many more draws: nothing but the checks and one pass
+    assert counted.tally.count == checks  # the same with many more draws: nothing but the checks and one pass
     assert_cached_and_the_same(build, model, data, ["3.*"], "before module '3' runs once")
 
 

@@ -15,10 +15,10 @@ from torch.nn import functional as F
 
 import lossk
 from lossk.chain import Surroundings
-from lossk.data import read_samples
 from lossk.force import MinibatchForce
 from lossk.pilot import run_pilot
 from lossk.probe import probe_losses
+from lossk.reading import read_samples
 from lossk.samplers import fit
 from lossk.timings import Timings
 from lossk.trial import rise_bound

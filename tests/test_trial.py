@@ -14,9 +14,9 @@ import lossk
 import oracles
 from lossk import trial, trial_chain, tune
 from lossk.chain import Surroundings
-from lossk.data import read_samples
 from lossk.force import FULL_GRADIENT, full_gradient
 from lossk.losses import resolve_loss
+from lossk.reading import read_samples
 from lossk.task import Task
 from lossk.timings import Timings
 

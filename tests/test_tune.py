@@ -14,8 +14,8 @@ from torch import Tensor, nn
 import lossk
 from lossk import pilot as pilots
 from lossk import tune
-from lossk.data import read_samples
 from lossk.losses import resolve_loss
+from lossk.reading import read_samples
 from lossk.task import Task
 
 

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import oracles
-from lossk.data import read_samples
 from lossk.losses import resolve_loss
 from lossk.probe import Probe, prepare_probe
+from lossk.reading import read_samples
 from lossk.task import Task
 
 IGNORED = -100
@@ -59,8 +59,7 @@ LOSSES: dict[str, Any] = {"named": "token_cross_entropy", "callable": callable_l
 def prepared(model: nn.Module, data: tuple[Tensor, Tensor], loss: Any) -> tuple[Task, Probe, Any]:
     """Task, probe and training samples as a run has them; the task is entered and left by the caller."""
     task = Task(model, resolve_loss(loss))
-    with task:
-        probe, train = prepare_probe(task, {"": (samples := read_samples(data))}, samples)
+    probe, train = prepare_probe(task, {"": (samples := read_samples(data))}, samples)
     return task, probe, train
 
 

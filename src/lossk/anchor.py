@@ -26,7 +26,7 @@ def evaluate_anchor(task: Task, train: Samples, timings: Timings, ranks: Ranks |
     batch = fitting_batch(task.passes.probe_batch, task.loss.positions)
     spans = [slice(0, len(train))] if ranks is None else deal_batches(len(train), batch, ranks.size)
     own = spans[0 if ranks is None else ranks.rank]
-    out, before = torch.empty(len(train)), timings.seconds["anchor"]
+    out, before = torch.empty(len(train), dtype=torch.float32, device="cpu"), timings.seconds["anchor"]
     with timings.measure("anchor"):
         probe_losses(task, train if ranks is None else train.cut(own), out[own])
     each = (timings.seconds["anchor"] - before) / max(own.stop - own.start, 1)

@@ -89,7 +89,7 @@ class TileBlocks:
         return self.tiles[0, 0].device
 
     def gather(self, rows: Tensor, columns: Tensor) -> Tensor:
-        out = torch.empty(len(rows), len(columns))
+        out = torch.empty(len(rows), len(columns), dtype=torch.float32, device="cpu")
         row_tile, column_tile = rows // self.tile, columns // self.tile
         for i in row_tile.unique().tolist():
             at = (row_tile == i).nonzero().squeeze(1)
@@ -111,7 +111,7 @@ class TileBlocks:
 
     def row_blocks(self, rows: Tensor) -> Iterator[tuple[slice, Tensor]]:
         spans = tile_spans(self.num_samples, self.tile)
-        return ((span, self.gather(rows, torch.arange(span.start, span.stop))) for span in spans)
+        return ((span, self.gather(rows, torch.arange(span.start, span.stop, device="cpu"))) for span in spans)
 
 
 class FactorBlocks:
@@ -165,7 +165,7 @@ class FactorBlocks:
 
     def matmul(self, v: Tensor) -> Tensor:
         """F'(F v) / freedom for v [N, m] float64, in float64: two passes over the factor."""
-        inner = torch.zeros(self.num_rows, v.shape[1], dtype=torch.float64)
+        inner = torch.zeros(self.num_rows, v.shape[1], dtype=torch.float64, device="cpu")
         for span, stripe in self.stripes():
             inner += stripe.double() @ v[span]
         out = torch.empty_like(v)

@@ -32,9 +32,11 @@ from lossk.stored_tiles import CACHE_BYTES
 from lossk.tile_pass import OutOfCore
 from lossk.tiles import TileAccumulator
 from lossk.timings import Progress
+from lossk.torch_modes import own_modes
 from lossk.traces import LossTraces
 
 
+@own_modes()
 def build_kernel(
     model: nn.Module,
     loader: Any,
@@ -146,8 +148,9 @@ def build_kernel(
         if ranks is not None:
             device = ranks.own_device(device)
         run = Run.prepare(
-            model, loader, train, loss, sampler, num_chains, num_draws, backend, device, precision, seed, transform
-        )
+            model, loader, train, loss, sampler, num_chains, num_draws, backend, device, precision, seed, transform,
+            bar, budget,
+        )  # fmt: skip
         settings = {"tile": tile, "dtype": dtype, "centering": centering, "form": None if form == "tiles" else form}
         if ranks is not None:
             return build_on_ranks(
@@ -184,6 +187,7 @@ def build_kernel(
                 log.close()
 
 
+@own_modes()
 def sample_losses(
     model: nn.Module,
     loader: Any,
@@ -213,8 +217,9 @@ def sample_losses(
         if ranks is not None:
             device = ranks.own_device(device)
         run = Run.prepare(
-            model, loader, train, loss, sampler, num_chains, num_draws, backend, device, precision, seed, transform
-        )
+            model, loader, train, loss, sampler, num_chains, num_draws, backend, device, precision, seed, transform,
+            bar, budget,
+        )  # fmt: skip
         if ranks is not None:
             return sample_on_ranks(ranks, run, passes=passes, budget=budget, bar=bar)
         panel = choose_panel(len(run.probe), num_draws)
@@ -224,7 +229,7 @@ def sample_losses(
             run.announce(bar)
             with run.timings.measure("plan"):
                 run.plan(bar, budget, tile=4096, panel=panel, dtype="float32", form="traces")
-            losses = torch.empty(num_chains, num_draws, len(run.probe))
+            losses = torch.empty(num_chains, num_draws, len(run.probe), dtype=torch.float32, device="cpu")
             for part in (each.on_host() for each in run.panels(panel, bar, dict.fromkeys(range(num_chains)))):
                 losses[part.chain, part.first_draw : part.first_draw + len(part.losses)] = part.losses
                 run.watch.note(part.losses, part.draws)

@@ -34,7 +34,7 @@ def centre(losses: Tensor, centering: str, dtype: torch.dtype = torch.float32) -
     chain_mean = torch.stack([chain.double().mean(dim=0) for chain in losses])
     mean = chain_mean.mean(dim=0)
     about = chain_mean if centering == "chain" else mean.expand_as(chain_mean)
-    variance = torch.zeros(num_samples, dtype=torch.float64)
+    variance = torch.zeros(num_samples, dtype=torch.float64, device="cpu")
     within, products = torch.zeros_like(variance), torch.zeros_like(variance)
     for c in range(num_chains):
         deviations = losses[c].double() - chain_mean[c]
@@ -43,7 +43,7 @@ def centre(losses: Tensor, centering: str, dtype: torch.dtype = torch.float32) -
         variance += (losses[c].double() - about[c]).square().sum(dim=0)
     variance /= degrees_of_freedom(num_chains, num_draws, centering)
     scale = torch.where(variance > 0, power_of_two_near(variance.sqrt()), 1.0)
-    factor = torch.empty(num_chains * num_draws, num_samples, dtype=dtype)
+    factor = torch.empty(num_chains * num_draws, num_samples, dtype=dtype, device="cpu")
     for c in range(num_chains):
         factor[c * num_draws : (c + 1) * num_draws] = (losses[c].double() - about[c]) / scale
     lag1 = torch.where(within > 0, products / within.clamp(min=TINY), 0.0)
@@ -52,8 +52,8 @@ def centre(losses: Tensor, centering: str, dtype: torch.dtype = torch.float32) -
 
 def empty_moments(num_chains: int, num_draws: int, num_samples: int, centering: str) -> Moments:
     """Moments to be filled by `note`."""
-    mean, variance, scale, lag1 = (torch.empty(num_samples, dtype=torch.float64) for _ in range(4))
-    chain_mean = torch.empty(num_chains, num_samples, dtype=torch.float64)
+    mean, variance, scale, lag1 = (torch.empty(num_samples, dtype=torch.float64, device="cpu") for _ in range(4))
+    chain_mean = torch.empty(num_chains, num_samples, dtype=torch.float64, device="cpu")
     return Moments(mean, variance, scale, chain_mean, lag1, num_chains, num_draws, centering)
 
 

@@ -61,7 +61,7 @@ def _without(kernel: LossKernel, chain: int) -> LossKernel:
     whole, moments = kernel._blocks, kernel._moments
     assert isinstance(whole, FactorBlocks)
     others = [c for c in range(kernel.num_chains) if c != chain]
-    rows = torch.arange(whole.num_rows).reshape(kernel.num_chains, -1)[others].reshape(-1)
+    rows = torch.arange(whole.num_rows, device="cpu").reshape(kernel.num_chains, -1)[others].reshape(-1)
     blocks = SomeDraws(whole, rows, len(others) * (kernel.num_draws - 1))
     variance = torch.zeros_like(moments.variance)
     for span, stripe in blocks.stripes():

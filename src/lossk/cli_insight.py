@@ -86,7 +86,8 @@ def run_neighbors(options: argparse.Namespace) -> None:
     paths, kernel = _outputs(options, TABLES), open_kernel(options.store)
     found = significant_neighbors(kernel, options.k, options.rows, options.anti)
     rows, k = found.index.shape
-    samples = torch.arange(rows) if options.rows is None else torch.tensor(options.rows) % kernel.num_samples
+    chosen = range(kernel.num_samples) if options.rows is None else options.rows
+    samples = torch.tensor(chosen, dtype=torch.int64, device="cpu") % kernel.num_samples
     print(f"{rows:,} samples, {k} {'most anti-correlated' if options.anti else 'nearest'} of each")
     print(f"significant   {found.share:.1%} above the noise floor (unrelated samples: about {1 / k:.0%})")
     sure = float((found.by_chance < 0.01).double().mean())
@@ -94,7 +95,7 @@ def run_neighbors(options: argparse.Namespace) -> None:
     for path in paths:
         columns = {
             "sample": samples.repeat_interleave(k),
-            "rank": torch.arange(1, k + 1).repeat(rows),
+            "rank": torch.arange(1, k + 1, device="cpu").repeat(rows),
             "neighbor": found.index.reshape(-1),
             "correlation": found.correlation.reshape(-1),
             "standard_error": found.standard_error.reshape(-1),

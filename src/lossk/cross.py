@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lossk.build import sample_losses
-from lossk.data import Transform, map_tensors, read_samples
+from lossk.data import Transform, map_tensors
 from lossk.diagnostics import Diagnostics
 from lossk.indexing import resolve
 from lossk.kernel import LossKernel
@@ -16,10 +16,14 @@ from lossk.losses import LossFunction
 from lossk.neighbors import noise_floor
 from lossk.passes import Passes
 from lossk.probe_sets import ProbeSets
+from lossk.reading import check_source, read_samples
 from lossk.samplers import Sampler
 from lossk.settings import CENTERINGS, check_choice
+from lossk.timings import Progress
+from lossk.torch_modes import own_modes
 
 
+@own_modes()
 def cross_kernel(
     model: nn.Module,
     train: Any,
@@ -73,9 +77,11 @@ def cross_kernel(
             raise TypeError(
                 f"{name} must be a DataLoader, a Dataset or a tuple (inputs, targets) of tensors, got {kind}"
             )
+        check_source(data, name)
     shown, index = train, None
     if rows is not None:
-        samples = read_samples(train, "train")
+        with Progress(progress) as bar:
+            samples = read_samples(train, "train", bar=bar)
         index = resolve(rows, len(samples))
         if len(index) == 0:
             raise ValueError("rows must select at least one training sample, got none")

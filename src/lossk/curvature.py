@@ -67,7 +67,7 @@ def _largest(
     if not held_out or len(both) <= most:
         return max(largest_eigenvalue(partial(product, Products(task, train, both)), start, iterations), 0.0)
     half = Minibatches(len(both), -(-len(both) // 2), seed=seed, chain=PILOT_CHAIN)[which]
-    within = torch.zeros(len(both), dtype=torch.bool).index_fill_(0, half, True)
+    within = torch.zeros(len(both), dtype=torch.bool, device="cpu").index_fill_(0, half, True)
     inside, outside = both[within], both[~within]
     value, vector = leading_pair(partial(product, Products(task, train, inside)), start, iterations)
     there = float(vector @ product(Products(task, train, outside), vector))

@@ -26,7 +26,7 @@ def place_data(task: Task, every: Sequence[Samples]) -> list[str]:
 def measure_room(task: Task, probe: Samples, train: Samples) -> Room:
     """What is free, and what a batch of the probe and a minibatch take at their peak."""
     few = probe[: min(task.passes.probe_batch, len(probe))]
-    index = torch.arange(min(task.passes.gradient_batch, len(train)))
+    index = torch.arange(min(task.passes.gradient_batch, len(train)), device="cpu")
     probing = peak_bytes(task.device, lambda: task.rows(few))
     stepping = peak_bytes(task.device, lambda: task.gradient(train, index))
     return Room(free_bytes(task.device), max(probing, stepping), min(probing, stepping))

@@ -123,29 +123,34 @@ class TraceWatch:
 
     def __init__(self, num_chains: int, num_draws: int, num_samples: int) -> None:
         self.index = watched_samples(num_samples)  # [w]
-        self.mean_loss = torch.full((num_chains, num_draws), torch.nan, dtype=torch.float64)  # nats
-        self.excess = torch.full((num_chains, num_draws), torch.nan, dtype=torch.float64)  # nats
-        self.distance = torch.full((num_chains, num_draws), torch.nan, dtype=torch.float64)  # |w - w*|
-        self.acceptance = torch.full((num_chains, num_draws), torch.nan, dtype=torch.float64)  # of a Metropolis test
-        self.curvature = torch.full((num_chains,), torch.nan, dtype=torch.float64)  # h_max at the chains' last draws
-        self.variance = torch.full((num_chains,), torch.nan, dtype=torch.float64)  # of gradients there
-        self.losses = torch.full((num_chains, num_draws, len(self.index)), torch.nan)  # nats
+        self.mean_loss = _unknown(num_chains, num_draws)  # nats
+        self.excess = _unknown(num_chains, num_draws)  # nats
+        self.distance = _unknown(num_chains, num_draws)  # |w - w*|
+        self.acceptance = _unknown(num_chains, num_draws)  # of a Metropolis test
+        self.curvature = _unknown(num_chains)  # h_max at the chains' last draws
+        self.variance = _unknown(num_chains)  # of gradients there
+        self.losses = _unknown(num_chains, num_draws, len(self.index)).float()  # nats
 
     def note(self, losses: Tensor, draws: Sequence[Draw]) -> None:
         """Take what is wanted of a panel [k, N] of consecutive draws of one chain."""
         chain, rows = draws[0].chain, slice(draws[0].draw, draws[0].draw + len(draws))
         self.mean_loss[chain, rows] = losses.mean(dim=1, dtype=torch.float64)
-        self.excess[chain, rows] = torch.tensor([draw.excess_loss for draw in draws], dtype=torch.float64)
-        self.distance[chain, rows] = torch.tensor([draw.distance for draw in draws], dtype=torch.float64)
-        self.acceptance[chain, rows] = torch.tensor([draw.acceptance for draw in draws], dtype=torch.float64)
+        self.excess[chain, rows] = self.excess.new_tensor([draw.excess_loss for draw in draws])
+        self.distance[chain, rows] = self.distance.new_tensor([draw.distance for draw in draws])
+        self.acceptance[chain, rows] = self.acceptance.new_tensor([draw.acceptance for draw in draws])
         if math.isfinite(draws[-1].curvature):
             self.curvature[chain], self.variance[chain] = draws[-1].curvature, draws[-1].variance
         self.losses[chain, rows] = losses[:, self.index]
 
 
+def _unknown(*shape: int) -> Tensor:
+    return torch.full(shape, torch.nan, dtype=torch.float64, device="cpu")
+
+
 def watched_samples(num_samples: int) -> Tensor:
     """[w] int64: up to 256 samples, evenly spaced."""
-    return torch.linspace(0, num_samples - 1, min(num_samples, WATCHED)).round().long().unique()
+    count = min(num_samples, WATCHED)
+    return torch.linspace(0, num_samples - 1, count, dtype=torch.float32, device="cpu").round().long().unique()
 
 
 def diagnose_traces(traces: LossTraces, noise_floor: float | None) -> Diagnostics:

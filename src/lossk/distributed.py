@@ -22,6 +22,7 @@ from torch import Tensor
 from lossk.errors import DistributedError
 from lossk.roll_call import Wait, describe_gone, meet, roll_call, telling
 from lossk.timings import Timings
+from lossk.witness import WITNESS, losses_apart
 
 LAUNCHED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what torchrun sets, and env:// needs
 TIMEOUT = timedelta(hours=3)  # of a collective: longer than a panel, or a pilot that the others wait for, may take
@@ -68,28 +69,28 @@ class Ranks:
     def barrier(self) -> None:
         """Wait for every rank."""
         with self.watched():
-            dist.all_reduce(torch.zeros(1), group=self.group)
+            dist.all_reduce(torch.zeros(1, dtype=torch.float32, device="cpu"), group=self.group)
 
     def broadcast_json(self, content: Any) -> Any:
         """Rank 0's content, on every rank."""
         data = torch.frombuffer(bytearray(json.dumps(content).encode()), dtype=torch.uint8)
-        length = torch.tensor([len(data)])
+        length = torch.tensor([len(data)], dtype=torch.int64, device="cpu")
         with self.watched():
             dist.broadcast(length, 0, group=self.group)
             if not self.first:
-                data = torch.zeros(int(length), dtype=torch.uint8)
+                data = torch.zeros(int(length), dtype=torch.uint8, device="cpu")
             dist.broadcast(data, 0, group=self.group)
         return json.loads(data.numpy().tobytes())
 
     def gather_json(self, content: Any) -> list[Any]:
         """Every rank's content, on every rank."""
         data = json.dumps(content).encode()
-        lengths = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
+        lengths = [torch.zeros(1, dtype=torch.int64, device="cpu") for _ in range(self.size)]
         with self.watched():
-            dist.all_gather(lengths, torch.tensor([len(data)]), group=self.group)
+            dist.all_gather(lengths, torch.tensor([len(data)], dtype=torch.int64, device="cpu"), group=self.group)
             longest = max(int(length) for length in lengths)
             padded = torch.frombuffer(bytearray(data.ljust(longest)), dtype=torch.uint8)
-            parts = [torch.zeros(longest, dtype=torch.uint8) for _ in range(self.size)]
+            parts = [torch.zeros(longest, dtype=torch.uint8, device="cpu") for _ in range(self.size)]
             dist.all_gather(parts, padded, group=self.group)
         return [json.loads(part.numpy().tobytes()) for part in parts]
 
@@ -128,7 +129,10 @@ class Ranks:
             f"rank {rank} has another {key!r} ({other.get(key)!r}, rank 0 {every[0].get(key)!r})"
             for rank, other in enumerate(every)
             for key in every[0]
-            if other.get(key) != every[0].get(key)
+            if key != WITNESS and other.get(key) != every[0].get(key)
+        ]
+        differing += [
+            f"rank {rank}: {text}" for rank, other in enumerate(every) for text in losses_apart(every[0], other)
         ]
         if differing:
             raise DistributedError(
@@ -262,6 +266,6 @@ def gather_tiles(
                         dist.send(own[key].cpu().contiguous(), group_dst=0, group=ranks.group)
                         del own[key]
                 elif ranks.first:
-                    every[key] = torch.zeros(shapes[key], dtype=dtype)
+                    every[key] = torch.zeros(shapes[key], dtype=dtype, device="cpu")
                     dist.recv(every[key], group_src=rank, group=ranks.group)
     return every if ranks.first else None

@@ -30,7 +30,7 @@ def sample_on_ranks(ranks: Ranks, run: Run, *, passes: Passes | None, budget: Bu
     with chosen_by_first(ranks, run, request, passes, None, None, budget, bar) as (chosen, layout):
         ranks.use_device(run.task.device)
         work = Work(ranks, run, request, layout, Mesh(**chosen["mesh"]), budget, bar, None)
-        losses = torch.empty(run.num_chains, run.num_draws, len(run.probe))
+        losses = torch.empty(run.num_chains, run.num_draws, len(run.probe), dtype=torch.float32, device="cpu")
         for received, _ in rounds(work):
             for part in received:
                 losses[part.chain, part.first_draw : part.first_draw + len(part.losses)] = part.losses

@@ -32,7 +32,7 @@ class Evaluation:
         self._side = SideStream(self.task.device)
         self._copies: Tensor | None = None  # [group, P]
         if self.group > 1 or self.beside:
-            self._copies = torch.empty(self.group, self.task.num_weights, device=self.task.device)
+            self._copies = torch.empty(self.group, self.task.num_weights, device=self.task.device, dtype=torch.float32)
         self._kept: list[Draw] = []
         self._running: tuple[Tensor, list[Draw]] | None = None
 

@@ -41,8 +41,8 @@ class Exchange:
         self.ranks, self.mesh, self.rows = ranks, mesh, rows
         self.width = max(span.stop - span.start for span in rows)
         shape = (panel, self.width + 2 * NUMBERS)
-        self._sent = torch.zeros(shape, device=ranks.device)
-        self._received = [torch.zeros(shape, device=ranks.device) for _ in range(ranks.size)]
+        self._sent = torch.zeros(shape, device=ranks.device, dtype=torch.float32)
+        self._received = [torch.zeros(shape, device=ranks.device, dtype=torch.float32) for _ in range(ranks.size)]
         self._items: list[Item | None] = []
         self._work: dist.Work | None = None
 
@@ -57,7 +57,7 @@ class Exchange:
                 for draw in part.draws
             ]
             self._sent[:k, :samples] = part.losses
-            self._sent[:k, self.width :] = torch.tensor(numbers, dtype=torch.float64).view(torch.float32)
+            self._sent[:k, self.width :] = torch.tensor(numbers, dtype=torch.float64, device="cpu").view(torch.float32)
         with self.ranks.watched():
             self._work = dist.all_gather(self._received, self._sent, group=self.ranks.panel_group, async_op=True)
 
@@ -72,7 +72,7 @@ class Exchange:
         return [self._assemble(row, item) for row, item in enumerate(self._items) if item is not None]
 
     def _assemble(self, row: int, item: Item) -> Received:
-        losses = torch.empty(item.count, self.rows[-1].stop)
+        losses = torch.empty(item.count, self.rows[-1].stop, dtype=torch.float32, device="cpu")
         parts = self._received[row * self.mesh.shards : (row + 1) * self.mesh.shards]
         for span, part in zip(self.rows, parts, strict=True):
             losses[:, span] = part[: item.count, : span.stop - span.start].cpu()

@@ -28,7 +28,7 @@ class HeldFactor(MomentsFirst):
         super().__init__(
             num_samples, tile, num_chains=num_chains, num_draws=num_draws, centering=centering, dtype=dtype
         )
-        self._losses = torch.empty(num_chains, num_draws, num_samples)
+        self._losses = torch.empty(num_chains, num_draws, num_samples, dtype=torch.float32, device="cpu")
         self._made = [0] * num_chains
 
     def update(self, chain: int, panel: Tensor) -> None:
@@ -41,7 +41,7 @@ class HeldFactor(MomentsFirst):
         """The factor and the per-sample moments."""
         moments, losses = self.running.finish(), self._losses
         rows = losses.view(-1, self.num_samples)
-        factor = rows if self.dtype == "float32" else torch.empty(rows.shape, dtype=DTYPES[self.dtype])
+        factor = rows if self.dtype == "float32" else torch.empty(rows.shape, dtype=DTYPES[self.dtype], device="cpu")
         for span in tile_spans(self.num_samples, STRIPE):
             factor[:, span] = scaled(losses[:, :, span], moments, span)
         return FactorBlocks(factor, self.running.freedom, self.tile), moments
@@ -77,7 +77,8 @@ class LoggedFactor(MomentsFirst):
 
     def _read(self, columns: slice) -> Tensor:
         """Some samples' draws: [C, T, s] float32."""
-        losses = torch.empty(self.running.num_chains, self.running.num_draws, columns.stop - columns.start)
+        shape = self.running.num_chains, self.running.num_draws, columns.stop - columns.start
+        losses = torch.empty(shape, dtype=torch.float32, device="cpu")
         for commit in self.log.commits:
             first = commit["first_draw"]
             losses[commit["chain"], first : first + len(commit["excess"])] = self.log.read_panel(commit, columns)
@@ -101,7 +102,7 @@ def scaled(losses: Tensor, moments: Moments, columns: slice) -> Tensor:
     centres = moments.chain_mean[:, columns]
     if moments.centering == "pooled":
         centres = moments.mean[columns].expand_as(centres)
-    out = torch.empty(losses.shape)
+    out = torch.empty(losses.shape, dtype=torch.float32, device="cpu")
     for chain, centre in enumerate(centres):
         out[chain] = (losses[chain].double() - centre) * inverse
     return out.view(-1, losses.shape[2])

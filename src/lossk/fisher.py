@@ -86,12 +86,12 @@ class FisherSamples:
         self.task, self.train = task, train
         self.index = Minibatches(len(train), NUM_SAMPLES, seed=seed, chain=SUBSET_CHAIN)[0]
         m = len(self.index)
-        self.noise = torch.zeros(m, 0)  # [m, k]
+        self.noise = torch.zeros(m, 0, dtype=torch.float32, device="cpu")  # [m, k]
         if task.loss.name == "cross_entropy":
             words = uint32_stream(seed, SUBSET_CHAIN, 0, STREAM, m)
             self.noise = ((torch.from_numpy(words.astype("float64")) + 0.5) / 2**32)[:, None]
         elif task.loss.name == "mse":
-            with torch.inference_mode():
+            with torch.no_grad():
                 k = forward(task.network, split_batch(train[self.index[:1]])[0]).numel()
             self.noise = normals(seed, SUBSET_CHAIN, 0, m * k, stream=STREAM).view(m, k)
         self.noise = self.noise.to(task.device)

@@ -10,6 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, fx, nn
 
+from lossk.prefix import defaults_of
+
 
 class FoldedConvolution(nn.Module):
     """A convolution and the frozen batch norm that reads its output; their parameters are shared, not copied."""
@@ -30,10 +32,16 @@ class FoldedConvolution(nn.Module):
         return convolution._conv_forward(x, convolution.weight * scale.view(-1, 1, 1, 1), bias)
 
 
-def fold_norms(network: nn.Module) -> nn.Module | None:
-    """The network in eval mode with its batch norms folded; None where it cannot be traced or has nothing to fold."""
+def fold_norms(network: nn.Module, arguments: tuple[int, frozenset[str]] | None = None) -> nn.Module | None:
+    """The network in eval mode with its batch norms folded; None where it cannot be traced or has nothing to fold.
+
+    Args:
+        arguments: how many positional arguments a call gives its forward, and the names of the keywords; the others
+            are traced as their defaults.
+    """
     try:
-        root = fx.GraphModule(network, fx.Tracer().trace(network))
+        absent = None if arguments is None else defaults_of(network, *arguments)
+        root = fx.GraphModule(network, fx.Tracer().trace(network, absent))
     except Exception:  # whatever tracing a stranger's model raises
         return None
     folded, graph = 0, root.graph

@@ -79,6 +79,6 @@ def full_gradient(task: Task, samples: Samples, ranks: Ranks | None = None) -> T
 
 
 def _add_gradients(task: Task, samples: Samples, block: slice, total: Tensor) -> None:
-    for part in torch.arange(block.start, block.stop).split(PART):
+    for part in torch.arange(block.start, block.stop, device="cpu").split(PART):
         task.gradient(samples, part)
         total += task.grad.double() * (len(part) / len(samples))

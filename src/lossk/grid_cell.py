@@ -16,9 +16,10 @@ from torch.utils.data import DataLoader
 
 from lossk.analysis.purity import chance_purity, class_purity
 from lossk.build import build_kernel
-from lossk.data import Samples, read_samples
+from lossk.data import Samples
 from lossk.disk import read_json
 from lossk.errors import DivergedError, StoreError
+from lossk.reading import read_samples
 from lossk.recipes import RecipeTask
 from lossk.sgld import SGLD
 
@@ -98,7 +99,7 @@ def run_cell(cell: PlannedCell, grid: Mapping[str, Any], task: RecipeTask, data:
         diagnostics = kernel.diagnostics
         assert diagnostics is not None
         neighbors = kernel.neighbors(min(NEIGHBORS, kernel.num_samples - 1))
-        excess = torch.tensor(kernel.meta["excess_trace"], dtype=torch.float64)
+        excess = torch.tensor(kernel.meta["excess_trace"], dtype=torch.float64, device="cpu")
         result.update(
             diagnostics.to_dict(),
             rise=float(excess.mean()),  # of the training loss over its value at w*, nats

@@ -179,7 +179,7 @@ class FusedHead:
         inputs, targets = split_batch(batch)
         hidden = self.head.body(inputs).to(self.dtype).flatten(0, -2)  # [R, d]
         wanted = targets.flatten().long()
-        out = torch.empty(*weight.shape[:-2], len(wanted), device=hidden.device)
+        out = torch.empty(*weight.shape[:-2], len(wanted), device=hidden.device, dtype=torch.float32)
         with torch.autocast(hidden.device.type, enabled=False):  # the op's precision is its own
             head_loss(hidden, weight, wanted, out, bias=bias, backend=self.backend, precision=self.products)
         if not self.tokens:

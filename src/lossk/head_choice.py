@@ -7,12 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lossk.data import Samples
+from lossk.data import Samples, few_of
 from lossk.head import NAMES, FusedHead, NoHead, agreement, find_head
 from lossk.losses import split_batch
 from lossk.task import Task
-
-FEW = 8  # samples, evenly spaced, that a head is tried on
 
 
 def fuse_head(task: Task, samples: Samples, backend: str) -> tuple[FusedHead | None, list[str]]:
@@ -33,7 +31,7 @@ def fuse_head(task: Task, samples: Samples, backend: str) -> tuple[FusedHead | N
             raise NoHead(f"the loss is not one of {', '.join(NAMES)}")
         task.head = None
         with task:
-            few = samples[torch.linspace(0, len(samples) - 1, min(FEW, len(samples))).round().long()]
+            few = samples[few_of(samples)]
             with torch.no_grad(), task.autocast():
                 head = find_head(task.network, split_batch(few)[0])
             found = FusedHead(head, task.loss.name == "token_cross_entropy", backend, task.precision)
@@ -56,7 +54,7 @@ def _describe(task: Task, found: FusedHead) -> str:
 
 def _check(task: Task, found: FusedHead, batch: Any) -> None:
     """Raise NoHead unless both ways agree on a batch, each sample or token, to the rounding of both."""
-    with torch.inference_mode(), task.autocast():
+    with torch.no_grad(), task.autocast():
         plain, mask = task.loss.evaluate(task.network, batch)
         fused, same = found.evaluator()(batch)
         bound = agreement(found.head.body(split_batch(batch)[0]), found.head.linear, plain, found.precision)

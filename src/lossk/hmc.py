@@ -83,7 +83,7 @@ class HMCChain(Chain):
         force = torch.empty_like(self.task.flat)
         with self.around.timings.measure("gradient"):
             loss = self.energy.gradient(force)
-        self.memory = {"force": force, "loss": torch.tensor(loss, dtype=torch.float64)}
+        self.memory = {"force": force, "loss": torch.tensor(loss, dtype=torch.float64, device="cpu")}
 
     def advance(self) -> float:
         """One trajectory and its test; returns L_n(w) - L_n(w*) at the weights after it."""
@@ -100,7 +100,7 @@ class HMCChain(Chain):
         passed = (word + 0.5) / 2**32 < probability(rise)
         if passed:
             loss, self.memory["force"] = proposed, force
-            self.memory["loss"] = torch.tensor(loss, dtype=torch.float64)
+            self.memory["loss"] = torch.tensor(loss, dtype=torch.float64, device="cpu")
         else:
             self.task.flat.copy_(weights)
         self._tests, self._passed = self._tests + 1, self._passed + passed

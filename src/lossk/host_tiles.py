@@ -30,7 +30,8 @@ class HostTiles(TileAccumulator):
 
     def _zeros(self, i: int, j: int) -> Tensor:
         rows, columns = self.spans[i], self.spans[j]
-        return pinned(torch.zeros(rows.stop - rows.start, columns.stop - columns.start))
+        shape = rows.stop - rows.start, columns.stop - columns.start
+        return pinned(torch.zeros(shape, dtype=torch.float32, device="cpu"))
 
     def _add_rows(self, rows: Tensor, precision: str) -> None:
         if precision != self.precision:  # the last rows of the pooled centring

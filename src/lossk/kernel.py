@@ -11,6 +11,7 @@ import psutil
 import torch
 from torch import Tensor
 
+from lossk.arrays import cpu_tensor
 from lossk.blocks import Blocks, FactorBlocks, Moments, tile_spans, upper_triangle
 from lossk.centring import centre, degrees_of_freedom, empty_moments, note
 from lossk.dense import write_dense
@@ -74,7 +75,7 @@ class LossKernel:
         losses = traces.losses  # [C, T, N] float32
         num_chains, num_draws, num_samples = losses.shape
         check_choice("centering", centering, CENTERINGS)
-        factor = torch.empty(num_chains * num_draws, num_samples)
+        factor = torch.empty(num_chains * num_draws, num_samples, dtype=torch.float32, device="cpu")
         moments = empty_moments(num_chains, num_draws, num_samples, centering)
         for span in tile_spans(num_samples, STRIPE):
             centred = centre(losses[:, :, span], centering)
@@ -194,7 +195,7 @@ class LossKernel:
         """
         rows, columns = self._index(rows), self._index(columns)
         block = self._correlate(self._blocks.gather(rows, columns), rows, columns)
-        return torch.where(rows.unsqueeze(1) == columns, torch.ones(()), block)
+        return torch.where(rows.unsqueeze(1) == columns, torch.ones((), dtype=torch.float32, device="cpu"), block)
 
     def standard_error(
         self, rows: Any = slice(None), columns: Any = slice(None), *, correlation: bool = False, method: str = "auto"
@@ -256,7 +257,7 @@ class LossKernel:
 
         In factor form K is F'F, two passes over F, its rounded diagonal included: positive semi-definite in any dtype.
         """
-        v = torch.as_tensor(v).double()
+        v = cpu_tensor(v).double()
         if v.ndim not in (1, 2) or v.shape[0] != self.num_samples:
             raise ValueError(f"v must have shape [{self.num_samples}] or [{self.num_samples}, m], got {list(v.shape)}")
         scale = self._moments.scale.unsqueeze(1)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Literal
 
 import torch
@@ -92,7 +93,7 @@ class LaplaceChain(Chain):
     def __init__(self, around: Surroundings, sampler: Laplace, chain: int) -> None:
         super().__init__(around, chain)
         self.sampler = sampler
-        ends = torch.tensor([p.numel() for p in self.task.sampled]).cumsum(0).tolist()
+        ends = list(accumulate(p.numel() for p in self.task.sampled))
         self._spans = [slice(a, b) for a, b in zip([0, *ends], ends, strict=False)]
         names = {name.rsplit(".", 1)[0] for name in around.fitted if name.startswith("layer.")}
         self._layers = sorted(names)

@@ -41,6 +41,11 @@ class Loss:
     positions: int | None = None  # T of a loss per token, None of a loss per sample
 
     @property
+    def takes_outputs(self) -> bool:
+        """Whether it is a function of the model's outputs and the targets alone."""
+        return self.name in ("cross_entropy", "token_cross_entropy", "mse")
+
+    @property
     def unit(self) -> str:
         """What a row of the kernel and a term of L_n is."""
         return "samples" if self.positions is None else "tokens"

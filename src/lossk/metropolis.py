@@ -31,7 +31,7 @@ class Energy:
     def gradient(self, out: Tensor) -> float:
         """Write grad U at the present weights into `out` [P] float32; returns L_n(w), nats."""
         task, n, total = self.task, len(self.train), 0.0
-        parts = torch.arange(n).split(fitting_batch(task.passes.gradient_batch, task.loss.positions))
+        parts = torch.arange(n, device="cpu").split(fitting_batch(task.passes.gradient_batch, task.loss.positions))
         for number, part in enumerate(parts):
             with torch.enable_grad(), task.autocast():
                 losses = task.loss.per_sample(task.network, self.train[part])

@@ -23,7 +23,7 @@ class Minibatches:
         self.num_samples = num_samples
         self.batch_size = num_samples if batch_size is None else min(batch_size, num_samples)
         self.seed, self.chain = seed, chain
-        self._all = torch.arange(num_samples)
+        self._all = torch.arange(num_samples, device="cpu")
         self._cached: tuple[int, np.ndarray] = (-1, np.empty((0, 0), np.uint64))  # block number, [BLOCK, count]
         self._chosen: tuple[int, np.ndarray] = (-1, np.empty((0, 0), np.int64))  # block number, [BLOCK, m]
 

@@ -40,7 +40,7 @@ def nearest(
     """
     num_samples = len(dead)
     spans = tile_spans(num_samples, tile)
-    keys = torch.full((num_samples, k), EMPTY, dtype=torch.int64)
+    keys = torch.full((num_samples, k), EMPTY, dtype=torch.int64, device="cpu")
     for i, j in upper_triangle(len(spans)):
         rows, columns = spans[i], spans[j]
         block = correlation_tile(i, j)
@@ -86,7 +86,7 @@ def nearest_on_device(
                 backend="triton",
             )
     index, correlation = unpack(keys.cpu())
-    return Neighbors(index, correlation, torch.zeros(len(gain)))
+    return Neighbors(index, correlation, torch.zeros(len(gain), dtype=torch.float32, device="cpu"))
 
 
 def device_for_neighbors(blocks: Blocks, k: int, backend: str | None) -> torch.device | None:
@@ -129,7 +129,7 @@ def nearest_of_rows(
         rows: [r] int64.
         anti: the lowest correlations instead of the highest.
     """
-    keys = torch.full((len(rows), k), EMPTY, dtype=torch.int64)
+    keys = torch.full((len(rows), k), EMPTY, dtype=torch.int64, device="cpu")
     for start in range(0, len(rows), GROUP):
         group = slice(start, start + GROUP)
         for columns, block in correlation_rows(rows[group]):
@@ -148,7 +148,7 @@ def _found(keys: Tensor, anti: bool) -> Neighbors:
     index, correlation = unpack(keys)
     if anti:
         correlation = 0.0 - correlation  # not -0 where there is none
-    return Neighbors(index, correlation, torch.zeros(len(keys)))
+    return Neighbors(index, correlation, torch.zeros(len(keys), dtype=torch.float32, device="cpu"))
 
 
 def _merge(keys: Tensor, block: Tensor, first_column: int) -> None:

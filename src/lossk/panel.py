@@ -146,8 +146,10 @@ class ChainTotals:
 
     def __init__(self, num_chains: int, num_draws: int) -> None:
         self.num_draws = num_draws
-        self.variance = torch.zeros(num_chains, dtype=torch.float64)  # nats^2: the functional variance of each chain
-        self.log_likelihood = torch.zeros(num_chains, dtype=torch.float64)  # sum over samples of log E[exp(-loss)]
+        # nats^2: the functional variance of each chain
+        self.variance = torch.zeros(num_chains, dtype=torch.float64, device="cpu")
+        # sum over samples of log E[exp(-loss)]
+        self.log_likelihood = torch.zeros(num_chains, dtype=torch.float64, device="cpu")
 
     def add(self, chain: int, statistics: ChainStatistics) -> None:
         """Take in some samples of a finished chain."""

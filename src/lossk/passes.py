@@ -92,3 +92,17 @@ def check_passes(passes: Any) -> None:
     """Raise TypeError unless it is a `Passes` or None."""
     if passes is not None and not isinstance(passes, Passes):
         raise TypeError(f"passes must be a lossk.Passes or None, got {type(passes).__name__}")
+
+
+def resumed_passes(asked: Passes | None, saved: Passes) -> Passes:
+    """The passes of the run that is resumed; `overlap`, which bears on nothing but time, as asked for now.
+
+    Raises:
+        ValueError: others are asked for.
+    """
+    saved = dataclasses.replace(saved, overlap="auto" if asked is None else asked.overlap)
+    if asked is not None and asked.fused_head == "auto":  # what it came to is kept
+        asked = dataclasses.replace(asked, fused_head=saved.fused_head)
+    if asked not in (None, saved):
+        raise ValueError(f"passes must be those of the run that is resumed, {saved!r}, got {asked!r}")
+    return saved

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import math
 import time
@@ -78,6 +77,7 @@ class _Bench:
         self.before = task.passes
         self.probe, self.train = probe, train
         self.weights = (load.num_draws * len(probe), load.num_steps * load.minibatch)  # samples of either pass
+        self.failed: list[str] = []  # why candidates were not measured
         self.deadline = float("inf")
         self.first = (0.0, 0.0)  # of the default
         self.limits = [10**9, 10**9]  # samples of either pass that fit the device
@@ -98,9 +98,9 @@ class _Bench:
         if self.total(seconds) > COMPILE_WORTH:
             best, seconds = self.try_compiling(best, seconds)
         if best == self.before:
-            return best, [f"passes = default: {best}; nothing else measured was clearly quicker"]
+            return best, [f"passes = default: {best}; nothing else measured was clearly quicker", *self.failed]
         gain = self.total(self.first) / self.total(seconds)
-        return best, [f"passes = measured: {best}; {gain:.2f} times as fast as the default"]
+        return best, [f"passes = measured: {best}; {gain:.2f} times as fast as the default", *self.failed]
 
     def total(self, seconds: Seconds) -> float:
         return sum(weight * each for weight, each in zip(self.weights, seconds, strict=True))
@@ -111,7 +111,13 @@ class _Bench:
         """The candidate if it is quicker, twice; `part` names the only pass it concerns."""
         if candidate == best or time.perf_counter() + self.price(candidate, seconds, part) > self.deadline:
             return best, seconds
-        found = self.measure(candidate, part, seconds)
+        try:
+            found = self.measure(candidate, part, seconds)
+        except Exception as error:  # a rewriting that fails where the model as it is runs, whatever it raises
+            if part is not None:
+                raise
+            self.failed.append(f"passes = without {_change(best, candidate)}: {error}".splitlines()[0])
+            return best, seconds
         if self.total(_merge(seconds, found, part)) > FASTER * self.total(seconds):
             return best, seconds
         # On a machine that others use too, a lucky or an unlucky moment would choose: both again, and the best of each.
@@ -151,9 +157,7 @@ class _Bench:
     def try_compiling(self, best: Passes, seconds: Seconds) -> tuple[Passes, Seconds]:
         graphs: tuple[Any, ...] = ("graphs",) if self.task.device.type == "cuda" else ()
         for how in (True, *graphs):
-            # What a compiler cannot do, whatever it raises, is done without it.
-            with contextlib.suppress(Exception):
-                best, seconds = self.better(best, seconds, dataclasses.replace(best, compile=how))
+            best, seconds = self.better(best, seconds, dataclasses.replace(best, compile=how))
         return best, seconds
 
     def measure(
@@ -178,7 +182,7 @@ class _Bench:
                 forward = timer(show, HOPELESS * best[0] * count, self.task.device) / count
             if part != 0 and self.weights[1] > 0:
                 train = self.task.place(self._some(self.train))
-                index = torch.arange(min(self.load.minibatch, len(train)))
+                index = torch.arange(min(self.load.minibatch, len(train)), device="cpu")
                 work = partial(self.task.gradient, train, index)
                 self._note_limit(1, work, min(passes.gradient_batch, len(index)))
                 backward = timer(work, HOPELESS * best[1] * len(index), self.task.device) / len(index)
@@ -190,7 +194,7 @@ class _Bench:
 
     def _some(self, samples: Samples) -> Samples:
         count = min(len(samples), 2 * max(*BATCHES, self.load.minibatch))
-        return Samples(samples[:count], count)
+        return Samples(samples[:count], count, copied=samples.copied)
 
     def _note_limit(self, part: int, work: Callable[[], Any], batch: int) -> None:
         """From what a pass takes of a CUDA device, how many samples one can have."""
@@ -217,6 +221,12 @@ def seconds_of(work: Callable[[], Any], _: float, device: torch.device) -> float
     work()
     settle(device)
     return time.perf_counter() - start
+
+
+def _change(old: Passes, new: Passes) -> str:
+    """The settings of `new` that are others than in `old`."""
+    before, after = old.to_dict(), new.to_dict()
+    return ", ".join(f"{name}={value!r}" for name, value in after.items() if value != before[name])
 
 
 def _merge(old: Seconds, new: Seconds, part: int | None) -> Seconds:

@@ -7,14 +7,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lossk.data import Transform, read_samples
+from lossk.data import Transform
 from lossk.losses import forward, resolve_loss, split_batch
+from lossk.reading import read_samples
 from lossk.task import Task
+from lossk.timings import Progress
+from lossk.torch_modes import own_modes
 
 BATCH = 256
 
 
-def predicted_labels(model: nn.Module, loader: Any, transform: Transform | None = None) -> tuple[Any, Tensor]:
+@own_modes()
+def predicted_labels(
+    model: nn.Module, loader: Any, transform: Transform | None = None, *, progress: bool = True
+) -> tuple[Any, Tensor]:
     """The same samples with the class the trained model gives each, for `build_kernel(model, predicted_labels(...))`.
 
     With true labels a misclassified sample's loss is large and moves against its neighbours'; with predicted ones every
@@ -24,6 +30,7 @@ def predicted_labels(model: nn.Module, loader: Any, transform: Transform | None 
         model: a classifier with outputs [B, C]; used in eval mode and given back as it was.
         loader: (inputs, targets) samples, in any form `build_kernel` takes; the targets are not looked at.
         transform: of a batch's inputs, as in `build_kernel`.
+        progress: show a progress bar on stderr while data are read.
 
     Returns:
         (inputs, predictions [N] int64), on the CPU or wherever the inputs are.
@@ -31,10 +38,11 @@ def predicted_labels(model: nn.Module, loader: Any, transform: Transform | None 
     Raises:
         ValueError: batches that are not (inputs, targets), or outputs that are not [B, C].
     """
-    samples = read_samples(loader).transformed(transform, "loader")
+    with Progress(progress) as bar:
+        samples = read_samples(loader, bar=bar).transformed(transform, "loader")
     inputs, _ = split_batch(samples.tree)
     predictions = []
-    with Task(model, resolve_loss("cross_entropy")) as task, torch.inference_mode():
+    with Task(model, resolve_loss("cross_entropy")) as task, torch.no_grad():
         placed = task.place(samples)
         for _, batch in placed.batches(BATCH):
             outputs = forward(model, split_batch(batch)[0])

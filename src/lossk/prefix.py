@@ -15,10 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from lossk.data import Samples
+from lossk.data import Samples, few_of
 from lossk.losses import forward, split_batch
-
-FEW = 3  # samples a cut is tried on
 
 
 class NoCut(Exception):
@@ -56,7 +54,7 @@ def find_cut(model: nn.Module, sampled: Sequence[nn.Parameter], samples: Samples
         NoCut: there is nothing before the sampled weights, or no cut was found that gives the model's outputs.
         ValueError: `at` names no module, or one that does not hold all sampled weights.
     """
-    few = split_batch(samples[: min(FEW, len(samples))])[0]
+    few = split_batch(samples[few_of(samples)])[0]
     if at is not None:
         return _proven(_at_module(model, at, sampled), model, few)
     frozen = {id(p) for p in model.parameters()} - {id(p) for p in sampled}
@@ -130,11 +128,22 @@ def _by_tracing(model: nn.Module, sampled: Sequence[nn.Parameter], inputs: Any) 
 
 
 def absent_arguments(model: nn.Module, inputs: Any) -> dict[str, Any] | None:
-    """Arguments of a keyword-called forward that the data does not give: traced as their None."""
-    if not isinstance(inputs, Mapping):
-        return None
-    parameters = inspect.signature(model.forward).parameters
-    return {name: p.default for name, p in parameters.items() if name not in inputs and p.default is not p.empty}
+    """Arguments of a forward that a batch's inputs do not give: to be traced as their defaults."""
+    if isinstance(inputs, Mapping):
+        return defaults_of(model, 0, frozenset(inputs))
+    return defaults_of(model, len(inputs) if isinstance(inputs, tuple | list) else 1, frozenset())
+
+
+def defaults_of(model: nn.Module, positional: int, keywords: frozenset[str]) -> dict[str, Any] | None:
+    """The defaults of a forward's arguments that a call does not give.
+
+    Args:
+        positional: how many arguments it gives by position.
+        keywords: the names of those it gives by name.
+    """
+    left = list(inspect.signature(model.forward).parameters.values())[positional:]
+    named = {p.name: p.default for p in left if p.name not in keywords and p.default is not p.empty}
+    return named or None
 
 
 def _nodes_that_move(graph: fx.Graph, model: nn.Module, sampled: set[int]) -> set[fx.Node]:

@@ -52,7 +52,7 @@ def cut_prefix(task: Task, probe: Probe, train: Samples) -> tuple[nn.Module | No
 
 def _size(cut: Cut, samples: Samples) -> int:
     """Bytes of all activations."""
-    with torch.inference_mode():
+    with torch.no_grad():
         one = cut.activations(samples[:1][0])
     return len(samples) * sum(part.numel() * part.element_size() for part in one)
 
@@ -69,4 +69,4 @@ def _activations(task: Task, cut: Cut, samples: Samples) -> Samples:
             )
         for whole, part in zip(out, parts, strict=True):
             whole[start : start + batch] = part
-    return task.place(Samples((out, samples.tree[1]), len(samples)))
+    return task.place(Samples((out, samples.tree[1]), len(samples), copied=False))

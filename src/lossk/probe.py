@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lossk.agreement import prove
 from lossk.data import Samples
 from lossk.task import Task, fitting_batch
 
@@ -120,7 +121,9 @@ class Probe:
 
 
 def prepare_probe(task: Task, sets: Mapping[str, Samples], train: Samples) -> tuple[Probe, Samples]:
-    """Place the data, check it at w*, and find the rows; a loss per token then knows its training data (`task.loss`).
+    """Check model and data at w*, and find the rows; a loss per token then knows its training data (`task.loss`).
+
+    The task is not entered, and comes out with what `lossk.agreement.prove` finds of it.
 
     Args:
         sets: the samples of each set; of a single, nameless one under "".
@@ -130,14 +133,15 @@ def prepare_probe(task: Task, sets: Mapping[str, Samples], train: Samples) -> tu
         The probe, and the training samples where the passes want them.
 
     Raises:
-        ValueError: what `Task.check` refuses, fewer than 2 rows, no unmasked token, or a mask that changes.
+        ValueError: what `prove` refuses, fewer than 2 rows, no unmasked token, or a mask that changes.
     """
-    names = {id(train): "train"} | {id(samples): set_name(name) for name, samples in sets.items()}
-    placed = {key: task.place(samples) for key, samples in {id(s): s for s in (*sets.values(), train)}.items()}
-    parts: dict[int, ProbePart] = {}
-    for key, samples in placed.items():
-        positions = task.check(samples, names[key])
-        parts[key] = _index(task, ProbePart(names[key], samples, positions=positions))
+    names = {id(samples): set_name(name) for name, samples in sets.items()}
+    names.setdefault(id(train), "train")
+    placed, positions = prove(task, {names[id(samples)]: samples for samples in (*sets.values(), train)})
+    parts = {key: ProbePart(name, placed[name], positions=positions[name]) for key, name in names.items()}
+    if any(part.positions is not None for part in parts.values()):
+        with task:
+            parts = {key: _index(task, part) for key, part in parts.items()}
     per_token = {part.positions is not None for part in parts.values()}
     if len(per_token) > 1:
         kinds = ", ".join(f"{part.name} {'token' if part.positions else 'sample'}" for part in parts.values())
@@ -177,7 +181,7 @@ def _index(task: Task, part: ProbePart) -> ProbePart:
         raise ValueError(
             f"{part.name} must hold at least one unmasked token, got none; the mask is True where it counts"
         )
-    part.fill(task, torch.empty(len(part)))
+    part.fill(task, torch.empty(len(part), dtype=torch.float32, device="cpu"))
     return part
 
 

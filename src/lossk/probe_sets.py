@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from lossk.data import Samples, Transform, read_samples
+from lossk.data import Samples, Transform
+from lossk.memory import Budget
 from lossk.probe import set_name
+from lossk.reading import check_source, read_samples
+from lossk.room import Room
+from lossk.timings import Progress
 
 
 class ProbeSets:
@@ -41,21 +45,42 @@ class ProbeSets:
         return f"ProbeSets({', '.join(self.sets)})"
 
 
-def read_sources(loader: Any, train: Any, transform: Transform | None = None) -> tuple[dict[str, Samples], Samples]:
+def read_sources(
+    loader: Any,
+    train: Any,
+    transform: Transform | None = None,
+    *,
+    name: str = "loader",
+    bar: Progress | None = None,
+    budget: Budget | None = None,
+) -> tuple[dict[str, Samples], Samples]:
     """Read the probe (a lone one under the name "") and the training data; what is given twice is read once.
+
+    Args:
+        name: of the public argument `loader`, for messages.
+        bar: where progress is shown.
+        budget: of the call; None is what is free.
 
     Raises:
         ValueError: `train` is None where the probe is several sets; what `read_samples` refuses.
-        TypeError: what `read_samples` refuses.
+        TypeError: a transform that cannot be called; what `read_samples` refuses.
+        MemoryError: more data than the budget has room for.
     """
     if isinstance(loader, ProbeSets) and train is None:
         raise ValueError("train must be given with ProbeSets: it says which data the training loss is over, got None")
+    if transform is not None and not callable(transform):
+        raise TypeError(f"transform must be callable or None, got {type(transform).__name__}")
     sources = dict(loader.sets) if isinstance(loader, ProbeSets) else {"": loader}
+    called = {key: name + set_name(key).removeprefix("loader") for key in sources}
+    given = [(source, called[key]) for key, source in sources.items()]
+    if train is not None:
+        given.append((train, "train"))
+    for source, what in given:  # nothing is read in vain
+        check_source(source, what)
     read: dict[int, Samples] = {}
-    for name, source in sources.items():
+    room = Room(budget)
+    for source, what in given:
         if id(source) not in read:
-            read[id(source)] = read_samples(source, set_name(name)).transformed(transform, set_name(name))
-    if train is not None and id(train) not in read:
-        read[id(train)] = read_samples(train, "train").transformed(transform, "train")
-    sets = {name: read[id(source)] for name, source in sources.items()}
+            read[id(source)] = read_samples(source, what, bar=bar, room=room).transformed(transform, what)
+    sets = {key: read[id(source)] for key, source in sources.items()}
     return sets, read[id(loader if train is None else train)]

@@ -76,7 +76,8 @@ def model_fingerprint(model: nn.Module) -> str:
 
 def multiply_add_rate() -> float:
     """Fused multiply-adds per second of a small rank update on this machine, measured (a few milliseconds)."""
-    rows, tile, best = torch.ones(64, 1024), torch.zeros(1024, 1024), float("inf")
+    rows, best = torch.ones(64, 1024, dtype=torch.float32, device="cpu"), float("inf")
+    tile = torch.zeros(1024, 1024, dtype=torch.float32, device="cpu")
     for _ in range(3):
         start = time.perf_counter()
         tile.addmm_(rows.T, rows)

@@ -10,6 +10,7 @@ from torch import Tensor
 from lossk import provenance
 from lossk.samplers import kind_of
 from lossk.traces import LossTraces
+from lossk.witness import WITNESS
 
 if TYPE_CHECKING:
     from lossk.run import Run
@@ -31,6 +32,7 @@ def request(run: Run) -> dict[str, Any]:
         "seed": run.seed,
         "num_weights": run.task.num_weights,
         "fingerprints": run.fingerprints,
+        WITNESS: run.witness,
     }
 
 
@@ -42,6 +44,7 @@ def chosen(run: Run) -> dict[str, Any]:
         "sampler": run.sampler.to_dict(),
         "reasons": run.reasons,
         "passes": run.task.passes.to_dict(),
+        "anchor_loss": float(run.anchor_losses.mean()),
     }
 
 

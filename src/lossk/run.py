@@ -14,7 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from lossk import provenance, record
+from lossk.agreement import witness_of
 from lossk.anchor import evaluate_anchor
+from lossk.arrangement import Arrangement, cut, settle
 from lossk.backends import choose_ops
 from lossk.blocks import Moments
 from lossk.chain import Chain, ChainState, Surroundings, time_a_step
@@ -24,18 +26,16 @@ from lossk.device_plan import choose_overlap, choose_with_device, describe_room
 from lossk.device_room import measure_room, place_data
 from lossk.diagnostics import Criteria, Diagnostics, TraceWatch, diagnose
 from lossk.distributed import Ranks
-from lossk.head_choice import fuse_head
 from lossk.judging import informed_pilot, plan_judging
 from lossk.layout import Layout, Size, choose_layout
 from lossk.losses import LossFunction, resolve_loss
 from lossk.memory import Budget
 from lossk.neighbors import median_noise_floor
 from lossk.panel import ChainTotals, Panel, chain_panels
-from lossk.passes import Passes
+from lossk.passes import Passes, resumed_passes
 from lossk.passes_pilot import Load, choose_passes, load_of
 from lossk.pilot import Pilot
 from lossk.plan import check_disk, check_traces, factor_layout, make_plan, trace_layout
-from lossk.prefix_cache import cut_prefix
 from lossk.probe import Probe, prepare_probe, rows_fingerprint, token_fingerprint
 from lossk.probe_sets import read_sources
 from lossk.samplers import KINDS, Sampler, fit, fit_early, make_chain
@@ -43,6 +43,7 @@ from lossk.sgld import SGLD
 from lossk.task import Task
 from lossk.timings import Progress, Timings, as_table
 from lossk.trial import uninformed_loss
+from lossk.witness import check_start
 
 
 @dataclass
@@ -60,6 +61,7 @@ class Run:
     ops: dict[str, str]  # what each op runs with
     seed: int
     fingerprints: dict[str, str]
+    witness: dict[str, Any]  # losses at w* of a few samples
     started: float
     watch: TraceWatch
     warnings: list[str]
@@ -69,7 +71,8 @@ class Run:
     fitted: dict[str, Tensor] = field(default_factory=dict)  # what the sampler's chains share
     timings: Timings = field(default_factory=Timings)
     pass_seconds: float = 0.0  # of one training sample's loss at w*
-    anchor_losses: Tensor = field(default_factory=lambda: torch.zeros(0))  # [n] float64, losses of `train` at w*
+    # [n] float64, losses of `train` at w*
+    anchor_losses: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.float64, device="cpu"))
 
     @classmethod
     def prepare(
@@ -86,6 +89,8 @@ class Run:
         precision: str | None,
         seed: int,
         transform: Transform | None = None,
+        bar: Progress | None = None,
+        budget: Budget | None = None,
     ) -> Run:
         started = time.perf_counter()
         if sampler is not None and not isinstance(sampler, Sampler):
@@ -97,15 +102,16 @@ class Run:
         task.loss = resolve_loss(loss, chosen.ops["sample_loss"])
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            sets, train_samples = read_sources(loader, train, transform)
+            sets, train_samples = read_sources(loader, train, transform, bar=bar, budget=budget)
         for warning in caught:  # shown all the same; kept with the result
             warnings.warn(warning.message, warning.category, stacklevel=3)
         fingerprints = {"model": provenance.model_fingerprint(model), "probe": rows_fingerprint(sets)}
         lone = sets.get("") is train_samples
         fingerprints["train"] = fingerprints["probe"] if lone else train_samples.fingerprint()
         notes = [*chosen.reasons, *place_data(task, [*sets.values(), train_samples])]
-        with task:
-            probe, train_samples = prepare_probe(task, sets, train_samples)
+        probe, train_samples = prepare_probe(task, sets, train_samples)
+        named = {part.name: part.samples for part in probe.parts}
+        witness = witness_of(task, named if probe.holds(train_samples) else {**named, "train": train_samples})
         if probe.tokens is not None:
             fingerprints["tokens"] = token_fingerprint(probe.tokens)
         run = cls(
@@ -118,9 +124,10 @@ class Run:
             num_draws=num_draws,
             backend=chosen.backend,
             ops=chosen.ops,
-            passes_reasons=notes,
+            passes_reasons=[*notes, *task.notes],
             seed=seed,
             fingerprints=fingerprints,
+            witness=witness,
             started=started,
             warnings=[str(warning.message) for warning in caught],
             watch=TraceWatch(num_chains, num_draws, len(probe)),
@@ -139,28 +146,39 @@ class Run:
         Args:
             ranks: of the run, which all call this; rank 0's pilot is everyone's.
         """
+        plain = Arrangement.plain(self.task, self.probe, self.train)
         if chosen is not None:
-            overlap = "auto" if passes is None else passes.overlap  # bears on nothing but time: not kept
-            self.task.passes = dataclasses.replace(Passes(**chosen["passes"]), overlap=overlap)
-            if passes is not None and passes.fused_head == "auto":  # what it came to is kept
-                passes = dataclasses.replace(passes, fused_head=self.task.passes.fused_head)
-            if passes not in (None, self.task.passes):
-                raise ValueError(
-                    f"passes must be those of the run that is resumed, {self.task.passes!r}, got {passes!r}"
-                )
-            self._cut()
+            plain = dataclasses.replace(plain, passes=resumed_passes(passes, Passes(**chosen["passes"])))
         elif passes is not None:
-            self.task.passes = passes
-            self._cut()
-        else:
-            self._cut()
+            plain = dataclasses.replace(plain, passes=passes)
+        with self.timings.measure("prefix"):
+            arranged, reasons = cut(self.task, plain, self.ops["head_loss"])
+        self.probe, self.train = arranged.probe, arranged.train
+        self.passes_reasons += reasons
+        if passes is None and chosen is None:
             found, reasons = self._measure_passes() if ranks is None else ranks.decide(self._measure_passes)
-            self.task.passes = Passes(**found)
+            arranged = dataclasses.replace(arranged, passes=Passes(**found))
             self.passes_reasons += reasons
+        self._settle(arranged, plain, None if ranks is None else ranks.decide)
+
+    def _settle(self, arranged: Arrangement, plain: Arrangement, decide: Callable[..., Any] | None) -> None:
+        """Prove that the passes are the user's model, and do without the rewritings that are not."""
+        minibatch = min(getattr(self.asked, "batch_size", None) or len(self.train), len(self.train))
+
+        def settled() -> tuple[dict[str, Any], list[str]]:
+            passes, reasons = settle(self.task, arranged, plain, minibatch)
+            return passes.to_dict(), reasons
+
+        with self.timings.measure("check"):
+            found, reasons = settled() if decide is None else decide(settled)
+        arranged = arranged.as_settled(Passes(**found), plain)
+        arranged.set(self.task)
+        self.passes_reasons += reasons
         if self.task.device.type != "cuda":
             self.take_turns()
         if self.task.channels_last:
-            self._hold(self.task.place)
+            arranged = arranged.holding(self.task.place)
+        self.probe, self.train = arranged.probe, arranged.train
 
     def _measure_passes(self) -> tuple[dict[str, Any], list[str]]:
         with self.timings.measure("pilot"):
@@ -171,27 +189,6 @@ class Run:
         """Have probe and steps take turns where nobody has asked for anything else."""
         if self.task.passes.overlap == "auto":
             self.task.passes = dataclasses.replace(self.task.passes, overlap=False)
-
-    def _cut(self) -> None:
-        """Take off what lies before the first sampled weight, and the head."""
-        self._cut_prefix()
-        self.task.head, reasons = fuse_head(self.task, self.train, self.ops["head_loss"])
-        self.task.passes = dataclasses.replace(self.task.passes, fused_head=self.task.head is not None)
-        self.passes_reasons += reasons
-
-    def _cut_prefix(self) -> None:
-        """Run what lies before the first sampled weight once, where that is possible and fits."""
-        with self.timings.measure("prefix"):
-            self.task.suffix, change, reasons = cut_prefix(self.task, self.probe, self.train)
-        if change is not None:
-            self._hold(change)
-        self.passes_reasons += reasons
-
-    def _hold(self, change: Callable[[Samples], Samples]) -> None:
-        """Hold all data in another way; what is shared stays shared."""
-        held = {id(samples): samples for samples in (self.train, *(part.samples for part in self.probe.parts))}
-        held = {key: change(samples) for key, samples in held.items()}
-        self.probe, self.train = self.probe.with_samples(lambda samples: held[id(samples)]), held[id(self.train)]
 
     def _load(self, sampler: Sampler) -> Load:
         return load_of(sampler, self.num_chains, self.num_draws, len(self.train))
@@ -227,6 +224,8 @@ class Run:
 
     def _choose(self, chosen: dict[str, Any] | None, bar: Progress | None) -> None:
         if chosen is not None:
+            allowed = max(each.repeatable for each in self.task.called.values())
+            check_start(chosen.get("anchor_loss"), float(self.anchor_losses.mean()), allowed)
             self.pilot = None if chosen["pilot"] is None else Pilot(**chosen["pilot"])
             self.sampler, self.reasons = type(self.asked)(**chosen["sampler"]), chosen["reasons"]
             return

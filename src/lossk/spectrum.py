@@ -29,7 +29,7 @@ def leading(
     if factor is not None and max(DENSE_EIGENSOLVER, factor.num_rows) < n and k <= factor.num_rows <= GRAM_DRAWS:
         return by_gram(factor, scale, k)
     if n <= DENSE_EIGENSOLVER or k >= n - 1:
-        values, vectors = np.linalg.eigh(matvec(torch.eye(n, dtype=torch.float64)).numpy())
+        values, vectors = np.linalg.eigh(matvec(torch.eye(n, dtype=torch.float64, device="cpu")).numpy())
     else:
         operator = LinearOperator((n, n), matvec=lambda v: matvec(torch.from_numpy(v)).numpy(), dtype=np.float64)
         start = np.random.default_rng(0).standard_normal(n)
@@ -45,7 +45,7 @@ def by_gram(factor: FactorBlocks, scale: Tensor, k: int) -> tuple[Tensor, Tensor
     factor for A A', one for the vectors. Nothing is sampled or iterated; in float64 an eigenvalue's error is about
     D 1e-16 of the largest.
     """
-    gram = torch.zeros(factor.num_rows, factor.num_rows, dtype=torch.float64)
+    gram = torch.zeros(factor.num_rows, factor.num_rows, dtype=torch.float64, device="cpu")
     for span, stripe in factor.stripes():
         part = stripe.double().mul_(scale[span])
         gram.addmm_(part, part.T)
@@ -53,7 +53,7 @@ def by_gram(factor: FactorBlocks, scale: Tensor, k: int) -> tuple[Tensor, Tensor
     values, directions = values.flip(0)[:k].clamp(min=0.0), directions.flip(1)[:, :k]
     positive = values > factor.num_rows * torch.finfo(torch.float64).eps * values[0]
     gain = torch.where(positive, (values * factor.freedom).rsqrt(), 0.0)
-    vectors = torch.empty(len(scale), k, dtype=torch.float64)
+    vectors = torch.empty(len(scale), k, dtype=torch.float64, device="cpu")
     for span, stripe in factor.stripes():
         vectors[span] = scale[span].unsqueeze(1) * (stripe.double().T @ (directions * gain))
     return values, _orthonormal(vectors, int(positive.sum()))
@@ -66,7 +66,7 @@ def _orthonormal(vectors: Tensor, found: int) -> Tensor:
     vectors are set right by the larger ones. Past the rank of K (columns from `found` on) any vectors orthogonal to
     those found are eigenvectors, of eigenvalue 0: take some.
     """
-    generator = torch.Generator().manual_seed(0)
-    vectors[:, found:] = torch.randn(vectors[:, found:].shape, generator=generator, dtype=torch.float64)
+    generator = torch.Generator(device="cpu").manual_seed(0)
+    vectors[:, found:] = torch.randn(vectors[:, found:].shape, generator=generator, dtype=torch.float64, device="cpu")
     basis, triangle = torch.linalg.qr(vectors)
     return basis.mul_(triangle.diagonal().sign())

@@ -30,6 +30,7 @@ from lossk.errors import StoreError
 from lossk.kernel import LossKernel
 from lossk.stored_factor import StoredFactor
 from lossk.stored_tiles import CHECKED, StoredTiles, write_tiles
+from lossk.witness import differences
 
 FORMAT = 1
 
@@ -83,7 +84,7 @@ def write_kernel(kernel: LossKernel, path: Path, *, with_tiles: bool = True) -> 
     }
     write_json(path / "config.json", description)
     sync_tree(path)
-    _write_array(group, "complete", torch.ones(1, dtype=torch.int8), ("format",))
+    _write_array(group, "complete", torch.ones(1, dtype=torch.int8, device="cpu"), ("format",))
     sync_tree(path / "complete")
     consolidate(path)
 
@@ -168,9 +169,7 @@ def saved_panel(path: Path | None) -> int | None:
 
 def refuse_other_run(path: Path, saved: Mapping[str, Any], request: Mapping[str, Any]) -> None:
     """Raise StoreError, showing the difference, unless a saved request is this one."""
-    changed = [
-        f"{key}: saved {saved.get(key)!r}, now {request[key]!r}" for key in request if saved.get(key) != request[key]
-    ]
+    changed = differences(saved, request)
     if changed:
         raise StoreError(f"out={str(path)!r} holds another run, not resumed ({'; '.join(changed)})")
 

@@ -53,7 +53,7 @@ class StoredFactor(FactorBlocks):
             raise StoreError(f"chunk {i} of the factor in {str(self.path)!r} is damaged: {error}") from error
 
     def take(self, index: Tensor) -> Tensor:
-        out = torch.empty(self.num_rows, len(index))
+        out = torch.empty(self.num_rows, len(index), dtype=torch.float32, device="cpu")
         chunk = index // self.tile
         for i in chunk.unique().tolist():
             at = (chunk == i).nonzero().squeeze(1)

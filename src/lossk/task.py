@@ -5,23 +5,24 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
-from fnmatch import fnmatchcase
+from contextlib import ExitStack
 from functools import partial
 from types import TracebackType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
-from torch.nn.parameter import UninitializedParameter
 
 from lossk.data import Samples, map_tensors
 from lossk.device import pinned
 from lossk.fold import fold_norms
 from lossk.head import FusedHead, heads_at_a_time
-from lossk.losses import Loss, forward, split_batch
+from lossk.losses import Loss
+from lossk.parameters import check_model, select_parameters
 from lossk.passes import Passes
 from lossk.settings import PRECISIONS, check_choice
+from lossk.snapshot import in_eval_mode
+from lossk.torch_modes import own_modes
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 TOKENS_AT_A_TIME = 4096  # positions per pass of a loss per token
@@ -57,21 +58,27 @@ class Task:
     ) -> None:
         self.model = model
         self.loss = loss
+        check_model(model)
         self.names, self.sampled = select_parameters(model, params)
         self.device = self.sampled[0].device
         if device is not None:
             try:
-                self.device = torch.empty(0, device=device).device
+                self.device = torch.empty(0, device=device, dtype=torch.float32).device
             except (RuntimeError, TypeError, AssertionError) as error:
                 raise ValueError(f"device must be a torch device that is here, got {device!r}: {error}") from error
         self.num_weights = sum(p.numel() for p in self.sampled)
+        self.switch = False  # whether the model goes to eval mode by its own `eval()`, and not module by module
+        self.called: dict[str, Any] = {}  # of each data set, what `lossk.agreement` compares the passes with
+        self.folded = False  # whether any norm is, in the passes of the block
+        self.arguments: tuple[int, frozenset[str]] | None = None  # what calls give the network's forward, if known
+        self._entered: ExitStack | None = None  # what puts everything back
+        self.notes: list[str] = []  # why a way of running the model is not used
         self.precision = precision
         self.passes = Passes()
         self.suffix: nn.Module | None = None  # what the passes run in the model's place, on activations at a cut
         self.streams = False  # data stay in pinned host memory, and batches come to the device one by one
         self.head: FusedHead | None = None  # what forms the losses of the probe without logits, if anything
         self._has_convolutions = any(isinstance(module, nn.Conv2d) for module in model.modules())
-        _check_model(model)
         check_choice("precision", precision, PRECISIONS)
         if precision == "tf32" and self.device.type != "cuda":
             raise ValueError(f"precision='tf32' needs a CUDA device, got device {str(self.device)!r}")
@@ -79,7 +86,8 @@ class Task:
     def _prepare(self, network: nn.Module) -> Any:
         """What gradients and probes run."""
         if self.passes.fold_norms:
-            network = fold_norms(network) or network
+            folded = fold_norms(network, self.arguments)
+            self.folded, network = self.folded or folded is not None, folded or network
         if self.passes.compile == "graphs":
             return torch.compile(network, mode="reduce-overhead")
         return torch.compile(network) if self.passes.compile else network
@@ -96,28 +104,30 @@ class Task:
         return wanted and self._has_convolutions and self.device.type in ("cpu", "cuda")
 
     def __enter__(self) -> Task:
-        self._snapshot = _Snapshot(self.model)
-        try:
+        assert self._entered is None, "a task is entered once at a time"
+        with ExitStack() as entered:
+            entered.enter_context(own_modes())
+            entered.enter_context(in_eval_mode(self.model, switch=self.switch))
             self._freeze()
-        except BaseException:
-            self._snapshot.restore()
-            raise
-        if self.passes.num_threads is not None:
-            torch.set_num_threads(self.passes.num_threads)
-        self._run_model = self._prepare(self.network)
-        self._run_head = None if self.head is None else self.head.prepared(self._prepare)
+            if self.passes.num_threads is not None:
+                torch.set_num_threads(self.passes.num_threads)
+            self.folded = False
+            self.run_model = self._prepare(self.network)
+            self._run_head = None if self.head is None else self.head.prepared(self._prepare)
+            self._entered = entered.pop_all()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._snapshot.restore()
+        entered, self._entered = self._entered, None
+        assert entered is not None
+        entered.close()
 
     def _freeze(self) -> None:
-        self.model.eval()
         for parameter in self.model.parameters():
-            parameter.requires_grad_(False)
             parameter.grad = None
+            parameter.requires_grad_(False)
             if parameter.is_floating_point():
                 parameter.data = self.lay_out(parameter.data.to(self.device, torch.float32))
             else:
@@ -217,10 +227,10 @@ class Task:
 
     def losses(self, batch: Any) -> Tensor:
         """Each sample's share of the training loss at the present weights: [B] float32, nats."""
-        with torch.inference_mode(), self.autocast():
+        with torch.no_grad(), self.autocast():
             if self._run_head is not None:
                 return self.loss.shares(*self._run_head.evaluator()(batch))
-            return self.loss.per_sample(self._run_model, batch)
+            return self.loss.per_sample(self.run_model, batch)
 
     def rows(self, batch: Any) -> tuple[Tensor, Tensor | None]:
         """A batch's rows of the kernel at the present weights: [R] float32, nats; of a loss per token also its mask."""
@@ -234,10 +244,10 @@ class Task:
         Args:
             stack: [k, P], the weights of k draws that differ in the head only: rows are then [k, R].
         """
-        with torch.inference_mode(), self.autocast():
+        with torch.no_grad(), self.autocast():
             head = self._run_head
             if head is None:
-                yield partial(self.loss.rows, self._run_model)
+                yield partial(self.loss.rows, self.run_model)
             else:
                 evaluate = head.evaluator(None if stack is None else head.heads_of(stack, self.sampled))
                 yield lambda batch: self.loss.select(*evaluate(batch))
@@ -264,7 +274,7 @@ class Task:
         for number, part in enumerate(parts):
             share = len(part) / len(index)
             with torch.enable_grad(), self.autocast():
-                value, outputs, slopes = self.loss.differentiable(self._run_model, samples[part])
+                value, outputs, slopes = self.loss.differentiable(self.run_model, samples[part])
                 if not outputs.requires_grad:
                     raise ValueError("loss must depend on the sampled parameters, but has no gradient")
                 if share < 1:
@@ -280,120 +290,7 @@ class Task:
         write = torch._foreach_add_ if add else torch._foreach_copy_
         write(self._parts, gradients)
 
-    def check(self, samples: Samples, name: str = "loader") -> int | None:
-        """One small pass at w*: shapes, labels, finiteness, determinism, independence of a loss from its batch.
-
-        Returns:
-            T, the positions of a loss per token; None of a loss per sample.
-
-        Raises:
-            ValueError: naming the argument, the rule and the value.
-        """
-        self.loss.check(samples.tree, None)
-        few = samples[: min(len(samples), 8)]
-        if self.loss.name in ("cross_entropy", "token_cross_entropy", "mse"):
-            with torch.inference_mode(), self.autocast():
-                self.loss.check(samples.tree, forward(self.network, split_batch(few)[0]))
-        (first, mask), (again, mask_again) = self.rows(few), self.rows(few)
-        if mask is not None and (mask_again is None or not torch.equal(mask, mask_again)):
-            raise ValueError("loss: the mask must depend on the data only; two passes over the same batch gave two")
-        if not torch.isfinite(first).all():
-            i = int((~torch.isfinite(first)).nonzero()[0])
-            where = f"sample {i}" if mask is None else "sample {}, position {}".format(*mask.nonzero()[i].tolist())
-            raise ValueError(f"loss must be finite at the trained weights; {name} {where} has {float(first[i])}")
-        spread = 1e-3 if self.precision is None else 0.1
-        scale = float(first.abs().amax()) if len(first) else 0.0
-        if len(first) and float((first - again).abs().amax()) > spread * scale:
-            raise ValueError(
-                "model must be deterministic in eval mode: two passes over the same batch gave different losses"
-            )
-        count = min(len(samples), 8)
-        if count > 1 and len(first):
-            alone = torch.cat([self.rows(samples[i : i + 1])[0] for i in range(count)])
-            if len(alone) != len(first):
-                raise ValueError(
-                    "loss: the mask of a sample must not depend on the other samples of its batch, but evaluating "
-                    f"{count} samples one by one leaves {len(alone)} tokens, together {len(first)}"
-                )
-            worst = float((first - alone).abs().amax())
-            if worst > spread * scale:
-                raise ValueError(
-                    "loss of a sample must not depend on the other samples of its batch, "
-                    f"but evaluating it alone changed it by {worst:.3g} (largest loss {scale:.3g})"
-                )
-        self.gradient(samples, torch.arange(count))
-        return None if mask is None else mask.shape[1]
-
 
 def fitting_batch(most: int, positions: int | None) -> int:
     """Samples per pass: `most`, or fewer where each of them has many positions."""
     return most if positions is None else max(1, min(most, TOKENS_AT_A_TIME // max(positions, 1)))
-
-
-class _Snapshot:
-    """Everything about a model that sampling touches, held so that it can be put back exactly."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self.num_threads = torch.get_num_threads()
-        self.modes = [(module, module.training) for module in model.modules()]
-        self.parameters = [(p, p.data, p.requires_grad, p.grad) for p in model.parameters()]
-        self.buffers = [
-            (module, name, buffer, None if buffer is None else buffer.clone())
-            for module in model.modules()
-            for name, buffer in module._buffers.items()
-        ]
-
-    def restore(self) -> None:
-        for parameter, data, requires_grad, grad in self.parameters:
-            parameter.grad = None  # its dtype would have to match while the data changes
-            parameter.data = data
-            parameter.requires_grad_(requires_grad)
-            parameter.grad = grad
-        for module, name, buffer, value in self.buffers:
-            if buffer is not None and value is not None:
-                buffer.data.copy_(value)
-            module._buffers[name] = buffer
-        for module, training in self.modes:
-            module.training = training
-        if torch.get_num_threads() != self.num_threads:
-            torch.set_num_threads(self.num_threads)
-
-
-def select_parameters(model: nn.Module, patterns: Sequence[str] | None) -> tuple[list[str], list[nn.Parameter]]:
-    """Names and parameters to sample: those that require grad, or those whose name matches a pattern; tied ones once.
-
-    Raises:
-        TypeError: `model` is not a Module.
-        ValueError: nothing selected, an uninitialised or a complex parameter, or more than one device.
-    """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    every = list(model.named_parameters(remove_duplicate=False))
-    for pattern in patterns or ():
-        if not any(fnmatchcase(name, pattern) for name, _ in every):
-            names = ", ".join(name for name, _ in every[:8])
-            raise ValueError(f"params: pattern {pattern!r} matches no parameter; the model has {names or 'none'}, ...")
-    chosen: dict[int, tuple[str, nn.Parameter]] = {}
-    for name, parameter in every:
-        wanted = parameter.requires_grad if patterns is None else any(fnmatchcase(name, p) for p in patterns)
-        if wanted:
-            chosen.setdefault(id(parameter), (name, parameter))
-    if not chosen:
-        raise ValueError("model must have a parameter that requires grad (or matches params=), got none")
-    for name, parameter in chosen.values():
-        if isinstance(parameter, UninitializedParameter):
-            raise ValueError(f"model parameter {name} is uninitialised; run one forward pass first")
-        if not parameter.is_floating_point():
-            raise ValueError(f"model parameters to sample must be real floating point, {name} is {parameter.dtype}")
-    return [name for name, _ in chosen.values()], [parameter for _, parameter in chosen.values()]
-
-
-def _check_model(model: nn.Module) -> None:
-    devices = {str(t.device) for t in [*model.parameters(), *model.buffers()]}
-    if len(devices) > 1:
-        raise ValueError(f"model must be on one device, got {sorted(devices)}")
-    for name, module in model.named_modules():
-        if isinstance(module, _NormBase) and module.running_mean is None and "Instance" not in type(module).__name__:
-            raise ValueError(
-                f"model: batch norm {name!r} keeps no running statistics, so a sample's loss would depend on its batch"
-            )

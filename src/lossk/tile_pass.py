@@ -77,7 +77,8 @@ class LoggedRows:
     def __init__(self, log: RunLog, running: RunningMoments, moments: Moments, super_panel: int) -> None:
         self.log, self.moments = log, moments
         self.inverse = torch.where(moments.variance > 0, 1.0 / moments.scale, 0.0)  # [N]
-        self.between = running.between() if moments.centering == "pooled" else torch.zeros(0, len(self.inverse))
+        pooled = moments.centering == "pooled"
+        self.between = running.between() if pooled else self.inverse.new_zeros(0, len(self.inverse))
         self.parts: list[list[dict[str, Any]]] = []
         room = 0
         for commit in sorted(log.commits, key=lambda commit: (commit["chain"], commit["first_draw"])):
@@ -93,7 +94,7 @@ class LoggedRows:
         commits, inverse = self.parts[part], self.inverse[columns]
         between = self.between[:, columns] * inverse if part + 1 == len(self.parts) else self.between[:0, columns]
         count = sum(len(commit["excess"]) for commit in commits)
-        rows = torch.empty(count + len(between), len(inverse))
+        rows = torch.empty(count + len(between), len(inverse), dtype=torch.float32, device="cpu")
         first = 0
         for commit in commits:
             losses = self.log.read_panel(commit, columns).double()
@@ -112,7 +113,7 @@ def make_tiles(rows: LoggedRows, spans: list[slice], stripes: int, done: set[Key
     leave holes in the heap that the next does not fit into.
     """
     side = spans[0].stop
-    buffers = cycle([torch.empty(side * side), torch.empty(side * side)])
+    buffers = cycle([torch.empty(side * side, dtype=torch.float32, device="cpu") for _ in range(2)])
     for first in range(0, len(spans), stripes):
         group = range(first, min(first + stripes, len(spans)))
         held: dict[int, Tensor] = {}

@@ -75,7 +75,8 @@ class TileAccumulator:
 
     def _zeros(self, i: int, j: int) -> Tensor:
         rows, columns = self.spans[i], self.spans[j]
-        return torch.zeros(rows.stop - rows.start, columns.stop - columns.start, device=self.device)
+        shape = rows.stop - rows.start, columns.stop - columns.start
+        return torch.zeros(shape, dtype=torch.float32, device=self.device)
 
     def update(self, chain: int, panel: Tensor) -> None:
         """Add the next draws of a chain; chains come one after the other.

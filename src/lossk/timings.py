@@ -31,7 +31,7 @@ class Timings:
 
 
 class Progress:
-    """A progress bar with an ETA over SGLD steps, one at a time, and lines of text; nothing when switched off."""
+    """A progress bar with an ETA, over SGLD steps or samples, and lines of text; nothing when switched off."""
 
     def __init__(self, enabled: bool) -> None:
         self.enabled = enabled
@@ -42,11 +42,15 @@ class Progress:
         if self.enabled:
             print(text, file=sys.stderr, flush=True)
 
-    def start(self, total: int, done: int = 0, *, what: str = "sampling") -> None:
-        """Show the bar, over `total` steps."""
+    def start(
+        self, total: int | None, done: int = 0, *, what: str = "sampling", unit: str = "step", stays: bool = True
+    ) -> None:
+        """Show the bar, at once, over `total` steps (None: nobody knows how many); one that `stays` is seen later."""
         self.stop()
         if self.enabled:
-            self._bar = tqdm(total=total, initial=done, desc=what, unit="step", mininterval=0.5, dynamic_ncols=True)
+            self._bar = tqdm(
+                total=total, initial=done, desc=what, unit=unit, mininterval=0.5, dynamic_ncols=True, leave=stays
+            )
 
     def stop(self) -> None:
         """The bar stays as it is, if there is one."""
@@ -54,10 +58,12 @@ class Progress:
             self._bar.close()
             self._bar = None
 
-    def update(self) -> None:
-        """One more step is done."""
+    def update(self, count: int = 1, note: str = "") -> None:
+        """So many more steps are done; the note stands at the end of the bar."""
         if self._bar is not None:
-            self._bar.update()
+            if note:
+                self._bar.set_postfix_str(note, refresh=False)
+            self._bar.update(count)
 
     def __enter__(self) -> Progress:
         return self

@@ -95,8 +95,9 @@ class TraceWriter:
         self._held = np.empty((num_chains, num_draws, self.chunk), dtype=np.float32)
         self._moments = empty_moments(num_chains, num_draws, num_samples, centering)
         self._watched = watched_samples(num_samples)
-        self._watched_losses = torch.empty(num_chains, num_draws, len(self._watched))
-        self._total = torch.zeros(num_chains, num_draws, dtype=torch.float64)  # of the losses, over samples
+        self._watched_losses = torch.empty(num_chains, num_draws, len(self._watched), dtype=torch.float32, device="cpu")
+        # of the losses, over samples
+        self._total = torch.zeros(num_chains, num_draws, dtype=torch.float64, device="cpu")
         self._num_constant = 0
         self._writing = ExitStack()
         self._parts = self._writing.enter_context(in_one_step(Path(path)))
@@ -180,7 +181,7 @@ class TraceWriter:
             self._write("tokens", self._tokens, ("sample", "index"))
         write_json(self._parts / "config.json", self._description())
         sync_tree(self._parts)
-        self._write("complete", torch.ones(1, dtype=torch.int8), ("format",))
+        self._write("complete", torch.ones(1, dtype=torch.int8, device="cpu"), ("format",))
         sync_tree(self._parts / "complete")
         consolidate(self._parts)
 

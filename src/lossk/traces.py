@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lossk.arrays import cpu_tensor
+
 
 class LossTraces:
     """Losses [chain, draw, sample] float32, nats, from `lossk.sample_losses` or from anywhere.
@@ -34,12 +36,12 @@ class LossTraces:
         tokens: Tensor | np.ndarray | None = None,
         sets: Mapping[str, slice] | None = None,
     ) -> None:
-        losses = torch.as_tensor(losses)
+        losses = cpu_tensor(losses)
         if losses.ndim != 3 or 0 in losses.shape:
             raise ValueError(f"losses must have shape [chain, draw, sample], got {list(losses.shape)}")
         if losses.shape[1] < 2:
             raise ValueError(f"losses must hold at least 2 draws per chain, got {losses.shape[1]}")
-        self.losses = losses.detach().float().cpu()
+        self.losses = losses.float()
         bad = (~torch.isfinite(self.losses)).nonzero()
         if bad.numel():
             chain, draw, sample = bad[0].tolist()
@@ -48,7 +50,7 @@ class LossTraces:
         self.excess = excess
         self.n_beta = n_beta
         self.meta = meta or {}
-        self.tokens = None if tokens is None else self._check_tokens(torch.as_tensor(tokens))
+        self.tokens = None if tokens is None else self._check_tokens(cpu_tensor(tokens))
         self.sets = dict(sets or {})
         for name, rows in self.sets.items():
             whole = isinstance(rows, slice) and isinstance(rows.start, int) and isinstance(rows.stop, int)
@@ -62,7 +64,7 @@ class LossTraces:
                 f"tokens must be integers of shape [{self.num_samples}, 2], (sample, position) of each column, "
                 f"got {tokens.dtype} of shape {list(tokens.shape)}"
             )
-        return tokens.detach().long().cpu()
+        return tokens.long()
 
     @property
     def num_chains(self) -> int:

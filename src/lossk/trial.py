@@ -206,7 +206,7 @@ def _announce(chosen: SGLD, around: Surroundings, bar: Progress) -> None:
     """Say how long all trials may take, by the time of one gradient, and show their progress."""
     if not bar.enabled:
         return
-    few = torch.arange(min(chosen.batch_size or len(around.train), len(around.train)))
+    few = torch.arange(min(chosen.batch_size or len(around.train), len(around.train)), device="cpu")
     start = time.perf_counter()
     around.task.gradient(around.train, few)
     seconds = MOST_STEPS * (time.perf_counter() - start) * (2 if chosen.control_variate else 1)

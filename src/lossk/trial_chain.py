@@ -220,6 +220,6 @@ def _drift(traces: Tensor) -> tuple[float, float]:
 
 def _without_trend(x: Tensor) -> Tensor:
     """[T, w] less each column's least-squares line."""
-    time = torch.linspace(-1, 1, len(x), dtype=x.dtype)
+    time = torch.linspace(-1, 1, len(x), dtype=x.dtype, device="cpu")
     centred = x - x.mean(dim=0)
     return centred - time.outer(time @ centred / time.square().sum())

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lossk.analysis.baselines import Baseline
+from lossk.arrays import cpu_tensor
 from lossk.blocks import tile_spans
 from lossk.cross import CrossKernel
 from lossk.kernel import LossKernel
@@ -74,7 +75,7 @@ class Influence:
             columns: dict[str, Any] = {
                 "query": self.query_samples.repeat_interleave(k).numpy(),
                 "kind": kind,
-                "rank": torch.arange(1, k + 1).repeat(num_query).numpy(),
+                "rank": torch.arange(1, k + 1, device="cpu").repeat(num_query).numpy(),
                 "train": ranked.samples.flatten().numpy(),
                 "influence": ranked.influence.flatten().numpy(),
                 "standard_error": ranked.standard_error.flatten().numpy(),
@@ -158,7 +159,7 @@ def class_scores(kernel: LossKernel | Baseline, labels: Tensor) -> dict[str, Ten
 
     A dead sample, of which nothing is known, takes the lowest score of all.
     """
-    labels = torch.as_tensor(labels)
+    labels = cpu_tensor(labels)
     if labels.shape != (kernel.num_samples,) or labels.is_floating_point():
         raise ValueError(f"labels must be integers [{kernel.num_samples}], got {labels.dtype} {list(labels.shape)}")
     classes, member = labels.unique(return_inverse=True)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from lossk.analysis.gradients import Sketch, check_module, frozen, gradient_batches, losses_of
 from lossk.analysis.purity import neighbor_purity
+from lossk.arrays import cpu_tensor
 from lossk.blocks import tile_spans
 from lossk.data import Samples, Transform, leaves
 from lossk.indexing import resolve
@@ -104,7 +105,7 @@ class Baseline:
         """
         rows, columns = resolve(rows, self.num_samples), resolve(columns, self.num_samples)
         block = self._correlate(rows, columns)
-        return torch.where(rows.unsqueeze(1) == columns, torch.ones(()), block)
+        return torch.where(rows.unsqueeze(1) == columns, torch.ones((), dtype=torch.float32, device="cpu"), block)
 
     def _correlate(self, rows: Tensor, columns: Tensor | slice) -> Tensor:
         variance = self.variance
@@ -115,7 +116,7 @@ class Baseline:
 
     def matvec(self, v: Tensor) -> Tensor:
         """S v for v [N] or [N, m], float64, without forming S."""
-        v = torch.as_tensor(v).double()
+        v = cpu_tensor(v).double()
         if v.ndim not in (1, 2) or v.shape[0] != self.num_samples:
             raise ValueError(f"v must have shape [{self.num_samples}] or [{self.num_samples}, m], got {list(v.shape)}")
         inner = self._right.double().T @ v.reshape(self.num_samples, -1)
@@ -131,7 +132,7 @@ class Baseline:
             raise ValueError(f"k must be an integer from 1 to N - 1 = {self.num_samples - 1}, got {k!r}")
         rows = resolve(slice(None) if rows is None else rows, self.num_samples)
         found = nearest_of_rows(self._correlation_rows, self.dead, rows, k)
-        return found._replace(noise_floor=torch.full((len(rows),), 3.0 * self.noise))
+        return found._replace(noise_floor=torch.full((len(rows),), 3.0 * self.noise, dtype=torch.float32, device="cpu"))
 
     def _correlation_rows(self, rows: Tensor) -> Iterator[tuple[slice, Tensor]]:
         return ((span, self._correlate(rows, span)) for span in tile_spans(self.num_samples, self.tile))
@@ -145,7 +146,7 @@ def raw_inputs(data: Any, *, transform: Transform | None = None, centred: bool =
         centred: about the mean input.
     """
     train = next(iter(data.sets.values())) if isinstance(data, ProbeSets) else None
-    sets, _ = read_sources(data, train, transform)
+    sets, _ = read_sources(data, train, transform, name="data")
     rows = []
     for samples in sets.values():
         inputs = [leaves(split_batch(batch)[0]) for _, batch in samples.batches(BATCH)]
@@ -176,7 +177,7 @@ def penultimate_features(
         ValueError: no Linear layer was called, no such layer, or its inputs are not one row per sample.
     """
     wanted = None if layer is None else check_module(model, layer)
-    with frozen(model, data, loss=_no_loss) as (task, sets), torch.inference_mode():
+    with frozen(model, data, loss=_no_loss) as (task, sets), torch.no_grad():
         rows = [_layer_inputs(task, batch, wanted) for samples in sets.values() for _, batch in samples.batches(BATCH)]
         features = torch.cat(rows)
     return Baseline("penultimate features", _about_mean(features.clone(), centred), sets=spans_of(sets))
@@ -205,7 +206,7 @@ def gradient_cosine(
         exact = dimensions is None or dimensions >= task.num_weights
         sketch = None if dimensions is None or exact else Sketch(task.num_weights, dimensions, seed)
         width = task.num_weights if sketch is None else sketch.dimensions
-        features = torch.empty(sum(map(len, sets.values())), width)
+        features = torch.empty(sum(map(len, sets.values())), width, dtype=torch.float32, device="cpu")
         batches = gradient_batches(task, list(sets.values()), losses_of(task), progress=progress, what="gradients")
         for rows, gradients in batches:
             features[rows] = gradients.cpu() if sketch is None else sketch(gradients)
@@ -239,7 +240,7 @@ def confusion(
     Returns:
         (the baseline, P [C, C] float64); rows of P of classes without samples are 0.
     """
-    with frozen(model, data, transform=transform) as (task, sets), torch.inference_mode():
+    with frozen(model, data, transform=transform) as (task, sets), torch.no_grad():
         given, labels = [], []
         for samples in sets.values():
             for _, batch in samples.batches(BATCH):

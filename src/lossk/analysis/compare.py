@@ -99,9 +99,10 @@ class _Sums:
     """Sums over the pairs of two symmetric matrices, from blocks of their upper triangles; float64."""
 
     def __init__(self, num_samples: int) -> None:
-        self.row = torch.zeros(2, num_samples, dtype=torch.float64)  # sums of rows, without the diagonal
-        self.diagonal = torch.zeros(2, num_samples, dtype=torch.float64)
-        self.product = torch.zeros(2, 2, dtype=torch.float64)  # of entries off the diagonal, both triangles
+        self.row = torch.zeros(2, num_samples, dtype=torch.float64, device="cpu")  # sums of rows, without the diagonal
+        self.diagonal = torch.zeros(2, num_samples, dtype=torch.float64, device="cpu")
+        # of entries off the diagonal, both triangles
+        self.product = torch.zeros(2, 2, dtype=torch.float64, device="cpu")
 
     def add(self, rows: slice, columns: slice, x: Tensor, y: Tensor) -> None:
         """Blocks [r, c], which are changed."""

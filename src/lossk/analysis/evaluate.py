@@ -13,6 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from lossk.analysis.purity import chance_purity, class_purity
+from lossk.arrays import cpu_tensor
 from lossk.neighbors import Neighbors
 from lossk.optional import require
 from lossk.settings import check_integer, check_number
@@ -53,7 +54,7 @@ def random_subsets(num_train: int, num_subsets: int, *, fraction: float = 0.5, s
     if not 0 < size < num_train:
         raise ValueError(f"fraction must leave some of the {num_train} samples in and some out, got {fraction}")
     rng = np.random.default_rng(np.random.SeedSequence(seed))
-    masks = torch.zeros(num_subsets, num_train, dtype=torch.bool)
+    masks = torch.zeros(num_subsets, num_train, dtype=torch.bool, device="cpu")
     for mask in masks:
         mask[torch.from_numpy(rng.choice(num_train, size, replace=False))] = True
     return masks
@@ -79,7 +80,7 @@ def retrain_on_subsets(train: Train, masks: Tensor, *, seeds: Sequence[int] = (0
         for number, mask in enumerate(masks):
             rows, runs = mask.nonzero().squeeze(1), []
             for seed in seeds:
-                runs.append(torch.as_tensor(train(rows, seed)).detach().cpu().double())
+                runs.append(cpu_tensor(train(rows, seed)).double())
                 bar.update()
             losses = torch.stack(runs).mean(dim=0)
             if losses.ndim != 1 or not torch.isfinite(losses).all() or (outcomes and len(losses) != len(outcomes[0])):
@@ -106,7 +107,7 @@ def linear_datamodeling_score(
         ValueError: shapes that do not fit, non-finite numbers, or fewer than 3 subsets.
     """
     _check_masks(masks)
-    helpfulness, outcomes = torch.as_tensor(helpfulness).double(), torch.as_tensor(outcomes).double()
+    helpfulness, outcomes = cpu_tensor(helpfulness).double(), cpu_tensor(outcomes).double()
     wanted = [masks.shape[1], outcomes.shape[-1]]
     if list(helpfulness.shape) != wanted or list(outcomes.shape) != [len(masks), wanted[1]] or len(masks) < 3:
         raise ValueError(
@@ -158,7 +159,7 @@ def auroc(scores: Tensor, wrong: Tensor, *, num_bootstrap: int = 200, seed: int 
         ValueError: shapes that do not fit, a score that is not finite, or only one kind of labels.
     """
     metrics = require("sklearn.metrics", "analysis", "an AUROC", package="scikit-learn")
-    scores, wrong = torch.as_tensor(scores), torch.as_tensor(wrong)
+    scores, wrong = cpu_tensor(scores), cpu_tensor(wrong)
     if scores.ndim != 1 or scores.shape != wrong.shape or wrong.dtype != torch.bool:
         raise ValueError(f"scores and wrong (bool) must be [N], got {list(scores.shape)} and {list(wrong.shape)}")
     if not torch.isfinite(scores).all():

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 from tqdm import tqdm
 
+from lossk.agreement import prove
 from lossk.data import Samples, Transform, leaves, map_tensors
 from lossk.losses import LossFunction, resolve_loss
 from lossk.passes import Passes
@@ -40,16 +41,15 @@ def frozen(
         ValueError, TypeError: data, loss or model that `build_kernel` would refuse, or a loss per token.
     """
     train = next(iter(data.sets.values())) if isinstance(data, ProbeSets) else None
-    sets, _ = read_sources(data, train, transform)
+    sets, _ = read_sources(data, train, transform, name="data")
     task = Task(model, resolve_loss(loss), params=params)
     task.passes = Passes(memory_format="contiguous")  # weights in `task.flat` lie as in the model
+    names = {id(samples): name or "data" for name, samples in sets.items()}
+    proven, positions = prove(task, {names[id(samples)]: samples for samples in sets.values()})
+    if any(each is not None for each in positions.values()):
+        raise ValueError(f"loss must be one per sample for a baseline, got one per token ({task.loss.name})")
     with task:
-        once = {id(samples): task.place(samples) for samples in sets.values()}
-        placed = {name: once[id(samples)] for name, samples in sets.items()}
-        for name, samples in placed.items():
-            if task.check(samples, name or "data") is not None:
-                raise ValueError(f"loss must be one per sample for a baseline, got one per token ({task.loss.name})")
-        yield task, placed
+        yield task, {name: proven[names[id(samples)]] for name, samples in sets.items()}
 
 
 def losses_of(task: Task) -> SampleValue:

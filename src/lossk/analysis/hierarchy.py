@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from lossk.analysis.class_matrix import Array, ClassMatrix
 from lossk.analysis.pairs import Kernel, KernelPairs, Pairs, as_pairs, blocks, spans_of
+from lossk.arrays import cpu_tensor
 from lossk.chains import has_chains, leave_one_chain_out
 from lossk.settings import check_integer
 
@@ -76,7 +77,7 @@ def class_similarity(
         ValueError: labels of another length or out of range.
     """
     check_integer("num_bootstrap", num_bootstrap, 0)
-    pairs, labels = as_pairs("source", source), torch.as_tensor(labels).long()
+    pairs, labels = as_pairs("source", source), cpu_tensor(labels).long()
     if labels.shape != (pairs.num_samples,):
         raise ValueError(f"labels must be [{pairs.num_samples}], got {list(labels.shape)}")
     count = len(class_names)
@@ -108,7 +109,7 @@ def pair_sums(pairs: Pairs, group: Tensor, num_groups: int, *, progress: bool = 
         group: [N] int64; -1 leaves a sample out.
     """
     place = group.masked_fill(group < 0, num_groups)  # one more group, thrown away at the end
-    sums = torch.zeros(2, num_groups + 1, num_groups + 1, dtype=torch.float64)
+    sums = torch.zeros(2, num_groups + 1, num_groups + 1, dtype=torch.float64, device="cpu")
     parts = list(blocks(spans_of(pairs)))
     for rows, columns in tqdm(parts, desc="class means", unit="tile", disable=not progress):
         block = pairs.correlation(rows, columns)
@@ -132,14 +133,14 @@ def _grouped(live: Tensor, count: int, seed: int) -> tuple[Tensor, int]:
     for label in range(count):
         members = (live == label).nonzero().squeeze(1)
         order = torch.from_numpy(rng.permutation(len(members)))
-        group[members[order]] = label * per_class + torch.arange(len(members)) % per_class
+        group[members[order]] = label * per_class + torch.arange(len(members), device="cpu") % per_class
     return group, per_class
 
 
 def _resampled(exists: Tensor, num_bootstrap: int, seed: int) -> Tensor:
     """How often each group is drawn, class by class and as often as the class has groups: [B, C, groups] float64."""
     rng = np.random.default_rng(np.random.SeedSequence(entropy=seed, spawn_key=(1,)))
-    draws = torch.zeros(num_bootstrap, *exists.shape, dtype=torch.float64)
+    draws = torch.zeros(num_bootstrap, *exists.shape, dtype=torch.float64, device="cpu")
     for label, mine in enumerate(exists):
         groups = int(mine.sum())
         if groups:

@@ -71,7 +71,7 @@ def damped_influence(
         probes, train_samples = _split(sets)
         product = _curvature(task, train_samples, curvature)
         size = sum(map(len, probes.values()))
-        gradients = torch.empty(size, task.num_weights)
+        gradients = torch.empty(size, task.num_weights, dtype=torch.float32, device="cpu")
         for rows, part in gradient_batches(
             task, list(probes.values()), losses_of(task), progress=progress, what="gradients"
         ):
@@ -207,8 +207,8 @@ def _gauss_newton_product(task: Task, train: Samples, v: Tensor) -> Tensor:
 def _matrix(product: Product, task: Task, progress: bool) -> Tensor:
     """H [P, P] float64, symmetrised."""
     size = task.num_weights
-    h = torch.empty(size, size, dtype=torch.float64)
-    basis = torch.zeros(size, device=task.device)
+    h = torch.empty(size, size, dtype=torch.float64, device="cpu")
+    basis = torch.zeros(size, device=task.device, dtype=torch.float32)
     for i in tqdm(range(size), desc="curvature", unit="column", disable=not progress, dynamic_ncols=True):
         basis[i] = 1.0
         h[i] = product(basis).double().cpu()

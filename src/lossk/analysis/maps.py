@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lossk.arrays import cpu_tensor
 from lossk.optional import check_installed
 from lossk.settings import check_integer, check_number
 
@@ -79,8 +80,8 @@ def map_kernel(
     k = min(num_neighbors, len(alive) - 2)  # UMAP counts a sample among its own, and wants fewer than there are
     found = kernel.neighbors(k) if neighbors is None else _cut(neighbors, kernel.num_samples, k)
     distance = (2.0 * (1.0 - found.correlation)).clamp(min=0.0).sqrt().masked_fill(found.index < 0, float("nan"))
-    place = torch.full((kernel.num_samples,), -1, dtype=torch.int64)
-    place[alive] = torch.arange(len(alive))  # samples are numbered anew without the dead ones
+    place = torch.full((kernel.num_samples,), -1, dtype=torch.int64, device="cpu")
+    place[alive] = torch.arange(len(alive), device="cpu")  # samples are numbered anew without the dead ones
     points = _umap(
         place[found.index[alive]].numpy(),
         distance[alive].numpy(),
@@ -89,7 +90,7 @@ def map_kernel(
         min_dist=min_dist,
         seed=seed,
     )
-    coordinates = torch.full((kernel.num_samples, dimensions), float("nan"))
+    coordinates = torch.full((kernel.num_samples, dimensions), float("nan"), dtype=torch.float32, device="cpu")
     coordinates[alive] = torch.from_numpy(points)
     return KernelMap(coordinates, found.index, distance, kernel.dead)
 
@@ -108,7 +109,7 @@ def _outline(kernel: LossKernel, alive: Tensor, seed: int) -> np.ndarray:
     """
     directions = np.random.default_rng(np.random.SeedSequence(seed)).standard_normal((len(alive), PROJECTIONS))
     gain = kernel.variance[alive].rsqrt().unsqueeze(1)
-    vectors = torch.zeros(kernel.num_samples, PROJECTIONS, dtype=torch.float64)
+    vectors = torch.zeros(kernel.num_samples, PROJECTIONS, dtype=torch.float64, device="cpu")
     vectors[alive] = gain * torch.from_numpy(directions)
     rows = gain * kernel.matvec(vectors)[alive]
     return (rows / rows.norm(dim=1, keepdim=True).clamp(min=1e-300)).float().numpy()
@@ -185,14 +186,14 @@ def cluster(
     if min_samples is not None:
         check_integer("min_samples", min_samples, 1)
     given = map_or_coordinates.coordinates if isinstance(map_or_coordinates, KernelMap) else map_or_coordinates
-    coordinates = torch.as_tensor(given)
+    coordinates = cpu_tensor(given)
     if coordinates.ndim != 2:
         raise ValueError(f"coordinates must be [N, d], got shape {list(coordinates.shape)}")
     if labels is not None and labels.shape != (len(coordinates),):
         raise ValueError(f"labels must be [{len(coordinates)}], got {list(labels.shape)}")
     placed = torch.isfinite(coordinates).all(dim=1)
-    found = torch.full((len(coordinates),), -1, dtype=torch.int64)
-    probability = torch.zeros(len(coordinates), dtype=torch.float64)
+    found = torch.full((len(coordinates),), -1, dtype=torch.int64, device="cpu")
+    probability = torch.zeros(len(coordinates), dtype=torch.float64, device="cpu")
     if int(placed.sum()) >= max(min_cluster_size, min_samples or 1, 2):
         result = _hdbscan(coordinates[placed].double().numpy(), min_cluster_size, min_samples)
         found[placed] = torch.from_numpy(result.labels_.astype(np.int64))
@@ -213,6 +214,6 @@ def _composition(found: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     classes, column = labels.long().unique(return_inverse=True)
     count = int(found.max()) + 1
     row = torch.where(found < 0, count, found)
-    table = torch.zeros(count + 1, len(classes), dtype=torch.int64)
+    table = torch.zeros(count + 1, len(classes), dtype=torch.int64, device="cpu")
     table.index_put_((row, column), torch.ones_like(row), accumulate=True)
     return table, classes

@@ -45,7 +45,7 @@ def significant_neighbors(
         anti: the most anti-correlated instead, lowest first. There R below -noise_floor is significant.
     """
     found = kernel.neighbors(k, rows, anti=anti)
-    here = torch.arange(kernel.num_samples) if rows is None else resolve(rows, kernel.num_samples)
+    here = torch.arange(kernel.num_samples, device="cpu") if rows is None else resolve(rows, kernel.num_samples)
     exists = found.index >= 0
     lag1 = kernel.lag1.clamp(-0.99, 0.99)
     draws = kernel.num_chains * (kernel.num_draws - 1)

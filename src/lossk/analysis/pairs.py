@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lossk.arrays import cpu_tensor
 from lossk.blocks import tile_spans, upper_triangle
 
 SIDE = 2048  # of the blocks that arrays and features are read in
@@ -106,7 +107,7 @@ def as_pairs(name: str, source: Kernel | Tensor | np.ndarray) -> Pairs:
         if not hasattr(source, "correlation"):
             raise TypeError(f"{name} must be a LossKernel, a baseline or an array, got {type(source).__name__}")
         return KernelPairs(source)
-    array = torch.as_tensor(source)
+    array = cpu_tensor(source)
     if array.ndim != 2 or 0 in array.shape or array.is_complex():
         raise ValueError(f"{name} must be [N, N] or features [N, d], got shape {list(array.shape)}")
     if not all(torch.isfinite(part).all() for part in array.split(SIDE)):

@@ -62,7 +62,7 @@ def frobenius_squared(kernel: LossKernel) -> float:
     """|K|_F^2 in nats^4, the diagonal that of `kernel.variance`, without forming K."""
     blocks = kernel._blocks
     if isinstance(blocks, FactorBlocks) and blocks.num_rows <= min(kernel.num_samples, 8192):
-        gram = torch.zeros(blocks.num_rows, blocks.num_rows, dtype=torch.float64)
+        gram = torch.zeros(blocks.num_rows, blocks.num_rows, dtype=torch.float64, device="cpu")
         for span, stripe in blocks.stripes():
             part = stripe.double().mul_(kernel._moments.scale[span])
             gram.addmm_(part, part.T)

@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lossk.data import map_tensors, read_samples
+from lossk.data import map_tensors
 from lossk.kernel import LossKernel
 from lossk.losses import LossFunction, resolve_loss
+from lossk.reading import read_samples
 from lossk.settings import CENTERINGS, check_choice, check_integer
 from lossk.traces import LossTraces
 
@@ -56,7 +57,8 @@ class LossKernelCallback:
         resolve_loss(loss)  # a bad name is refused now
         self.probe = read_samples(probe, "probe")
         self.loss, self.batch_size, self.centering, self.nbeta = loss, batch_size, centering, nbeta
-        self.losses = torch.full((num_chains, num_draws, len(self.probe)), float("nan"))
+        shape = num_chains, num_draws, len(self.probe)
+        self.losses = torch.full(shape, float("nan"), dtype=torch.float32, device="cpu")
         self.losses.share_memory_()
 
     def share_memory_(self) -> LossKernelCallback:

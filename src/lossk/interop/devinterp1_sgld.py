@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lossk.arrays import cpu_tensor
 from lossk.backends import resolve_backend
 from lossk.ops.philox import normals
 from lossk.ops.sgld_step import sgld_step
@@ -107,7 +108,7 @@ class LangevinOptimizer(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         if self._key is None:
-            self._key = int(torch.randint(2**32, (), dtype=torch.int64))
+            self._key = int(torch.randint(2**32, (), dtype=torch.int64, device="cpu"))
         self._clear()
         sums = dict.fromkeys(("noise_norm", "grad_norm", "weight_norm", "distance", "localization_loss"), 0.0)
         number = 0
@@ -118,7 +119,7 @@ class LangevinOptimizer(Optimizer):
                 number += 1
         for name in self._wanted - set(LISTS):
             value = sums[name] if name == "localization_loss" else math.sqrt(sums[name])
-            setattr(self, name, torch.tensor(value))
+            setattr(self, name, torch.tensor(value, dtype=torch.float32, device="cpu"))
         self._steps += 1
         return loss
 
@@ -193,7 +194,7 @@ def _masks(group: dict[str, Any]) -> list[Tensor | None]:
         raise ValueError(f"optimize_over must hold one mask per parameter, {len(group['params'])}, got {len(masks)}")
     bools = []
     for p, mask in zip(group["params"], masks, strict=True):
-        tensor = torch.as_tensor(mask)
+        tensor = cpu_tensor(mask).to(p.device)
         if not bool(((tensor == 0) | (tensor == 1)).all()):
             raise ValueError("optimize_over must hold 0 and 1 (or False and True) only")
         bools.append(tensor.bool().expand(p.shape).clone())

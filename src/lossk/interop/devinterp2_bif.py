@@ -155,7 +155,7 @@ def _standardise(rows: Tensor, covariance: bool, positions: int | None) -> Tenso
     num_chains, num_draws, count = rows.shape
     freedom = degrees_of_freedom(num_chains, num_draws, "pooled")
     group = positions or 1
-    z = torch.empty(num_chains * num_draws, count // group)
+    z = torch.empty(num_chains * num_draws, count // group, dtype=torch.float32, device="cpu")
     for span in tile_spans(count, max(group, STRIPE // group * group)):
         centred = centre(rows[:, :, span], "pooled")
         unit = torch.ones_like(centred.scale) if covariance else centred.variance.sqrt()  # 0 gives NaN: 0 * inf
@@ -185,7 +185,7 @@ def _columns(z: Tensor, chosen: np.ndarray, per_sequence: int) -> Tensor:
     """The columns of Z of some sequences; Z itself where these are all of them, in order."""
     if np.array_equal(chosen, np.arange(z.shape[1] // per_sequence)):
         return z
-    columns = (torch.from_numpy(chosen)[:, None] * per_sequence + torch.arange(per_sequence)).reshape(-1)
+    columns = (torch.from_numpy(chosen)[:, None] * per_sequence + torch.arange(per_sequence, device="cpu")).reshape(-1)
     return z[:, columns.to(z.device)]
 
 

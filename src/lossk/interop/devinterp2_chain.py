@@ -49,15 +49,15 @@ class InOrder:
         self.num_samples, self.batch_size = num_samples, batch_size
 
     def __getitem__(self, step: int) -> Tensor:
-        return (torch.arange(self.batch_size) + step * self.batch_size) % self.num_samples
+        return (torch.arange(self.batch_size, device="cpu") + step * self.batch_size) % self.num_samples
 
 
 class StepLog:
     """The token losses and tokens of every step's minibatch, of all chains."""
 
     def __init__(self, num_chains: int, num_steps: int, batch_size: int, positions: int) -> None:
-        self.losses = torch.zeros(num_chains, num_steps, batch_size, positions)
-        self.input_ids = torch.zeros(num_chains, num_steps, batch_size, positions + 1, dtype=torch.int64)
+        self.losses = torch.zeros(num_chains, num_steps, batch_size, positions, dtype=torch.float32, device="cpu")
+        self.input_ids = torch.zeros(num_chains, num_steps, batch_size, positions + 1, dtype=torch.int64, device="cpu")
 
     @staticmethod
     def nbytes(num_chains: int, num_steps: int, batch_size: int, positions: int) -> int:
@@ -87,7 +87,7 @@ class LoggedChain(SteppingChain):
         parts = []
         for name, parameter in zip(self.task.names, self.task.sampled, strict=True):
             mask = self.law.masks.get(name)
-            whole = torch.ones(parameter.shape, dtype=torch.bool)
+            whole = torch.ones(parameter.shape, dtype=torch.bool, device="cpu")
             parts.append((whole if mask is None else mask.expand(parameter.shape)).to(self.task.device))
         return self.task.flatten(parts)
 

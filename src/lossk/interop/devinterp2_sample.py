@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 
 from lossk.backends import resolve_backend
 from lossk.chain import Surroundings
-from lossk.data import Samples, leaves, read_samples
+from lossk.data import Samples, leaves
 from lossk.interop.devinterp2_chain import Law, LoggedChain, StepLog
 from lossk.interop.devinterp2_loss import LossFn, TokenLoss
 from lossk.interop.devinterp2_settings import Settings, stored_config
@@ -27,6 +27,7 @@ from lossk.optional import require
 from lossk.panel import chain_panels
 from lossk.probe import Probe, prepare_probe
 from lossk.provenance import versions
+from lossk.reading import read_samples
 from lossk.task import Task, fitting_batch
 from lossk.timings import Progress, Timings
 
@@ -199,12 +200,12 @@ class _Sampling:
     def result(self, xr: Any) -> Any:
         """Run all chains; the tree's dataset."""
         s, started = self.settings, time.perf_counter()
+        probe, train = prepare_probe(self.task, self.sets, self.train)
         with self.task:
-            probe, train = prepare_probe(self.task, self.sets, self.train)
             initial = self._initial_loss(train)  # [P] float64
             log = StepLog(s.num_chains, s.num_steps, s.step_samples, self.positions)
-            losses = torch.empty(s.num_chains, s.num_draws, len(probe))
-            anchor = torch.full((len(train),), float(initial.mean()), dtype=torch.float64)
+            losses = torch.empty(s.num_chains, s.num_draws, len(probe), dtype=torch.float32, device="cpu")
+            anchor = torch.full((len(train),), float(initial.mean()), dtype=torch.float64, device="cpu")
             around = Surroundings(self.task, train, anchor, s.init_seed, self.backend, Timings(), fitted={})
             self.bar.start(s.num_chains * s.num_steps)
             for chain in range(s.num_chains):
@@ -224,7 +225,7 @@ class _Sampling:
         count = min(len(train), self.settings.num_init_loss_batches * self.settings.step_samples)
         generator = np.random.default_rng(np.random.SeedSequence(self.settings.init_seed))
         index = torch.from_numpy(np.sort(generator.choice(len(train), count, replace=False)))
-        total = torch.zeros(self.positions, dtype=torch.float64)
+        total = torch.zeros(self.positions, dtype=torch.float64, device="cpu")
         for part in index.split(fitting_batch(self.task.passes.probe_batch, self.positions)):
             rows, _ = self.task.rows(train[part])
             total += rows.view(len(part), self.positions).double().sum(dim=0).cpu()
@@ -307,7 +308,7 @@ def _choose(samples: Samples, count: int, seed: int, name: str) -> Samples:
         raise ValueError(
             f"observables[{name!r}] must hold batches per draw x batch_size = {count} sequences, got {len(samples)}"
         )
-    index = torch.tensor(random.Random(seed).sample(range(len(samples)), count))
+    index = torch.tensor(random.Random(seed).sample(range(len(samples)), count), dtype=torch.int64, device="cpu")
     return Samples({"input_ids": samples.tree["input_ids"][index]}, count)
 
 

@@ -217,8 +217,10 @@ def _grid(traces: LossTraces, span: slice) -> tuple[int, int]:
         return columns, 1
     tokens = traces.tokens[span]
     positions = int(tokens[:, 1].max()) + 1
-    full = torch.stack([torch.arange(columns) // positions, torch.arange(columns) % positions], dim=1)
-    if columns % positions or not torch.equal(tokens - tokens[0] * torch.tensor([1, 0]), full):
+    column = torch.arange(columns, device="cpu")
+    full = torch.stack([column // positions, column % positions], dim=1)
+    first = tokens[0] * torch.tensor([1, 0], dtype=torch.int64, device="cpu")
+    if columns % positions or not torch.equal(tokens - first, full):
         raise ValueError(
             "traces must hold every position of every sample, in order, to be devinterp's (batch, token_pos) array; "
             "these leave tokens out: average them over each sample first"

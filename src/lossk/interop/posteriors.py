@@ -103,9 +103,9 @@ def init(params: Any) -> SGLDState:
     if len({leaf.device for leaf in leaves}) > 1:
         raise ValueError(f"params must be on one device, got {sorted({str(leaf.device) for leaf in leaves})}")
     flat = torch.cat([leaf.detach().float().flatten() for leaf in leaves])
-    nothing = torch.full((), float("nan"), device=flat.device)
+    nothing = torch.full((), float("nan"), device=flat.device, dtype=torch.float32)
     views = _unflatten(flat, leaves, tree)
-    return SGLDState(views, nothing, torch.zeros((), dtype=torch.int64), flat, flat.clone())
+    return SGLDState(views, nothing, torch.zeros((), dtype=torch.int64, device="cpu"), flat, flat.clone())
 
 
 def update(

@@ -9,18 +9,20 @@ import torch
 from torch import Tensor, nn
 
 from lossk.backends import resolve_backend
-from lossk.data import read_samples
 from lossk.kernel import LossKernel
 from lossk.losses import LossFunction, resolve_loss
 from lossk.probe import Probe, first_non_finite, prepare_probe
+from lossk.reading import read_samples
 from lossk.settings import CENTERINGS, check_choice
 from lossk.task import Task
 from lossk.timings import Progress
+from lossk.torch_modes import own_modes
 from lossk.traces import LossTraces
 
 Weights = Mapping[str, Tensor] | Tensor
 
 
+@own_modes()
 def kernel_from_weights(
     weights: Iterable[Any],
     model: nn.Module,
@@ -56,9 +58,10 @@ def kernel_from_weights(
     check_choice("centering", centering, CENTERINGS)
     task = Task(model, resolve_loss(loss), params=["*"], device=device, precision=precision)
     task.loss = resolve_loss(loss, resolve_backend("auto", task.device))
-    samples = read_samples(loader)
-    with Progress(progress) as bar, task:
+    with Progress(progress) as bar:
+        samples = read_samples(loader, bar=bar)
         probe, _ = prepare_probe(task, {"": samples}, samples)
+    with Progress(progress) as bar, task:
         bar.say(
             f"lossk: the losses of {len(probe)} {task.loss.unit} at each draw, {4 * len(probe) / 1e6:.2f} MB a draw"
         )
@@ -88,14 +91,14 @@ def _chain(states: Iterable[Weights], chain: int, put: WeightLoader, probe: Prob
             put(state)
         except (ValueError, TypeError) as error:
             raise type(error)(f"weights of chain {chain}, draw {draw}: {error}") from error
-        row = torch.empty(len(probe))
+        row = torch.empty(len(probe), dtype=torch.float32, device="cpu")
         probe.fill(put.task, row)
         bad = first_non_finite(row)
         if bad is not None:
             raise ValueError(f"chain {chain}, draw {draw}: {probe.describe(bad)} has loss {float(row[bad])}")
         rows.append(row)
         bar.update()
-    return torch.stack(rows) if rows else torch.zeros(0, len(probe))
+    return torch.stack(rows) if rows else torch.zeros(0, len(probe), dtype=torch.float32, device="cpu")
 
 
 class WeightLoader:

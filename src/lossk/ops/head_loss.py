@@ -103,7 +103,7 @@ def _losses_of_heads(logits: Tensor, targets: Tensor, out: Tensor, ignore_index:
     """out [h, r] from logits [r, h C], the classes of one head after those of another."""
     heads, rows = out.shape
     each = logits.view(rows * heads, -1)
-    losses = torch.empty(rows * heads, device=out.device)
+    losses = torch.empty(rows * heads, device=out.device, dtype=torch.float32)
     sample_loss(each, targets.repeat_interleave(heads), losses, backend=backend, ignore_index=ignore_index)
     out.copy_(losses.view(rows, heads).T)
 

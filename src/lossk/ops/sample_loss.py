@@ -75,7 +75,8 @@ def cross_entropy_slopes(logits: Tensor, targets: Tensor, scale: float, *, backe
         return _slopes_reference(logits, targets, scale)
     if logits.stride(1) != 1:
         logits = logits.contiguous()
-    losses, slopes = torch.empty(len(logits), dtype=torch.float32), torch.empty(logits.shape, dtype=torch.float32)
+    losses = torch.empty(len(logits), dtype=torch.float32, device="cpu")
+    slopes = torch.empty(logits.shape, dtype=torch.float32, device="cpu")
     _compiled(logits, targets, losses, IGNORED, slopes, scale)
     return losses, slopes
 
@@ -152,7 +153,7 @@ def _compiled(
     rows, classes = logits.shape
     if rows == 0:
         return
-    losses = out if out.is_contiguous() else torch.empty(rows, dtype=torch.float32)
+    losses = out if out.is_contiguous() else torch.empty(rows, dtype=torch.float32, device="cpu")
     extension.load().sample_loss(
         logits=logits.data_ptr(),
         targets=targets.data_ptr(),

@@ -5,6 +5,7 @@ Each returns what differs, or "". Written so that NaN and zeros fail.
 
 from __future__ import annotations
 
+import math
 from types import ModuleType
 from typing import Any
 
@@ -21,12 +22,13 @@ from lossk.ops.top_correlations import EMPTY, merge_tile_reference
 
 def head_loss(module: ModuleType, device: torch.device) -> str:
     """Two heads with a bias over several blocks of classes, in every precision, ragged and not."""
-    targets = (torch.arange(9) * 7919) % 131
+    targets = (torch.arange(9, device="cpu") * 7919) % 131
     for precision, slack in (("fp32", 1e-5), ("tf32", 1e-2), ("tf32x3", 1e-5), ("fp16", 2e-3), ("bf16", 2e-2)):
         for depth in (17, 32):
             dtype = HALF.get(precision, torch.float32)
             hidden, heads, bias = (_waves(*shape).to(dtype) for shape in ((9, depth), (2, 131, depth), (2, 131)))
-            out, expected = torch.full((2, 9), float("nan"), device=device), torch.zeros(2, 9)
+            out = torch.full((2, 9), float("nan"), device=device, dtype=torch.float32)
+            expected = torch.zeros(2, 9, dtype=torch.float32, device="cpu")
             on_device = [x.to(device) for x in (hidden, heads, bias, targets)]
             module.head_loss(*on_device, out, precision, -100)
             head_loss_reference(hidden, heads, bias, targets, expected, -100)
@@ -42,12 +44,12 @@ def rank_update(module: ModuleType, device: torch.device) -> str:
             panel = _waves(17, side)
             scaling = torch.stack([0.5 * panel[0], 1e-9 * panel[1], 2.0 + panel[2], panel[3]])
             rows = panel.to(HALF.get(precision, torch.float32))
-            out = torch.full((2, side, side), 0.25, device=device)
+            out = torch.full((2, side, side), 0.25, device=device, dtype=torch.float32)
             left, right = rows.to(device), rows[:, : side - 16].to(device)
             module.rank_update(out[0, :, : side - 16], left, right, triangle=False, precision=precision, scaling=None)
             panel, scaling = panel.to(device), scaling.to(device)
             module.rank_update(out[1], panel, panel, triangle=True, precision=precision, scaling=scaling)
-            expected = torch.full((2, side, side), 0.25, device=device)
+            expected = torch.full((2, side, side), 0.25, device=device, dtype=torch.float32)
             expected[0, :, : side - 16] += left.float().T @ right.float()
             rank_update_triangle_reference(expected[1], panel, scaling)
             if not bool(((out - expected).abs() <= slack * 17 * 4).all()):
@@ -59,7 +61,7 @@ def sample_loss(module: ModuleType, device: torch.device) -> str:
     """Losses from 1e-35 to 100 over one and over several blocks of columns."""
     for num_classes in (5, 4099):
         logits, targets = _classification(6, num_classes)
-        out = torch.full((6,), float("nan"), device=device)
+        out = torch.full((6,), float("nan"), device=device, dtype=torch.float32)
         module.sample_loss(logits.to(device), targets.to(device), out, -100)
         if not _close(out, cross_entropy(logits, targets), 1e-6):
             return f"losses of {num_classes} classes differ from the reference"
@@ -92,7 +94,7 @@ def top_correlations(module: ModuleType, device: torch.device) -> str:
     row_gain, column_gain = 1.0 + _waves(11).abs(), 1.0 + _waves(131).abs()
     row_gain[3], column_gain[77] = 0.0, 0.0
     for k in (5, 33):
-        expected = torch.full((11, k), EMPTY)
+        expected = torch.full((11, k), EMPTY, dtype=torch.int64, device="cpu")
         got = expected.clone().to(device)
         on_device = row_gain.to(device), column_gain.to(device)
         for tile, first_column in ((first, 0), (second.T, 131)):
@@ -106,15 +108,16 @@ def top_correlations(module: ModuleType, device: torch.device) -> str:
 def _classification(batch: int, num_classes: int) -> tuple[Tensor, Tensor]:
     """Logits [B, C] whose targets win by up to 80 or lose by up to 100, and the targets [B]."""
     logits = _waves(batch, num_classes)
-    targets = (torch.arange(batch) * 7919) % num_classes
-    logits[torch.arange(batch), targets] = torch.linspace(-100.0, 80.0, batch)
+    rows = torch.arange(batch, device="cpu")
+    targets = (rows * 7919) % num_classes
+    logits[rows, targets] = torch.linspace(-100.0, 80.0, batch, dtype=torch.float32, device="cpu")
     return logits, targets
 
 
 def _waves(*shape: int) -> Tensor:
     """Numbers in [-1, 1] without pattern, and without a random generator."""
-    count = int(torch.tensor(shape).prod())
-    return (torch.arange(count, dtype=torch.float64) ** 1.5).sin().float().reshape(shape)
+    count = math.prod(shape)
+    return (torch.arange(count, dtype=torch.float64, device="cpu") ** 1.5).sin().float().reshape(shape)
 
 
 def _close(got: Tensor, expected: Tensor, relative: float) -> bool:

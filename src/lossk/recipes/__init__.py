@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from lossk.errors import LosskError
+from lossk.recipes.defaults import usual_defaults
 
 
 class RecipeError(LosskError):
@@ -60,6 +61,7 @@ def packaged_tasks() -> list[str]:
     return [f"lossk.recipes.{name}:make_task" for name in packaged_names()]
 
 
+@usual_defaults()
 def train_classifier(
     model: nn.Module,
     inputs: Tensor,

@@ -7,6 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import one_hot
 
+from lossk.recipes.defaults import usual_defaults
+
 TASKS = ("a + b", "a - b", "2a + b", "a + 2b")
 COEFFICIENTS = ((1, 1), (1, -1), (2, 1), (1, 2))
 
@@ -19,6 +21,7 @@ class OneNetwork(nn.Module):
     have a name of their own, "token.weight".
     """
 
+    @usual_defaults()
     def __init__(self, p: int, tasks: int, hidden: int, loudness: float) -> None:
         super().__init__()
         self.p, self.loudness = p, loudness
@@ -34,6 +37,7 @@ class OneNetwork(nn.Module):
 class SharedTrunk(nn.Module):
     """A hidden layer that sees the pair alone, and a head for each task."""
 
+    @usual_defaults()
     def __init__(self, p: int, tasks: int, hidden: int) -> None:
         super().__init__()
         self.p = p
@@ -47,6 +51,7 @@ class SharedTrunk(nn.Module):
 class Disjoint(nn.Module):
     """A network for each task, which shares no weight with the others."""
 
+    @usual_defaults()
     def __init__(self, p: int, tasks: int, hidden: int) -> None:
         super().__init__()
         self.p = p
@@ -70,10 +75,10 @@ def arithmetic(p: int, train_share: float, seed: int, num_tasks: int = 2) -> tup
     each = round(train_share * count)
     orders = [torch.from_numpy(rng.permutation(count)) for _ in range(num_tasks)]
     pairs = torch.cat([order[:each] for order in orders] + [order[each:] for order in orders])
-    sizes = torch.tensor([each] * num_tasks + [count - each] * num_tasks)
-    tasks = torch.arange(num_tasks).repeat(2).repeat_interleave(sizes)
+    sizes = torch.tensor([each] * num_tasks + [count - each] * num_tasks, dtype=torch.int64, device="cpu")
+    tasks = torch.arange(num_tasks, device="cpu").repeat(2).repeat_interleave(sizes)
     a, b = pairs // p, pairs % p
-    of_a, of_b = torch.tensor(COEFFICIENTS)[tasks].T
+    of_a, of_b = torch.tensor(COEFFICIENTS, dtype=torch.int64, device="cpu")[tasks].T
     targets = (of_a * a + of_b * b) % p  # torch's % is never negative here
     inputs = torch.cat([one_hot(a, p), one_hot(b, p), one_hot(tasks, num_tasks)], dim=1).float()
     return inputs, targets, tasks, num_tasks * each

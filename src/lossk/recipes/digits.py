@@ -10,8 +10,10 @@ import torch
 from torch import nn
 
 from lossk.recipes import RecipeTask, require_accuracy, train_classifier
+from lossk.recipes.defaults import usual_defaults
 
 
+@usual_defaults()
 def small_cnn() -> nn.Module:
     """8 x 8 -> 10 classes in 9,930 parameters; no batch norm and no dropout, so eval mode changes nothing."""
     return nn.Sequential(
@@ -25,6 +27,7 @@ def small_cnn() -> nn.Module:
     )
 
 
+@usual_defaults()
 def make_task(
     *, seed: int = 0, epochs: int = 15, weight_decay: float = 0.3, required_accuracy: float = 0.97
 ) -> RecipeTask:
@@ -62,7 +65,7 @@ def make_task(
         labels=labels,
         images=images,
         class_names=[str(digit) for digit in range(10)],
-        held_out=torch.arange(len(labels)) >= num_train,
+        held_out=torch.arange(len(labels), device="cpu") >= num_train,
         held_out_accuracy=accuracy,
         notes=f"digits: {num_train:,} training and {len(labels) - num_train:,} held-out images of 8 x 8 pixels",
     )

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lossk.recipes import RecipeError, RecipeTask, require_accuracy, train_classifier
+from lossk.recipes.defaults import usual_defaults
 from lossk.recipes.idx import find_idx, read_idx
 from lossk.settings import check_integer
 
@@ -20,6 +21,7 @@ STEMS = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3
 CLASSES = ("T-shirt", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot")
 
 
+@usual_defaults()
 def fashion_cnn() -> nn.Module:
     """28 x 28 -> 10 classes, 49,138 parameters. Strides instead of pooling: half the time of either pass on a CPU."""
 
@@ -32,6 +34,7 @@ def fashion_cnn() -> nn.Module:
     )
 
 
+@usual_defaults()
 def make_task(
     *,
     data: str | Path = DEBIAN_FOLDER,
@@ -97,7 +100,7 @@ def make_task(
         labels=labels[probe],
         images=images[probe],
         class_names=CLASSES,
-        held_out=torch.ones(len(labels[probe]), dtype=torch.bool),
+        held_out=torch.ones(len(labels[probe]), dtype=torch.bool, device="cpu"),
         held_out_accuracy=accuracy,
         notes=f"Fashion-MNIST: {len(train_labels):,} training images; the probe is {len(labels[probe]):,} test images",
         checkpoints=kept[:-1],

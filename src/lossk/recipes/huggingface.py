@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lossk.optional import check_installed
 from lossk.recipes import RecipeError
+from lossk.recipes.defaults import usual_defaults
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,7 @@ class HuggingFace:
     context: int | None  # the longest sequence it takes, where it says
 
 
+@usual_defaults()
 def load(name: str | Path) -> HuggingFace:
     """Load `AutoModelForCausalLM` and `AutoTokenizer`; nothing remote is executed.
 

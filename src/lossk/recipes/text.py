@@ -19,6 +19,7 @@ from torch.utils.data import TensorDataset
 
 from lossk.ops.sample_loss import IGNORED, cross_entropy
 from lossk.recipes import RecipeError, RecipeTask
+from lossk.recipes.defaults import usual_defaults
 from lossk.recipes.text_data import DEBIAN_LICENCES, SEQUENCES, Sequences, cut, read_documents
 from lossk.recipes.transformer import (
     Shape,
@@ -33,6 +34,7 @@ from lossk.settings import check_choice, check_integer, check_number
 ROWS = ("tokens", "sequences")
 
 
+@usual_defaults()
 def make_task(
     *,
     text: str | Path = DEBIAN_LICENCES,

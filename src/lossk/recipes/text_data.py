@@ -83,12 +83,12 @@ def cut(documents: Sequence[Document], encode: Callable[[str], list[int]], *, co
     if len(rows) < 2:
         unit = f"{context + 1} tokens in a row" if how == "packed" else "paragraphs of 2 tokens or more"
         raise RecipeError(f"the text must hold at least two sequences ({unit}), got {len(rows)}; give more text")
-    inputs = torch.zeros(len(rows), context, dtype=torch.int64)
-    targets = torch.full((len(rows), context), IGNORED)
+    inputs = torch.zeros(len(rows), context, dtype=torch.int64, device="cpu")
+    targets = torch.full((len(rows), context), IGNORED, dtype=torch.int64, device="cpu")
     for row, ids in enumerate(rows):
-        inputs[row, : len(ids) - 1] = torch.tensor(ids[:-1])
-        targets[row, : len(ids) - 1] = torch.tensor(ids[1:])
-    return Sequences(inputs, targets, torch.tensor(document))
+        inputs[row, : len(ids) - 1] = torch.tensor(ids[:-1], dtype=torch.int64, device="cpu")
+        targets[row, : len(ids) - 1] = torch.tensor(ids[1:], dtype=torch.int64, device="cpu")
+    return Sequences(inputs, targets, torch.tensor(document, dtype=torch.int64, device="cpu"))
 
 
 def _windows(ids: list[int], context: int) -> list[list[int]]:

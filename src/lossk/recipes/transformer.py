@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lossk.ops.sample_loss import IGNORED
+from lossk.recipes.defaults import usual_defaults
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,10 +32,11 @@ class TinyTransformer(nn.Module):
     No dropout. Padding goes at the end, where it cannot change what comes before it.
     """
 
+    @usual_defaults()
     def __init__(self, shape: Shape) -> None:
         super().__init__()
         self.embedding = nn.Embedding(shape.vocabulary, shape.width)
-        self.positions = nn.Parameter(0.02 * torch.randn(shape.context, shape.width))
+        self.positions = nn.Parameter(0.02 * torch.randn(shape.context, shape.width, dtype=torch.float32, device="cpu"))
         layer = nn.TransformerEncoderLayer(
             shape.width, shape.heads, 4 * shape.width, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
         )
@@ -48,6 +50,7 @@ class TinyTransformer(nn.Module):
         return F.linear(self.layers(x, mask=later, is_causal=True), self.embedding.weight)
 
 
+@usual_defaults()
 def train_language_model(
     model: nn.Module, inputs: Tensor, targets: Tensor, *, steps: int, batch_size: int, lr: float, seed: int
 ) -> None:

@@ -149,7 +149,7 @@ def _shaded(kernel: LossKernel, row_texts: Sequence[str], line: Line) -> str:
     if kernel.sets:  # numbers are those within a set
         own = next(rows for rows in kernel.sets.values() if rows.start <= line.row < rows.stop)
         same = same[(same >= own.start) & (same < own.stop)]
-    values = kernel.correlation(torch.tensor([line.row]), same)[0].tolist()
+    values = kernel.correlation([line.row], same)[0].tolist()
     spans = []
     for row, value in zip(same.tolist(), values, strict=True):
         colour = "214,39,40" if value > 0 else "31,119,180"

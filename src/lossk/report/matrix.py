@@ -27,9 +27,9 @@ def binned_correlation(kernel: LossKernel, order: np.ndarray, num_bins: int) -> 
     if not 1 <= num_bins <= count:
         raise ValueError(f"num_bins must be from 1 to the {count} samples shown, got {num_bins}")
     # Samples that are not shown go into one bin more, which is dropped.
-    place = torch.full((kernel.num_samples,), num_bins, dtype=torch.int64)
-    place[torch.from_numpy(order)] = torch.arange(count) * num_bins // count
-    total = torch.zeros(num_bins + 1, num_bins + 1, dtype=torch.float64)
+    place = torch.full((kernel.num_samples,), num_bins, dtype=torch.int64, device="cpu")
+    place[torch.from_numpy(order)] = torch.arange(count, device="cpu") * num_bins // count
+    total = torch.zeros(num_bins + 1, num_bins + 1, dtype=torch.float64, device="cpu")
     spans = tile_spans(kernel.num_samples, kernel.tile)
     for i, j, tile in kernel.correlation_tiles():
         if i == j:
@@ -47,7 +47,7 @@ def binned_correlation(kernel: LossKernel, order: np.ndarray, num_bins: int) -> 
 
 def _sum_by(values: Tensor, place: Tensor, num_bins: int) -> Tensor:
     """Rows [a, b] added up by their place: [M, b]."""
-    return torch.zeros(num_bins, values.shape[1]).index_add_(0, place, values)
+    return torch.zeros(num_bins, values.shape[1], dtype=torch.float32, device="cpu").index_add_(0, place, values)
 
 
 def sorted_samples(dead: np.ndarray, *keys: np.ndarray | None) -> np.ndarray:
