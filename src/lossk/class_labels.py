@@ -39,29 +39,12 @@ def read_labels(source: str, store: str | Path, num_samples: int, *, trusted: bo
     return labels, names or [str(i) for i in range(int(labels.max()) + 1)]
 
 
-<<<<<<< HEAD
 def _of_file(path: Path) -> tuple[Tensor, list[str]]:
     try:
         labels, names = read_classes(path)
     except ValueError as error:
         raise ValueError(f"--labels: {error}") from error
     return torch.from_numpy(labels), names
-=======
-def _read_file(path: Path) -> tuple[Tensor, list[str]]:
-    if not path.is_file():
-        raise ValueError(f"--labels: there is no file {str(path)!r}")
-    if path.suffix == ".npy":
-        values = np.load(path, allow_pickle=False)
-        if values.ndim != 1 or values.dtype.kind not in "iu":
-            raise ValueError(f"--labels {str(path)!r} must hold integers [N], got {values.dtype} {list(values.shape)}")
-        return torch.from_numpy(values.astype(np.int64)), []
-    words = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    if all(word.lstrip("-").isdigit() for word in words):
-        return torch.tensor([int(word) for word in words], dtype=torch.int64, device="cpu"), []
-    names = sorted(set(words))
-    number = {name: i for i, name in enumerate(names)}
-    return torch.tensor([number[word] for word in words], dtype=torch.int64, device="cpu"), names
->>>>>>> main
 
 
 def read_taxonomy(source: str, class_names: list[str]) -> Taxonomy:

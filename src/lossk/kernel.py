@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import psutil
 import torch
 from torch import Tensor
 
 from lossk.arrays import cpu_tensor
+from lossk.available import available_bytes
 from lossk.blocks import Blocks, FactorBlocks, Moments, tile_spans, upper_triangle
 from lossk.centring import centre, degrees_of_freedom, empty_moments, note
 from lossk.dense import write_dense
@@ -337,7 +337,7 @@ class LossKernel:
             MemoryError: the matrix needs more than the memory now available.
         """
         n = self.num_samples
-        needed, free = 4 * n * n, psutil.virtual_memory().available
+        needed, free = 4 * n * n, available_bytes()
         if needed > 0.9 * free:
             raise MemoryError(
                 f"the {n} x {n} matrix needs {needed / 1e9:.1f} GB and {free / 1e9:.1f} GB are available; "

@@ -6,8 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-import psutil
-
+from lossk.available import available
 from lossk.memory import Budget, as_setting, gigabytes
 
 BYTES = {"float32": 4, "float16": 2}
@@ -173,8 +172,8 @@ def _refusal(size: Size, layout: Layout, budget: Budget, limit: int, *, on_disk:
     """Why a run does not fit, and what would."""
     least, taken, place = layout.peak_bytes, layout.taken_bytes, PLACES[layout.tiles]
     asked = budget.asked is not None and limit == budget.asked
-    free = psutil.virtual_memory().available
-    allowed = f"memory={as_setting(limit)!r} is all it may use" if asked else f"{gigabytes(free)} are free"
+    free = available()
+    allowed = f"memory={as_setting(limit)!r} is all it may use" if asked else free.in_words()
     already = f", of which {gigabytes(taken)} are taken already (data, weights, passes)" if 10 * taken > least else ""
     begun = ", where the run that is resumed has them" if saved else ""
     hints = "; or ".join(_hints(size, layout, limit, on_disk=on_disk, asked=asked))

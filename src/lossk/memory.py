@@ -9,6 +9,8 @@ from typing import Any
 
 import psutil
 
+from lossk.available import available_bytes
+
 UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 FREE_SHARE = 0.95  # of what is free, that a run may plan with
 
@@ -53,7 +55,7 @@ class Budget:
 
     def limit(self, taken: int) -> int:
         """What the call may use in all: what was asked for, within what is free."""
-        free = taken + int(FREE_SHARE * psutil.virtual_memory().available)
+        free = taken + int(FREE_SHARE * available_bytes())
         return free if self.asked is None else min(self.asked, free)
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-import psutil
 import zarr
 
+from lossk.available import available_bytes
 from lossk.errors import StoreError
 from lossk.kernel import LossKernel
 from lossk.store import open_kernel
@@ -23,7 +23,7 @@ def open_with_chains(path: str | Path) -> LossKernel:
     if kernel.form == "factor" or not (path / "losses").is_dir():
         return kernel
     needed = 3 * 4 * kernel.num_chains * kernel.num_draws * kernel.num_samples
-    if needed > 0.5 * psutil.virtual_memory().available:
+    if needed > 0.5 * available_bytes():
         return kernel
     try:
         losses = np.asarray(zarr.open_array(path / "losses", mode="r")[...])

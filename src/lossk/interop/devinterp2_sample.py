@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from lossk.available import available_bytes
 from lossk.backends import resolve_backend
 from lossk.chain import Surroundings
 from lossk.data import Samples, leaves
@@ -185,7 +185,7 @@ class _Sampling:
         s, rows = self.settings, sum(len(samples) for samples in self.sets.values())
         log = StepLog.nbytes(s.num_chains, s.num_steps, s.step_samples, self.positions)
         losses = 4 * s.num_chains * s.num_draws * rows * self.positions
-        free = psutil.virtual_memory().available
+        free = available_bytes()
         if log + losses > 0.9 * free:
             raise MemoryError(
                 f"the losses of all draws need {losses / 1e9:.2f} GB, the tokens and losses of all steps "
