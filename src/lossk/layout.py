@@ -28,6 +28,7 @@ class Size:
     dtype: str  # of the finished tiles
     num_weights: int
     stack_bytes: int = 0  # of the weights of draws that are evaluated together
+    pass_bytes: int = 0  # of a pass at its peak: activations, and what autograd keeps of them
 
     @property
     def side(self) -> int:
@@ -89,8 +90,8 @@ def panel_bytes(size: Size) -> int:
 
 
 def weight_bytes(size: Size) -> int:
-    """w, w*, the gradient and one more vector of the sampler's; and draws that wait to be evaluated together."""
-    return 16 * size.num_weights + size.stack_bytes
+    """w, w*, the gradient and one more vector of the sampler's; draws that wait to be evaluated together; a pass."""
+    return 16 * size.num_weights + size.stack_bytes + size.pass_bytes
 
 
 def in_memory(size: Size, taken: int, *, on_disk: bool) -> Layout:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
 import re
+import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,12 +53,21 @@ class Budget:
 
     def taken(self) -> int:
         """What the call has taken already: data, weights, activations, libraries loaded at first use."""
+        give_back()
         return max(_resident() - self.held, 0)
 
     def limit(self, taken: int) -> int:
         """What the call may use in all: what was asked for, within what is free."""
         free = taken + int(FREE_SHARE * available_bytes())
         return free if self.asked is None else min(self.asked, free)
+
+
+def give_back() -> None:
+    """Have the C library return freed memory to the system, so that what is resident is what is held."""
+    if sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's
+        if trim is not None:
+            trim(0)
 
 
 def _resident() -> int:
