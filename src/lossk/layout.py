@@ -70,13 +70,14 @@ class Layout:
     super_panel: int = 0  # rows of draws in one product of a tile in the store, or of one that visits a device
     stripes: int = 0  # tile rows whose draws are held at a time; does not bear on the result
     rows_bytes: int = 0
+    reached_bytes: int = 0  # the peak until now: the last draws are judged as a pilot measures
     device_bytes: int = 0  # of a CUDA device, beside data, weights and passes
 
     @property
     def peak_bytes(self) -> int:
         """The expected peak."""
         parts = self.tile_bytes + self.panel_bytes + self.weight_bytes + self.rows_bytes
-        return parts + self.taken_bytes + SLACK
+        return max(parts + self.taken_bytes, self.reached_bytes) + SLACK
 
     def to_dict(self) -> dict[str, Any]:
         """What a resumed run must keep."""

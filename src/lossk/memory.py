@@ -12,6 +12,7 @@ from typing import Any
 import psutil
 
 from lossk.available import available_bytes
+from lossk.provenance import peak_rss_bytes
 
 UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 FREE_SHARE = 0.95  # of what is free, that a run may plan with
@@ -45,16 +46,22 @@ class Budget:
 
     asked: int | None  # None: what is free
     held: int  # resident when the call began
+    most_held: int | None = None  # the process's peak until then
 
     @classmethod
     def now(cls, memory: int | str | None) -> Budget:
         """The budget of a call that begins now."""
-        return cls(parse_memory(memory), _resident())
+        return cls(parse_memory(memory), _resident(), peak_rss_bytes())
 
     def taken(self) -> int:
         """What the call has taken already: data, weights, activations, libraries loaded at first use."""
         give_back()
         return max(_resident() - self.held, 0)
+
+    def reached(self) -> int:
+        """The call's peak so far; 0 where it is not known, as the process held more before the call."""
+        peak = peak_rss_bytes()
+        return 0 if self.most_held is None or peak <= self.most_held else peak - self.held
 
     def limit(self, taken: int) -> int:
         """What the call may use in all: what was asked for, within what is free."""

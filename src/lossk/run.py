@@ -282,14 +282,12 @@ class Run:
             StoreError: it needs more than the disk has.
         """
         step_seconds, taken = self.time_a_step(), budget.taken()
-        stack = self.task.stack_bytes(panel)
-        weights, draws = self.task.num_weights, self.num_draws
         batch, judging = self._load(self.asked).minibatch, self._around(Timings()).judging[1]
         working = working_bytes(self.task, self.probe.parts[0].samples, self.train, batch, judging, self.seed)
-        size = Size(len(self.probe), tile, panel, self.num_chains, draws, dtype, weights, stack, working)
-        room = None
-        if self.task.device.type == "cuda":
-            room = measure_room(self.task, self.probe.parts[0].samples, self.train)
+        stack, weights = self.task.stack_bytes(panel), self.task.num_weights
+        size = Size(len(self.probe), tile, panel, self.num_chains, self.num_draws, dtype, weights, stack, working)
+        cuda = self.task.device.type == "cuda"
+        room = measure_room(self.task, self.probe.parts[0].samples, self.train) if cuda else None
         if form != "tiles":
             held = form == "traces"
             layout = trace_layout(size, taken) if held else factor_layout(size, taken, on_disk=out is not None)
@@ -304,6 +302,7 @@ class Run:
             self.task.passes = dataclasses.replace(self.task.passes, overlap=overlap)
             self.passes_reasons.append(why)
             bar.say(f"device: {why}")
+        layout = dataclasses.replace(layout, reached_bytes=budget.reached())
         plan = make_plan(
             layout,
             size,
