@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import re
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -95,7 +94,7 @@ def _classes_of_array(path: Path) -> np.ndarray:
 def _column(path: Path) -> list[Word]:
     lines = read_lines(path)
     reader = csv.reader([line + "\n" for line in lines], strict=True)
-    rows: list[tuple[int, Sequence[str]]] = []
+    rows: list[tuple[int, list[str]]] = []
     try:
         for row in reader:
             rows.append((reader.line_num, row))

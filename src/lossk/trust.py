@@ -43,7 +43,7 @@ def task_function(task: str, arguments: Mapping[str, Any], *, trusted: bool) -> 
             f"task {task!r} must return a lossk.recipes.RecipeTask, got {other}; what is called says so: "
             f"def {function_name}(...) -> RecipeTask"
         )
-    return function  # type: ignore[no-any-return]
+    return function
 
 
 def _refuse_strangers(task: str, arguments: Mapping[str, Any]) -> None:
