@@ -178,7 +178,7 @@ def build_kernel(
         log = RunLog.open(path, request) if path is not None and path.exists() else None
         try:
             chosen = None if log is None else log.chosen
-            run.arrange(passes, chosen)
+            run.arrange(passes, chosen, budget=budget)
             with run.task:
                 run.tune(chosen, bar)
                 run.announce(bar)
@@ -247,7 +247,7 @@ def sample_losses(
         if ranks is not None:
             return sample_on_ranks(ranks, run, passes=passes, budget=budget, bar=bar)
         panel = choose_panel(len(run.probe), num_draws)
-        run.arrange(passes, None)
+        run.arrange(passes, None, budget=budget)
         with run.task:
             run.tune(None, bar)
             run.announce(bar)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from lossk.analysis.baselines import Baseline
 from lossk.blocks import tile_spans
-from lossk.checks import check_choice, check_instance, check_integer, check_tensor
+from lossk.checks import check_choice, check_instance, check_integer, check_tensor, wrong_kind
 from lossk.cross import CrossKernel
 from lossk.kernel import LossKernel
 from lossk.optional import require
@@ -156,7 +156,8 @@ def mislabel_scores(kernel: LossKernel | LossTraces, labels: Tensor | None = Non
     """
     if isinstance(kernel, LossTraces):
         kernel = LossKernel.from_traces(kernel)
-    kernel = check_instance("kernel", kernel, LossKernel, LossTraces)
+    if not isinstance(kernel, LossKernel):
+        raise wrong_kind("kernel", "a LossKernel or LossTraces", kernel)
     scores = {"mean_loss": kernel.mean_loss.double(), "self_influence": kernel.variance.double()}
     return scores if labels is None else {**scores, **class_scores(kernel, labels)}
 

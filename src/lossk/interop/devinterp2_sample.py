@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lossk.agreement import witness_of
+from lossk.available import available_bytes
 from lossk.backends import resolve_backend
 from lossk.chain import Surroundings
 from lossk.checks import (
@@ -212,9 +212,9 @@ class _Sampling:
                     f"got {samples.tree['input_ids'].shape[1]}"
                 )
         patterns = None if masks is None else [name.replace("[", "[[]") for name in masks]
-        device = check_device("device", device) or ("cuda" if torch.cuda.is_available() else "cpu")
+        place = check_device("device", device) or ("cuda" if torch.cuda.is_available() else "cpu")
         self.loss = TokenLoss(loss_fn)
-        self.task = Task(model, resolve_loss(self.loss), params=patterns, device=device)
+        self.task = Task(model, resolve_loss(self.loss), params=patterns, device=place)
         self.backend = resolve_backend("auto", self.task.device)
         if loss_fn is None:
             self.loss = TokenLoss(None, self.backend)
@@ -225,7 +225,7 @@ class _Sampling:
         s, rows = self.settings, sum(len(samples) for samples in self.sets.values())
         log = StepLog.nbytes(s.num_chains, s.num_steps, s.step_samples, self.positions)
         losses = 4 * s.num_chains * s.num_draws * rows * self.positions
-        free = psutil.virtual_memory().available
+        free = available_bytes()
         if log + losses > 0.9 * free:
             raise MemoryError(
                 f"the losses of all draws need {losses / 1e9:.2f} GB, the tokens and losses of all steps "
