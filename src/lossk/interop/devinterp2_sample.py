@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 import shutil
 import time
 from collections.abc import Mapping
@@ -12,7 +11,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
 from lossk.agreement import witness_of
 from lossk.available import available_bytes
@@ -28,11 +26,17 @@ from lossk.checks import (
     check_number,
     check_optional,
     check_path,
-    check_tensor,
-    shown,
 )  # fmt: skip
-from lossk.data import Samples, leaves
+from lossk.data import Samples
 from lossk.interop.devinterp2_chain import Law, LoggedChain, StepLog
+from lossk.interop.devinterp2_inputs import (
+    ObservableSpec,
+    ParamMasks,
+    check_observables,
+    choose_sequences,
+    read_sequences,
+    sampled_masks,
+)  # fmt: skip
 from lossk.interop.devinterp2_loss import LossFn, TokenLoss
 from lossk.interop.devinterp2_settings import Settings, stored_config
 from lossk.interop.devinterp2_tree import PREFIX, observable_id, open_tree
@@ -41,14 +45,9 @@ from lossk.optional import require
 from lossk.panel import chain_panels
 from lossk.probe import Probe, prepare_probe, rows_fingerprint
 from lossk.provenance import model_fingerprint, versions
-from lossk.reading import read_samples
-from lossk.streams import streams_kept
 from lossk.task import Task, fitting_batch
 from lossk.timings import Progress, Timings
 from lossk.witness import WITNESS, differences
-
-ObservableSpec = Any  # a dataset with "input_ids", or (dataset, batches per draw)
-ParamMasks = dict[str, Tensor | None]  # parameter -> its elements to sample, None for all of them
 
 
 def sample(
@@ -115,10 +114,13 @@ def sample(
     for name, value in (("rmsprop_eps", rmsprop_eps), ("rmsprop_alpha", rmsprop_alpha)):
         check_optional(check_number, name, value, above=0.0, most=1.0 if name == "rmsprop_alpha" else MOST_NUMBER)
         if value is not None and sampling_method != "rmsprop_sgld":
-            raise ValueError(f"{name} must be None unless sampling_method is 'rmsprop_sgld', got {value!r}")
+            raise ValueError(
+                f"{name} must be None: sampling_method_kwargs of {sampling_method!r} have none (rmsprop_sgld's do), "
+                f"got {value!r}"
+            )
     batches_per_draw = check_integer("batches_per_draw", batches_per_draw, 1)
     obs_seed = check_integer("obs_seed", obs_seed, 0)
-    observables = _check_observables(observables)
+    observables = check_observables(observables)
     given = {} if sampling_method_kwargs is None else check_mapping("sampling_method_kwargs", sampling_method_kwargs)
     settings = Settings(
         lr=lr,
@@ -147,13 +149,13 @@ def sample(
     )
     path = check_optional(check_path, "output_path", output_path)
     finished = _finished(path, settings) if path is not None and path.exists() else None
-    masks = _masks(model, param_masks)
-    train = _read(dataset, "dataset")
+    masks = sampled_masks(model, param_masks)
+    train = read_sequences(dataset, "dataset")
     sets = {}
     for name, spec in observables.items():
         source, batches = spec if isinstance(spec, tuple) else (spec, batches_per_draw)
-        sets[observable_id(name)] = _choose(
-            _read(source, f"observables[{name!r}]"), batches * batch_size, obs_seed, name
+        sets[observable_id(name)] = choose_sequences(
+            read_sequences(source, f"observables[{name!r}]"), batches * batch_size, obs_seed, name
         )
     with Progress(True) as bar:
         run = _Sampling(model, train, sets, settings, settings.law(masks), masks, device, loss_fn, bar)
@@ -169,18 +171,6 @@ def sample(
     tree.to_zarr(partial, zarr_format=3, consolidated=False)
     partial.rename(path)
     return open_tree(path)
-
-
-def _check_observables(given: Any) -> Mapping[str, ObservableSpec]:
-    observables = check_mapping("observables", given)
-    if not observables:
-        raise ValueError("observables must hold at least one data set, as name: data, got none")
-    for name, spec in observables.items():
-        if isinstance(spec, tuple):
-            if len(spec) != 2:
-                raise ValueError(f"observables[{name!r}] must be data or (data, batches per draw), got {shown(spec)}")
-            check_integer(f"observables[{name!r}][1]", spec[1], 1)
-    return observables
 
 
 class _Sampling:
@@ -345,60 +335,3 @@ def _finished(path: Path, settings: Settings) -> Any:
     if changed:
         raise FileExistsError(f"output_path={str(path)!r} exists and holds another run: {'; '.join(changed)}")
     return tree
-
-
-def _read(source: Any, name: str) -> Samples:
-    """{"input_ids": [n, P + 1] int64} of a dataset, in its order."""
-    if not isinstance(source, Mapping):
-        if isinstance(source, type | str | bytes | bytearray | range | Tensor | np.ndarray) or not (
-            hasattr(source, "__getitem__") and hasattr(source, "__len__")
-        ):
-            raise TypeError(f'{name} must be {{"input_ids": tokens}} or a dataset of such, got {shown(source)}')
-        try:
-            with streams_kept():
-                batches = [batch["input_ids"] for batch in DataLoader(source, batch_size=256)]
-        except Exception as error:  # of the user's dataset, or of what is none
-            raise TypeError(
-                f'{name}[i]["input_ids"] must be a tensor of tokens, got {shown(source)}: {error}'
-            ) from error
-        if not batches or not all(isinstance(ids, Tensor) and ids.ndim == 2 for ids in batches):
-            raise TypeError(
-                f'{name}[i]["input_ids"] must be a tensor of tokens; of a datasets.Dataset, with_format("torch")'
-            )
-        source = {"input_ids": torch.cat(batches)}
-    elif "input_ids" not in source:
-        raise ValueError(f'{name} must hold "input_ids", got {shown(list(source))}')
-    samples = read_samples({"input_ids": source["input_ids"]}, name)
-    (ids,) = leaves(samples.tree)
-    if ids.ndim != 2 or ids.shape[1] < 2 or ids.is_floating_point():
-        raise ValueError(f"{name}: input_ids must be integers [n, 2 or more], got {ids.dtype} {list(ids.shape)}")
-    return Samples({"input_ids": ids.long()}, len(ids))
-
-
-def _choose(samples: Samples, count: int, seed: int, name: str) -> Samples:
-    """The sequences that devinterp would show an observable, in its order."""
-    if count > len(samples):
-        raise ValueError(
-            f"observables[{name!r}] must hold batches_per_draw x batch_size = {count} sequences, got {len(samples)}"
-        )
-    index = torch.tensor(random.Random(seed).sample(range(len(samples)), count), dtype=torch.int64, device="cpu")
-    return Samples({"input_ids": samples.tree["input_ids"][index]}, count)
-
-
-def _masks(model: nn.Module, given: ParamMasks | None) -> ParamMasks | None:
-    """The parameters to sample that require grad, with bool masks."""
-    if given is None:
-        return None
-    if not check_mapping("param_masks", given):
-        raise ValueError("param_masks must name at least one parameter, got none")
-    parameters, masks = dict(model.named_parameters()), {}
-    for name, mask in check_mapping("param_masks", given).items():
-        if name not in parameters:
-            raise ValueError(f"param_masks must name parameters of the model, it has no {name!r}")
-        if mask is not None:
-            mask = check_tensor(f"param_masks[{name!r}]", mask, tuple(parameters[name].shape), of="a real number")
-        if mask is not None and not bool(((mask == 0) | (mask == 1)).all()):
-            raise ValueError(f"param_masks[{name!r}] must hold 0 and 1 only")
-        if parameters[name].requires_grad:
-            masks[name] = None if mask is None else mask.bool()
-    return masks
