@@ -33,7 +33,8 @@ def torn(rng: random.Random) -> Callable[[list[bytes]], bytes]:
     def choose(versions: list[bytes]) -> bytes:
         content = rng.choice(versions)
         if len(versions) > 1 and rng.random() < 0.5:
-            kept = rng.randrange(len(content) + 1)
+            durable = len(versions[0]) if content.startswith(versions[0]) else 0
+            kept = rng.randrange(durable, len(content) + 1)
             return content[:kept] + bytes(len(content) - kept) * rng.randrange(2)
         return content
 

@@ -43,12 +43,12 @@ def check_losses(found: list[dict[str, Any]]) -> None:
 
 
 def test_killed_before_some_changes(tmp_path: Path) -> None:
-    """Every 41st of each kind, another one first in each."""
-    check_kills(run(kill_sweep, tmp_path, 41))
+    """Every 61st of each kind, another one first in each."""
+    check_kills(run(kill_sweep, tmp_path, 61))
 
 
 def test_power_lost_after_some_changes(tmp_path: Path) -> None:
-    check_losses(run(power_loss, tmp_path, 67))
+    check_losses(run(power_loss, tmp_path, 97))
 
 
 @pytest.mark.slow
