@@ -22,8 +22,9 @@ test: $(READY) lint  ## everything CI runs
 test-slow: $(READY)  ## the minutes-long tests too
 	$(BIN)/python -m pytest -m "slow or not slow"
 
-test-kills: $(READY)  ## thirty runs killed with SIGKILL at random moments, resumed and compared
-	$(BIN)/python -m pytest -s -m slow tests/test_kills.py
+test-kills: $(READY)  ## a kill before every change to a file, and losses of power, resumed and compared; damages; thirty random kills
+	$(BIN)/python -m pytest -s -m slow tests/test_kill_sweep.py tests/test_kills.py
+	$(BIN)/python tests/damage_table.py $$(mktemp -d)
 
 fuzz: $(READY)  ## bad values for every public argument, option and config key: counts by group, and what is not clear
 	$(BIN)/python -m tests.fuzz

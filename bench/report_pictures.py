@@ -2,7 +2,7 @@
 
     python -m bench.report_pictures fashion.html --out docs/images
 
-Needs lossk[dev] and Chromium. Without a GPU the browser draws WebGL on the processor.
+Needs lossk[dev] and Chromium. No GPU is needed.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from PIL import Image
 from playwright.sync_api import Page, sync_playwright
 
 SCREEN = {"width": 1366, "height": 768}
-FLAGS = ["--no-sandbox", "--enable-unsafe-swiftshader", "--use-angle=swiftshader"]
+FLAGS = ["--no-sandbox", "--disable-gpu"]
 MOST_BYTES = 380_000  # of a picture; larger ones are reduced to 256 colours
 
 

@@ -19,11 +19,13 @@ import torch
 from torch import nn
 
 import lossk
+import lossk.chunks
 import lossk.ops.rank_update
 import lossk.run
 import lossk.runlog
 import lossk.tile_pass
 import lossk.tiles
+from lossk.disk import part_of
 from lossk.layout import in_store
 from lossk.runlog import RunLog
 
@@ -75,16 +77,13 @@ def tear(path: Path, content: bytes) -> None:
 
 def arm(kind: str, at: int) -> None:
     """Have this process killed at the event number `at` of a kind."""
-    if kind == "panel":  # its chunk is written, in half
-
-        def torn_chunk(path: Path) -> None:
-            os.truncate(path, path.stat().st_size // 2)
-            die()
-
-        lossk.runlog.sync = Nth(lossk.runlog.sync, 2 * at, torn_chunk)  # each panel syncs its chunk, then the folder
+    if kind in ("panel", "tile"):  # half of its chunk is written
+        name, write = {"panel": "losses", "tile": "tiles"}[kind], lossk.chunks.replace_file
+        torn = Nth(write, at, lambda path, *content: tear(part_of(path), content[0]))
+        lossk.chunks.replace_file = lambda path, *content: (torn if name in path.parts else write)(path, *content)
     elif kind == "state":
         lossk.runlog.replace_file = Nth(
-            lossk.runlog.replace_file, at, lambda path, content: tear(path.with_name(f".{path.name}.part"), content)
+            lossk.runlog.replace_file, at, lambda path, content: tear(part_of(path), content)
         )
     elif kind == "commit":
 
@@ -97,12 +96,6 @@ def arm(kind: str, at: int) -> None:
         lossk.tiles.rank_update = Nth(lossk.tiles.rank_update, at, lambda *_: die())
     elif kind == "product":  # between two tiles that are made from the log
         lossk.tile_pass.add_rows = Nth(lossk.tile_pass.add_rows, at, lambda *_: die())
-    elif kind == "tile":  # half of a compressed tile is written
-        lossk.tile_pass.replace_file = Nth(
-            lossk.tile_pass.replace_file,
-            at + 1,  # the first is the log of tiles
-            lambda path, *content: tear(path.with_name(f".{path.name}.part"), content[0]),
-        )
     elif kind == "sync":
         os.fsync = Nth(os.fsync, at, lambda _: die())
     elif kind != "time":

@@ -28,7 +28,8 @@ FORM = "draws; steps with the form as training data; the form and all random str
 COMPARED = {
     "test_a_frozen_encoder_keeps_its_fast_path_to_itself": "traces with and without a cut prefix; world",
     "test_without_gradients_another_function": "losses at w* against the user's, gradients enabled; or refused; world",
-    "test_an_adapter_that_merges_by_itself": "steps, or refused; world",
+    "test_an_adapter_that_merges_by_itself": "steps of its own weights, unmerged; world",
+    "test_an_embedding_with_a_largest_norm": "refused by name; world",
     "test_a_model_that_casts_by_itself": "draws; a run that gives finite losses; world",
     "test_within_the_users_autocast": "traces inside and outside the user's autocast, bitwise",
     "test_forms": FORM,

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from bench import check_cost
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrize
@@ -347,3 +348,9 @@ def test_cached_parametrizations_are_named(build: Build) -> None:
     with parametrize.cached(), pytest.raises(ValueError, match=r"parametrize.cached\(\)"):
         build(model, data)
     assert np.isfinite(build(model, data).to_numpy()).all()
+
+
+def test_what_it_costs_is_measured(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", ["check_cost", "--tiny"])
+    check_cost.main()
+    assert "| causal LM, 16 x 8 tokens" in capsys.readouterr().out

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._device import _device_constructors
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import defaults_core
@@ -88,6 +89,12 @@ def test_every_factory_call_says_its_dtype_and_its_device(root: Path) -> None:
 )
 def test_the_lint_sees_what_it_should(source: str, open_: bool) -> None:
     assert bool(faults(source)) == open_
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory() -> None:
+    """torch's own `empty`, in place of the tests' poisoned one, which a default device does not reach."""
+    _device_constructors.cache_clear()
 
 
 class NoHalves(TorchDispatchMode):

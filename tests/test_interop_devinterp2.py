@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import lossk
 from lossk.interop import devinterp
+from lossk.interop.devinterp2_loss import next_token_losses
 
 xr = pytest.importorskip("xarray")
 
@@ -208,7 +209,8 @@ def test_masks_hold_weights_and_boxes_bound_them() -> None:
     seen: list[tuple[Tensor, Tensor]] = []
 
     def loss_fn(network: nn.Module, ids: Tensor) -> Tensor:
-        seen.append((network.embed.weight.detach().clone(), network.head.weight.detach().clone()))
+        if torch.is_grad_enabled():  # of the steps: the checks before them move every weight a little, and back
+            seen.append((network.embed.weight.detach().clone(), network.head.weight.detach().clone()))
         return nn.functional.cross_entropy(network(ids)[:, :-1].transpose(1, 2), ids[:, 1:], reduction="none")
 
     mask = torch.zeros(VOCABULARY, 5)
@@ -298,6 +300,8 @@ def test_a_store_is_written_whole_and_opened_again(tmp_path: Path) -> None:
     assert devinterp.read_traces(path).num_draws == 8
     with pytest.raises(FileExistsError, match=r"lr: 0\.001 there, 0\.002 asked for"):
         sample(model, output_path=path, lr=2e-3)
+    with pytest.raises(FileExistsError, match=r"losses of .* at the trained weights: .* the loss or the model"):
+        sample(model, output_path=path, loss_fn=lambda net, ids: 1.01 * next_token_losses(net, ids))
     (tmp_path / "other").mkdir()
     with pytest.raises(FileExistsError, match="exists"):
         sample(model, output_path=tmp_path / "other")

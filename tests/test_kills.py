@@ -19,6 +19,7 @@ import zarr
 
 import kill_worker
 import lossk
+from lossk.disk import full_disk_named
 from lossk.tile_pass import TileWriter
 
 Build = Callable[..., lossk.LossKernel]
@@ -180,3 +181,12 @@ def test_a_stopped_copy_resumes_elsewhere(
     copy = build(problem.model(), problem.data, out=tmp_path / "copy.lossk", resume=True)
     assert_same_kernel(copy, build(problem.model(), problem.data))
     assert zarr.open_group(str(tmp_path / "copy.lossk"), mode="r")["losses"].shape == (2, 6, 21)
+
+
+def test_full_shared_memory_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A loader's workers write there; the store's disk is not what is full."""
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=0 if "shm" in str(path) else usage.free))
+    for path in (None, tmp_path / "k.lossk"):
+        with pytest.raises(OSError, match=r"/dev/shm is full .*num_workers=0"), full_disk_named(path):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

@@ -15,7 +15,9 @@ import torch
 import zarr
 
 import lossk
+from damage import seal_again
 from lossk import cli
+from lossk.runlog import RunLog
 from lossk.tiles import kernel_from_panels
 from lossk.verify import verify_store
 
@@ -133,12 +135,14 @@ def test_every_lost_chunk_is_noticed(form: str, tmp_path: Path) -> None:
 
 
 def rewritten(path: Path, name: str, change: Callable[[np.ndarray], None]) -> list[str]:
-    """Problems after numbers were changed and written back with a right checksum."""
+    """Problems after numbers were changed and written back, with right checksums of chunks, and then of files."""
     with zarr.config.set({"array.write_empty_chunks": True}):
         array = zarr.open_array(path / name, mode="r+")
     values = np.asarray(array[...])
     change(values)
     array[...] = values
+    assert any(problem.startswith(f"{name}: chunk ") for problem in verify_store(path, side=20).problems)
+    seal_again(path)
     return verify_store(path, side=20).problems
 
 
@@ -187,13 +191,18 @@ def test_broken_descriptions(what: str, tmp_path: Path) -> None:
         assert f"{what.split('/')[0]}: the array is missing" in verify_store(path).problems
 
 
-def test_an_unfinished_store(build: Callable, problem: Any, fail_at: Any, tmp_path: Path) -> None:
+def test_an_unfinished_store(build: Callable, problem: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It says how far it got; a committed panel that is lost or damaged is named."""
-    path, loss = tmp_path / "k.lossk", fail_at()
-    build(problem.model(), problem.data, loss=loss)
-    loss.at, loss.calls = int(0.75 * loss.calls), 0
+    path, append = tmp_path / "k.lossk", RunLog.append
+
+    def stopping(log: RunLog, panel: Any) -> None:
+        append(log, panel)
+        if len(log.commits) == 2:
+            raise RuntimeError("stopped by the test")
+
+    monkeypatch.setattr(RunLog, "append", stopping)
     with pytest.raises(RuntimeError, match="stopped by the test"):
-        build(problem.model(), problem.data, loss=loss, out=path)
+        build(problem.model(), problem.data, out=path)
     (problem_,) = verify_store(path).problems
     assert problem_.startswith("unfinished: 6 of 12 draws are saved")
     flip(path / "losses/c/0/1/0")

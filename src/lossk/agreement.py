@@ -22,6 +22,7 @@ from lossk.attributes import Attributes
 from lossk.called import Called, as_called
 from lossk.data import Samples, few_of
 from lossk.gradient_check import MOVED, check_gradient, moved
+from lossk.parameters import is_compiled
 from lossk.snapshot import Switch, acting
 from lossk.task import Task, fitting_batch
 
@@ -303,14 +304,15 @@ def _rounded_outputs(network: nn.Module, size: float, seed: int) -> Iterator[Non
     generators: dict[torch.device, torch.Generator] = {}
 
     def round_output(_module: nn.Module, _inputs: Any, output: Any) -> Any:
-        if not isinstance(output, Tensor) or not output.is_floating_point():
+        if not isinstance(output, Tensor) or not output.is_floating_point() or output.is_nested:
             return None
         generator = generators.setdefault(output.device, torch.Generator(output.device).manual_seed(seed))
         noise = torch.empty(output.shape, dtype=torch.float32, device=output.device).normal_(generator=generator)
         return (output * (1.0 + size * noise)).to(output.dtype)
 
-    leaves = [m for m in network.modules() if not any(m.children()) and not isinstance(m, torch.jit.ScriptModule)]
-    handles = [module.register_forward_hook(round_output) for module in leaves]
+    innermost = [] if is_compiled(network) else [m for m in network.modules() if not any(m.children())]
+    plain = [module for module in innermost if not isinstance(module, torch.jit.ScriptModule)]
+    handles = [module.register_forward_hook(round_output) for module in plain]
     try:
         yield
     finally:

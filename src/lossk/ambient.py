@@ -10,8 +10,15 @@ import torch
 
 @contextmanager
 def without_autocast() -> Iterator[None]:
-    """Products of float32 are float32: under a caller's autocast torch would take them in half precision."""
-    with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+    """Products of float32 are float32: under a caller's autocast torch would take them in half precision.
+
+    An autocast within (a model's own, say) casts weights anew: torch would keep those of the first cast until the
+    outermost autocast ends, while the weights move.
+    """
+    with (
+        torch.autocast("cpu", enabled=False, cache_enabled=False),
+        torch.autocast("cuda", enabled=False, cache_enabled=False),
+    ):
         yield
 
 

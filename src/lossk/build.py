@@ -73,11 +73,12 @@ def build_kernel(
         train: the data that defines the training loss L_n, in the same forms; None is the probe data, which `ProbeSets`
             cannot be.
         loss: "cross_entropy" (class-index targets), "token_cross_entropy" (logits [B, T, C], class indices [B, T], -100
-            where a token does not count), "mse", or a callable (model, batch) -> losses [B], or per token
-            (losses [B, T], mask [B, T] bool), the mask a function of the data alone. The kernel's rows are then the
-            unmasked tokens (`kernel.tokens`), L_n is the mean over the unmasked training tokens, and n in
-            n_beta = n / ln n their number; minibatches stay samples, L_B the sum over their unmasked tokens divided by
-            their number of samples times the mean number of tokens per training sample.
+            where a token does not count), "mse"; one of torch's criteria, `nn.CrossEntropyLoss(...)`, `F.mse_loss` or a
+            `functools.partial` of one, taken per sample as `lossk.criteria` says; or a callable (model, batch) ->
+            losses [B], or per token (losses [B, T], mask [B, T] bool), the mask a function of the data alone. The
+            kernel's rows are then the unmasked tokens (`kernel.tokens`), L_n is the mean over the unmasked training
+            tokens, and n in n_beta = n / ln n their number; minibatches stay samples, L_B the sum over their unmasked
+            tokens divided by their number of samples times the mean number of tokens per training sample.
         transform: what to do with the inputs of a batch before the model is given them, on the device: turning uint8
             images into normalised floats, say, so that the data stay in memory as they are. Deterministic, and sample
             by sample. Half-precision inputs are kept as they are too, and widened to float32 batch by batch.
@@ -177,7 +178,7 @@ def build_kernel(
         log = RunLog.open(path, request) if path is not None and path.exists() else None
         try:
             chosen = None if log is None else log.chosen
-            run.arrange(passes, chosen)
+            run.arrange(passes, chosen, budget=budget)
             with run.task:
                 run.tune(chosen, bar)
                 run.announce(bar)
@@ -246,7 +247,7 @@ def sample_losses(
         if ranks is not None:
             return sample_on_ranks(ranks, run, passes=passes, budget=budget, bar=bar)
         panel = choose_panel(len(run.probe), num_draws)
-        run.arrange(passes, None)
+        run.arrange(passes, None, budget=budget)
         with run.task:
             run.tune(None, bar)
             run.announce(bar)

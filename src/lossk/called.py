@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,7 @@ from lossk.ambient import usual_modes
 from lossk.attributes import address
 from lossk.data import Samples, few_of, leaves, map_tensors, widen
 from lossk.losses import forward, split_batch
+from lossk.parameters import is_compiled
 from lossk.snapshot import in_eval_mode
 from lossk.task import Task
 
@@ -55,7 +56,7 @@ def as_called(task: Task, samples: Samples, name: str) -> Called:
         Exception: what the model or the loss raises, with a note that says where.
     """
     index = few_of(samples)
-    with usual_modes(), in_eval_mode(task.model, "eval"), _Watch(task.model), warnings.catch_warnings():
+    with usual_modes(), in_eval_mode(task.model, "eval"), _watching(task.model), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what the model's own call warns of, its user has seen
         try:
             called = _call(task, samples, name, index, in_own_dtype=False)
@@ -71,7 +72,7 @@ def _call(task: Task, samples: Samples, name: str, index: Tensor, *, in_own_dtyp
     held = _held(task, samples, index, widened=in_own_dtype)
     before = _copies(held)
     batch = _given(task, samples, held, in_own_dtype=in_own_dtype)
-    if task.loss.of_outputs:
+    if task.loss.takes_outputs:
         inputs = split_batch(map_tensors(torch.clone, batch))[0]
         task.loss.check(samples.tree, forward(task.model, inputs))
     taken = _copies(batch)
@@ -133,8 +134,17 @@ def _differ(batch: Any, copies: Sequence[Tensor]) -> bool:
     return not all(torch.equal(now.detach().nan_to_num(), copy.nan_to_num()) for now, copy in pairs)
 
 
+def _watching(model: nn.Module) -> AbstractContextManager[Any]:
+    return nullcontext() if is_compiled(model) else _Watch(model)
+
+
 class _Watch(TorchDispatchMode):
     """Refuses an operation that writes into a parameter, before it does."""
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """There is no compiler to keep out (`_watching`), and importing it to do so takes seconds."""
+        return False
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()

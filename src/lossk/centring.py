@@ -10,6 +10,7 @@ from torch import Tensor
 from lossk.blocks import Moments, power_of_two_near
 
 TINY = torch.finfo(torch.float64).tiny
+BLOCK = 2**20  # losses turned to float64 at a time
 
 
 class Centred(NamedTuple):
@@ -62,3 +63,16 @@ def note(moments: Moments, span: slice, centred: Centred) -> None:
     for name in ("mean", "variance", "scale", "lag1"):
         getattr(moments, name)[span] = getattr(centred, name)
     moments.chain_mean[:, span] = centred.chain_mean
+
+
+def row_means(chain: Tensor) -> Tensor:
+    """[T] float64 of [T, N], some rows at a time: a copy of all in float64 would be twice their memory."""
+    return torch.cat([rows.double().mean(dim=1) for rows in chain.split(max(1, BLOCK // chain.shape[1]))])
+
+
+def never_varies(chain: Tensor) -> Tensor:
+    """[N] bool of [T, N]."""
+    first, same = chain[0], torch.ones(chain.shape[1], dtype=torch.bool, device=chain.device)
+    for row in chain:
+        same &= row == first
+    return same

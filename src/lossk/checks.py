@@ -154,7 +154,7 @@ def check_choice(name: str, value: Any, choices: Iterable[Any]) -> Any:
     if type(plain) not in kinds:
         raise wrong_kind(name, f"one of {choices}", value)
     for choice in choices:
-        if type(choice) is type(plain) and choice == plain:
+        if choice == plain:
             return choice
     raise wrong_value(name, f"one of {choices}", value)
 

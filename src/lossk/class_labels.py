@@ -4,52 +4,47 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from lossk.analysis import Taxonomy
-from lossk.config import load_config, parse_yaml
+from lossk.config import load_config, read_yaml
+from lossk.label_files import read_classes
 
 
-def read_labels(source: str, store: str | Path, num_samples: int) -> tuple[Tensor, list[str]]:
+def read_labels(source: str, store: str | Path, num_samples: int, *, trusted: bool = False) -> tuple[Tensor, list[str]]:
     """Labels [N] int64 from 0 and the classes' names.
 
     Args:
         source: a .npy file of N integers; a text file, one class per line, number or name (names are numbered in
             alphabetical order); or "config", which runs the task of the YAML beside the store for its labels.
+        trusted: the user vouches for that YAML, which may have come with the store; else it may name packaged recipes.
 
     Raises:
         ValueError: no such file, another number of labels, or none in the task.
     """
     if source == "config":
-        task = load_config(str(Path(store).with_suffix(".yaml"))).make_task()
+        task = load_config(str(Path(store).with_suffix(".yaml"))).make_task(trusted=trusted)
         if task.labels is None:
             raise ValueError(f"--labels config: the task of {str(store)!r} has no labels")
         labels, names = task.labels.long(), list(task.class_names)
     else:
-        labels, names = _read_file(Path(source))
+        labels, names = _of_file(Path(source))
     if len(labels) != num_samples:
         raise ValueError(f"--labels {source!r} must hold one label per sample, {num_samples}, got {len(labels)}")
-    if num_samples and int(labels.min()) < 0:
+    if num_samples and int(labels.min()) < 0:  # of a task: those of a file are
         raise ValueError(f"--labels {source!r} must be at least 0, got {int(labels.min())}")
+    if names and num_samples and int(labels.max()) >= len(names):
+        raise ValueError(f"--labels {source!r} must be less than its {len(names)} class names, got {int(labels.max())}")
     return labels, names or [str(i) for i in range(int(labels.max()) + 1)]
 
 
-def _read_file(path: Path) -> tuple[Tensor, list[str]]:
-    if not path.is_file():
-        raise ValueError(f"--labels: there is no file {str(path)!r}")
-    if path.suffix == ".npy":
-        values = np.load(path, allow_pickle=False)
-        if values.ndim != 1 or values.dtype.kind not in "iu":
-            raise ValueError(f"--labels {str(path)!r} must hold integers [N], got {values.dtype} {list(values.shape)}")
-        return torch.from_numpy(values.astype(np.int64)), []
-    words = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    if all(word.lstrip("-").isdigit() for word in words):
-        return torch.tensor([int(word) for word in words], dtype=torch.int64, device="cpu"), []
-    names = sorted(set(words))
-    number = {name: i for i, name in enumerate(names)}
-    return torch.tensor([number[word] for word in words], dtype=torch.int64, device="cpu"), names
+def _of_file(path: Path) -> tuple[Tensor, list[str]]:
+    try:
+        labels, names = read_classes(path)
+    except ValueError as error:
+        raise ValueError(f"--labels: {error}") from error
+    return torch.from_numpy(labels), names
 
 
 def read_taxonomy(source: str, class_names: list[str]) -> Taxonomy:
@@ -78,7 +73,7 @@ def read_taxonomy(source: str, class_names: list[str]) -> Taxonomy:
 def _mapping(path: Path) -> dict:
     if not path.is_file():
         raise ValueError(f"--taxonomy: there is no file {str(path)!r}")
-    plain = parse_yaml(path.read_text(encoding="utf-8"))
+    plain = read_yaml(path)
     keys = [key for key in ("synsets", "tree") if isinstance(plain, dict) and isinstance(plain.get(key), dict)]
     if len(keys) != 1:
         raise ValueError(f"--taxonomy {str(path)!r} must hold one mapping, 'synsets' or 'tree'")

@@ -22,7 +22,6 @@ from lossk.cli_distributed import follow, share_threads
 from lossk.cli_options import Parser, folder, store_path
 from lossk.cli_wordnet import show_wordnet, wordnet_picture
 from lossk.config import RunConfig, load_config, parse_override
-from lossk.disk import refuse_to_delete
 from lossk.distributed import Ranks, joined, rank_name
 from lossk.errors import LosskError
 from lossk.kernel import LossKernel
@@ -30,6 +29,7 @@ from lossk.neighbors import Neighbors
 from lossk.passes import Passes
 from lossk.recipes import RecipeTask, packaged_names
 from lossk.samplers import read_sampler
+from lossk.swap import refuse_to_delete
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lossk.analysis.attribution import ORDERS, Influence, influence
+from lossk.analysis.tables import write_csv
 from lossk.checks import shown
 from lossk.cli_options import file_path, folder, whole
 from lossk.cross import CrossKernel
@@ -49,7 +50,7 @@ def run_attribute(options: argparse.Namespace) -> None:
     print(describe(found))
     if out is not None:
         frame = found.to_frame()
-        frame.to_csv(out, index=False) if out.suffix == ".csv" else frame.to_parquet(out, index=False)
+        write_csv(frame, out) if out.suffix == ".csv" else frame.to_parquet(out, index=False)
         print(f"wrote {out}  {len(frame):,} rows")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from lossk.indexing import resolve
 from lossk.store import open_kernel
 
 LABELS = "one class per line, number or name (a .npy file of numbers too), or 'config': of the store's own config"
+TRUST = "with --labels config: let the YAML beside the store name code other than the packaged recipes, and run it"
 
 
 def add_commands(commands: Any) -> None:
@@ -32,6 +34,7 @@ def add_commands(commands: Any) -> None:
     drawn = commands.add_parser("map", help="a UMAP map of the samples, and clusters on it")
     drawn.add_argument("store", type=folder)
     drawn.add_argument("--labels", type=file_path, metavar="FILE", help=LABELS)
+    drawn.add_argument("--trust", action="store_true", help=TRUST)
     drawn.add_argument("--dimensions", type=whole(1, 10), default=2, help="default 2")
     drawn.add_argument("--num-neighbors", type=whole(2), default=30, help="default 30")
     drawn.add_argument("--min-dist", type=real(0.0, 1.0), default=0.1, help="default 0.1")
@@ -43,6 +46,7 @@ def add_commands(commands: Any) -> None:
     classes = commands.add_parser("hierarchy", help="how classes relate, and whether a taxonomy agrees")
     classes.add_argument("store", type=folder)
     classes.add_argument("--labels", type=file_path, metavar="FILE", required=True, help=LABELS)
+    classes.add_argument("--trust", action="store_true", help=TRUST)
     classes.add_argument(
         "--taxonomy",
         type=file_path,
@@ -75,13 +79,14 @@ def _outputs(options: argparse.Namespace, suffixes: tuple[str, ...]) -> list[Pat
     return paths
 
 
-def _labels(options: argparse.Namespace, count: int) -> tuple[torch.Tensor, list[str]]:
-    return named("--labels", read_labels, options.labels, options.store, count)
-
-
 def _wrote(paths: list[Path]) -> None:
     if paths:
         print("wrote " + ", ".join(map(str, paths)))
+
+
+def _labels(options: argparse.Namespace, num_samples: int) -> tuple[torch.Tensor, list[str]]:
+    read = partial(read_labels, trusted=options.trust)
+    return named("--labels", read, options.labels, options.store, num_samples)
 
 
 def run_neighbors(options: argparse.Namespace) -> None:

@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from lossk.cli_options import file_path, folder, named
+from lossk.commits import progress_of
 from lossk.errors import StoreError
+from lossk.manifest import is_complete
 from lossk.plan import gigabytes
-from lossk.store import open_kernel, progress_of
+from lossk.store import open_kernel
 
 
 def add_commands(commands: Any) -> None:
@@ -40,7 +42,7 @@ def run_info(options: argparse.Namespace) -> None:
     try:
         kernel = open_kernel(store)
     except StoreError:
-        if (store / "complete").exists() or not (store / "config.json").exists():
+        if is_complete(store) or not (store / "config.json").exists():
             raise
         progress = progress_of(store)
         if options.json:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import importlib
 import inspect
 import re
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -19,12 +18,14 @@ from lossk.passes import Passes
 from lossk.recipes import RecipeTask, packaged_config, packaged_names
 from lossk.samplers import KINDS, read_sampler
 from lossk.settings import check_settings
+from lossk.trust import task_function
 
 MOST_THREADS = 4096
 BUILD_KEYS = (
     "num_chains", "num_draws", "tile", "panel", "dtype", "centering", "form", "memory", "backend", "device",
     "precision", "seed",
 )  # fmt: skip
+MOST_VALUES = 1_000_000  # of a YAML file, its aliases written out
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,19 +82,16 @@ class RunConfig:
         plain = {key: dict(value) if isinstance(value, Mapping) else value for key, value in plain.items()}
         return yaml.safe_dump(plain, sort_keys=False)
 
-    def make_task(self) -> RecipeTask:
+    def make_task(self, *, trusted: bool = True) -> RecipeTask:
         """Import the task's function and call it. Modules in the current folder can be named.
+
+        Args:
+            trusted: False for a config that nobody asked to run; it may then name packaged recipes only.
 
         Raises:
             ValueError: no such module, function or argument, or it does not return a RecipeTask.
         """
-        module_name, function_name = self.task.split(":")
-        if "" not in sys.path:  # an installed command, unlike `python -m`, does not look there
-            sys.path.insert(0, "")
-        try:
-            function = getattr(importlib.import_module(module_name), function_name)
-        except (ModuleNotFoundError, AttributeError) as error:
-            raise ValueError(f"task {self.task!r} cannot be found: {error}") from error
+        function = task_function(self.task, self.task_args, trusted=trusted)
         parameters = inspect.signature(function).parameters
         if not any(item.kind is item.VAR_KEYWORD for item in parameters.values()):
             refuse_unknown("task_args", self.task_args, list(parameters))
@@ -118,10 +116,7 @@ def load_config(name_or_path: str, overrides: Mapping[str, Any] | None = None) -
         raise ValueError(
             f"config: there is no config file or recipe {name_or_path!r}; recipes: {', '.join(packaged_names())}"
         )
-    try:
-        plain = parse_yaml(path.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{name_or_path} is not valid YAML: {error}") from error
+    plain = read_yaml(path)
     if not isinstance(plain, dict):
         raise ValueError(f"{name_or_path} must hold a mapping, got {type(plain).__name__}")
     known = [f.name for f in dataclasses.fields(RunConfig)]
@@ -167,8 +162,41 @@ _Loader.add_implicit_resolver(
 
 
 def parse_yaml(text: str) -> Any:
-    """Plain data from YAML; nothing executable."""
-    return yaml.load(text, Loader=_Loader)
+    """Plain data from YAML; nothing executable.
+
+    Raises:
+        yaml.YAMLError: not YAML, or values that no config holds: without end, or more than a million by aliases.
+    """
+    try:
+        plain = yaml.load(text, Loader=_Loader)
+        size = _written_out(plain, {})
+    except (ValueError, OverflowError, RecursionError) as error:  # a date or number that is none; nested without end
+        raise yaml.YAMLError(str(error)) from error
+    if size > MOST_VALUES:
+        raise yaml.YAMLError(f"its aliases stand for {size:,} values, of at most {MOST_VALUES:,}")
+    return plain
+
+
+def _written_out(plain: Any, known: dict[int, int]) -> int:
+    """How many values an error message, say, would print: YAML's aliases take no room until then."""
+    if not isinstance(plain, (dict, list, set, tuple)):
+        return 1
+    if id(plain) not in known:
+        parts = [*plain.keys(), *plain.values()] if isinstance(plain, dict) else plain
+        known[id(plain)] = 1 + sum(_written_out(part, known) for part in parts)
+    return known[id(plain)]
+
+
+def read_yaml(path: Path) -> Any:
+    """Plain data of a YAML file, in UTF-8.
+
+    Raises:
+        ValueError: naming the file, it is not valid YAML.
+    """
+    try:
+        return parse_yaml(path.read_text(encoding="utf-8-sig"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not valid YAML: {error}") from error
 
 
 def refuse_unknown(where: str, given: Mapping[str, Any], known: Any) -> None:

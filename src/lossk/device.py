@@ -10,9 +10,10 @@ import contextlib
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
-import psutil
 import torch
 from torch import Tensor
+
+from lossk.available import available_bytes
 
 Item = TypeVar("Item")
 Moved = TypeVar("Moved")
@@ -21,7 +22,7 @@ Moved = TypeVar("Moved")
 def free_bytes(device: torch.device) -> int:
     """Memory that tensors on `device` could take now: the driver's free bytes and what torch keeps for reuse."""
     if device.type != "cuda":
-        return psutil.virtual_memory().available
+        return available_bytes()
     kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return torch.cuda.mem_get_info(device)[0] + kept
 

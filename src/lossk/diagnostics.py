@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lossk.centring import never_varies, row_means
 from lossk.tune import DISCRETISATION_BUDGET, STABILITY_BUDGET
 
 if TYPE_CHECKING:
@@ -157,9 +158,9 @@ def diagnose_traces(traces: LossTraces, noise_floor: float | None) -> Diagnostic
     """Diagnostics of bare traces, which do not say whether their samples are the training samples."""
     losses = traces.losses
     return diagnose(
-        mean_loss=losses.double().mean(dim=2),
+        mean_loss=torch.stack([row_means(chain) for chain in losses]),
         watched=losses[:, :, watched_samples(traces.num_samples)],
-        dead_share=float((losses == losses[:, :1]).all(dim=1).all(dim=0).double().mean()),
+        dead_share=float(torch.stack([never_varies(chain) for chain in losses]).all(dim=0).double().mean()),
         noise_floor=noise_floor,
         excess=traces.excess,
         n_beta=traces.n_beta,

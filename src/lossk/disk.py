@@ -1,25 +1,34 @@
-"""Files, folders and Zarr v3 groups as this package writes them: durable, in one step, a checksum per chunk."""
+"""Files as this package reads and writes them: whole, durable, bounded, never through a link, and named in errors.
+
+What is written is moved to its name once it is on the disk. What is read is a regular file of a size that its reader
+allows. A `StoreError` names the file, what is wrong and what to do.
+"""
 
 from __future__ import annotations
 
 import errno
-import fcntl
 import json
 import os
 import shutil
-import warnings
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import zarr
-from zarr.codecs import Crc32cCodec
-from zarr.errors import ZarrUserWarning
+import google_crc32c
+import numpy as np
 
 from lossk.errors import StoreError
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
+JSON_BYTES = 2**26  # the largest JSON file read or written; parsed, it can take 30 times as much
+SHARED, ROOM_BYTES = Path("/dev/shm"), 2**20  # memory in a file's form; full, once it has less room than this
+FLAGS = os.O_CLOEXEC | os.O_NONBLOCK  # a pipe that lies in a file's place answers at once
+
+Bytes = bytes | bytearray | memoryview
+Digest = tuple[int, int]  # bytes, and CRC-32C
 
 
 @contextmanager
@@ -28,11 +37,20 @@ def full_disk_named(path: Path | None) -> Iterator[None]:
 
     Raises:
         StoreError: instead of such an OSError.
+        OSError: it is shared memory that is full, which a loader's workers use.
     """
     try:
         yield
     except OSError as error:
-        if path is None or error.errno not in FULL:
+        if error.errno not in FULL:
+            raise
+        if SHARED.is_dir() and shutil.disk_usage(SHARED).free < ROOM_BYTES:
+            raise OSError(
+                error.errno,
+                f"{SHARED} is full ({error.strerror}): a DataLoader's workers pass their batches through it; give it "
+                "num_workers=0, or make room",
+            ) from error
+        if path is None:
             raise
         raise StoreError(
             f"out={str(path)!r} cannot be written on, its disk is full ({error.strerror}); what is committed is safe: "
@@ -41,78 +59,111 @@ def full_disk_named(path: Path | None) -> Iterator[None]:
 
 
 @contextmanager
-def in_one_step(path: Path, overwrite: bool = False) -> Iterator[Path]:
-    """Where to write what is to lie at `path`: beside it, and moved there when the block ends without an error.
+def naming(path: Path) -> Iterator[None]:
+    """Name the file in an error of writing it, with what can be done.
 
     Raises:
-        FileExistsError: `path` exists and `overwrite` is False.
-        StoreError: `path` is not a store, or one that is being written.
+        StoreError: instead of an OSError, unless that is of a folder that is not there, or of a name that is taken.
     """
-    if path.exists() and not overwrite:
-        raise FileExistsError(f"path {str(path)!r} exists; nothing is overwritten")
-    refuse_to_delete(path)
-    parts = path.with_name(f".{path.name}.{os.getpid()}.part")
-    _remove(parts)
     try:
-        yield parts
-        if path.exists():
-            shutil.rmtree(path)
-        parts.rename(path)
+        yield
+    except (FileNotFoundError, FileExistsError):
+        raise
+    except OSError as error:
+        said = f"{str(path)!r} cannot be written: "
+        if error.errno in FULL:
+            said += f"its disk is full ({error.strerror}); make room; a run goes on with resume=True"
+        elif error.errno in FORBIDDEN:
+            said += f"{error.strerror}; it must lie in a folder that you may write to"
+        elif error.errno in (errno.ELOOP, errno.ENXIO):
+            said += "something else than a file lies in its place, which is not written through; remove it"
+        else:
+            said += error.strerror or str(error)
+        raise StoreError(said) from error
+
+
+# --- writing -------------------------------------------------------------------------------------------------------
+
+
+def replace_file(path: Path, *content: Bytes) -> None:
+    """Write a file, or replace it, in one step, durably: data, then name."""
+    write_part(path, *content)
+    with naming(path):
+        os.replace(part_of(path), path)
+    sync(path.parent)
+
+
+def part_of(path: Path) -> Path:
+    """Where a file is written before it is moved to its name."""
+    return path.with_name(f".{path.name}.part")
+
+
+def write_part(path: Path, *content: Bytes) -> None:
+    """The first half of `replace_file`: its content, durable under its name for the time being."""
+    write_file(part_of(path), *content, durable=True)
+
+
+def write_file(path: Path, *content: Bytes, durable: bool = False) -> None:
+    """Write a file in its place, that nobody reads before `sync_tree` or a move."""
+    with naming(path), _opened(path, os.O_WRONLY | os.O_CREAT) as descriptor:
+        os.ftruncate(descriptor, 0)
+        _write_all(descriptor, content)
+        if durable:
+            os.fsync(descriptor)
+
+
+def append_file(path: Path, content: bytes) -> None:
+    """Add to a file, or begin it, durably; a kill can leave the first part of what is added."""
+    new = not path.exists()
+    with naming(path), _opened(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND) as descriptor:
+        _write_all(descriptor, (content,))
+        os.fsync(descriptor)
+    if new:
         sync(path.parent)
+
+
+@contextmanager
+def _opened(path: Path, flags: int) -> Iterator[int]:
+    """A file opened for writing: no link, symbolic or hard, no pipe and no device."""
+    descriptor = os.open(path, flags | FLAGS | os.O_NOFOLLOW, 0o666)
+    try:
+        found = os.fstat(descriptor)
+        if not stat.S_ISREG(found.st_mode) or found.st_nlink != 1:
+            raise StoreError(f"{str(path)!r} is a link, or no file: it is not written through; remove it")
+        yield descriptor
     finally:
-        _remove(parts)
+        os.close(descriptor)
 
 
-def refuse_to_delete(path: Path) -> None:
-    """Raise StoreError unless a path may be overwritten: nothing is there, or a store that nobody is writing."""
-    if not path.exists():
+def _write_all(descriptor: int, content: tuple[Bytes, ...]) -> None:
+    for part in content:
+        rest = memoryview(part)
+        while len(rest):
+            rest = rest[os.write(descriptor, rest) :]
+
+
+def make_folders(folder: Path, *, durable: bool = True) -> None:
+    """Make a folder, and those above it that are not there, each durable in the one above it."""
+    if folder.is_dir():
         return
-    if not (path.is_dir() and (path / "zarr.json").exists()):
-        raise StoreError(f"{str(path)!r} is not a .lossk store; it will not be overwritten")
-    if (path / ".lock").exists():
-        with (path / ".lock").open() as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise StoreError(f"{str(path)!r} is being written by another process") from error
+    make_folders(folder.parent, durable=durable)
+    with naming(folder):
+        try:
+            os.mkdir(folder)
+        except FileExistsError:  # another rank made it, or it is a file
+            if not folder.is_dir():
+                raise
+    if durable:
+        sync(folder.parent)
 
 
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
-
-
-def create_array(
-    group: zarr.Group,
-    name: str,
-    shape: tuple[int, ...],
-    dtype: str,
-    dimensions: tuple[str, ...],
-    chunks: tuple[int, ...],
-    *,
-    overwrite: bool = False,
-) -> zarr.Array:
-    """An array whose every chunk is a file once written, zeros too: a chunk that is not there is one that was lost."""
-    return group.create_array(
-        name,
-        shape=shape,
-        dtype=dtype,
-        chunks=tuple(min(chunk, size) for chunk, size in zip(chunks, shape, strict=True)),
-        dimension_names=dimensions,
-        compressors=[Crc32cCodec()],
-        config={"write_empty_chunks": True},
-        overwrite=overwrite,
-    )
-
-
-def consolidate(path: Path) -> None:
-    """List the arrays in the group's own metadata: readers then need not list the folder and warn of other files."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ZarrUserWarning)  # that the Zarr v3 specification leaves this to the library
-        zarr.consolidate_metadata(path)
-    sync(path / "zarr.json")
+def remove(path: Path) -> None:
+    """Remove a file, a link itself, or a folder with what is in it, if it is there."""
+    with naming(path):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def sync_tree(path: Path) -> None:
@@ -123,41 +174,14 @@ def sync_tree(path: Path) -> None:
         sync(Path(folder))
 
 
-def read_lines(path: Path) -> list[Any]:
-    """The JSON of each line of a log, none where there is no log; a torn last line is not one."""
-    if not path.exists():
-        return []
-    found = []
-    for line in path.read_bytes().split(b"\n")[:-1]:  # every whole line ends in a newline
-        try:
-            found.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return found
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Replace a JSON file in one step, durably."""
-    replace_file(path, json.dumps(content, indent=1, allow_nan=True).encode() + b"\n")
-
-
-def read_json(path: Path) -> dict[str, Any]:
+def sync(path: Path) -> None:
+    """fsync a file or a directory."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
-        return json.loads(path.read_text())
-    except (OSError, json.JSONDecodeError) as error:
-        raise StoreError(f"{path.name} of {str(path.parent)!r} cannot be read: {error}") from error
-
-
-def replace_file(path: Path, *content: bytes) -> None:
-    """Write a file, or replace it, in one step, durably."""
-    parts = path.with_name(f".{path.name}.part")
-    with parts.open("wb") as file:
-        for part in content:
-            file.write(part)
-        file.flush()
-        os.fsync(file.fileno())
-    parts.replace(path)
-    sync(path.parent)
+        with naming(path):
+            os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def forget(path: Path) -> None:
@@ -170,10 +194,103 @@ def forget(path: Path) -> None:
             os.close(descriptor)
 
 
-def sync(path: Path) -> None:
-    """fsync a file or a directory."""
-    descriptor = os.open(path, os.O_RDONLY)
+# --- reading -------------------------------------------------------------------------------------------------------
+
+
+def read_file(path: Path, most: int) -> bytes:
+    """All of a regular file.
+
+    Raises:
+        FileNotFoundError: it is missing.
+        StoreError: it is no file, larger than `most` bytes, or cannot be read.
+    """
+    return bytes(read_buffer(path, most))
+
+
+def read_buffer(path: Path, most: int) -> bytearray:
+    """The same, in memory that its reader may keep and change."""
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        descriptor = os.open(path, os.O_RDONLY | FLAGS)
+        try:
+            found = os.fstat(descriptor)
+            if not stat.S_ISREG(found.st_mode):
+                raise StoreError(f"{str(path)!r} is no file")
+            if found.st_size > most:
+                raise StoreError(f"{str(path)!r} has {found.st_size} bytes; at most {most} can be right")
+            content = bytearray(found.st_size)
+            with open(descriptor, "rb", buffering=0, closefd=False) as file:
+                size = 0
+                while size < len(content) and (count := file.readinto(memoryview(content)[size:])):
+                    size += count
+            return content[:size] if size < len(content) else content
+        finally:
+            os.close(descriptor)
+    except FileNotFoundError:
+        raise
+    except NotADirectoryError as error:
+        raise FileNotFoundError(errno.ENOENT, "No such file", str(path)) from error
+    except OSError as error:
+        raise StoreError(f"{str(path)!r} cannot be read: {error.strerror or error}") from error
+
+
+def digest(*content: Bytes) -> Digest:
+    """Of what a file holds."""
+    value = 0
+    for part in content:
+        if len(part):  # what is read-only and has no bytes of its own, the function takes as an array only
+            value = google_crc32c.extend(value, np.frombuffer(part, dtype=np.uint8))
+    return sum(len(part) for part in content), value
+
+
+def parse_json(content: bytes, what: str) -> Any:
+    """JSON of any kind; `what` names it in errors.
+
+    Raises:
+        StoreError: it is not JSON, or nested too deeply.
+    """
+    try:
+        return json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise StoreError(f"{what} cannot be read: {error}") from error
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Raises:
+        StoreError: it is missing, no JSON, or of another kind.
+    """
+    what = f"{path.name} of {str(path.parent)!r}"
+    try:
+        found = parse_json(read_file(path, JSON_BYTES), what)
+    except FileNotFoundError as error:
+        raise StoreError(f"{what} is missing") from error
+    if not isinstance(found, dict):
+        raise StoreError(f"{what} cannot be read: it holds no object")
+    return found
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Replace a JSON file in one step, durably."""
+    replace_file(path, to_json(path, content))
+
+
+def to_json(path: Path, content: Any) -> bytes:
+    """The content of a JSON file that `read_json` will read."""
+    text = json.dumps(content, indent=1, allow_nan=True).encode() + b"\n"
+    if len(text) > JSON_BYTES:
+        raise StoreError(f"{str(path)!r} would have {len(text)} bytes; at most {JSON_BYTES} are read")
+    return text
+
+
+def read_lines(path: Path) -> list[Any]:
+    """The JSON of each line of a log, none where there is no log; a torn last line is not one."""
+    if not path.exists():
+        return []
+    found = []
+    for line in path.read_bytes().split(b"\n")[:-1]:  # every whole line ends in a newline
+        try:
+            found.append(json.loads(line))
+        except ValueError:
+            break
+    return found

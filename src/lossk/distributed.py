@@ -15,12 +15,12 @@ from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, TypeVar
 
-import psutil
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from lossk.errors import DistributedError
+from lossk.roll_call import Wait, describe_gone, meet, roll_call, telling
 from lossk.timings import Timings
 from lossk.witness import WITNESS, losses_apart
 
@@ -170,30 +170,18 @@ class Ranks:
             raise DistributedError(self._what_happened(error)) from error
 
     def _what_happened(self, error: Exception) -> str:
-        here = socket.gethostname()
-        gone: list[str] = []
+        gone = ""
         until = time.monotonic() + LINGERING
         while not gone and time.monotonic() < until:  # its connections are closed a little before the process is gone
-            gone = [
-                f"rank {rank} (process {peer['pid']} on {peer['host']})"
-                for rank, peer in enumerate(self.peers)
-                if peer and peer["host"] == here and not _is_running(peer["pid"])
-            ]
+            gone = describe_gone(dict(enumerate(self.peers)))
             time.sleep(0.05)
-        who = ", ".join(gone) or "another rank"
-        verb = "have" if len(gone) > 1 else "has"
+        who = gone or "another rank"
+        verb = "have" if ", " in who else "has"
         reason = " ".join(str(error).split())
         return (
             f"{who} {verb} stopped, so this run ends; what is in its store is whole, and resume=True goes on "
             f"from there, with any number of ranks ({reason[:160]})"
         )
-
-
-def _is_running(pid: int) -> bool:
-    try:
-        return psutil.Process(pid).status() not in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
-    except psutil.Error:
-        return False
 
 
 def is_launched() -> bool:
@@ -229,22 +217,32 @@ def joined(distributed: bool | None) -> Iterator[Ranks | None]:
         yield None
         return
     own, called = not dist.is_initialized(), time.perf_counter()
-    if own:
-        try:
-            dist.init_process_group("gloo", timeout=TIMEOUT)
-        except (RuntimeError, ValueError) as error:
-            raise DistributedError(f"the ranks did not find one another: {error}") from error
-    group = dist.new_group(backend="gloo", timeout=TIMEOUT)
+    group = _form_group(own)
     try:
-        try:
-            dist.monitored_barrier(group, timeout=MEETING, wait_all_ranks=True)
-        except RuntimeError as error:
-            raise DistributedError(
-                f"every rank must make the same call (or pass distributed=False), but one did not: {error}"
-            ) from error
         yield Ranks(group, called)
     finally:
         dist.destroy_process_group(None if own else group)  # a rank that leaves early is seen by the others at once
+
+
+def _form_group(own: bool) -> Any:
+    """A gloo group of all ranks, for which they wait aloud; with the default group, where it is this run's `own`."""
+    try:
+        if own:
+            store, rank, size, peers = meet(Wait(TIMEOUT))
+        else:
+            rank, size = dist.get_rank(), dist.get_world_size()
+            store = dist.PrefixStore("lossk", dist.distributed_c10d._get_default_store())
+            _, peers = roll_call(store, rank, size, Wait(MEETING))
+        with telling(peers, rank, Wait(MEETING)):
+            if own:
+                dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=TIMEOUT)
+            group = dist.new_group(backend="gloo", timeout=TIMEOUT)
+            dist.monitored_barrier(group, timeout=MEETING, wait_all_ranks=True)
+    except (RuntimeError, ValueError) as error:
+        if own and dist.is_initialized():
+            dist.destroy_process_group()
+        raise DistributedError(f"the ranks did not find one another: {error}") from error
+    return group
 
 
 def gather_tiles(

@@ -11,12 +11,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import zarr
 from torch import Tensor
 
 from lossk import record
 from lossk.blocks import Blocks, Moments, TileBlocks
-from lossk.disk import sync
+from lossk.chunks import Chunks
 from lossk.distributed import Ranks, gather_tiles
 from lossk.distributed_run import Work, chosen_by_first, meta, rounds, start_clock, usual_panel
 from lossk.errors import DistributedError
@@ -31,7 +30,7 @@ from lossk.passes import Passes
 from lossk.run import Run
 from lossk.runlog import RunLog, commit_of
 from lossk.store import open_finished, open_kernel, saved_panel
-from lossk.stored_tiles import CACHE_BYTES, CHECKED, StoredTiles, chunk_path, create_tiles, write_tile
+from lossk.stored_tiles import CACHE_BYTES, StoredTiles, create_tiles
 from lossk.tile_pass import OutOfCore, Share, prepare_tiles
 from lossk.tiles import DTYPES, TileAccumulator
 from lossk.timings import Progress
@@ -164,7 +163,13 @@ def _commit(work: Work, log: RunLog, received: list[Received], sent: Panel | Non
     if sent is not None and shard == 0:
         log.write_state(sent.state, len(log.commits) + [part.row for part in received].index(row))
     work.ranks.barrier()
-    commits = [commit_of(part.chain, part.first_draw, part.step, part.draws) for part in received]
+    commits = [
+        commit_of(
+            part.chain, part.first_draw, part.step, part.draws,
+            log.checksums(part.chain, part.first_draw, part.losses),
+        )
+        for part in received
+    ]  # fmt: skip
     log.commit(commits, durable=work.ranks.first)
 
 
@@ -207,13 +212,11 @@ def _finish(work: Work, sums: Sums) -> LossKernel:
 def _write_tiles(work: Work, log: RunLog, blocks: TileBlocks) -> None:
     """Write this rank's tiles, durably, into the array that rank 0 makes."""
     if work.ranks.first:
-        group = zarr.open_group(log.path, mode="r+")
-        create_tiles(group, work.request["num_samples"], work.side, work.request["dtype"], CHECKED)
+        create_tiles(log.path, work.request["num_samples"], work.side, work.request["dtype"], compressed=False)
     work.ranks.barrier()
-    array = zarr.open_array(log.path / "tiles", mode="r+", config={"write_empty_chunks": True})
+    array = Chunks.open(log.path, "tiles")
     for key, tile in blocks.tiles.items():
-        write_tile(array, work.side, key, tile)
-        sync(chunk_path(log.path, key))
+        array.write(key, tile.cpu().numpy())
 
 
 def _kernel(work: Work, blocks: Blocks, moments: Moments, sums: Sums) -> LossKernel:

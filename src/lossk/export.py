@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import zarr
 
+from lossk.chunks import ArraySpec, Chunks
 from lossk.dense import write_dense
-from lossk.disk import consolidate, create_array, in_one_step, sync, sync_tree
+from lossk.disk import naming, sync_tree
+from lossk.manifest import describe_group, write_array
+from lossk.swap import Parts, in_one_step
 
 if TYPE_CHECKING:
     from lossk.kernel import LossKernel
@@ -23,20 +25,19 @@ def write_zarr(kernel: LossKernel, path: Path, *, correlation: bool) -> None:
     refuse_too_large(kernel.num_samples, path)
     name = "correlation" if correlation else "covariance"
     with in_one_step(path) as parts:
-        group = zarr.create_group(parts, zarr_format=3)
-        group.attrs.update(attributes(kernel))
         n, side = kernel.num_samples, kernel.tile
-        matrix = create_array(group, name, (n, n), "float32", ("row", "column"), (side, side))
-        matrix.attrs["units"] = "1" if correlation else "nats^2"
+        units = {"units": "1" if correlation else "nats^2"}
+        spec = ArraySpec.of((n, n), "float32", ("row", "column"), (side, side), attributes=units)
+        matrix = Chunks.create(parts, name, spec)
         for label, values in (("variance", kernel.variance), ("mean_loss", kernel.mean_loss)):
-            create_array(group, label, (n,), "float64", ("row",), (2**20,))[...] = values.numpy()
+            write_array(parts, label, values.numpy(), ArraySpec.of((n,), "float64", ("row",), (2**20,)))
 
         def put(rows: slice, columns: slice, tile: np.ndarray) -> None:
-            matrix[rows, columns] = tile
+            matrix.write((rows.start // side, columns.start // side), tile, durable=False)
 
         write_dense(kernel, put, correlation=correlation)
+        describe_group(parts, [name, "variance", "mean_loss"], attributes=attributes(kernel))
         sync_tree(parts)
-        consolidate(parts)
 
 
 def write_npy(kernel: LossKernel, path: Path, *, correlation: bool) -> np.memmap:
@@ -44,12 +45,12 @@ def write_npy(kernel: LossKernel, path: Path, *, correlation: bool) -> np.memmap
 
     Written by position, not through the map: pages of a map that are written count as the process's memory.
     """
-    if path.exists():
+    if os.path.lexists(path):
         raise FileExistsError(f"path {str(path)!r} exists; nothing is overwritten")
     refuse_too_large(kernel.num_samples, path)
-    n, parts = kernel.num_samples, path.with_name(f".{path.name}.{os.getpid()}.part")
+    n, parts = kernel.num_samples, Parts(path, folder=False)
     try:
-        with parts.open("wb") as file:
+        with naming(path), parts.path.open("wb") as file:
             np.lib.format.write_array_header_1_0(file, {"descr": "<f4", "fortran_order": False, "shape": (n, n)})
             file.flush()
             start = file.tell()
@@ -61,10 +62,9 @@ def write_npy(kernel: LossKernel, path: Path, *, correlation: bool) -> np.memmap
 
             write_dense(kernel, put, correlation=correlation)
             os.fsync(file.fileno())
-        parts.replace(path)
-        sync(path.parent)
+        parts.place()
     finally:
-        parts.unlink(missing_ok=True)
+        parts.close()
     return np.load(path, mmap_mode="r", allow_pickle=False)
 
 

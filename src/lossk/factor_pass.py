@@ -8,11 +8,11 @@ samples at a time. It depends on the draws, the moments and `tile` only: made ag
 from __future__ import annotations
 
 import torch
-import zarr
 from torch import Tensor
 
 from lossk.blocks import FactorBlocks, Moments, tile_spans
-from lossk.disk import create_array, sync
+from lossk.chunks import ArraySpec, Chunks
+from lossk.disk import sync, sync_tree
 from lossk.runlog import RunLog
 from lossk.running import STRIPE, MomentsFirst
 from lossk.stored_factor import StoredFactor
@@ -68,12 +68,12 @@ class LoggedFactor(MomentsFirst):
         moments, store = self.running.finish(), self.log.path
         if self.share is None:
             create_factor(self.log, self.tile, self.dtype)
-        array = zarr.open_array(store / "factor", mode="r+", config={"write_empty_chunks": True})
+        array, known = Chunks.open(store, "factor"), self.log.known
         rank, ranks = self.share or (0, 1)
         for i, span in list(enumerate(tile_spans(self.num_samples, array.chunks[1])))[rank::ranks]:
-            array[:, span] = scaled(self._read(span), moments, span).to(DTYPES[self.dtype]).numpy()
-            sync(store / "factor" / "c" / "0" / str(i))
-        return StoredFactor(array, self.running.freedom, store), moments
+            values = scaled(self._read(span), moments, span).to(DTYPES[self.dtype]).numpy()
+            known[array.key((0, i))] = array.write((0, i), values)
+        return StoredFactor(Chunks.open(store, "factor", known), self.running.freedom, store), moments
 
     def _read(self, columns: slice) -> Tensor:
         """Some samples' draws: [C, T, s] float32."""
@@ -88,8 +88,11 @@ class LoggedFactor(MomentsFirst):
 def create_factor(log: RunLog, tile: int, dtype: str) -> None:
     """Make the array `factor` [D, N] of a store, empty, in place of one that a killed run may have left."""
     chains, draws, num_samples = log.losses.shape
-    group, shape = zarr.open_group(log.path, mode="r+"), (chains * draws, num_samples)
-    create_array(group, "factor", shape, dtype, ("draw", "sample"), (shape[0], tile), overwrite=True)
+    shape = (chains * draws, num_samples)
+    spec = ArraySpec.of(shape, dtype, ("draw", "sample"), (shape[0], tile))
+    Chunks.create(log.path, "factor", spec)
+    sync_tree(log.path / "factor")
+    sync(log.path)
 
 
 def scaled(losses: Tensor, moments: Moments, columns: slice) -> Tensor:

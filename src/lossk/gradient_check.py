@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lossk.task import Task
+from lossk.task import Task, dense
 
 MOVED = 0.01  # relative move of the weights after which losses must still follow from them
 APART = 0.5  # a slope this far, relatively, from what the gradient foretells is told; kinks and curvature explain less
@@ -67,7 +67,7 @@ def _keep_moved(task: Task, names: set[str]) -> None:
 
 def _tell_another_slope(task: Task, batch: Any, mean: float, found: list[Tensor | None], change: float) -> None:
     """Warn where steps along and against the gradient change the mean loss by something else than it foretells."""
-    parts = [torch.zeros_like(p) if g is None else g for p, g in zip(task.sampled, found, strict=True)]
+    parts = [torch.zeros_like(p) if g is None else dense(g) for p, g in zip(task.sampled, found, strict=True)]
     task.grad.copy_(task.flatten(parts))
     square = float(task.grad.square().sum(dtype=torch.float64))
     if square == 0.0:

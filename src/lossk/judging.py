@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from lossk.baoab import BAOAB
-from lossk.curvature import DRAWN_SAMPLES
+from lossk.curvature import DRAWN_ITERATIONS, DRAWN_SAMPLES, Sample, gradient_variance, largest_curvature
+from lossk.data import Samples
 from lossk.diagnostics import TraceWatch
+from lossk.pass_memory import pass_bytes, peak_of
 from lossk.pilot import FEWEST_SAMPLES, PASSES_PER_ITERATION, Pilot
 from lossk.samplers import Sampler
 from lossk.sgld import SGLD
+from lossk.task import Task
 
 SHARE = 0.03  # of a run's passes
 ITERATIONS = 7  # as a rule, with the one of the samples held out; of 10 at most
+FEW_ITERATIONS = 2  # that show what memory all of them take
 CONTROLLED = 2.0  # times as dear with a control variate
 
 
@@ -42,3 +48,23 @@ def informed_pilot(pilot: Pilot | None, sampler: Sampler, watch: TraceWatch) -> 
         localization=float(sampler.localization),
         controlled=bool(sampler.control_variate),
     )
+
+
+def working_bytes(task: Task, probe: Samples, train: Samples, minibatch: int, samples: int, seed: int) -> int:
+    """What of host memory the passes of an entered task take at their peak, and the judging of a chain.
+
+    Args:
+        minibatch: samples of a gradient.
+        samples: on which a chain measures at its last draw; 0 for none.
+    """
+    passes = pass_bytes(task, probe, train, minibatch)
+    if samples == 0 or task.device.type != "cpu":
+        return passes
+    sample: Sample = {"most": samples, "which": 1, "held_out": True, "iterations": FEW_ITERATIONS}
+    try:
+        judging = max(
+            peak_of(partial(what, task, train, seed=seed, **sample)) for what in (largest_curvature, gradient_variance)
+        )
+    except ValueError:  # a derivative that is not finite: nothing is measured in the run either
+        return passes
+    return max(passes, judging + 2 * (DRAWN_ITERATIONS - FEW_ITERATIONS) * task.num_weights)  # bfloat16 vectors kept

@@ -6,8 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-import psutil
-
+from lossk.available import available
 from lossk.memory import Budget, as_setting, gigabytes
 
 BYTES = {"float32": 4, "float16": 2}
@@ -29,6 +28,7 @@ class Size:
     dtype: str  # of the finished tiles
     num_weights: int
     stack_bytes: int = 0  # of the weights of draws that are evaluated together
+    pass_bytes: int = 0  # of a pass at its peak: activations, and what autograd keeps of them
 
     @property
     def side(self) -> int:
@@ -70,13 +70,14 @@ class Layout:
     super_panel: int = 0  # rows of draws in one product of a tile in the store, or of one that visits a device
     stripes: int = 0  # tile rows whose draws are held at a time; does not bear on the result
     rows_bytes: int = 0
+    reached_bytes: int = 0  # the peak until now: the last draws are judged as a pilot measures
     device_bytes: int = 0  # of a CUDA device, beside data, weights and passes
 
     @property
     def peak_bytes(self) -> int:
         """The expected peak."""
         parts = self.tile_bytes + self.panel_bytes + self.weight_bytes + self.rows_bytes
-        return parts + self.taken_bytes + SLACK
+        return max(parts + self.taken_bytes, self.reached_bytes) + SLACK
 
     def to_dict(self) -> dict[str, Any]:
         """What a resumed run must keep."""
@@ -90,8 +91,8 @@ def panel_bytes(size: Size) -> int:
 
 
 def weight_bytes(size: Size) -> int:
-    """w, w*, the gradient and one more vector of the sampler's; and draws that wait to be evaluated together."""
-    return 16 * size.num_weights + size.stack_bytes
+    """w, w*, the gradient and one more vector of the sampler's; draws that wait to be evaluated together; a pass."""
+    return 16 * size.num_weights + size.stack_bytes + size.pass_bytes
 
 
 def in_memory(size: Size, taken: int, *, on_disk: bool) -> Layout:
@@ -173,8 +174,8 @@ def _refusal(size: Size, layout: Layout, budget: Budget, limit: int, *, on_disk:
     """Why a run does not fit, and what would."""
     least, taken, place = layout.peak_bytes, layout.taken_bytes, PLACES[layout.tiles]
     asked = budget.asked is not None and limit == budget.asked
-    free = psutil.virtual_memory().available
-    allowed = f"memory={as_setting(limit)!r} is all it may use" if asked else f"{gigabytes(free)} are free"
+    free = available()
+    allowed = f"memory={as_setting(limit)!r} is all it may use" if asked else free.in_words()
     already = f", of which {gigabytes(taken)} are taken already (data, weights, passes)" if 10 * taken > least else ""
     begun = ", where the run that is resumed has them" if saved else ""
     hints = "; or ".join(_hints(size, layout, limit, on_disk=on_disk, asked=asked))

@@ -40,7 +40,7 @@ class Loss:
     quick_slopes: Callable[[nn.Module, Any, float], tuple[Tensor, Tensor, Tensor]] | None = None
     mean_tokens: float = 1.0  # unmasked tokens per training sample
     positions: int | None = None  # T of a loss per token, None of a loss per sample
-    of_outputs: bool = False  # formed from the model's outputs and the targets alone, and `check` wants the outputs
+    takes_outputs: bool = False  # formed from the model's outputs and the targets alone, and `check` wants the outputs
     token_name: str | None = None  # the name where it is a loss per token after all
 
     @property
@@ -124,7 +124,7 @@ def resolve_loss(loss: str | LossFunction, backend: str = "torch") -> Loss:
             _check_classes,
             _cross_entropy_mean,
             _slopes if backend == "cpp" else None,
-            of_outputs=True,
+            takes_outputs=True,
         )
     if loss == "token_cross_entropy":
         return Loss(
@@ -133,10 +133,10 @@ def resolve_loss(loss: str | LossFunction, backend: str = "torch") -> Loss:
             _check_tokens,
             _token_mean,
             _slopes if backend == "cpp" else None,
-            of_outputs=True,
+            takes_outputs=True,
         )
     if loss == "mse":
-        return Loss("mse", _mse_losses, _check_regression, of_outputs=True)
+        return Loss("mse", _mse_losses, _check_regression, takes_outputs=True)
     raise ValueError(
         f"loss must be 'cross_entropy', 'token_cross_entropy', 'mse' or a callable loss(model, batch), got {loss!r}"
     )
@@ -298,7 +298,7 @@ def _check_criterion(criterion: Criterion, samples: Any, outputs: Tensor | None)
 
 def _wrap_criterion(criterion: Criterion) -> Loss:
     return Loss(
-        criterion.name, partial(_of_criterion, criterion), partial(_check_criterion, criterion), of_outputs=True
+        criterion.name, partial(_of_criterion, criterion), partial(_check_criterion, criterion), takes_outputs=True
     )
 
 
@@ -310,7 +310,7 @@ def _plain_cross_entropy(criterion: Criterion, backend: str) -> Loss:
         partial(_check_criterion, criterion),
         _plain_mean,
         _plain_slopes if backend == "cpp" else None,
-        of_outputs=True,
+        takes_outputs=True,
         token_name="cross_entropy of outputs [B, C, T]",
     )
 

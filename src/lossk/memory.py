@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
 import re
+import sys
 from dataclasses import dataclass
 from typing import Any
 
 import psutil
 
+from lossk.available import available_bytes
 from lossk.checks import check_integer, wrong_kind, wrong_value
+from lossk.provenance import peak_rss_bytes
 
 UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 MOST_BYTES = 2**63 - 1
@@ -44,20 +48,35 @@ class Budget:
 
     asked: int | None  # None: what is free
     held: int  # resident when the call began
+    most_held: int | None = None  # the process's peak until then
 
     @classmethod
     def now(cls, memory: int | str | None) -> Budget:
         """The budget of a call that begins now."""
-        return cls(parse_memory(memory), _resident())
+        return cls(parse_memory(memory), _resident(), peak_rss_bytes())
 
     def taken(self) -> int:
         """What the call has taken already: data, weights, activations, libraries loaded at first use."""
+        give_back()
         return max(_resident() - self.held, 0)
+
+    def reached(self) -> int:
+        """The call's peak so far; 0 where it is not known, as the process held more before the call."""
+        peak = peak_rss_bytes()
+        return 0 if self.most_held is None or peak <= self.most_held else peak - self.held
 
     def limit(self, taken: int) -> int:
         """What the call may use in all: what was asked for, within what is free."""
-        free = taken + int(FREE_SHARE * psutil.virtual_memory().available)
+        free = taken + int(FREE_SHARE * available_bytes())
         return free if self.asked is None else min(self.asked, free)
+
+
+def give_back() -> None:
+    """Have the C library return freed memory to the system, so that what is resident is what is held."""
+    if sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's
+        if trim is not None:
+            trim(0)
 
 
 def _resident() -> int:

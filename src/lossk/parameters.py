@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils import parametrize
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 
 def select_parameters(model: nn.Module, patterns: Sequence[str] | None) -> tuple[list[str], list[nn.Parameter]]:
@@ -75,14 +76,28 @@ def _check_tensor(kind: str, name: str, tensor: Tensor) -> None:
         found = f"is quantised ({tensor.dtype}); take the model in floating point"
     elif tensor.layout != torch.strided:
         found = f"is sparse ({tensor.layout}); hold it dense (to_dense())"
+    elif hasattr(tensor, "ds_id"):
+        found = "is partitioned by DeepSpeed (ZeRO 3); gather the model first (deepspeed.zero.GatheredParameters)"
+    elif is_traceable_wrapper_subclass(tensor):
+        found = f"is a {type(tensor).__name__}, which stands for other tensors; take the model in plain ones"
     if found is not None:
         raise ValueError(f"model {kind} {name!r} {found}")
 
 
 def _check_module(name: str, module: nn.Module) -> None:
+    if type(module).__name__ == "FullyShardedDataParallel":
+        raise ValueError(f"model: module {name!r} is sharded over processes (FSDP); gather the model first")
     if ".quantized." in f"{type(module).__module__}.":
         raise ValueError(f"model: module {name!r} is quantised ({type(module).__name__}); take it in floating point")
     if isinstance(module, _NormBase) and module.running_mean is None and "Instance" not in type(module).__name__:
         raise ValueError(
             f"model: batch norm {name!r} keeps no running statistics, so a sample's loss would depend on its batch"
         )
+
+
+def is_compiled(network: nn.Module) -> bool:
+    """Whether a part of it is compiled: what is hung around it would have to be compiled too."""
+    return any(
+        type(module).__name__ == "OptimizedModule" or getattr(module, "_compiled_call_impl", None) is not None
+        for module in network.modules()
+    )

@@ -80,7 +80,7 @@ class _Bench:
         self.failed: list[str] = []  # why candidates were not measured
         self.deadline = float("inf")
         self.first = (0.0, 0.0)  # of the default
-        self.limits = [10**9, 10**9]  # samples of either pass that fit the device
+        self.limits = _limits(self.before)  # samples of either pass that fit the memory
 
     def search(self) -> tuple[Passes, list[str]]:
         start, best = time.perf_counter(), self.before
@@ -201,6 +201,13 @@ class _Bench:
         device = self.task.device
         if device.type == "cuda":
             self.limits[part] = most_samples(free_bytes(device), peak_bytes(device, work) / batch)
+
+
+def _limits(before: Passes) -> list[int]:
+    """Where memory has made batches smaller than usual, no larger ones are tried."""
+    usual = Passes()
+    pairs = ((before.probe_batch, usual.probe_batch), (before.gradient_batch, usual.gradient_batch))
+    return [batch if batch < most else 10**9 for batch, most in pairs]
 
 
 def quickest(work: Callable[[], Any], hopeless: float, device: torch.device) -> float:

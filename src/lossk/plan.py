@@ -33,7 +33,7 @@ def describe(layout: Layout) -> str:
     parts = [
         f"{gigabytes(layout.tile_bytes)} {'tiles' if has_tiles(layout) else layout.tiles}",
         f"{gigabytes(layout.panel_bytes)} panel",
-        f"{gigabytes(layout.weight_bytes)} weights",
+        f"{gigabytes(layout.weight_bytes)} weights and a pass",
         f"{gigabytes(layout.taken_bytes)} taken already",
     ]
     if layout.tiles == "store":

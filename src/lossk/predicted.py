@@ -11,6 +11,7 @@ from lossk.ambient import usual_modes
 from lossk.checks import check_callable, check_flag, check_optional
 from lossk.data import Transform
 from lossk.losses import forward, resolve_loss, split_batch
+from lossk.passes import Passes
 from lossk.reading import read_samples
 from lossk.task import Task
 from lossk.timings import Progress
@@ -45,7 +46,9 @@ def predicted_labels(
         samples = read_samples(loader, bar=bar).transformed(transform, "loader")
     inputs, _ = split_batch(samples.tree)
     predictions = []
-    with Task(model, resolve_loss("cross_entropy")) as task, torch.no_grad():
+    task = Task(model, resolve_loss("cross_entropy"))
+    task.switch, task.passes = "eval", Passes(memory_format="contiguous")  # as its user calls it
+    with task, torch.no_grad():
         placed = task.place(samples)
         for _, batch in placed.batches(BATCH):
             outputs = forward(model, split_batch(batch)[0])

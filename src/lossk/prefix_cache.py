@@ -28,7 +28,7 @@ def cut_prefix(task: Task, probe: Probe, train: Samples) -> tuple[nn.Module | No
     if asked is False or (asked is True and not frozen):
         return None, None, []
     try:
-        if not task.loss.of_outputs:
+        if not task.loss.takes_outputs:
             raise NoCut("a loss of your own may read the inputs itself")
         with task:
             cut = find_cut(task.model, task.sampled, train, at=asked if isinstance(asked, str) else None)

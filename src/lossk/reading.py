@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Generator, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, TensorDataset, default_collate
 
 from lossk.accepted import as_tensors
+from lossk.ambient import usual_modes
 from lossk.columns import Columns
 from lossk.data import Samples, leaves
 from lossk.generators import generators_kept
@@ -47,10 +48,7 @@ def read_samples(
         RuntimeError: the caller's own code failed; its error is the cause. A TypeError or ValueError keeps its type.
     """
     check_source(source, name)
-    with ExitStack() as kept:
-        kept.enter_context(streams_kept())
-        kept.enter_context(generators_kept(source))
-        kept.enter_context(_plain_modes(source))
+    with streams_kept(), generators_kept(source), _plain_modes(source):
         tree = _read_tree(source, name, bar or Progress(False), room or Room())
         tensors = leaves(tree)
         if any(t.ndim == 0 for t in tensors):
@@ -163,13 +161,7 @@ def _plain_modes(source: Any) -> Iterator[None]:
     """Gradients enabled, no inference mode, no autocast; tensors are made on the CPU, or where the generator is."""
     generator = getattr(source, "generator", None)
     device = generator.device if isinstance(generator, torch.Generator) else torch.device("cpu")
-    with ExitStack() as modes:
-        modes.enter_context(torch.inference_mode(False))
-        modes.enter_context(torch.enable_grad())
-        for kind in ("cpu", "cuda"):
-            modes.enter_context(torch.autocast(kind, enabled=False))
-        if torch.get_default_device() != device:
-            modes.enter_context(device)
+    with usual_modes(), nullcontext() if torch.get_default_device() == device else device:
         yield
 
 

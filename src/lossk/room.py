@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import psutil
-
+from lossk.available import available_bytes
 from lossk.memory import FREE_SHARE, Budget, as_setting, gigabytes
 
 
@@ -20,7 +19,7 @@ class Room:
         Args:
             what: the subject of the message, with a verb.
         """
-        free = int(FREE_SHARE * psutil.virtual_memory().available)
+        free = int(FREE_SHARE * available_bytes())
         if more > free:
             raise MemoryError(
                 f"{what}, and this machine has {gigabytes(free)} free: end the data earlier, or give fewer samples"

@@ -26,12 +26,13 @@ from lossk.device_plan import choose_overlap, choose_with_device, describe_room
 from lossk.device_room import measure_room, place_data
 from lossk.diagnostics import Criteria, Diagnostics, TraceWatch, diagnose
 from lossk.distributed import Ranks
-from lossk.judging import informed_pilot, plan_judging
+from lossk.judging import informed_pilot, plan_judging, working_bytes
 from lossk.layout import Layout, Size, choose_layout
 from lossk.losses import LossFunction, resolve_loss
 from lossk.memory import Budget
 from lossk.neighbors import median_noise_floor
 from lossk.panel import ChainTotals, Panel, chain_panels
+from lossk.pass_memory import fit_passes
 from lossk.passes import Passes, resumed_passes
 from lossk.passes_pilot import Load, choose_passes, load_of
 from lossk.pilot import Pilot
@@ -105,9 +106,11 @@ class Run:
         lone = sets.get("") is train_samples
         fingerprints["train"] = fingerprints["probe"] if lone else train_samples.fingerprint()
         notes = [*chosen.reasons, *place_data(task, [*sets.values(), train_samples])]
+        read = time.perf_counter()
         probe, train_samples = prepare_probe(task, sets, train_samples)
         named = {part.name: part.samples for part in probe.parts}
         witness = witness_of(task, named if probe.holds(train_samples) else {**named, "train": train_samples})
+        checked = time.perf_counter()
         if probe.tokens is not None:
             fingerprints["tokens"] = token_fingerprint(probe.tokens)
         run = cls(
@@ -128,7 +131,7 @@ class Run:
             warnings=[str(warning.message) for warning in caught],
             watch=TraceWatch(num_chains, num_draws, len(probe)),
         )
-        run.timings.seconds["prepare"] = time.perf_counter() - started
+        run.timings.seconds |= {"check": checked - read, "prepare": time.perf_counter() - started - (checked - read)}
         return run
 
     @property
@@ -136,12 +139,19 @@ class Run:
         """n, the terms of the training loss: samples, or unmasked tokens."""
         return self.task.loss.num_terms(len(self.train))
 
-    def arrange(self, passes: Passes | None, chosen: dict[str, Any] | None, ranks: Ranks | None = None) -> None:
+    def arrange(
+        self, passes: Passes | None, chosen: dict[str, Any] | None, ranks: Ranks | None = None,
+        budget: Budget | None = None,
+    ) -> None:  # fmt: skip
         """Settle how the passes are run: as given, as `chosen` before, or by a pilot; before the task is entered.
 
         Args:
             ranks: of the run, which all call this; rank 0's pilot is everyone's.
+            budget: batches that are not given take no more than a part of it.
         """
+        if budget is not None and passes is None and chosen is None:
+            probe, batch = self.probe.parts[0].samples, self._load(self.asked).minibatch
+            self.passes_reasons += fit_passes(self.task, probe, self.train, batch, budget)
         plain = Arrangement.plain(self.task, self.probe, self.train)
         if chosen is not None:
             plain = dataclasses.replace(plain, passes=resumed_passes(passes, Passes(**chosen["passes"])))
@@ -159,10 +169,9 @@ class Run:
 
     def _settle(self, arranged: Arrangement, plain: Arrangement, decide: Callable[..., Any] | None) -> None:
         """Prove that the passes are the user's model, and do without the rewritings that are not."""
-        minibatch = min(getattr(self.asked, "batch_size", None) or len(self.train), len(self.train))
 
         def settled() -> tuple[dict[str, Any], list[str]]:
-            passes, reasons = settle(self.task, arranged, plain, minibatch)
+            passes, reasons = settle(self.task, arranged, plain, self._load(self.asked).minibatch)
             return passes.to_dict(), reasons
 
         with self.timings.measure("check"):
@@ -271,12 +280,12 @@ class Run:
             StoreError: it needs more than the disk has.
         """
         step_seconds, taken = self.time_a_step(), budget.taken()
-        stack = self.task.stack_bytes(panel)
-        weights, draws = self.task.num_weights, self.num_draws
-        size = Size(len(self.probe), tile, panel, self.num_chains, draws, dtype, weights, stack)
-        room = None
-        if self.task.device.type == "cuda":
-            room = measure_room(self.task, self.probe.parts[0].samples, self.train)
+        batch, judging = self._load(self.asked).minibatch, self._around(Timings()).judging[1]
+        working = working_bytes(self.task, self.probe.parts[0].samples, self.train, batch, judging, self.seed)
+        stack, weights = self.task.stack_bytes(panel), self.task.num_weights
+        size = Size(len(self.probe), tile, panel, self.num_chains, self.num_draws, dtype, weights, stack, working)
+        cuda = self.task.device.type == "cuda"
+        room = measure_room(self.task, self.probe.parts[0].samples, self.train) if cuda else None
         if form != "tiles":
             held = form == "traces"
             layout = trace_layout(size, taken) if held else factor_layout(size, taken, on_disk=out is not None)
@@ -291,6 +300,7 @@ class Run:
             self.task.passes = dataclasses.replace(self.task.passes, overlap=overlap)
             self.passes_reasons.append(why)
             bar.say(f"device: {why}")
+        layout = dataclasses.replace(layout, reached_bytes=budget.reached())
         plan = make_plan(
             layout,
             size,

@@ -3,168 +3,215 @@
     config.json    what was asked for, chosen and measured        losses      [chain, draw, sample] float32, nats
     mean, variance, scale, lag1  [sample] float64                 chain_mean  [chain, sample] float64
     tiles          [row, column] float16/32, upper triangle, one chunk per tile: covariance / (scale_i scale_j)
-    factor         [draw, sample] float16/32, instead of tiles    complete    written last
+    factor         [draw, sample] float16/32, instead of tiles    checksums.json  of every file
     tokens         [sample, 2] int64, (sample of its set, position) of a loss per token only
+    complete       moved into place last, once all of this is durable
     commits.jsonl  one line per durable panel                     state-K.npz  a chain after its last one, line K
     tiles.jsonl    one line per durable tile, while tiles are made out of core
 
 Nothing in a store is executable: JSON, Zarr chunks with checksums, and NumPy arrays read with pickling refused.
+Whatever is missing, or is not what was written, is a `StoreError` that names it: on opening, or, of tiles, the factor
+and the losses, which are read when asked for, then.
 """
 
 from __future__ import annotations
 
-import shutil
+import os
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-import zarr
 from torch import Tensor
 
 from lossk.blocks import FactorBlocks, Moments, TileBlocks
 from lossk.checks import check_place
-from lossk.diagnostics import Diagnostics
-from lossk.disk import consolidate, in_one_step, read_json, read_lines, sync_tree, write_json
+from lossk.chunks import ArraySpec, Digests
+from lossk.commits import COMMITS, clear_transient, is_transient, progress_of
+from lossk.description import CHUNK_SAMPLES, FORMAT, read_diagnostics
+from lossk.disk import Digest, sync_tree
 from lossk.errors import StoreError
 from lossk.kernel import LossKernel
+from lossk.locks import Lock
+from lossk.manifest import MANIFEST, MOMENTS, finish_store, is_complete, write_array
+from lossk.opened import OpenStore, copy_store, identity
+from lossk.sealed import MARK, read_sealed, write_sealed
 from lossk.stored_factor import StoredFactor
-from lossk.stored_tiles import CHECKED, StoredTiles, write_tiles
+from lossk.stored_tiles import StoredTiles, write_tiles
+from lossk.swap import in_one_step, recover
 from lossk.witness import differences
 
-FORMAT = 1
+TRIES = 5  # to open a store that others replace meanwhile
 
 
 def save_kernel(kernel: LossKernel, path: Path, *, overwrite: bool = False) -> None:
     """Write a finished kernel beside its final name and move it there in one step."""
-    if path.exists() and not overwrite:
+    if os.path.lexists(path) and not overwrite:
         raise FileExistsError(f"path {str(path)!r} exists; pass overwrite=True to replace it")
     with in_one_step(path, overwrite) as parts:
         if isinstance(kernel._blocks, StoredFactor):  # a finished store is never changed: its copy is as good
-            shutil.copytree(kernel._blocks.path, parts)
+            copy_store(kernel._blocks.source(), parts)
         else:
-            zarr.create_group(parts, zarr_format=3)
             write_kernel(kernel, parts)
 
 
-def write_kernel(kernel: LossKernel, path: Path, *, with_tiles: bool = True) -> None:
-    """Write a kernel's arrays and description into an existing group, `complete` last.
+def write_kernel(kernel: LossKernel, path: Path, *, with_tiles: bool = True, known: Digests | None = None) -> None:
+    """Write a kernel's arrays and description into a folder, durably, `complete` last.
 
     Args:
-        with_tiles: False where its tiles, or its factor, are in that group already.
+        with_tiles: False where its tiles, or its factor, are there already.
+        known: the digests of files that are there already.
     """
-    group = zarr.open_group(path, mode="r+")
     moments, blocks = kernel._moments, kernel._blocks
-    for name in ("mean", "variance", "scale", "lag1"):
-        _write_array(group, name, getattr(moments, name), ("sample",))
-    _write_array(group, "chain_mean", moments.chain_mean, ("chain", "sample"))
+    files: dict[str, Digest] = {}
+    for name in MOMENTS:
+        dimensions = ("chain", "sample") if name == "chain_mean" else ("sample",)
+        files |= write_tensor(path, name, getattr(moments, name), dimensions)
     if kernel.tokens is not None:
-        _write_array(group, "tokens", kernel.tokens, ("sample", "index"))
+        files |= write_tensor(path, "tokens", kernel.tokens, ("sample", "index"))
     if isinstance(blocks, FactorBlocks) and with_tiles:
-        _write_array(group, "factor", blocks.factor, ("draw", "sample"))
+        files |= write_tensor(path, "factor", blocks.factor, ("draw", "sample"))
     elif with_tiles:
         assert isinstance(blocks, TileBlocks)
-        write_tiles(group, blocks)
-    saved = read_json(path / "config.json") if (path / "config.json").exists() else {}
+        files |= write_tiles(path, blocks)
+        sync_tree(path / "tiles")
+    saved = read_sealed(path / "config.json") if (path / "config.json").exists() else {}
     description = {
         **kernel.meta.get("config", {}),
         **saved,
-        "format": FORMAT,
-        "kind": blocks.kind,
         "num_samples": blocks.num_samples,
         "tile": saved.get("tile", blocks.tile),
         "num_chains": moments.num_chains,
         "num_draws": moments.num_draws,
         "centering": moments.centering,
-        "sets": {name: [rows.start, rows.stop] for name, rows in kernel.sets.items()} or None,
         "freedom": getattr(blocks, "freedom", None),
         **({"factor_chunk": blocks.tile} if isinstance(blocks, StoredFactor) else {}),
+    }
+    write_description(path, kernel, description)
+    finish_store(path, {**(known or {}), **files})
+
+
+def write_description(path: Path, kernel: LossKernel, description: Mapping[str, Any]) -> None:
+    """Write what a finished kernel is: `description`, and what is kept beside its numbers."""
+    sets = {name: [rows.start, rows.stop] for name, rows in kernel.sets.items()} or None
+    content = {
+        **description,
+        "format": FORMAT,
+        MARK: "crc32c",
+        "kind": kernel.form,
+        "dtype": kernel.dtype,
+        "sets": sets,
         "meta": kernel.meta,
         "diagnostics": None if kernel.diagnostics is None else kernel.diagnostics.to_dict(),
     }
-    write_json(path / "config.json", description)
-    sync_tree(path)
-    _write_array(group, "complete", torch.ones(1, dtype=torch.int8, device="cpu"), ("format",))
-    sync_tree(path / "complete")
-    consolidate(path)
+    write_sealed(path / "config.json", content)
 
 
-def _write_array(group: zarr.Group, name: str, values: Tensor, dimensions: tuple[str, ...]) -> None:
-    array = group.create_array(
-        name,
-        shape=tuple(values.shape),
-        dtype=str(values.dtype).removeprefix("torch."),
-        chunks=(*values.shape[:-1], min(values.shape[-1], 2**20)),
-        dimension_names=dimensions,
-        compressors=CHECKED,
-        overwrite=True,
-    )
-    array[...] = values.numpy()
+def write_tensor(path: Path, name: str, values: Tensor, dimensions: tuple[str, ...]) -> dict[str, Digest]:
+    """A new array of a store, durable but for its own name; the digests of its files."""
+    dtype, shape = str(values.dtype).removeprefix("torch."), tuple(values.shape)
+    width = CHUNK_SAMPLES
+    chunks = (width, *shape[1:]) if dimensions[0] == "sample" else (*shape[:-1], width)
+    found = write_array(path, name, values.numpy(), ArraySpec.of(shape, dtype, dimensions, chunks))
+    sync_tree(path / name)
+    return found
+
+
+# --- reading -------------------------------------------------------------------------------------------------------
 
 
 def open_kernel(path: str | Path) -> LossKernel:
     """Open a `.lossk` store for reading; tiles, and traces written by `TraceWriter`, stay on disk until asked for.
 
     Raises:
-        StoreError: no store there, unfinished (with how far it got), or of a newer format.
+        StoreError: no store there, unfinished (with how far it got), damaged, or of a newer format.
     """
     path = check_place("path", path)
-    if not path.exists():
-        raise StoreError(f"path: there is no store at {str(path)!r}")
+    recover(path)
+    for _ in range(TRIES - 1):
+        before = _identity(path)
+        try:
+            return _open(path)
+        except StoreError:
+            if _identity(path) == before:  # nobody has moved another store there meanwhile
+                raise
+    return _open(path)
+
+
+def _identity(path: Path) -> Any:
     try:
-        group = zarr.open_group(path, mode="r")
-    except (FileNotFoundError, ValueError) as error:
-        raise StoreError(f"path: {str(path)!r} is not a .lossk store: {error}") from error
-    if "complete" not in group:
-        raise StoreError(f"{str(path)!r} is unfinished: {progress_of(path)}; continue it with resume=True")
-    description = read_json(path / "config.json")
-    if description.get("format") != FORMAT:
-        raise StoreError(f"{str(path)!r} has format {description.get('format')}, this version reads {FORMAT}")
+        return identity(path)
+    except StoreError:
+        return None
+
+
+def _open(path: Path) -> LossKernel:
+    refuse_unfinished(path)
+    store = OpenStore(path)
+    config = store.config
     moments = Moments(
-        **{name: _read(group, name) for name in ("mean", "variance", "scale", "chain_mean", "lag1")},
-        num_chains=description["num_chains"],
-        num_draws=description["num_draws"],
-        centering=description["centering"],
+        **{name: torch.from_numpy(values) for name, values in store.read_moments().items()},
+        num_chains=config["num_chains"],
+        num_draws=config["num_draws"],
+        centering=config["centering"],
     )
     blocks: FactorBlocks | TileBlocks
-    if "factor_chunk" in description:
-        blocks = StoredFactor(_array(group, "factor"), description["freedom"], path)
-    elif description["kind"] == "factor":
-        blocks = FactorBlocks(_read(group, "factor"), description["freedom"], description["tile"])
+    if config["kind"] == "tiles":
+        blocks = TileBlocks(config["num_samples"], config["tile"], StoredTiles.of(store))
+    elif "factor_chunk" in config:
+        blocks = StoredFactor(store.factor(moments.variance.numpy()), config["freedom"], path, store)
     else:
-        tile = description["tile"]
-        tiles = StoredTiles(path, min(tile, description["num_samples"]))
-        blocks = TileBlocks(description["num_samples"], tile, tiles)
-    plain = description["diagnostics"]
-    diagnostics = None if plain is None else Diagnostics.from_dict(plain)
+        array = store.factor(moments.variance.numpy())
+        blocks = FactorBlocks(torch.from_numpy(store.all_of(array)), config["freedom"], config["tile"])
     return LossKernel(
         blocks,
         moments,
-        meta=description["meta"],
-        diagnostics=diagnostics,
-        tokens=_read(group, "tokens") if "tokens" in group else None,
-        sets={name: slice(*ends) for name, ends in (description.get("sets") or {}).items()},
+        meta=config["meta"],
+        diagnostics=read_diagnostics(path, config),
+        tokens=torch.from_numpy(store.read("tokens")) if "tokens" in store.specs else None,
+        sets={name: slice(*ends) for name, ends in (config.get("sets") or {}).items()},
     )
 
 
+def refuse_unfinished(path: Path) -> None:
+    """Raise StoreError unless a finished store is there."""
+    if not path.exists():
+        raise StoreError(f"path: there is no store at {str(path)!r}")
+    if not (path / "zarr.json").is_file():
+        raise StoreError(f"path: {str(path)!r} is not a .lossk store: it has no zarr.json")
+    if is_complete(path):
+        return
+    if (path / MANIFEST).exists() and not (path / COMMITS).exists():
+        raise StoreError(f"the store's array 'complete' in {str(path)!r} is missing")
+    raise StoreError(f"{str(path)!r} is unfinished: {progress_of(path)}; continue it with resume=True")
+
+
 def open_finished(path: Path, request: Mapping[str, Any]) -> LossKernel | None:
-    """The kernel at `path` if that run is complete; None if it is not.
+    """The kernel at `path` if that run is complete; None if it is not. What its end left behind is cleared away.
 
     Raises:
         StoreError: complete, but of another request.
     """
-    if not (path / "complete").exists():
+    if not is_complete(path):
         return None
-    refuse_other_run(path, read_json(path / "config.json"), request)
-    return open_kernel(path)
+    refuse_other_run(path, read_sealed(path / "config.json"), request)
+    kernel = open_kernel(path)
+    if any(is_transient(entry.name) for entry in path.iterdir()):
+        with suppress(StoreError):  # another process is at it, or nobody may
+            lock = Lock(path)
+            try:
+                clear_transient(path)
+            finally:
+                lock.release()
+    return kernel
 
 
 def saved_panel(path: Path | None) -> int | None:
     """The panel of the run at `path`: a choice that a resumed run keeps. None where there is no such run."""
     if path is None or not (path / "config.json").exists():
         return None
-    panel = read_json(path / "config.json").get("panel")
+    panel = read_sealed(path / "config.json").get("panel")
     return panel if isinstance(panel, int) else None
 
 
@@ -173,38 +220,3 @@ def refuse_other_run(path: Path, saved: Mapping[str, Any], request: Mapping[str,
     changed = differences(saved, request)
     if changed:
         raise StoreError(f"out={str(path)!r} holds another run, not resumed ({'; '.join(changed)})")
-
-
-def _read(group: zarr.Group, name: str) -> Tensor:
-    try:
-        return torch.from_numpy(np.asarray(_array(group, name)[...]))
-    except ValueError as error:
-        raise StoreError(f"the store's array {name!r} is damaged: {error}") from error
-
-
-def _array(group: zarr.Group, name: str) -> zarr.Array:
-    array = group.get(name)
-    if not isinstance(array, zarr.Array):
-        raise StoreError(f"the store's array {name!r} is missing")
-    return array
-
-
-def progress_of(path: Path) -> str:
-    """How far an unfinished store got, in words."""
-    commits = read_commits(path)
-    request = read_json(path / "config.json") if (path / "config.json").exists() else {}
-    if not commits or "num_chains" not in request:
-        return "no draws are saved yet"
-    done = sum(len(c["excess"]) for c in commits)
-    tiles = sum(len(read_lines(file)) for file in path.glob("tiles*.jsonl"))
-    return f"{done} of {request['num_chains'] * request['num_draws']} draws are saved" + (
-        f", and {tiles} tiles" if tiles else ""
-    )
-
-
-def read_commits(path: Path) -> list[dict[str, Any]]:
-    """The committed panels, in order; of those that were committed together, all or none."""
-    commits = read_lines(path / "commits.jsonl")
-    if commits and commits[-1].get("part", 0) + 1 < commits[-1].get("parts", 1):
-        del commits[-1 - commits[-1]["part"] :]
-    return commits

@@ -6,11 +6,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import zarr
 from torch import Tensor
 
 from lossk.blocks import FactorBlocks
+from lossk.chunks import ChunkError, Chunks
 from lossk.errors import StoreError
+from lossk.opened import OpenStore
 
 KEPT = 2  # chunks in memory: a tile's two sides
 
@@ -20,20 +21,37 @@ class StoredFactor(FactorBlocks):
 
     Memory beyond the N moments: 8 D tile bytes for these, one more of the same in float64 products, and whatever the
     caller asks for. Chunks are checked against their checksums whenever they are read.
+
+    Args:
+        store: that it is of; None while that is still being written.
     """
 
     in_memory = False
 
-    def __init__(self, array: zarr.Array, freedom: int, path: Path) -> None:
+    def __init__(self, array: Chunks, freedom: int, path: Path, store: OpenStore | None = None) -> None:
         self.path, self.freedom = path, freedom
         self.num_rows, self.num_samples = array.shape
         self.tile = array.chunks[1]
-        self._array = array
+        self._array, self._store = array, store
         self._kept: dict[int, Tensor] = {}
 
     @property
     def dtype(self) -> torch.dtype:
-        return getattr(torch, str(self._array.dtype))
+        return getattr(torch, self._array.spec.dtype)
+
+    def source(self) -> OpenStore:
+        """Its store, to be copied.
+
+        Raises:
+            StoreError: another one lies in its place.
+        """
+        if self._store is not None:
+            self._store.check()
+            return self._store
+        store = OpenStore(self.path)
+        if any(store.known is None or store.known.get(key) != found for key, found in self._array.known.items()):
+            raise StoreError(f"{str(self.path)!r} is not the store that this kernel was written to; open it again")
+        return store
 
     def stripe(self, i: int) -> Tensor:
         if i in self._kept:
@@ -45,12 +63,13 @@ class StoredFactor(FactorBlocks):
         return self._kept[i]
 
     def _read(self, i: int) -> np.ndarray:
-        if not (self.path / "factor" / "c" / "0" / str(i)).exists():  # Zarr would read zeros
-            raise StoreError(f"chunk {i} of the factor in {str(self.path)!r} is missing")
+        what = f"chunk {i} of the factor in {str(self.path)!r}"
+        if self._store is not None:
+            return self._store.read_chunk(self._array, (0, i), what)
         try:
-            return np.asarray(self._array[:, i * self.tile : (i + 1) * self.tile])
-        except (ValueError, OSError) as error:
-            raise StoreError(f"chunk {i} of the factor in {str(self.path)!r} is damaged: {error}") from error
+            return self._array.read((0, i))
+        except ChunkError as error:
+            raise StoreError(error.says(what)) from error
 
     def take(self, index: Tensor) -> Tensor:
         out = torch.empty(self.num_rows, len(index), dtype=torch.float32, device="cpu")

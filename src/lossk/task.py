@@ -173,7 +173,7 @@ class Task:
 
     def flatten(self, parts: Sequence[Tensor]) -> Tensor:
         """[P]: one tensor per sampled parameter, in the order of `flat`."""
-        return torch.cat([self._flatten(part) for part in parts])
+        return torch.cat([self._flatten(dense(part)) for part in parts])
 
     def _flatten(self, tensor: Tensor) -> Tensor:
         """[p]: a parameter's elements in the order they have in `flat`."""
@@ -289,7 +289,12 @@ class Task:
         gradients = torch.autograd.grad(value, self.sampled, slopes, allow_unused=True, materialize_grads=True)
         # One pass over the weights: .grad, which autograd adds to, would have to be zeroed, read and written.
         write = torch._foreach_add_ if add else torch._foreach_copy_
-        write(self._parts, gradients)
+        write(self._parts, [dense(part) for part in gradients])
+
+
+def dense(gradient: Tensor) -> Tensor:
+    """A gradient as a dense tensor; that of an embedding may be sparse."""
+    return gradient.to_dense() if gradient.is_sparse else gradient
 
 
 def fitting_batch(most: int, positions: int | None) -> int:

@@ -13,9 +13,8 @@ the bit.
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Iterator
+from collections.abc import Set as AbstractSet
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import cycle
@@ -24,15 +23,18 @@ from types import TracebackType
 from typing import Any
 
 import torch
-import zarr
 from torch import Tensor
 
 from lossk.blocks import Moments, TileBlocks, tile_spans
-from lossk.disk import forget, read_lines, replace_file
+from lossk.chunks import Chunks
+from lossk.disk import Digest, forget, sync, sync_tree
+from lossk.errors import StoreError
 from lossk.layout import Layout
+from lossk.manifest import digest_of_chunk
 from lossk.runlog import RunLog
 from lossk.running import MomentsFirst, RunningMoments
-from lossk.stored_tiles import COMPRESSED, StoredTiles, chunk_path, create_tiles, encode_tile
+from lossk.sealed import LineLog, read_log
+from lossk.stored_tiles import StoredTiles, chunk_path, create_tiles
 from lossk.tiles import add_rows, finish_tile
 
 Key = tuple[int, int]
@@ -65,10 +67,13 @@ class OutOfCore(MomentsFirst):
         rows = LoggedRows(self.log, self.running, moments, self.layout.super_panel)
         spans = tile_spans(self.num_samples, side)
         with TileWriter(self.log.path, self.num_samples, side, self.dtype, self.share.name) as writer:
-            done = writer.done | self.share.others
+            done = writer.done.keys() | self.share.others
             for key, tile in make_tiles(rows, spans, self.layout.stripes, done):
                 writer.put(key, finish_tile(tile, key, self.running.freedom, self.dtype))
-        return TileBlocks(self.num_samples, self.tile, StoredTiles(self.log.path, side, self.cache_bytes)), moments
+        known = writer.known()
+        self.log.known |= known
+        tiles = StoredTiles(self.log.path, side, self.cache_bytes, known=known)
+        return TileBlocks(self.num_samples, self.tile, tiles), moments
 
 
 class LoggedRows:
@@ -106,7 +111,9 @@ class LoggedRows:
         return rows
 
 
-def make_tiles(rows: LoggedRows, spans: list[slice], stripes: int, done: set[Key]) -> Iterator[tuple[Key, Tensor]]:
+def make_tiles(
+    rows: LoggedRows, spans: list[slice], stripes: int, done: AbstractSet[Key]
+) -> Iterator[tuple[Key, Tensor]]:
     """Sums of products, [a, b] float32, of the tiles that are not done: `stripes` tile rows at a time, by columns.
 
     A tile is overwritten by the next but one: two buffers take turns, as freshly allocated ones, many megabytes each,
@@ -148,18 +155,36 @@ def _zeros(a: int, b: int, buffer: Tensor) -> Tensor:
     return buffer[: a * b].view(a, b).zero_()
 
 
-def committed_tiles(store: Path) -> set[Key]:
-    """The tiles that are durable, by the log of a process alone and those of ranks."""
-    keys = {(int(i), int(j)) for log in store.glob("tiles*.jsonl") for i, j in read_lines(log)}
-    return {key for key in keys if chunk_path(store, key).exists()}
+def committed_tiles(store: Path) -> dict[Key, Digest | None]:
+    """The tiles that are durable, by the log of a process alone and those of ranks, with what each was (if known)."""
+    found: dict[Key, Digest | None] = {}
+    for log in sorted(store.glob("tiles*.jsonl")):
+        for number, line in enumerate(read_log(log, sealed=False)[0], 1):
+            try:
+                (i, j), written = (line["tile"], line["digest"]) if isinstance(line, dict) else (line, None)
+                found[int(i), int(j)] = None if written is None else (int(written[0]), int(written[1]))
+            except (KeyError, TypeError, ValueError, IndexError) as error:
+                raise StoreError(f"{log.name} of {str(store)!r}, line {number}, names no tile") from error
+    return {key: written for key, written in found.items() if _is_there(chunk_path(store, key), written)}
 
 
-def prepare_tiles(store: Path, num_samples: int, side: int, dtype: str) -> set[Key]:
+def _is_there(file: Path, written: Digest | None) -> bool:
+    """Whether a tile need not be made again; what lies in the middle of it is checked when it is read."""
+    return file.exists() and (written is None or digest_of_chunk(file) == written)
+
+
+def _line(key: Key, written: Digest | None) -> dict[str, Any]:
+    return {"tile": key, "digest": written}
+
+
+def prepare_tiles(store: Path, num_samples: int, side: int, dtype: str) -> dict[Key, Digest | None]:
     """Make the array of tiles, unless it holds some; returns those, gathered into one log without torn lines."""
     done = committed_tiles(store)
     if not done:
-        create_tiles(zarr.open_group(store, mode="r+"), num_samples, side, dtype, COMPRESSED)
-    replace_file(store / DONE, "".join(json.dumps(key) + "\n" for key in sorted(done)).encode())
+        create_tiles(store, num_samples, side, dtype, compressed=True)
+        sync_tree(store / "tiles")
+        sync(store)
+    LineLog.begin(store / DONE, [_line(key, done[key]) for key in sorted(done)])
     for log in store.glob("tiles-*.jsonl"):
         log.unlink()
     return done
@@ -175,10 +200,16 @@ class TileWriter:
     """
 
     def __init__(self, store: Path, num_samples: int, side: int, dtype: str, name: str = DONE) -> None:
-        self.store, self.side, self.name = store, side, name
         self.done = prepare_tiles(store, num_samples, side, dtype) if name == DONE else committed_tiles(store)
+        own = [_line(key, self.done[key]) for key in sorted(self.done)] if name == DONE else []
+        self._log = LineLog.after(store / name, own)
+        self._array = Chunks.open(store, "tiles")
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="lossk-tiles")
         self._writing: Future[None] | None = None
+
+    def known(self) -> dict[str, Digest]:
+        """The digests of the files of all tiles that are done."""
+        return {self._array.key(key): written for key, written in self.done.items() if written is not None}
 
     def put(self, key: Key, tile: Tensor) -> None:
         """Have a finished tile written; raises what went wrong with the one before."""
@@ -186,16 +217,11 @@ class TileWriter:
         self._writing = self._pool.submit(self._write, key, tile)
 
     def _write(self, key: Key, tile: Tensor) -> None:
-        chunk = chunk_path(self.store, key)
-        chunk.parent.mkdir(parents=True, exist_ok=True)
-        replace_file(chunk, *encode_tile(self.side, tile))
+        self.done[key] = self._array.write(key, tile.numpy())
         # Gigabytes that nobody reads soon: memory that they kept would be new to the process, page by page, where the
         # next tile can have the same again (on a virtual machine several times cheaper); in a container it counts, too.
-        forget(chunk)
-        with (self.store / self.name).open("ab") as log:
-            log.write(json.dumps(key).encode() + b"\n")
-            log.flush()
-            os.fsync(log.fileno())
+        forget(self._array.file(key))
+        self._log.append([_line(key, self.done[key])])
 
     def _wait(self) -> None:
         writing, self._writing = self._writing, None

@@ -17,17 +17,20 @@ from typing import Any
 
 import numpy as np
 import torch
-import zarr
 from torch import Tensor
 
 from lossk.centring import centre, degrees_of_freedom, empty_moments, note
 from lossk.checks import check_choice, check_integer, check_json, check_optional, check_path, check_tensor
+from lossk.chunks import ArraySpec, Chunks
 from lossk.column_checks import check_excess, check_sets, check_tokens
-from lossk.diagnostics import diagnose, watched_samples
-from lossk.disk import consolidate, create_array, in_one_step, sync_tree, write_json
+from lossk.diagnostics import Diagnostics, diagnose, watched_samples
+from lossk.disk import Digest, sync_tree
+from lossk.kernel import LossKernel
 from lossk.neighbors import median_noise_floor
 from lossk.settings import check_n_beta, check_settings
-from lossk.store import FORMAT
+from lossk.store import write_kernel
+from lossk.stored_factor import StoredFactor
+from lossk.swap import in_one_step
 
 CHUNK_BYTES = 2**24  # of a chunk on disk, about
 MOST_SAMPLES = 4096  # of a chunk, which is also the kernel's tile
@@ -100,12 +103,13 @@ class TraceWriter:
         # of the losses, over samples
         self._total = torch.zeros(num_chains, num_draws, dtype=torch.float64, device="cpu")
         self._num_constant = 0
+        self._known: dict[str, Digest] = {}  # of the files that were written
         self._writing = ExitStack()
         self._parts = self._writing.enter_context(in_one_step(where))
         try:
-            self._group = zarr.create_group(self._parts, zarr_format=3)
             shape, chunks = (num_chains * num_draws, num_samples), (num_chains * num_draws, self.chunk)
-            self._factor = create_array(self._group, "factor", shape, dtype, ("draw", "sample"), chunks)
+            spec = ArraySpec.of(shape, dtype, ("draw", "sample"), chunks)
+            self._factor = Chunks.create(self._parts, "factor", spec, self._known)
         except BaseException as error:
             self._abandon(error)
             raise
@@ -149,7 +153,8 @@ class TraceWriter:
     def _write_chunk(self, start: int, losses: Tensor) -> None:
         span = slice(start, start + losses.shape[2])
         centred = centre(losses, self.centering, DTYPES[self.dtype])
-        self._factor[:, span] = centred.factor.numpy()
+        at = (0, start // self.chunk)
+        self._known[self._factor.key(at)] = self._factor.write(at, centred.factor.numpy(), durable=False)
         note(self._moments, span, centred)
         self._total += losses.sum(dim=2, dtype=torch.float64)
         self._num_constant += int((losses == losses[:, :1]).all(dim=1).all(dim=0).sum())
@@ -175,24 +180,23 @@ class TraceWriter:
         self._writing.close()
 
     def _finish(self) -> None:
-        for name in ("mean", "variance", "scale", "lag1"):
-            self._write(name, getattr(self._moments, name), ("sample",))
-        self._write("chain_mean", self._moments.chain_mean, ("chain", "sample"))
-        if self._tokens is not None:
-            self._write("tokens", self._tokens, ("sample", "index"))
-        write_json(self._parts / "config.json", self._description())
         sync_tree(self._parts)
-        self._write("complete", torch.ones(1, dtype=torch.int8, device="cpu"), ("format",))
-        sync_tree(self._parts / "complete")
-        consolidate(self._parts)
+        kernel = LossKernel(
+            StoredFactor(self._factor, self._freedom, self._parts),
+            self._moments,
+            meta=self._meta,
+            diagnostics=self._diagnose(),
+            tokens=None if self._tokens is None else self._tokens.long(),
+            sets=self._sets,
+        )
+        write_kernel(kernel, self._parts, with_tiles=False, known=self._known)
 
-    def _write(self, name: str, values: Tensor, dimensions: tuple[str, ...]) -> None:
-        dtype = str(values.dtype).removeprefix("torch.")
-        chunks = (*values.shape[:-1], 2**20) if dimensions[-1] == "sample" else (2**20, *values.shape[1:])
-        create_array(self._group, name, tuple(values.shape), dtype, dimensions, chunks)[...] = values.numpy()
+    @property
+    def _freedom(self) -> int:
+        return degrees_of_freedom(self.num_chains, self.num_draws, self.centering)
 
-    def _description(self) -> dict[str, Any]:
-        diagnostics = diagnose(
+    def _diagnose(self) -> Diagnostics:
+        return diagnose(
             mean_loss=self._total / self.num_samples,
             watched=self._watched_losses,
             dead_share=self._num_constant / self.num_samples,
@@ -203,21 +207,6 @@ class TraceWriter:
             pilot=None,
             sampler=None,
         )
-        return {
-            **self._meta.get("config", {}),
-            "format": FORMAT,
-            "kind": "factor",
-            "factor_chunk": self.chunk,
-            "num_samples": self.num_samples,
-            "tile": self.chunk,
-            "num_chains": self.num_chains,
-            "num_draws": self.num_draws,
-            "centering": self.centering,
-            "sets": {name: [rows.start, rows.stop] for name, rows in self._sets.items()} or None,
-            "freedom": degrees_of_freedom(self.num_chains, self.num_draws, self.centering),
-            "meta": self._meta,
-            "diagnostics": diagnostics.to_dict(),
-        }
 
     def _abandon(self, error: BaseException) -> None:
         self._closed = True

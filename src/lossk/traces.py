@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -45,11 +46,12 @@ class LossTraces:
         if given.shape[1] < 2:
             raise ValueError(f"losses must hold at least 2 draws per chain, got {given.shape[1]}")
         self.losses = given.float().cpu()
-        bad = (~torch.isfinite(self.losses)).nonzero()
-        if bad.numel():
-            chain, draw, sample = bad[0].tolist()
-            value = float(self.losses[chain, draw, sample])
-            raise ValueError(f"losses must be finite; chain {chain}, draw {draw}, sample {sample} is {value}")
+        for chain, draw in itertools.product(*map(range, given.shape[:2])):
+            row = self.losses[chain, draw]  # by rows: a check of all at once takes twice their memory
+            if not torch.isfinite(row).all():
+                sample = int((~torch.isfinite(row)).nonzero()[0])
+                value = float(row[sample])
+                raise ValueError(f"losses must be finite; chain {chain}, draw {draw}, sample {sample} is {value}")
         self.excess = check_excess(excess, self.num_chains, self.num_draws)
         self.n_beta = check_n_beta(n_beta)
         self.meta = {} if meta is None else check_mapping("meta", meta)

@@ -8,22 +8,25 @@ covariance of the stored losses (`lossk.verify_numbers` has the bounds).
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import zarr
 
+from lossk.chunks import At, ChunkError, Chunks, Region
+from lossk.commits import progress_of, read_commits
+from lossk.description import check_description, check_group, check_spec
 from lossk.disk import read_json
+from lossk.earlier import ZeroChunks, dead_chunks, find_zeros
 from lossk.errors import StoreError
-from lossk.store import FORMAT, progress_of, read_commits
+from lossk.manifest import COMPLETE, DESCRIPTIONS, MANIFEST, MOMENTS, digest_of, is_complete, read_manifest, written
+from lossk.sealed import MARK, read_sealed
 from lossk.verify_numbers import FactorCheck, LossCheck, TileCheck, check_moments, choose_blocks
 
-MOMENTS = ("variance", "mean", "scale", "lag1", "chain_mean")
-Region = tuple[slice, ...]
+Digests = dict[str, tuple[int, int]]
 
 
 @dataclass
@@ -49,62 +52,125 @@ def verify_store(path: str | Path, *, num_blocks: int = 8, side: int = 128, seed
         StoreError: there is no store at `path`.
     """
     path = Path(path)
-    if not (path / "zarr.json").exists():
+    if not any((path / name).is_file() for name in ("zarr.json", "config.json", MANIFEST)):
         raise StoreError(f"there is no store at {str(path)!r}")
     found = Verification()
-    arrays = _open_arrays(path, found)
     config = _read_config(path, found)
-    if "complete" not in arrays:
-        found.problems.append(f"unfinished: {progress_of(path)}; continue it with resume=True")
-        _check_unfinished(path, arrays, found)
+    complete = is_complete(path)
+    known = _read_digests(path, config, found) if complete else None
+    arrays = _open_arrays(path, known, config if complete else None, found)
+    _check_group(path, arrays, found)
+    if not complete:
+        _say_unfinished(path, found)
+        _check_unfinished(path, arrays, config or {}, found)
         return found
-    moments = _read_moments(path, arrays, config, found)
+    moments = _read_moments(arrays, config, found)
     if config is None or moments is None:
-        for name in sorted(set(arrays) - set(MOMENTS)):  # which chunks may be zero, only the moments tell
-            _walk(path, name, arrays[name], found, lambda region: False)
+        for name in sorted(set(arrays) - set(MOMENTS)):
+            _walk(arrays[name], found)
         return found
-    _check_kernel(path, arrays, config, moments, found, num_blocks=num_blocks, side=side, seed=seed)
+    _check_kernel(arrays, config, moments, found, num_blocks=num_blocks, side=side, seed=seed)
     return found
-
-
-def _open_arrays(path: Path, found: Verification) -> dict[str, zarr.Array]:
-    """All arrays, by the folders that there are: the group's own list may be older than they."""
-    try:
-        zarr.open_group(path, mode="r")
-    except (ValueError, KeyError, TypeError, OSError) as error:
-        found.problems.append(f"zarr.json: the group's description cannot be read: {error}")
-    arrays = {}
-    for folder in sorted(file.parent for file in path.glob("*/zarr.json")):
-        try:
-            arrays[folder.name] = zarr.open_array(folder, mode="r")
-        except (ValueError, KeyError, TypeError, OSError) as error:
-            found.problems.append(f"{folder.name}: its description, zarr.json, cannot be read: {error}")
-    return arrays
 
 
 def _read_config(path: Path, found: Verification) -> dict[str, Any] | None:
     try:
-        config = read_json(path / "config.json")
+        config = read_sealed(path / "config.json")
+        if is_complete(path):
+            check_description(path, config)
     except StoreError as error:
-        found.problems.append(str(error))
-        return None
-    if (path / "complete").exists() and config.get("format") != FORMAT:
-        found.problems.append(f"config.json: format {config.get('format')}, this version reads {FORMAT}")
+        found.problems.append(_from(error, "config.json"))
         return None
     return config
 
 
-def _read_moments(
-    path: Path, arrays: dict[str, zarr.Array], config: dict[str, Any] | None, found: Verification
-) -> dict[str, np.ndarray] | None:
-    """Each moment [N] (chain_mean [C, N]) if all of them could be read."""
-    before, moments = len(found.problems), {}
-    for name in MOMENTS:
-        if name not in arrays:
+def _from(error: StoreError, name: str) -> str:
+    """What is wrong, with the name of the file, or the array, in front."""
+    return str(error) if str(error).startswith(name) else f"{name}: {error}"
+
+
+def _read_digests(path: Path, config: dict[str, Any] | None, found: Verification) -> Digests | None:
+    """Those of all files; the descriptions are checked against them."""
+    try:
+        known = read_manifest(path)
+    except StoreError as error:
+        found.problems.append(_from(error, MANIFEST))
+        return None
+    if known is None:
+        if config is None or MARK in config:
+            found.problems.append(f"{MANIFEST}: is missing")
+        else:
+            found.checks.append("checksums: every chunk has one; an earlier version wrote none of the descriptions")
+        return None
+    before = len(found.problems)
+    for name in DESCRIPTIONS:
+        if name in known or (path / name).exists():
+            try:
+                same = digest_of(path / name) == known.get(name)
+            except StoreError:
+                found.problems.append(f"{name}: is missing")
+                continue
+            if not same and not any(problem.startswith(name) for problem in found.problems):
+                found.problems.append(f"{name}: is not what was written: it does not fit its checksum in {MANIFEST}")
+    if len(found.problems) == before:
+        found.checks.append(f"{', '.join(DESCRIPTIONS[:2])}: as they were written, by {MANIFEST}")
+    return known
+
+
+def _open_arrays(
+    path: Path, known: Digests | None, config: dict[str, Any] | None, found: Verification
+) -> dict[str, Chunks]:
+    """All arrays: by the folders that there are, and by what was written."""
+    names = {file.parent.name for file in path.glob("*/zarr.json")}
+    names |= {name.removesuffix("/zarr.json") for name in known or () if name.endswith("/zarr.json")}
+    arrays: dict[str, Chunks] = {}
+    for name in sorted(names):
+        if not (path / name).is_dir():
             found.problems.append(f"{name}: the array is missing")
             continue
-        moments[name] = np.zeros(arrays[name].shape)
-        for _, region, values in _chunks(path, name, arrays[name], found, _moment_is_lost(name, moments, config)):
+        try:
+            kind = Chunks if known is not None else ZeroChunks
+            array = kind.open(path, name, known, whole=known is not None)
+            if config is not None and name != COMPLETE:
+                check_spec(path, config, name, array.spec)
+        except StoreError as error:
+            found.problems.append(f"{name}: its description, zarr.json, cannot be trusted: {error}")
+            continue
+        arrays[name] = array
+    return arrays
+
+
+def _check_group(path: Path, arrays: dict[str, Chunks], found: Verification) -> None:
+    try:
+        check_group(path, read_json(path / "zarr.json"), {name: array.spec for name, array in arrays.items()})
+    except StoreError as error:
+        if not any(problem.startswith("zarr.json") for problem in found.problems):
+            found.problems.append(_from(error, "zarr.json"))
+
+
+def _read_moments(
+    arrays: dict[str, Chunks], config: dict[str, Any] | None, found: Verification
+) -> dict[str, np.ndarray] | None:
+    """Each moment [N] (chain_mean [C, N]) if all of them could be read."""
+    before = len(found.problems)
+    found.problems += [
+        f"{name}: the array is missing"
+        for name in MOMENTS
+        if name not in arrays and not any(problem.startswith(f"{name}: ") for problem in found.problems)
+    ]
+    there = {name: arrays[name] for name in MOMENTS if name in arrays}
+    if len(there) < len(MOMENTS):
+        for array in there.values():
+            _walk(array, found)
+        return None
+    earlier = {name: array for name, array in there.items() if isinstance(array, ZeroChunks)}
+    if earlier:
+        with suppress(ChunkError):  # it is named below
+            find_zeros(earlier)
+    moments = {}
+    for name, array in there.items():
+        moments[name] = np.zeros(array.shape)
+        for _, region, values in _chunks(array, found):
             moments[name][region] = values
     if len(found.problems) == before and config is not None:
         found.problems += check_moments(moments, config)
@@ -114,20 +180,8 @@ def _read_moments(
     return moments
 
 
-def _moment_is_lost(
-    name: str, moments: dict[str, np.ndarray], config: dict[str, Any] | None
-) -> Callable[[Region], bool]:
-    """Zarr leaves out a chunk of zeros: that of samples that never vary. (A lost variance shows in the diagonal.)"""
-    alive = moments["variance"] > 0
-    within = (
-        name != "lag1" or (config or {}).get("centering") == "chain"
-    )  # pooled, a sample may vary between chains only
-    return lambda region: name == "scale" or (name != "variance" and within and bool(alive[region[-1]].any()))
-
-
 def _check_kernel(
-    path: Path,
-    arrays: dict[str, zarr.Array],
+    arrays: dict[str, Chunks],
     config: dict[str, Any],
     moments: dict[str, np.ndarray],
     found: Verification,
@@ -137,96 +191,129 @@ def _check_kernel(
     seed: int,
 ) -> None:
     kind = "factor" if config["kind"] == "factor" else "tiles"
+    for name in sorted(set(arrays) - {*MOMENTS, kind, "losses"}):
+        other = arrays[name]
+        if name == "tokens" and isinstance(other, ZeroChunks) and config["num_samples"] == 1:
+            other.zeros = frozenset({(0, 0)})
+        _walk(other, found)
     if kind not in arrays:
-        found.problems.append(f"{kind}: the array is missing")
+        if not any(problem.startswith(f"{kind}: ") for problem in found.problems):
+            found.problems.append(f"{kind}: the array is missing")
         return
     dead = moments["variance"] == 0
     blocks = choose_blocks(~dead, num_blocks, side, seed)
-    check = (FactorCheck if kind == "factor" else TileCheck)(moments, config, str(arrays[kind].dtype), blocks)
-
-    def is_lost(region: Region) -> bool:
-        """Of a saved factor Zarr leaves out a chunk of zeros, which only samples that never vary have."""
-        return kind == "tiles" or "factor_chunk" in config or not any(dead[side].all() for side in region[1:])
-
-    for coordinates, region, values in _chunks(path, kind, arrays[kind], found, is_lost):
+    array = arrays[kind]
+    if kind == "factor" and isinstance(array, ZeroChunks) and "factor_chunk" not in config:
+        array.zeros = dead_chunks(array, dead)
+    check = (FactorCheck if kind == "factor" else TileCheck)(moments, config, array.spec.dtype, blocks)
+    for coordinates, region, values in _chunks(array, found):
         found.problems += check.add(coordinates, region, values)
-    _say_checked(kind, arrays[kind], found)
+    _say_checked(array, found)
     said, wrong = check.finish()
     found.checks += said
     found.problems += wrong
     if "losses" in arrays:
         losses = LossCheck(moments, config, check)
-        zero = not (moments["mean"].any() or moments["variance"].any())
-        for _, region, values in _chunks(path, "losses", arrays["losses"], found, lambda region: not zero):
+        for _, region, values in _chunks(arrays["losses"], found):
             losses.add(region, values)
-        _say_checked("losses", arrays["losses"], found)
+        _say_checked(arrays["losses"], found)
         said, wrong = losses.finish()
         found.checks += said
         found.problems += wrong
-    for name in sorted(set(arrays) - {*MOMENTS, kind, "losses"}):
-        _walk(path, name, arrays[name], found, lambda region: name != "tokens" or len(dead) > 1)  # noqa: B023
 
 
-def _check_unfinished(path: Path, arrays: dict[str, zarr.Array], found: Verification) -> None:
-    """Whatever chunks there are; those of committed panels must be."""
-    for name in sorted(set(arrays) - {"losses"}):
-        _walk(path, name, arrays[name], found, lambda region: False)
+def _say_unfinished(path: Path, found: Verification) -> None:
+    try:
+        found.problems.append(f"unfinished: {progress_of(path)}; continue it with resume=True")
+    except StoreError as error:
+        found.problems.append(f"unfinished: how far it got is not known: {error}")
+
+
+def _check_unfinished(path: Path, arrays: dict[str, Chunks], config: dict[str, Any], found: Verification) -> None:
+    """Whatever chunks there are; those of committed panels must be, and be what was written."""
+    for name in sorted(set(arrays) - {"losses", COMPLETE}):
+        _walk(arrays[name], found, required=False)
+    try:
+        commits, wrong = read_commits(path, config)
+    except StoreError as error:
+        commits, wrong = [], None
+        if not any(str(error) in problem for problem in found.problems):
+            found.problems.append(str(error))
+    if wrong is not None:
+        found.problems.append(f"{wrong}: what it says is done again")
     if "losses" not in arrays:
+        if commits:
+            found.problems.append("losses: the array is missing")
         return
-    panels = {(commit["chain"], commit["first_draw"]) for commit in read_commits(path)}
-    committed = lambda region: (region[0].start, region[1].start) in panels  # noqa: E731
-    _walk(path, "losses", arrays["losses"], found, committed)
+    _check_log(path, arrays["losses"], commits, found)
 
 
-def _walk(
-    path: Path,
-    name: str,
-    array: zarr.Array,
-    found: Verification,
-    is_lost: Callable[[Region], bool] = lambda region: True,
-) -> None:
-    for _ in _chunks(path, name, array, found, is_lost):
+def _check_log(path: Path, losses: Chunks, commits: list[dict[str, Any]], found: Verification) -> None:
+    """Every committed panel's losses, and the states that a resume goes on from."""
+    panel = losses.chunks[1]
+    sums = {(commit["chain"], commit["first_draw"] // panel): commit.get("chunks", []) for commit in commits}
+    known = {
+        losses.key((*row, column)): (losses.spec.chunk_bytes, crc)
+        for row, chunks in sums.items()
+        for column, crc in enumerate(chunks)
+    }
+    log, before = Chunks(path, "losses", losses.spec, known), len(found.problems)
+    for at in log.spec.grid():
+        if at[:2] in sums:
+            _read(log, at, found)
+    if commits and len(found.problems) == before:
+        found.checks.append("losses: every committed chunk's checksum, finite numbers")
+    last = {commit["chain"]: (number, commit.get("state")) for number, commit in enumerate(commits)}
+    for number, state in last.values():
+        if state is not None:
+            name = f"state-{number}.npz"
+            try:
+                if digest_of(path / name) != tuple(state):
+                    found.problems.append(f"{name}: is damaged: it does not fit its checksum in commits.jsonl")
+            except StoreError:
+                found.problems.append(f"{name}: is missing")
+
+
+def _walk(array: Chunks, found: Verification, *, required: bool = True) -> None:
+    for _ in _chunks(array, found, required=required):
         pass
-    _say_checked(name, array, found)
+    _say_checked(array, found)
 
 
-def _say_checked(name: str, array: zarr.Array, found: Verification) -> None:
-    if not any(problem.startswith(f"{name}: chunk") for problem in found.problems):
-        found.checks.append(f"{name}: {array.dtype} {list(array.shape)}, every chunk's checksum, finite numbers")
+def _say_checked(array: Chunks, found: Verification) -> None:
+    if not any(problem.startswith(f"{array.name}: chunk") for problem in found.problems):
+        shape = list(array.shape)
+        found.checks.append(f"{array.name}: {array.spec.dtype} {shape}, every chunk's checksum, finite numbers")
 
 
-def _chunks(
-    path: Path,
-    name: str,
-    array: zarr.Array,
-    found: Verification,
-    is_lost: Callable[[Region], bool],
-) -> Iterator[tuple[tuple[int, ...], Region, np.ndarray]]:
+def _chunks(array: Chunks, found: Verification, *, required: bool = True) -> Iterator[tuple[At, Region, np.ndarray]]:
     """(coordinates, region, values) of every intact chunk; the others become problems.
 
-    Of `tiles`, the upper triangle. A chunk without a file reads as zeros; `is_lost(region)` says whether it should not.
+    Args:
+        required: False where a chunk that is not there has not been written yet.
     """
-    stored = array.shards or array.chunks
-    counts = [range(-(-size // step)) for size, step in zip(array.shape, stored, strict=True)]
-    for coordinates in itertools.product(*counts):
-        if name == "tiles" and coordinates[0] > coordinates[1]:
-            continue
-        region = tuple(
-            slice(c * step, min((c + 1) * step, size))
-            for c, step, size in zip(coordinates, stored, array.shape, strict=True)
-        )
-        where = f"{name}: chunk {', '.join(map(str, coordinates))}"
-        if not (path / name / array.metadata.encode_chunk_key(coordinates)).is_file() and is_lost(region):
-            found.problems.append(f"{where} is missing")
-            continue
-        try:
-            values = np.asarray(array[region])
-        except Exception as error:  # a damaged chunk can fail in any way in a codec
-            found.problems.append(f"{where} is damaged: {' '.join(str(error).split()) or type(error).__name__}")
-            continue
-        finite = np.isfinite(values)
-        if not finite.all():
-            place = [int(p) + r.start for p, r in zip(np.argwhere(~finite)[0], region, strict=True)]
-            found.problems.append(f"{where} holds {int((~finite).sum())} non-finite numbers, the first at {place}")
-            continue
-        yield coordinates, region, values
+    for at in written(array):
+        if required or array.is_there(at):
+            values = _read(array, at, found)
+            if values is not None:
+                yield at, array.spec.region(at), values
+
+
+def _read(array: Chunks, at: At, found: Verification) -> np.ndarray | None:
+    """A chunk, if it is whole and finite."""
+    where = f"{array.name}: chunk {', '.join(map(str, at))}"
+    try:
+        values = array.read(at)
+    except ChunkError as error:
+        found.problems.append(f"{where} is missing" if error.missing else f"{where} is damaged: {error.reason}")
+        return None
+    except StoreError as error:
+        found.problems.append(f"{where} cannot be read: {error}")
+        return None
+    finite = np.isfinite(values)
+    if finite.all():
+        return values
+    region = array.spec.region(at)
+    place = [int(p) + r.start for p, r in zip(np.argwhere(~finite)[0], region, strict=True)]
+    found.problems.append(f"{where} holds {int((~finite).sum())} non-finite numbers, the first at {place}")
+    return None

@@ -26,6 +26,7 @@ INTERNAL = {
     "lossk.interop.devinterp2_bif": "public by lossk.interop.devinterp",
     "lossk.interop.devinterp2_sample": "public by lossk.interop.devinterp",
     "lossk.interop.devinterp2_tree": "public by lossk.interop.devinterp",
+    "lossk.interop.devinterp2_inputs": "the checkers behind `sample`",
     "lossk.interop.devinterp2_chain": "the chain behind `sample`",
     "lossk.interop.devinterp2_loss": "the loss behind `sample`",
     "lossk.interop.devinterp2_settings": "the settings behind `sample`",

@@ -156,8 +156,8 @@ def mislabel_scores(kernel: LossKernel | LossTraces, labels: Tensor | None = Non
     """
     if isinstance(kernel, LossTraces):
         kernel = LossKernel.from_traces(kernel)
-    elif not isinstance(kernel, LossKernel):
-        raise wrong_kind("kernel", "a lossk.LossKernel or a lossk.LossTraces", kernel)
+    if not isinstance(kernel, LossKernel):
+        raise wrong_kind("kernel", "a LossKernel or LossTraces", kernel)
     scores = {"mean_loss": kernel.mean_loss.double(), "self_influence": kernel.variance.double()}
     return scores if labels is None else {**scores, **class_scores(kernel, labels)}
 

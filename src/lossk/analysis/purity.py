@@ -46,11 +46,11 @@ def raw_neighbors(images: Tensor, k: int) -> Tensor:
     """The k nearest other samples by Euclidean distance of raw inputs: [N, k] int64. Needs scikit-learn."""
     from sklearn.neighbors import NearestNeighbors
 
-    given = check_tensor("images", images).cpu()
-    if given.ndim < 2 or 0 in given.shape:
-        raise ValueError(f"images must be [N, ...], at least one number each, got shape {list(given.shape)}")
-    flat = given.reshape(len(given), -1).numpy()
+    flat = check_tensor("images", images).cpu()
+    if flat.ndim < 2 or 0 in flat.shape:
+        raise ValueError(f"images must be [N, ...], at least one number each, got shape {list(flat.shape)}")
+    rows = flat.reshape(len(flat), -1).numpy()
     k = check_integer("k", k, 1, len(flat) - 1, limit=f"N - 1 = {len(flat) - 1} of the images")
     # Without an argument kneighbors leaves each sample itself out, also where several inputs are identical.
-    found = NearestNeighbors(n_neighbors=k, algorithm="brute").fit(flat).kneighbors(return_distance=False)
+    found = NearestNeighbors(n_neighbors=k, algorithm="brute").fit(rows).kneighbors(return_distance=False)
     return torch.from_numpy(found).long()

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
-import psutil
-import zarr
-
-from lossk.errors import StoreError
+from lossk.available import available_bytes
 from lossk.kernel import LossKernel
+from lossk.opened import OpenStore
 from lossk.store import open_kernel
 from lossk.traces import LossTraces
 
@@ -23,11 +20,7 @@ def open_with_chains(path: str | Path) -> LossKernel:
     if kernel.form == "factor" or not (path / "losses").is_dir():
         return kernel
     needed = 3 * 4 * kernel.num_chains * kernel.num_draws * kernel.num_samples
-    if needed > 0.5 * psutil.virtual_memory().available:
+    if needed > 0.5 * available_bytes():
         return kernel
-    try:
-        losses = np.asarray(zarr.open_array(path / "losses", mode="r")[...])
-    except (ValueError, OSError) as error:
-        raise StoreError(f"the store's array 'losses' is damaged: {error}") from error
-    traces = LossTraces(losses, meta=kernel.meta, tokens=kernel.tokens, sets=kernel.sets)
+    traces = LossTraces(OpenStore(path).read("losses"), meta=kernel.meta, tokens=kernel.tokens, sets=kernel.sets)
     return LossKernel.from_traces(traces, centering=kernel.centering)

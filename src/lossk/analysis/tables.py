@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,39 @@ def check_outputs(paths: Sequence[Path], suffixes: Sequence[str], *, overwrite: 
             check_installed("matplotlib", "analysis", "a picture")
 
 
+_NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
+_FORMULA = re.compile(
+    r"'*\s*[=+\-@\uff0b\uff0d\uff1d\uff20]|'*[\t\r\n]"
+)  # what a spreadsheet computes; also at full width
+
+
+def safe_cell(value: Any) -> Any:
+    """A text that a spreadsheet would take for a formula, after a `'`, which makes it text; all else as it is.
+
+    Names of classes and samples come from elsewhere, and may run what they like once a table is opened. Numbers stay.
+    """
+    if not isinstance(value, str):
+        return value
+    if "\r" in value:  # ends a row, as pandas does not quote it; what follows would begin a cell of its own
+        value = value.replace("\r\n", "\n").replace("\r", "\n")
+    return f"'{value}" if _FORMULA.match(value) and not _NUMBER.fullmatch(value) else value
+
+
+def plain_cell(text: str) -> str:
+    """The text that `safe_cell` wrote."""
+    return text[1:] if text.startswith("'") and _FORMULA.match(text) else text
+
+
+def write_csv(frame: Any, path: Path) -> None:
+    """A pandas frame as CSV, without its index; no cell nor heading is a formula."""
+    safe = frame.copy(deep=False)
+    for name in safe.columns:
+        if safe[name].dtype.kind not in "biufc":  # neither numbers nor truth values
+            safe[name] = [safe_cell(value) for value in safe[name]]
+    safe.columns = [safe_cell(name) for name in safe.columns]
+    safe.to_csv(path, index=False)
+
+
 def write_table(columns: Mapping[str, Any], path: Path) -> None:
     """Write equally long columns (tensors, arrays or lists) as Parquet or CSV. Needs lossk[analysis]."""
     import pandas
@@ -45,4 +79,4 @@ def write_table(columns: Mapping[str, Any], path: Path) -> None:
     if path.suffix == ".parquet":
         frame.to_parquet(path, index=False)
     else:
-        frame.to_csv(path, index=False)
+        write_csv(frame, path)

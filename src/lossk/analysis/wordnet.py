@@ -76,7 +76,7 @@ def wordnet_with_words(
 
 
 def _check_synsets(synsets: Any) -> dict[str, str | int]:
-    found = check_named("synsets", synsets)
+    found = dict(check_named("synsets", synsets))
     for name, synset in found.items():
         if not isinstance(synset, str):
             check_integer(f"synsets[{name!r}]", synset, 0)

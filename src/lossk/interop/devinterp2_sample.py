@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 import shutil
 import time
 from collections.abc import Mapping
@@ -10,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
+from lossk.agreement import witness_of
+from lossk.available import available_bytes
 from lossk.backends import resolve_backend
 from lossk.chain import Surroundings
 from lossk.checks import (
@@ -27,26 +26,28 @@ from lossk.checks import (
     check_number,
     check_optional,
     check_path,
-    check_tensor,
-    shown,
 )  # fmt: skip
-from lossk.data import Samples, leaves
+from lossk.data import Samples
 from lossk.interop.devinterp2_chain import Law, LoggedChain, StepLog
+from lossk.interop.devinterp2_inputs import (
+    ObservableSpec,
+    ParamMasks,
+    check_observables,
+    choose_sequences,
+    read_sequences,
+    sampled_masks,
+)  # fmt: skip
 from lossk.interop.devinterp2_loss import LossFn, TokenLoss
 from lossk.interop.devinterp2_settings import Settings, stored_config
 from lossk.interop.devinterp2_tree import PREFIX, observable_id, open_tree
 from lossk.losses import resolve_loss
 from lossk.optional import require
 from lossk.panel import chain_panels
-from lossk.probe import Probe, prepare_probe
-from lossk.provenance import versions
-from lossk.reading import read_samples
-from lossk.streams import streams_kept
+from lossk.probe import Probe, prepare_probe, rows_fingerprint
+from lossk.provenance import model_fingerprint, versions
 from lossk.task import Task, fitting_batch
 from lossk.timings import Progress, Timings
-
-ObservableSpec = Any  # a dataset with "input_ids", or (dataset, batches per draw)
-ParamMasks = dict[str, Tensor | None]  # parameter -> its elements to sample, None for all of them
+from lossk.witness import WITNESS, differences
 
 
 def sample(
@@ -114,11 +115,12 @@ def sample(
         check_optional(check_number, name, value, above=0.0, most=1.0 if name == "rmsprop_alpha" else MOST_NUMBER)
         if value is not None and sampling_method != "rmsprop_sgld":
             raise ValueError(
-                f"{name} must be None: sampling_method_kwargs of {sampling_method!r} are none, got {value!r}"
+                f"{name} must be None: sampling_method_kwargs of {sampling_method!r} have none (rmsprop_sgld's do), "
+                f"got {value!r}"
             )
     batches_per_draw = check_integer("batches_per_draw", batches_per_draw, 1)
     obs_seed = check_integer("obs_seed", obs_seed, 0)
-    observables = _check_observables(observables)
+    observables = check_observables(observables)
     given = {} if sampling_method_kwargs is None else check_mapping("sampling_method_kwargs", sampling_method_kwargs)
     settings = Settings(
         lr=lr,
@@ -146,18 +148,20 @@ def sample(
         save_metrics=save_metrics,
     )
     path = check_optional(check_path, "output_path", output_path)
-    if path is not None and path.exists():
-        return _finished(path, settings)
-    masks = _masks(model, param_masks)
-    train = _read(dataset, "dataset")
+    finished = _finished(path, settings) if path is not None and path.exists() else None
+    masks = sampled_masks(model, param_masks)
+    train = read_sequences(dataset, "dataset")
     sets = {}
     for name, spec in observables.items():
         source, batches = spec if isinstance(spec, tuple) else (spec, batches_per_draw)
-        sets[observable_id(name)] = _choose(
-            _read(source, f"observables[{name!r}]"), batches * batch_size, obs_seed, name
+        sets[observable_id(name)] = choose_sequences(
+            read_sequences(source, f"observables[{name!r}]"), batches * batch_size, obs_seed, name
         )
     with Progress(True) as bar:
         run = _Sampling(model, train, sets, settings, settings.law(masks), masks, device, loss_fn, bar)
+        if finished is not None:
+            run.refuse_other(finished, output_path)
+            return finished
         root = run.result(xr)
     tree = xr.DataTree(root)
     if path is None:
@@ -167,18 +171,6 @@ def sample(
     tree.to_zarr(partial, zarr_format=3, consolidated=False)
     partial.rename(path)
     return open_tree(path)
-
-
-def _check_observables(given: Any) -> Mapping[str, ObservableSpec]:
-    observables = check_mapping("observables", given)
-    if not observables:
-        raise ValueError("observables must hold at least one data set, as name: data, got none")
-    for name, spec in observables.items():
-        if isinstance(spec, tuple):
-            if len(spec) != 2:
-                raise ValueError(f"observables[{name!r}] must be data or (data, batches per draw), got {shown(spec)}")
-            check_integer(f"observables[{name!r}][1]", spec[1], 1)
-    return observables
 
 
 class _Sampling:
@@ -210,9 +202,9 @@ class _Sampling:
                     f"got {samples.tree['input_ids'].shape[1]}"
                 )
         patterns = None if masks is None else [name.replace("[", "[[]") for name in masks]
-        device = check_device("device", device) or ("cuda" if torch.cuda.is_available() else "cpu")
+        place = check_device("device", device) or ("cuda" if torch.cuda.is_available() else "cpu")
         self.loss = TokenLoss(loss_fn)
-        self.task = Task(model, resolve_loss(self.loss), params=patterns, device=device)
+        self.task = Task(model, resolve_loss(self.loss), params=patterns, device=place)
         self.backend = resolve_backend("auto", self.task.device)
         if loss_fn is None:
             self.loss = TokenLoss(None, self.backend)
@@ -223,7 +215,7 @@ class _Sampling:
         s, rows = self.settings, sum(len(samples) for samples in self.sets.values())
         log = StepLog.nbytes(s.num_chains, s.num_steps, s.step_samples, self.positions)
         losses = 4 * s.num_chains * s.num_draws * rows * self.positions
-        free = psutil.virtual_memory().available
+        free = available_bytes()
         if log + losses > 0.9 * free:
             raise MemoryError(
                 f"the losses of all draws need {losses / 1e9:.2f} GB, the tokens and losses of all steps "
@@ -235,10 +227,28 @@ class _Sampling:
             f"{self.task.num_weights} weights, backend {self.backend}; holds {(log + losses) / 1e6:.0f} MB"
         )
 
+    def prepare(self) -> tuple[Probe, Samples, dict[str, Any]]:
+        """The rows, the training samples, and what tells this run from one of another model, loss or data."""
+        fingerprints = {
+            "model": model_fingerprint(self.task.model),
+            "probe": rows_fingerprint(self.sets),
+            "train": self.train.fingerprint(),
+        }
+        probe, train = prepare_probe(self.task, self.sets, self.train)
+        named = {part.name: part.samples for part in probe.parts}
+        return probe, train, {"fingerprints": fingerprints, WITNESS: witness_of(self.task, named)}
+
+    def refuse_other(self, tree: Any, path: str | Path | None) -> None:
+        """Raise FileExistsError if a store is of another model, loss or data, as far as it says."""
+        saved = tree.attrs["metadata"].get("lossk", {}).get("run")
+        changed = [] if saved is None else differences(saved, self.prepare()[2])
+        if changed:
+            raise FileExistsError(f"output_path={str(path)!r} exists and holds another run: {'; '.join(changed)}")
+
     def result(self, xr: Any) -> Any:
         """Run all chains; the tree's dataset."""
         s, started = self.settings, time.perf_counter()
-        probe, train = prepare_probe(self.task, self.sets, self.train)
+        probe, train, identity = self.prepare()
         with self.task:
             initial = self._initial_loss(train)  # [P] float64
             log = StepLog(s.num_chains, s.num_steps, s.step_samples, self.positions)
@@ -248,7 +258,8 @@ class _Sampling:
             self.bar.start(s.num_chains * s.num_steps)
             for chain in range(s.num_chains):
                 self._run(LoggedChain(around, s.sgld(), chain, law=self.law, loss=self.loss, log=log), probe, losses)
-        return self._dataset(xr, probe, losses, log, initial, time.perf_counter() - started)
+        made_by = {"run": identity, "seconds": round(time.perf_counter() - started, 3)}
+        return self._dataset(xr, probe, losses, log, initial, made_by)
 
     def _run(self, chain: LoggedChain, probe: Probe, losses: Tensor) -> None:
         draws = self.settings.num_draws
@@ -269,7 +280,9 @@ class _Sampling:
             total += rows.view(len(part), self.positions).double().sum(dim=0).cpu()
         return total / count
 
-    def _dataset(self, xr: Any, probe: Probe, losses: Tensor, log: StepLog, initial: Tensor, seconds: float) -> Any:
+    def _dataset(
+        self, xr: Any, probe: Probe, losses: Tensor, log: StepLog, initial: Tensor, made_by: dict[str, Any]
+    ) -> Any:
         s = self.settings
         batch, at_draws = (
             ("chain", "draw", "batch", "token_pos"),
@@ -301,7 +314,7 @@ class _Sampling:
             "shared_observable_dims": ["token", "token_pos"],
             "tokenizer_context_length": self.positions + 1,
         }
-        made_by = {"versions": versions(), "backend": self.backend, "seconds": round(seconds, 3)}
+        made_by = {**made_by, "versions": versions(), "backend": self.backend}
         return xr.Dataset(variables, attrs={"metadata": {"config": config, "lossk": made_by}, "completed": 1})
 
 
@@ -322,61 +335,3 @@ def _finished(path: Path, settings: Settings) -> Any:
     if changed:
         raise FileExistsError(f"output_path={str(path)!r} exists and holds another run: {'; '.join(changed)}")
     return tree
-
-
-def _read(source: Any, name: str) -> Samples:
-    """{"input_ids": [n, P + 1] int64} of a dataset, in its order."""
-    if not isinstance(source, Mapping):
-        if isinstance(source, type | str | bytes | bytearray | range | Tensor | np.ndarray) or not (
-            hasattr(source, "__getitem__") and hasattr(source, "__len__")
-        ):
-            raise TypeError(f'{name} must be {{"input_ids": tokens}} or a dataset of such, got {shown(source)}')
-        try:
-            with streams_kept():
-                batches = [batch["input_ids"] for batch in DataLoader(source, batch_size=256)]
-        except Exception as error:  # of the user's dataset, or of what is none
-            raise TypeError(
-                f'{name}[i]["input_ids"] must be a tensor of tokens, got {shown(source)}: {error}'
-            ) from error
-        if not batches or not all(isinstance(ids, Tensor) and ids.ndim == 2 for ids in batches):
-            raise TypeError(
-                f'{name}[i]["input_ids"] must be a tensor of tokens; of a datasets.Dataset, with_format("torch")'
-            )
-        source = {"input_ids": torch.cat(batches)}
-    elif "input_ids" not in source:
-        raise ValueError(f'{name} must hold "input_ids", got {shown(list(source))}')
-    samples = read_samples({"input_ids": source["input_ids"]}, name)
-    (ids,) = leaves(samples.tree)
-    if ids.ndim != 2 or ids.shape[1] < 2 or ids.is_floating_point():
-        raise ValueError(f"{name}: input_ids must be integers [n, 2 or more], got {ids.dtype} {list(ids.shape)}")
-    return Samples({"input_ids": ids.long()}, len(ids))
-
-
-def _choose(samples: Samples, count: int, seed: int, name: str) -> Samples:
-    """The sequences that devinterp would show an observable, in its order."""
-    if count > len(samples):
-        raise ValueError(
-            f"observables[{name!r}] must hold batches per draw x batch_size = {count} sequences (batches_per_draw), "
-            f"got {len(samples)}"
-        )
-    index = torch.tensor(random.Random(seed).sample(range(len(samples)), count), dtype=torch.int64, device="cpu")
-    return Samples({"input_ids": samples.tree["input_ids"][index]}, count)
-
-
-def _masks(model: nn.Module, given: ParamMasks | None) -> ParamMasks | None:
-    """The parameters to sample that require grad, with bool masks."""
-    if given is None:
-        return None
-    if not check_mapping("param_masks", given):
-        raise ValueError("param_masks must name at least one parameter, got none")
-    parameters, masks = dict(model.named_parameters()), {}
-    for name, mask in check_mapping("param_masks", given).items():
-        if name not in parameters:
-            raise ValueError(f"param_masks must name parameters of the model, it has no {name!r}")
-        if mask is not None:
-            mask = check_tensor(f"param_masks[{name!r}]", mask, tuple(parameters[name].shape), of="a real number")
-        if mask is not None and not bool(((mask == 0) | (mask == 1)).all()):
-            raise ValueError(f"param_masks[{name!r}] must hold 0 and 1 only")
-        if parameters[name].requires_grad:
-            masks[name] = None if mask is None else mask.bool()
-    return masks

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lossk.ambient import usual_modes
 from lossk.backends import resolve_backend
 from lossk.checks import check_choice, check_flag, check_instance, shown
 from lossk.interop.weight_states import OwnTensors, flat_value, is_state
@@ -65,16 +63,16 @@ def kernel_from_weights(
     _check_lengths([len(chain) for chain in given if isinstance(chain, list | tuple)])
     task = Task(model, resolve_loss(loss), params=["*"], device=device, precision=precision)
     task.loss = resolve_loss(loss, resolve_backend("auto", task.device))
-    with Progress(progress) as bar, ExitStack() as stack:
-        with usual_modes():
-            samples = read_samples(loader, bar=bar)
-            probe, _ = prepare_probe(task, {"": samples}, samples)
-            stack.enter_context(task)
-            put = WeightLoader(task)
+    gradients = torch.is_grad_enabled()
+    with Progress(progress) as bar:
+        samples = read_samples(loader, bar=bar)
+        probe, _ = prepare_probe(task, {"": samples}, samples)
+    with Progress(progress) as bar, task:
         bar.say(
             f"lossk: the losses of {len(probe)} {task.loss.unit} at each draw, {4 * len(probe) / 1e6:.2f} MB a draw"
         )
-        chains = [_chain(states, c, put, probe, bar) for c, states in enumerate(given)]
+        put = WeightLoader(task)
+        chains = [_chain(_in_mode(states, gradients), c, put, probe, bar) for c, states in enumerate(given)]
     _check_lengths([len(chain) for chain in chains])
     meta = {"source": "weights", "loss": task.loss.name}
     return LossKernel.from_traces(LossTraces(torch.stack(chains), meta=meta, tokens=probe.tokens), centering=centering)
@@ -101,18 +99,34 @@ def _check_lengths(lengths: list[int]) -> None:
         raise ValueError(f"weights must hold at least 2 draws per chain and as many in each, got {lengths}")
 
 
+def _in_mode(states: Iterable[Any], gradients: bool) -> Iterable[Any]:
+    """The states; where they come from a generator, it runs with gradients on or off as its caller has them."""
+    if isinstance(states, list | tuple):
+        return states
+    return _generated(iter(states), gradients)
+
+
+def _generated(states: Iterator[Any], gradients: bool) -> Iterator[Any]:
+    while True:
+        with torch.set_grad_enabled(gradients):
+            try:
+                state = next(states)
+            except StopIteration:
+                return
+        yield state
+
+
 def _chain(states: Iterable[Weights], chain: int, put: WeightLoader, probe: Probe, bar: Progress) -> Tensor:
     """[draws, N] float32: the losses at each state."""
     total, rows = len(states) if isinstance(states, list | tuple) else 0, []
     bar.start(total)
     for draw, state in enumerate(states):
         row = torch.empty(len(probe), dtype=torch.float32, device="cpu")
-        with usual_modes():  # not around the iteration, where a generator of the caller's runs in the caller's modes
-            try:
-                put(state)
-            except (ValueError, TypeError) as error:
-                raise type(error)(f"weights of chain {chain}, draw {draw}: {error}") from error
-            probe.fill(put.task, row)
+        try:
+            put(state)
+        except (ValueError, TypeError) as error:
+            raise type(error)(f"weights of chain {chain}, draw {draw}: {error}") from error
+        probe.fill(put.task, row)
         bad = first_non_finite(row)
         if bad is not None:
             raise ValueError(f"weights of chain {chain}, draw {draw}: {probe.describe(bad)} has loss {float(row[bad])}")

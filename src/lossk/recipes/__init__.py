@@ -88,6 +88,11 @@ def packaged_names() -> list[str]:
     return sorted(path.stem for path in Path(__file__).parent.glob("*.yaml"))
 
 
+def packaged_tasks() -> list[str]:
+    """What the packaged configs name as their tasks: the recipes that this library vouches for."""
+    return [f"lossk.recipes.{name}:make_task" for name in packaged_names()]
+
+
 @usual_defaults()
 def train_classifier(
     model: nn.Module,

@@ -1,14 +1,17 @@
 """`write_report`: one HTML file that shows a kernel, complete in itself.
 
 plotly.js draws (from the PyPI package `plotly`, whose wheel carries it; MIT). Of the libraries looked at, it is the
-one that does all that the page needs inside one file: its WebGL scatter pans and zooms 50,000 points and finds the one
-under the pointer, a click is an event, axes, colour bars and legends come from the same library for every plot, and
-colours can be changed in place (dark mode). It takes 4.8 MB of the file. Bokeh is smaller (about 1.2 MB) and close; its
-themes are fixed when the page is made. deck.gl has no axes or colour bars, and DataMapPlot, which carries it, draws
-maps only. Keyboard use is the page's own, as none of them has enough of it.
+one that does all that the page needs inside one file: it pans and zooms, finds the one of 50,000 points under the
+pointer, a click is an event, axes, colour bars and legends come from the same library for every plot, and colours can
+be changed in place (dark mode). The points themselves are the page's own (`page/points.js`), as Plotly's WebGL layer
+makes functions from strings: a page that allows that has a hole where hostile strings could become code. It takes
+4.8 MB of the file. Bokeh is smaller (about 1.2 MB) and close; its themes are fixed when the page is made. deck.gl has
+no axes or colour bars, and DataMapPlot, which carries it, draws maps only. Keyboard use is the page's own, as none of
+them has enough of it.
 
 The page's own parts are in `page/`: a Jinja2 template (autoescape on: a store's strings are not trusted), a style sheet
-and scripts, which put strings into the page as text only. A content security policy in the page forbids every request.
+and scripts, which put strings into the page as text only. A content security policy in the page forbids every request
+and `eval`.
 """
 
 from __future__ import annotations
@@ -31,7 +34,7 @@ from lossk.report.view import make_view
 from lossk.store import open_kernel
 
 PAGE = Path(__file__).parent / "page"
-SCRIPTS = ("data.js", "theme.js", "details.js", "map.js", "matrix.js", "charts.js", "main.js")
+SCRIPTS = ("data.js", "theme.js", "details.js", "points.js", "map.js", "matrix.js", "charts.js", "main.js")
 PACKAGES = {"jinja2": "jinja2", "plotly": "plotly", "PIL": "pillow", "umap": "umap-learn", "sklearn": "scikit-learn"}
 
 
@@ -99,7 +102,7 @@ def write_report(
     }  # fmt: skip
     samples = merge(given, saved_samples(store, kernel.num_samples)).checked(kernel.num_samples)
     if config is None and store is not None and store.with_suffix(".yaml").is_file():
-        config = store.with_suffix(".yaml").read_text()
+        config = store.with_suffix(".yaml").read_text(encoding="utf-8", errors="replace")  # shown, never parsed
     if title is None:
         title = "Loss kernel" if store is None else store.stem
     if progress:

@@ -1,9 +1,9 @@
-// The map: every sample a point, drawn by WebGL.
+// The map: every sample a point (points.js draws them), between axes and marks that Plotly draws.
 
 const MAP = document.getElementById("map-plot");
 const LEGEND = document.getElementById("legend");
 const COLOUR = document.getElementById("colour");
-const [POINTS, LINKS, RINGS, SELECTED] = [0, 1, 2, 3]; // traces
+const [POINTS, LINKS, RINGS, BAR] = [0, 1, 2, 3]; // traces
 let only = null; // the one group shown in colour, or null
 let home = null; // ranges of the whole map
 
@@ -43,23 +43,26 @@ function groupNames(values, name) {
 
 const COLOURINGS = colourings();
 
-function marker() {
+/** Colour the points; the marker of the trace that shows the colour bar, if there is one to show. */
+function paint() {
   const chosen = COLOURINGS[COLOUR.value];
-  return { size: pointSize(), opacity: N > 20000 ? 0.7 : 0.85, line: { width: 0 }, ...(
-    chosen.kind === "group" ? groupMarker(chosen) : valueMarker(chosen)) };
+  return chosen.kind === "group" ? paintGroups(chosen) : paintValues(chosen);
 }
 
-function groupMarker({ values, names }) {
-  const grey = names.length; // the last step: in no group, or not asked for
-  const colour = Float32Array.from(values, (v) => (v < 0 || (only !== null && v !== only) ? grey : v));
-  const scale = steps([...groupColours(names.length), css("faint")]);
-  return { color: colour, colorscale: scale, cmin: -0.5, cmax: grey + 0.5, showscale: false };
+function paintGroups({ values, names }) {
+  const grey = names.length; // in no group, or not asked for
+  colourPoints([...groupColours(names.length), css("faint")],
+    Uint16Array.from(values, (v) => (v < 0 || (only !== null && v !== only) ? grey : v)));
+  return { color: css("muted"), showscale: false };
 }
 
 /** Values between their 1 % and 99 % quantiles, in decades where they span more than one. */
-function valueMarker({ values, unit, log }) {
+function paintValues({ values, unit, log }) {
   const sorted = Float32Array.from(values.filter((v) => Number.isFinite(v) && (!log || v > 0))).sort();
-  if (!sorted.length) return { color: css("muted"), showscale: false };
+  if (!sorted.length) {
+    colourPoints([css("muted")], new Uint16Array(N));
+    return { color: css("muted"), showscale: false };
+  }
   const low = sorted[Math.floor(0.01 * (sorted.length - 1))];
   const high = sorted[Math.ceil(0.99 * (sorted.length - 1))];
   const decades = log && high > 10 * low;
@@ -68,7 +71,9 @@ function valueMarker({ values, unit, log }) {
   const bar = { thickness: 12, len: 0.9, outlinewidth: 0, title: { text: `${COLOUR.value}, ${unit}`, side: "right" } };
   if (decades) Object.assign(bar, decadeTicks(low, high));
   const scale = DARK.matches ? VIRIDIS : VIRIDIS.map(([at], i) => [at, VIRIDIS[VIRIDIS.length - 1 - i][1]]);
-  return { color: Float32Array.from(values, of), colorscale: scale, cmin, cmax, showscale: true, colorbar: bar };
+  const level = (v) => Math.round(255 * Math.min(Math.max((of(v) - cmin) / (cmax - cmin), 0), 1)) || 0; // 0 for NaN
+  colourPoints(lookup(scale).map((rgb) => `rgb(${rgb.join(" ")})`), Uint16Array.from(values, level));
+  return { color: [cmin], colorscale: scale, cmin, cmax, showscale: true, colorbar: bar };
 }
 
 function decadeTicks(low, high) {
@@ -79,15 +84,15 @@ function decadeTicks(low, high) {
 }
 
 function overlay(name, more) {
-  return { type: "scattergl", name, x: [], y: [], hoverinfo: "skip", ...more };
+  return { type: "scatter", name, x: [], y: [], hoverinfo: "skip", ...more };
 }
 
 function mapTraces() {
   return [
-    { type: "scattergl", name: "points", mode: "markers", x: SAMPLE.x, y: SAMPLE.y, hoverinfo: "none", marker: marker() },
+    { type: "scatter", name: "points", mode: "none", x: SAMPLE.x, y: SAMPLE.y, hoverinfo: "none", hoveron: "points" },
     overlay("links", { mode: "lines", line: { color: css("ink"), width: 1 } }),
-    overlay("rings", { mode: "markers", marker: { size: 12, color: "rgba(0,0,0,0)", line: { color: css("ink"), width: 2 } } }),
-    overlay("selected", { mode: "markers", marker: { size: 20, color: "rgba(0,0,0,0)", line: { color: css("accent"), width: 4 } } }),
+    overlay("rings", { mode: "markers", marker: { size: 13, color: "rgba(0,0,0,0)", line: { color: css("ink"), width: 1.5 } } }),
+    overlay("bar", { mode: "markers", x: [null], y: [null], marker: paint() }),
   ];
 }
 
@@ -114,6 +119,7 @@ function wholeMap() {
 async function drawMap() {
   home = wholeMap();
   await Plotly.newPlot(MAP, mapTraces(), mapLayout(), { ...CONFIG, scrollZoom: true });
+  for (const moved of ["plotly_afterplot", "plotly_relayouting"]) MAP.on(moved, drawPoints);
   MAP.on("plotly_hover", ({ points, event }) => showCard(points[0].pointNumber, event));
   MAP.on("plotly_unhover", hideCard);
   MAP.on("plotly_click", ({ points }) => points[0].curveNumber === POINTS && select(points[0].pointNumber));
@@ -127,7 +133,7 @@ function recolourMap() {
 
 function repaint() {
   drawLegend();
-  return Plotly.restyle(MAP, { marker: marker() }, [POINTS]);
+  return Plotly.restyle(MAP, { marker: paint() }, [BAR]);
 }
 
 function drawLegend() {
@@ -163,9 +169,9 @@ function markOnMap(sample) {
   const links = (values) => sure.flatMap((found) => [values[sample], values[found.sample], null]);
   const { x, y } = SAMPLE;
   Plotly.restyle(MAP, {
-    x: [links(x), at(x), [x[sample]]],
-    y: [links(y), at(y), [y[sample]]],
-  }, [LINKS, RINGS, SELECTED]);
+    x: [links(x), at(x)],
+    y: [links(y), at(y)],
+  }, [LINKS, RINGS]);
   bringIntoView(x[sample], y[sample]);
 }
 
