@@ -257,7 +257,8 @@ def check_path(name: str, value: Any) -> Path:
 
 def check_place(name: str, value: Any) -> Path:
     """As `check_path`, or a folder that has no name: the current one, or the root."""
-    return Path(value) if value in (".", "/", Path(), Path("/")) else check_path(name, value)
+    nameless = isinstance(value, str | os.PathLike) and str(value) in (".", "/")
+    return Path(value) if nameless else check_path(name, value)
 
 
 # -- nested data ------------------------------------------------------------------------------------------------------
