@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from lossk.checks import check_path
 from lossk.cli_options import file_path, folder, named
 from lossk.commits import progress_of
 from lossk.errors import StoreError
@@ -81,7 +82,7 @@ def run_verify(options: argparse.Namespace) -> int:
 
 
 def run_export(options: argparse.Namespace) -> None:
-    kernel, out = open_kernel(options.store), Path(options.out)
+    kernel, out = open_kernel(options.store), check_path("out", options.out)
     write: Any = kernel.to_memmap if options.format == "npy" else kernel.to_zarr
     named("out", partial(write, correlation=options.correlation), out)
     what = "correlations" if options.correlation else "covariances, nats^2"
