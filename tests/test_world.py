@@ -262,6 +262,25 @@ def test_data_are_not_written_into(
     np.testing.assert_allclose(kernel.to_numpy(), expected.to_numpy(), atol=1e-3 * float(expected.variance.max()))
 
 
+def test_a_loss_may_take_its_batch_apart(build: Build, problem: Any) -> None:
+    """`batch.pop("labels")`, as people write it; every pass gets a batch of its own."""
+
+    def popping(model: nn.Module, batch: Any) -> Tensor:
+        labels = batch.pop("labels")
+        return F.cross_entropy(model(**batch), labels, reduction="none")
+
+    class Named(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x)
+
+    model = Named(4, 3)
+    kernel = build(model, {"x": problem.inputs, "labels": problem.targets}, loss=popping)
+    plain = nn.Linear(4, 3)
+    plain.load_state_dict(model.state_dict())
+    expected = build(plain, problem.data)
+    np.testing.assert_allclose(kernel.to_numpy(), expected.to_numpy(), atol=1e-3 * float(expected.variance.max()))
+
+
 # --- torch's own modes -------------------------------------------------------------------------------------------
 
 

@@ -123,8 +123,8 @@ def compare(task: Task, samples: Samples, called: Called) -> Called:
         ValueError: a loss that is random, depends on its batch or on no sampled weight, or on weights kept elsewhere.
         Disagreement: two plain ways give different losses.
     """
-    begun, batch = Attributes(task.model), samples[called.index]
-    (rows, mask), (again, mask_again) = task.rows(batch), task.rows(samples[called.index])
+    begun = Attributes(task.model)
+    (rows, mask), (again, mask_again) = task.rows(samples[called.index]), task.rows(samples[called.index])
     if mask is not None and (mask_again is None or not torch.equal(mask, mask_again)):
         raise ValueError("loss: the mask must depend on the data only; two passes over the same batch gave two")
     if (mask is None) != (called.mask is None) or not _same_mask(mask, called.mask):
@@ -145,7 +145,7 @@ def compare(task: Task, samples: Samples, called: Called) -> Called:
         )
     _check_alone(task, samples, called, rows)
     check_mean(called, task.gradient(samples, called.index), "in a gradient pass")
-    check_gradient(task, samples[called.index], rows, called.allowed)
+    check_gradient(task, lambda: samples[called.index], rows, called.allowed)
     _check_follows(task, samples, called, begun)
     return called
 

@@ -70,15 +70,15 @@ def as_called(task: Task, samples: Samples, name: str) -> Called:
 
 def _call(task: Task, samples: Samples, name: str, index: Tensor, *, in_own_dtype: bool) -> Called:
     held = _held(task, samples, index, widened=in_own_dtype)
-    before = _copies(held)
+    held_before = _Contents(held)
     batch = _given(task, samples, held, in_own_dtype=in_own_dtype)
     if task.loss.takes_outputs:
         inputs = split_batch(map_tensors(torch.clone, batch))[0]
         task.loss.check(samples.tree, forward(task.model, inputs))
-    taken = _copies(batch)
+    given_before = _Contents(batch)
     with _listening(task.model) as heard:
         losses, mask = task.loss.evaluate(task.model, batch)
-    writes = _differ(held, before) or _differ(batch, taken)
+    writes = held_before.changed() or given_before.changed()
     mean = float(task.loss.shares(losses, mask).detach().double().mean())
     rows, mask = task.loss.select(losses, mask)
     arguments = heard[0] if len(set(heard)) == 1 else None
@@ -125,13 +125,20 @@ def _fits(task: Task, samples: Samples, index: Tensor) -> bool:
     return all(t.dtype == task.sampled[0].dtype for t in leaves(batch) if t.is_floating_point())
 
 
-def _copies(batch: Any) -> list[Tensor]:
-    return [t.detach().clone() for t in leaves(batch)]
+class _Contents:
+    """A batch as it is: its tensors, what is in them, and that they are all there."""
 
+    def __init__(self, batch: Any) -> None:
+        self.batch, self.tensors = batch, leaves(batch)
+        self.copies = [tensor.detach().clone() for tensor in self.tensors]
 
-def _differ(batch: Any, copies: Sequence[Tensor]) -> bool:
-    pairs = zip(leaves(batch), copies, strict=True)
-    return not all(torch.equal(now.detach().nan_to_num(), copy.nan_to_num()) for now, copy in pairs)
+    def changed(self) -> bool:
+        """Whether a call has written into it, or taken something out of it or put something in (`batch.pop(...)`)."""
+        now = leaves(self.batch)
+        if len(now) != len(self.tensors) or any(a is not b for a, b in zip(now, self.tensors, strict=True)):
+            return True
+        pairs = zip(self.tensors, self.copies, strict=True)
+        return not all(torch.equal(tensor.detach().nan_to_num(), copy.nan_to_num()) for tensor, copy in pairs)
 
 
 def _watching(model: nn.Module) -> AbstractContextManager[Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,11 +17,11 @@ APART = 0.5  # a slope this far, relatively, from what the gradient foretells is
 STEP = 1e-3  # of the mean loss, and at least 3e-5 of the largest: what a step along the gradient is to change it by
 
 
-def check_gradient(task: Task, batch: Any, rows: Tensor, allowed: float) -> None:
+def check_gradient(task: Task, few: Callable[[], Any], rows: Tensor, allowed: float) -> None:
     """Every sampled weight that moves the losses has a gradient, and the gradient is the slope of the mean loss.
 
     Args:
-        batch: a few samples.
+        few: a few samples, anew at each call: a loss may take its batch apart.
         rows: their losses, at w*.
         allowed: nats by which rounding may move a loss.
 
@@ -31,19 +31,19 @@ def check_gradient(task: Task, batch: Any, rows: Tensor, allowed: float) -> None
     Warns:
         UserWarning: the slope along the gradient is another one.
     """
-    mean, found = _gradient(task, batch)
+    mean, found = _gradient(task, few())
     unreached = [name for name, part in zip(task.names, found, strict=True) if part is None]
     if unreached:
         with moved(task, MOVED, seed=0, whole=True):
             _keep_moved(task, set(unreached))
-            changed = task.rows(batch)[0]
+            changed = task.rows(few())[0]
         if not (changed.shape == rows.shape and bool(((changed - rows).abs() <= allowed).all())):
             raise ValueError(
                 f"loss changes with parameters that its gradient does not reach: {', '.join(unreached[:4])}; the model "
                 "or the loss takes them out of the graph (detach(), no_grad(), a cache, or reentrant checkpointing, "
                 "which use_reentrant=False replaces). Keep them in it, or leave them out of what is sampled (params=)"
             )
-    _tell_another_slope(task, batch, mean, found, STEP * max(abs(mean), 0.03 * float(rows.abs().amax())))
+    _tell_another_slope(task, few, mean, found, STEP * max(abs(mean), 0.03 * float(rows.abs().amax())))
 
 
 def _gradient(task: Task, batch: Any) -> tuple[float, list[Tensor | None]]:
@@ -65,7 +65,9 @@ def _keep_moved(task: Task, names: set[str]) -> None:
         offset = span.stop
 
 
-def _tell_another_slope(task: Task, batch: Any, mean: float, found: list[Tensor | None], change: float) -> None:
+def _tell_another_slope(
+    task: Task, few: Callable[[], Any], mean: float, found: list[Tensor | None], change: float
+) -> None:
     """Warn where steps along and against the gradient change the mean loss by something else than it foretells."""
     parts = [torch.zeros_like(p) if g is None else dense(g) for p, g in zip(task.sampled, found, strict=True)]
     task.grad.copy_(task.flatten(parts))
@@ -77,7 +79,7 @@ def _tell_another_slope(task: Task, batch: Any, mean: float, found: list[Tensor 
     for sign in (1.0, -1.0):
         task.flat.add_(task.grad, alpha=sign * step)
         with torch.no_grad():
-            means.append(float(task.loss.per_sample(task.run_model, batch).double().mean()))
+            means.append(float(task.loss.per_sample(task.run_model, few()).double().mean()))
         task.reset()
     slope, bend = (means[0] - means[1]) / (2 * step), (means[0] + means[1] - 2 * mean) / (2 * step)
     if abs(bend) > APART / 2 * square or abs(slope - square) <= APART * square:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lossk.criteria import WRITE, spell
+from lossk.data import map_tensors
 
 Evaluated = tuple[Tensor, Tensor | None]  # losses [B] and None, or losses [B, T] and mask [B, T] bool; float32, nats
 
@@ -24,7 +25,9 @@ def per_sample_losses(function: Callable[..., Any]) -> Callable[[nn.Module, Any]
     _check_signature(function)
 
     def evaluate(model: nn.Module, batch: Any) -> Evaluated:
-        losses, size = _call(function, model, batch), batch_length(batch)
+        size = batch_length(batch)
+        given = map_tensors(lambda t: t, batch) if isinstance(batch, Mapping) else batch  # a loss may take it apart
+        losses = _call(function, model, given)
         if isinstance(losses, tuple):
             return _checked_tokens(losses, size)
         if not isinstance(losses, Tensor):
