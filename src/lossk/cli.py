@@ -35,8 +35,9 @@ from lossk.swap import refuse_to_delete
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point. Exit status: 0 done, 1 a store that fails `verify`, 2 a clear error (one line on stderr),
     130 interrupted."""
-    options = build_parser().parse_args(arguments)
+    options = argparse.Namespace(debug=False)
     try:
+        options = build_parser().parse_args(arguments)
         return options.run(options) or 0
     except KeyboardInterrupt:
         print("lossk: interrupted", file=sys.stderr)

@@ -61,8 +61,10 @@ def _rows(option: str, kernel: LossKernel, text: str) -> str | list[int] | slice
     if text == "all":
         return slice(None)
     if not re.fullmatch(r"\d+(-\d+)?(,\d+(-\d+)?)*", text):
-        known = ", ".join([*kernel.sets, "all"])
-        raise ValueError(f"{option} must be a set of the store ({known}) or row numbers, got {shown(text)}")
+        known = ", ".join(kernel.sets) or "none: it was built from a single probe"
+        raise ValueError(
+            f"{option} must name a set of the kernel, got {shown(text)}; its sets are {known}; rows can be given, too"
+        )
     rows: list[int] = []
     for part in text.split(","):
         first, _, last = part.partition("-")

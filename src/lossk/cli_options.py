@@ -23,19 +23,26 @@ class Parser(argparse.ArgumentParser):
         return super().parse_known_args(args, namespace)
 
     def error(self, message: str) -> NoReturn:
-        """Status 2."""
+        """Status 2 for what is no command; a value that breaks its option's rule is an error as any other.
+
+        Raises:
+            ValueError: such a value, naming the option and the rule.
+        """
+        option, broken, rule = message.removeprefix("argument ").partition(": must ")
+        if broken:
+            raise ValueError(f"{option} must {rule}")
         self.exit(2, f"{self.prog}: {' '.join(message.split())}\n")
 
 
-def whole(least: int, most: int | None = None) -> Callable[[str], int]:
-    """A whole number within bounds."""
+def whole(least: int, most: int | None = None, **more: int) -> Callable[[str], int]:
+    """A whole number within bounds; `more` as in `check_integer`."""
 
     def read(text: str) -> int:
         try:
             number = int(text)
         except ValueError:
             raise argparse.ArgumentTypeError(f"must be an integer, got {shown(text)}") from None
-        return _named(check_integer, number, least, most)
+        return _named(check_integer, number, least, most, **more)
 
     return read
 

@@ -32,13 +32,17 @@ def add_command(commands: Any, recipes: Sequence[str]) -> None:
     tune.add_argument("--n-beta", nargs="+", metavar="VALUE", help="numbers, or multiples like 10x of the middle")
     tune.add_argument("--localization", nargs="+", metavar="VALUE", help="likewise")
     tune.add_argument(
-        "--jobs", type=whole(1, MOST_JOBS), default=1, metavar="K", help="processes, of one thread each (default 1)"
+        "--jobs",
+        type=whole(1, ceiling=MOST_JOBS),
+        default=1,
+        metavar="K",
+        help="processes, of one thread each (default 1)",
     )
     tune.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="e.g. sampler.batch_size=64")
-    tune.add_argument("--probe", type=whole(2), default=defaults.probe, help="most probe samples (default %(default)s)")
-    tune.add_argument("--num-chains", type=whole(2), default=defaults.num_chains, help="per cell (default %(default)s)")
-    tune.add_argument("--num-draws", type=whole(4), default=defaults.num_draws, help="per chain (default %(default)s)")
-    tune.add_argument("--max-steps", type=whole(1), default=defaults.max_steps, help="per chain (default %(default)s)")
+    tune.add_argument("--probe", type=int, default=defaults.probe, help="most probe samples (default %(default)s)")
+    tune.add_argument("--num-chains", type=int, default=defaults.num_chains, help="per cell (default %(default)s)")
+    tune.add_argument("--num-draws", type=int, default=defaults.num_draws, help="per chain (default %(default)s)")
+    tune.add_argument("--max-steps", type=int, default=defaults.max_steps, help="per chain (default %(default)s)")
     group = tune.add_mutually_exclusive_group()
     group.add_argument("--overwrite", action="store_true", help="begin again in a folder that is there")
     group.add_argument("--resume", action="store_true", help="finish, or help to finish, or extend a grid")
@@ -46,10 +50,6 @@ def add_command(commands: Any, recipes: Sequence[str]) -> None:
 
 
 def run_tune(options: argparse.Namespace) -> None:
-    if options.max_steps < 2 * options.num_draws:
-        raise ValueError(
-            f"--max-steps must be at least 2 x --num-draws, {2 * options.num_draws}, got {options.max_steps}"
-        )
     settings = GridSettings(
         num_chains=options.num_chains, num_draws=options.num_draws, probe=options.probe, max_steps=options.max_steps
     )

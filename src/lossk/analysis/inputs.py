@@ -60,9 +60,10 @@ def check_labels(name: str, value: Any, num_samples: int | None = None) -> Tenso
 
 def check_classes(labels: Any, num_samples: int, count: int, of: str) -> Tensor:
     """Labels [N] int64 from 0 to `count` - 1, of the samples of the argument `of`."""
+    given = check_tensor("labels", labels, of="a real number", finite=False)
+    if given.ndim == 1 and len(given) != num_samples:
+        raise ValueError(f"labels must be [{num_samples}], got [{len(given)}] (a sample of {of} each)")
     found = check_labels("labels", labels)
-    if len(found) != num_samples:
-        raise ValueError(f"labels must be [{num_samples}], got [{len(found)}] (a sample of {of} each)")
     if not (int(found.min()) >= 0 and int(found.max()) < count):
         found_range = f"{int(found.min())} to {int(found.max())} ({count} class_names)"
         raise ValueError(f"labels must be from 0 to {count - 1}, got {found_range}")
