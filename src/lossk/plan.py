@@ -12,6 +12,7 @@ from lossk.layout import BYTES, Layout, Size, log_columns, panel_bytes, weight_b
 from lossk.memory import gigabytes
 from lossk.probe import Probe
 from lossk.running import STRIPE
+from lossk.trace_factor import making_bytes
 
 
 @dataclass(frozen=True)
@@ -90,8 +91,9 @@ def stored_bytes(size: Size, layout: Layout) -> int:
 
 
 def trace_layout(size: Size, taken: int) -> Layout:
-    """The traces themselves, held in memory."""
-    panel = 4 * (size.panel + 1) * size.num_samples
+    """The traces themselves, held in memory, where a cross kernel makes its factor of them."""
+    making = making_bytes(size.num_samples, size.num_chains, size.num_draws)
+    panel = max(4 * (size.panel + 1) * size.num_samples, making)
     return Layout("traces", 4 * size.draws * size.num_samples, panel, weight_bytes(size), taken)
 
 
