@@ -80,7 +80,7 @@ class Products:
 
     def __init__(self, task: Task, train: Samples, subset: Tensor) -> None:
         self.task, self.total = task, len(subset)
-        parts = subset.split(fitting_batch(BATCH, task.loss.positions))
+        parts = subset.split(fitting_batch(min(BATCH, task.passes.gradient_batch), task.loss.positions))
         self.train, self.parts, self.sizes = train, parts, [len(part) for part in parts]
         self.center = task.flat.clone()  # [P] where the derivatives are taken
 
