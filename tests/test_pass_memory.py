@@ -79,18 +79,43 @@ def test_batches_shrink_to_fit_and_the_plan_keeps_to_the_budget() -> None:
     inputs = torch.ones(256, 4, dtype=torch.float32, device="cpu")
     data = (inputs, torch.arange(256, device="cpu") % 3)
     free = lossk.build_kernel(wide(), data, **settings())
-    tight = lossk.build_kernel(wide(), data, **settings(memory="24MB"))
+    tight = lossk.build_kernel(wide(), data, **settings(memory="15MB"))
     assert free.meta["passes"]["probe_batch"] == 256
     assert tight.meta["passes"]["probe_batch"] < 256
     assert tight.meta["passes"]["gradient_batch"] < 256
     assert any("passes = gradient_batch" in why for why in tight.meta["passes_reasons"])
-    assert tight.meta["memory"]["planned_peak_bytes"] <= 24e6 < free.meta["memory"]["planned_peak_bytes"]
+    assert tight.meta["memory"]["planned_peak_bytes"] <= 15e6 < free.meta["memory"]["planned_peak_bytes"]
     assert torch.allclose(tight.mean_loss, free.mean_loss, rtol=1e-4)
 
 
+class Much(nn.Module):
+    """One weight, and 4 million activations a sample."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(4, 3, dtype=torch.float32, device="cpu"))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        logits = x @ self.weight
+        return logits + logits.mean(dim=1, keepdim=True).repeat(1, 4_000_000).tanh().mean(dim=1, keepdim=True)
+
+
 def test_a_sample_that_does_not_fit_is_refused_in_words() -> None:
+    data = torch.ones(2, 4, dtype=torch.float32, device="cpu"), torch.zeros(2, dtype=torch.int64, device="cpu")
+    taken = "a pass of a single sample takes"
+    with pytest.raises(MemoryError, match=rf"{taken} \d+ MB, and .* are left .*memory='\d+MB'"):
+        lossk.build_kernel(Much(), data, **settings(memory="24MB"))
+    with pytest.raises(MemoryError, match=r"probe_batch=1 of passes= takes \d+ MB, and .* are left .*memory='\d+MB'"):
+        lossk.build_kernel(Much(), data, **settings(memory="24MB", passes=lossk.Passes(probe_batch=1)))
+
+
+def test_vectors_that_do_not_fit_are_refused_before_the_pilot(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("lossk.choose.run_pilot", "lossk.pass_memory.peak_of"):
+        monkeypatch.setattr(name, lambda *_, **__: pytest.fail("it has begun"))
     inputs = torch.ones(8, 4, dtype=torch.float32, device="cpu")
-    with pytest.raises(MemoryError, match=r"a pass of a single sample takes \d+ kB, and .* are left .*memory='\d+MB'"):
+    with pytest.raises(
+        MemoryError, match=r"up to 14 vectors of 32771 weights, 2 MB, .* than memory='\d+MB', or .*params="
+    ):
         lossk.build_kernel(wide(), (inputs, torch.arange(8, device="cpu") % 3), **settings(memory="1B"))
 
 

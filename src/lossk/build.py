@@ -25,6 +25,7 @@ from lossk.memory import Budget
 from lossk.panel import choose_panel
 from lossk.passes import Passes, check_passes
 from lossk.run import Run
+from lossk.run_diagnostics import diagnose_run
 from lossk.runlog import RunLog
 from lossk.samplers import Sampler, check_sampler
 from lossk.settings import check_settings
@@ -288,7 +289,7 @@ def _accumulate(
     with run.timings.measure({"store": "tiles", "factor": "store"}.get(layout.tiles, "update")):
         blocks, moments = tiles.finalize()
     with run.timings.measure("diagnostics"):
-        diagnostics = run.diagnose(moments, tiles.totals)
+        diagnostics = diagnose_run(run, moments, tiles.totals)
     kernel = LossKernel(blocks, moments, diagnostics=diagnostics, tokens=run.probe.tokens, sets=run.probe.sets)
     kernel.meta = {**record.meta(run, request), "memory": {**layout.to_dict(), "planned_peak_bytes": layout.peak_bytes}}
     if log is not None:

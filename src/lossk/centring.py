@@ -10,7 +10,7 @@ from torch import Tensor
 from lossk.blocks import Moments, power_of_two_near
 
 TINY = torch.finfo(torch.float64).tiny
-BLOCK = 2**20  # losses turned to float64 at a time
+BLOCK = 2**16  # losses turned to float64 at a time
 
 
 class Centred(NamedTuple):

@@ -64,8 +64,8 @@ def cross_kernel(
             as in `build_kernel`.
 
     Returns:
-        A CrossKernel [rows, query], in nats^2. It keeps the draws' losses, 4 bytes per draw and sample (twice that
-        while it is made); nothing of size rows x rows is formed.
+        A CrossKernel [rows, query], in nats^2. It keeps the draws' losses, 4 bytes per draw and sample; nothing of size
+        rows x rows is formed.
 
     Raises:
         ValueError, TypeError, IndexError: a bad argument, before sampling starts.
@@ -106,7 +106,7 @@ def cross_kernel(
         seed=seed,
         progress=progress,
     )
-    kernel = LossKernel.from_traces(traces, centering=centering)
+    kernel = LossKernel._of_traces(traces, centering, overwrite=True)
     samples = index if kernel.tokens is None else None
     return CrossKernel(kernel, kernel.sets["train"], kernel.sets["query"], samples=samples)
 

@@ -12,9 +12,9 @@ sampling error). To choose a step by, the first is on the safe side; to judge on
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
-from typing import TypedDict, Unpack
+from typing import Any, TypedDict, Unpack
 
 import torch
 from scipy.linalg import eigh_tridiagonal
@@ -80,21 +80,26 @@ class Products:
 
     def __init__(self, task: Task, train: Samples, subset: Tensor) -> None:
         self.task, self.total = task, len(subset)
-        parts = subset.split(fitting_batch(BATCH, task.loss.positions))
-        self.batches, self.sizes = [train[part] for part in parts], [len(part) for part in parts]
+        parts = subset.split(fitting_batch(min(BATCH, task.passes.gradient_batch), task.loss.positions))
+        self.train, self.parts, self.sizes = train, parts, [len(part) for part in parts]
         self.center = task.flat.clone()  # [P] where the derivatives are taken
+
+    def _batches(self) -> Iterator[Any]:
+        """Cut anew for each pass: held, they would be a second copy of the samples."""
+        return (self.train[part] for part in self.parts)
 
     def hessian(self, v: Tensor) -> Tensor:
         """H v = (grad L(w + s v) - grad L(w - s v)) / 2s."""
         step = self._difference_step(v)
         ahead, behind = (self._at(v, s, self._mean_gradient) for s in (step, -step))
-        return (ahead - behind) / (2 * step)
+        return ahead.sub_(behind).div_(2 * step)
 
     def _mean_gradient(self) -> Tensor:
         out = torch.zeros_like(self.task.flat)
-        for batch, size in zip(self.batches, self.sizes, strict=True):
+        for batch, size in zip(self._batches(), self.sizes, strict=True):
             with torch.enable_grad():
-                out += self._gradient(self.task.loss.mean(self.task.network, batch)) * (size / self.total)
+                part = self._gradient(self.task.loss.mean(self.task.network, batch))
+            out += part.mul_(size / self.total)
         return out
 
     def _gradient(self, scalar: Tensor) -> Tensor:
@@ -116,7 +121,7 @@ class Products:
         finally:
             self.center = center
             self.task.flat.copy_(center)
-        return self._weighted_gradient(here) - there
+        return self._weighted_gradient(here).sub_(there)
 
     def _centred_slopes(self, v: Tensor) -> Tensor:
         """[B] float64: g_i'v less its mean."""
@@ -129,14 +134,14 @@ class Products:
         """(1/B) sum_i slope_i g_i at the present weights."""
         weights = (slopes / self.total).float()
         out = torch.zeros_like(self.task.flat)
-        for batch, weight in zip(self.batches, weights.split(self.sizes), strict=True):
+        for batch, weight in zip(self._batches(), weights.split(self.sizes), strict=True):
             with torch.enable_grad():
                 losses = self.task.loss.per_sample(self.task.network, batch)
                 out += self._gradient(losses @ weight)
         return out
 
     def _all_losses(self) -> Tensor:
-        return torch.cat([self.task.losses(batch) for batch in self.batches]).double()
+        return torch.cat([self.task.losses(batch) for batch in self._batches()]).double()
 
     def _difference_step(self, v: Tensor) -> float:
         """A move of a thousandth of the weights' norm: float32 losses resolve it, and curvature hardly changes."""
@@ -170,8 +175,8 @@ def leading_pair(
     value, weights = _lanczos(product, start, iterations, lambda v: basis.append(v.bfloat16()))
     vector = torch.zeros_like(start)
     for weight, v in zip(weights, basis, strict=True):
-        vector += weight * v.to(vector.dtype)
-    return value, vector / vector.norm()
+        vector += v.to(vector.dtype).mul_(weight)
+    return value, vector.div_(vector.norm())
 
 
 def _lanczos(
@@ -189,10 +194,11 @@ def _lanczos(
         if not math.isfinite(diagonal[-1]):
             raise ValueError("model: derivatives of the loss are not finite")
         values, vectors = eigh_tridiagonal(diagonal, beside)
-        image = image - diagonal[-1] * v - (beside[-1] if beside else 0.0) * before
+        image -= diagonal[-1] * v
+        image -= before.mul_(beside[-1] if beside else 0.0)
         norm = float(image.norm())
         residual = norm * abs(float(vectors[-1, -1]))  # an eigenvalue is as near; as a rule nearer by its square
         if len(diagonal) == iterations or residual <= CONVERGED * abs(float(values[-1])):
             return float(values[-1]), vectors[:, -1].tolist()
         beside.append(norm)
-        before, v = v, image / norm
+        before, v = v, image.div_(norm)

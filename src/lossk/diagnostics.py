@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -154,20 +154,20 @@ def watched_samples(num_samples: int) -> Tensor:
     return torch.linspace(0, num_samples - 1, count, dtype=torch.float32, device="cpu").round().long().unique()
 
 
-def diagnose_traces(traces: LossTraces, noise_floor: float | None) -> Diagnostics:
-    """Diagnostics of bare traces, which do not say whether their samples are the training samples."""
+def diagnose_traces(traces: LossTraces) -> Callable[[float | None], Diagnostics]:
+    """Diagnostics of bare traces, which do not say whether their samples are the training samples, for a noise floor.
+
+    The losses are read here, and are not needed afterwards.
+    """
     losses = traces.losses
-    return diagnose(
-        mean_loss=torch.stack([row_means(chain) for chain in losses]),
-        watched=losses[:, :, watched_samples(traces.num_samples)],
-        dead_share=float(torch.stack([never_varies(chain) for chain in losses]).all(dim=0).double().mean()),
-        noise_floor=noise_floor,
-        excess=traces.excess,
-        n_beta=traces.n_beta,
-        criteria=None,
-        pilot=None,
-        sampler=None,
-    )
+    read: dict[str, Any] = {
+        "mean_loss": torch.stack([row_means(chain) for chain in losses]),
+        "watched": losses[:, :, watched_samples(traces.num_samples)],
+        "dead_share": float(torch.stack([never_varies(chain) for chain in losses]).all(dim=0).double().mean()),
+        "excess": traces.excess,
+        "n_beta": traces.n_beta,
+    }
+    return lambda floor: diagnose(**read, noise_floor=floor, criteria=None, pilot=None, sampler=None)
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,7 @@ from lossk.mesh import Mesh
 from lossk.panel import Panel
 from lossk.passes import Passes
 from lossk.run import Run
+from lossk.run_diagnostics import diagnose_run
 from lossk.runlog import RunLog, commit_of
 from lossk.store import open_finished, open_kernel, saved_panel
 from lossk.stored_tiles import CACHE_BYTES, StoredTiles, create_tiles
@@ -222,7 +223,7 @@ def _write_tiles(work: Work, log: RunLog, blocks: TileBlocks) -> None:
 def _kernel(work: Work, blocks: Blocks, moments: Moments, sums: Sums) -> LossKernel:
     run = work.run
     with run.timings.measure("diagnostics"):
-        diagnostics = run.diagnose(moments, sums.totals)
+        diagnostics = diagnose_run(run, moments, sums.totals)
     kernel = LossKernel(blocks, moments, diagnostics=diagnostics, tokens=run.probe.tokens, sets=run.probe.sets)
     kernel.meta = meta(work)
     return kernel

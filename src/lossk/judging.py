@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from functools import partial
+from dataclasses import dataclass
 
 from lossk.baoab import BAOAB
-from lossk.curvature import DRAWN_ITERATIONS, DRAWN_SAMPLES, Sample, gradient_variance, largest_curvature
-from lossk.data import Samples
+from lossk.curvature import DRAWN_SAMPLES
 from lossk.diagnostics import TraceWatch
-from lossk.pass_memory import pass_bytes, peak_of
+from lossk.layout import PLANNED
+from lossk.memory import Budget
 from lossk.pilot import FEWEST_SAMPLES, PASSES_PER_ITERATION, Pilot
 from lossk.samplers import Sampler
 from lossk.sgld import SGLD
 from lossk.task import Task
+from lossk.vectors import WEIGHTS, chain_vectors, judging_vectors, most_vectors
 
 SHARE = 0.03  # of a run's passes
 ITERATIONS = 7  # as a rule, with the one of the samples held out; of 10 at most
-FEW_ITERATIONS = 2  # that show what memory all of them take
 CONTROLLED = 2.0  # times as dear with a control variate
 
 
@@ -38,6 +38,18 @@ def judging_samples(run_passes: float, num_chains: int, *, controlled: bool) -> 
     return chains, affordable // chains if chains else 0
 
 
+def foreseen_vectors(sampler: Sampler, run_passes: float, num_chains: int, *, piloted: bool) -> float:
+    """Vectors of all weights that a run holds at its peak, before its sampler is resolved.
+
+    Args:
+        run_passes: the run's passes, in forward passes of one sample.
+        piloted: a pilot goes before the run.
+    """
+    drawn = isinstance(sampler, SGLD | BAOAB)
+    judged = drawn and judging_samples(run_passes, num_chains, controlled=False)[1] > 0
+    return most_vectors(sampler, judged=judged, piloted=piloted)
+
+
 def informed_pilot(pilot: Pilot | None, sampler: Sampler, watch: TraceWatch) -> Pilot | None:
     """The pilot of a resolved sampler with what the chains measured."""
     if pilot is None or not isinstance(sampler, SGLD | BAOAB):
@@ -50,21 +62,42 @@ def informed_pilot(pilot: Pilot | None, sampler: Sampler, watch: TraceWatch) -> 
     )
 
 
-def working_bytes(task: Task, probe: Samples, train: Samples, minibatch: int, samples: int, seed: int) -> int:
-    """What of host memory the passes of an entered task take at their peak, and the judging of a chain.
+@dataclass(frozen=True)
+class Working:
+    """Bytes of host memory that the passes and vectors of a run take. All 0 where they are on a device."""
+
+    pilot: int  # the peak of the pilot, what was taken before included
+    run: int  # passes and vectors beyond those every run is planned with
+
+
+def working_bytes(
+    task: Task,
+    passes: int,
+    asked: Sampler,
+    sampler: Sampler,
+    budget: Budget,
+    taken: int,
+    *,
+    judged: bool,
+    piloted: bool,
+) -> Working:  # fmt: skip
+    """Foreseen from the settings; what the pilot was seen to take beyond that, the run's passes take too.
 
     Args:
-        minibatch: samples of a gradient.
-        samples: on which a chain measures at its last draw; 0 for none.
+        passes: bytes of a pass at its peak (`pass_bytes`).
+        asked, sampler: as asked for, and resolved.
+        taken: when the run is planned: the weights, w* and the gradient are in it.
+        judged: chains measure at their last draws.
+        piloted: a pilot went before.
     """
-    passes = pass_bytes(task, probe, train, minibatch)
-    if samples == 0 or task.device.type != "cpu":
-        return passes
-    sample: Sample = {"most": samples, "which": 1, "held_out": True, "iterations": FEW_ITERATIONS}
-    try:
-        judging = max(
-            peak_of(partial(what, task, train, seed=seed, **sample)) for what in (largest_curvature, gradient_variance)
-        )
-    except ValueError:  # a derivative that is not finite: nothing is measured in the run either
-        return passes
-    return max(passes, judging + 2 * (DRAWN_ITERATIONS - FEW_ITERATIONS) * task.num_weights)  # bfloat16 vectors kept
+    if task.device.type != "cpu":
+        return Working(budget.reached(), 0)
+
+    def beyond(vectors: float, held: int) -> int:
+        return int(4 * max(vectors - held, 0) * task.num_weights)
+
+    foreseen = taken + passes + beyond(most_vectors(asked, judged=False, piloted=piloted), WEIGHTS)
+    # Kernels have memory of their own inside, and the C library keeps some of what is freed.
+    inside = max(budget.grown() - foreseen, 0)
+    vectors = judging_vectors(sampler) if judged else chain_vectors(sampler)
+    return Working(max(foreseen, budget.reached()), passes + inside + beyond(vectors, PLANNED))

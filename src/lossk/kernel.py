@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from lossk.blocks import Blocks, FactorBlocks, Moments, tile_spans, upper_triangle
-from lossk.centring import centre, degrees_of_freedom, empty_moments, note
 from lossk.checks import (
     check_choice,
     check_flag,
@@ -28,7 +27,6 @@ from lossk.indexing import resolve, rows_and_columns
 from lossk.neighbors import (
     Neighbors,
     device_for_neighbors,
-    median_noise_floor,
     nearest,
     nearest_of_rows,
     nearest_on_device,
@@ -44,7 +42,6 @@ if TYPE_CHECKING:
     from lossk.traces import LossTraces
 
 ROWS_AT_A_TIME = 1024  # of a tile, in float64 products
-STRIPE = 4096  # samples centred at a time, which bounds the float64 temporaries
 
 
 class LossKernel(AsArray):
@@ -83,27 +80,18 @@ class LossKernel(AsArray):
             traces: [C, T, N] losses, T at least 2.
             centering: "chain" or "pooled".
         """
-        from lossk.diagnostics import diagnose_traces
+        return cls._of_traces(traces, centering)
+
+    @classmethod
+    def _of_traces(cls, traces: LossTraces, centering: str, *, overwrite: bool = False) -> LossKernel:
+        """The same; with `overwrite` in the memory of the traces, whose losses are then lost."""
+        from lossk.trace_factor import factor_of
         from lossk.traces import LossTraces
 
         check_instance("traces", traces, LossTraces)
-        losses = traces.losses  # [C, T, N] float32
-        num_chains, num_draws, num_samples = losses.shape
         centering = check_choice("centering", centering, CENTERINGS)
-        factor = torch.empty(num_chains * num_draws, num_samples, dtype=torch.float32, device="cpu")
-        moments = empty_moments(num_chains, num_draws, num_samples, centering)
-        for span in tile_spans(num_samples, STRIPE):
-            centred = centre(losses[:, :, span], centering)
-            factor[:, span] = centred.factor
-            note(moments, span, centred)
-        return cls(
-            FactorBlocks(factor, degrees_of_freedom(num_chains, num_draws, centering)),
-            moments,
-            meta=traces.meta,
-            diagnostics=diagnose_traces(traces, median_noise_floor(moments)),
-            tokens=traces.tokens,
-            sets=traces.sets,
-        )
+        blocks, moments, diagnostics = factor_of(traces, centering, overwrite=overwrite)
+        return cls(blocks, moments, meta=traces.meta, diagnostics=diagnostics, tokens=traces.tokens, sets=traces.sets)
 
     # -- what it is -------------------------------------------------------------------------------------------------
 

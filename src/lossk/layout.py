@@ -13,6 +13,7 @@ BYTES = {"float32": 4, "float16": 2}
 TILES_IN_MEMORY = {"tiles": "memory", "super_panel": 0}
 PLACES = {"memory": "memory", "store": "the store", "device": "the device's memory"}
 SLACK = 4_000_000  # Python objects, threads, and the small arrays of the diagnostics
+PLANNED = 4  # vectors of all weights: w, w* and the gradient, taken before a run is planned, and one of the sampler's
 LOG_COLUMNS = 1024  # least width of a chunk of the log where tiles are made from it: narrower ones are too many files
 
 
@@ -91,8 +92,8 @@ def panel_bytes(size: Size) -> int:
 
 
 def weight_bytes(size: Size) -> int:
-    """w, w*, the gradient and one more vector of the sampler's; draws that wait to be evaluated together; a pass."""
-    return 16 * size.num_weights + size.stack_bytes + size.pass_bytes
+    """A vector of the sampler's beside w, w* and the gradient, which are taken; draws that wait together; a pass."""
+    return 4 * size.num_weights + size.stack_bytes + size.pass_bytes
 
 
 def in_memory(size: Size, taken: int, *, on_disk: bool) -> Layout:

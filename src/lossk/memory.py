@@ -6,7 +6,7 @@ import ctypes
 import math
 import re
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import psutil
@@ -49,6 +49,7 @@ class Budget:
     asked: int | None  # None: what is free
     held: int  # resident when the call began
     most_held: int | None = None  # the process's peak until then
+    marks: dict[str, int] = field(default_factory=dict)
 
     @classmethod
     def now(cls, memory: int | str | None) -> Budget:
@@ -64,6 +65,14 @@ class Budget:
         """The call's peak so far; 0 where it is not known, as the process held more before the call."""
         peak = peak_rss_bytes()
         return 0 if self.most_held is None or peak <= self.most_held else peak - self.held
+
+    def grown(self) -> int:
+        """The same where it was reached after `mark`, else 0: reading data, say, tells nothing of passes."""
+        return self.reached() if peak_rss_bytes() > self.marks.get("peak", 0) else 0
+
+    def mark(self) -> None:
+        """Data and model are held; passes begin."""
+        self.marks["peak"] = peak_rss_bytes()
 
     def limit(self, taken: int) -> int:
         """What the call may use in all: what was asked for, within what is free."""

@@ -13,8 +13,11 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from lossk.curvature import BATCH
 from lossk.data import Samples
+from lossk.layout import SLACK
 from lossk.memory import Budget, as_setting, gigabytes
+from lossk.passes import Passes
 from lossk.task import Task, fitting_batch
 
 SHARE = 4  # a pass may take a quarter of what is left for the call
@@ -73,31 +76,47 @@ def pass_bytes(task: Task, probe: Samples, train: Samples, minibatch: int) -> in
     probing, stepping = _slopes(task, probe, train)
     positions = task.loss.positions
     rows = min(fitting_batch(task.passes.probe_batch, positions), len(probe))
-    parts = min(fitting_batch(task.passes.gradient_batch, positions), minibatch)
+    parts = min(fitting_batch(task.passes.gradient_batch, positions), max(minibatch, min(BATCH, len(train))))
     return max(_at(probing, rows), _at(stepping, parts))
 
 
-def fit_passes(task: Task, probe: Samples, train: Samples, minibatch: int, budget: Budget) -> list[str]:
+def fit_passes(
+    task: Task, probe: Samples, train: Samples, minibatch: int, budget: Budget, vectors: float, given: Passes | None
+) -> list[str]:
     """Have the task, not entered yet, run batches that take at most a quarter of what is left for the call; says why.
 
+    Args:
+        vectors: of all weights, that the run holds beside a pass at its peak, in float32.
+        given: the passes that the caller wants, which are not changed.
+
     Raises:
-        MemoryError: a single sample does not fit.
+        MemoryError: the vectors do not fit, or a single sample, or the given batches.
     """
     if task.device.type != "cpu":
         return []
+    taken, held = budget.taken(), int(4 * vectors * task.num_weights)
+    left = max(budget.limit(taken) - taken - SLACK, 0)
+    if held > left:
+        raise MemoryError(
+            f"the pilot and the chains hold up to {vectors:g} vectors of {task.num_weights} weights, "
+            f"{gigabytes(held)}, and {gigabytes(left)} are left for the call; it needs more than "
+            f"memory={as_setting(taken + held + SLACK)!r}, or a sampler with params=, which samples fewer weights"
+        )
+    left -= held
     with task:
         probing, stepping = _slopes(task, task.place(_some(probe)), task.place(_some(train)))
-    taken = budget.taken()
-    left = max(budget.limit(taken) - taken, 0)
     found, reasons = {}, []
     for name, line, most in (("probe_batch", probing, len(probe)), ("gradient_batch", stepping, minibatch)):
-        batch = min(getattr(task.passes, name), most)
-        if _at(line, 1) > left:
+        batch = min(getattr(given or task.passes, name), most)
+        least = batch if given is not None else 1
+        if _at(line, least) > left:
+            share = 1 if given is not None else SHARE
+            subject = f"{name}={batch} of passes=" if given is not None else "a pass of a single sample"
             raise MemoryError(
-                f"a pass of a single sample takes {gigabytes(_at(line, 1))}, and {gigabytes(left)} are left for the "
-                f"call; it needs at least memory={as_setting(taken + SHARE * _at(line, 1))!r}"
+                f"{subject} takes {gigabytes(_at(line, least))}, and {gigabytes(left)} are left for the "
+                f"call; it needs at least memory={as_setting(taken + held + SLACK + share * _at(line, least))!r}"
             )
-        if _at(line, batch) > left // SHARE:
+        if given is None and _at(line, batch) > left // SHARE:
             while batch > 1 and _at(line, batch) > left // SHARE:
                 batch //= 2
             found[name] = batch

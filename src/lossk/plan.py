@@ -9,9 +9,10 @@ from pathlib import Path
 from lossk.data import Samples
 from lossk.errors import StoreError
 from lossk.layout import BYTES, Layout, Size, log_columns, panel_bytes, weight_bytes
-from lossk.memory import gigabytes
+from lossk.memory import as_setting, gigabytes
 from lossk.probe import Probe
 from lossk.running import STRIPE
+from lossk.trace_factor import making_bytes
 
 
 @dataclass(frozen=True)
@@ -90,8 +91,9 @@ def stored_bytes(size: Size, layout: Layout) -> int:
 
 
 def trace_layout(size: Size, taken: int) -> Layout:
-    """The traces themselves, held in memory."""
-    panel = 4 * (size.panel + 1) * size.num_samples
+    """The traces themselves, held in memory, where a cross kernel makes its factor of them."""
+    making = making_bytes(size.num_samples, size.num_chains, size.num_draws)
+    panel = max(4 * (size.panel + 1) * size.num_samples, making)
     return Layout("traces", 4 * size.draws * size.num_samples, panel, weight_bytes(size), taken)
 
 
@@ -119,6 +121,20 @@ def check_traces(layout: Layout, size: Size, limit: int) -> None:
         raise MemoryError(
             f"the {layout.tiles} of {size.num_samples} samples need {gigabytes(layout.peak_bytes)} and "
             f"{gigabytes(max(limit - layout.taken_bytes, 0))} are free; about {fitting} samples would fit"
+        )
+
+
+def check_pilot(layout: Layout, limit: int) -> None:
+    """Refuse a run whose pilot took more than the call may use.
+
+    Raises:
+        MemoryError: with the sizes, and what would do.
+    """
+    if layout.peak_bytes > limit:
+        raise MemoryError(
+            f"the pilot takes {gigabytes(layout.reached_bytes)}, with which the call needs "
+            f"memory={as_setting(layout.peak_bytes)!r}, and may use {gigabytes(limit)}; a sampler with params= samples "
+            "fewer weights, and passes=Passes(gradient_batch=) makes passes smaller"
         )
 
 

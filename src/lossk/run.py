@@ -18,32 +18,29 @@ from lossk.agreement import witness_of
 from lossk.anchor import evaluate_anchor
 from lossk.arrangement import Arrangement, cut, settle
 from lossk.backends import choose_ops
-from lossk.blocks import Moments
 from lossk.chain import Chain, ChainState, Surroundings, time_a_step
-from lossk.choose import choose, momentum_noise_ratio
+from lossk.choose import choose
 from lossk.data import Samples, Transform
 from lossk.device_plan import choose_overlap, choose_with_device, describe_room
 from lossk.device_room import measure_room, place_data
-from lossk.diagnostics import Criteria, Diagnostics, TraceWatch, diagnose
+from lossk.diagnostics import TraceWatch
 from lossk.distributed import Ranks
-from lossk.judging import informed_pilot, plan_judging, working_bytes
+from lossk.judging import foreseen_vectors, informed_pilot, plan_judging, working_bytes
 from lossk.layout import Layout, Size, choose_layout
 from lossk.losses import LossFunction, resolve_loss
 from lossk.memory import Budget
-from lossk.neighbors import median_noise_floor
-from lossk.panel import ChainTotals, Panel, chain_panels
-from lossk.pass_memory import fit_passes
+from lossk.panel import Panel, chain_panels
+from lossk.pass_memory import fit_passes, pass_bytes
 from lossk.passes import Passes, resumed_passes
 from lossk.passes_pilot import Load, choose_passes, load_of
 from lossk.pilot import Pilot
-from lossk.plan import check_disk, check_traces, factor_layout, make_plan, trace_layout
+from lossk.plan import check_disk, check_pilot, check_traces, factor_layout, make_plan, trace_layout
 from lossk.probe import Probe, prepare_probe, rows_fingerprint, token_fingerprint
 from lossk.probe_sets import read_sources
 from lossk.samplers import Sampler, fit, fit_early, make_chain
 from lossk.sgld import SGLD
 from lossk.task import Task
 from lossk.timings import Progress, Timings, as_table
-from lossk.trial import uninformed_loss
 from lossk.witness import check_start
 
 
@@ -149,9 +146,12 @@ class Run:
             ranks: of the run, which all call this; rank 0's pilot is everyone's.
             budget: batches that are not given take no more than a part of it.
         """
-        if budget is not None and passes is None and chosen is None:
+        given = passes if chosen is None else Passes(**chosen["passes"])
+        if budget is not None:
+            budget.mark()
             probe, batch = self.probe.parts[0].samples, self._load(self.asked).minibatch
-            self.passes_reasons += fit_passes(self.task, probe, self.train, batch, budget)
+            vectors = foreseen_vectors(self.asked, self._passes_of(self.asked), self.num_chains, piloted=chosen is None)
+            self.passes_reasons += fit_passes(self.task, probe, self.train, batch, budget, vectors, given)
         plain = Arrangement.plain(self.task, self.probe, self.train)
         if chosen is not None:
             plain = dataclasses.replace(plain, passes=resumed_passes(passes, Passes(**chosen["passes"])))
@@ -280,10 +280,13 @@ class Run:
             StoreError: it needs more than the disk has.
         """
         step_seconds, taken = self.time_a_step(), budget.taken()
-        batch, judging = self._load(self.asked).minibatch, self._around(Timings()).judging[1]
-        working = working_bytes(self.task, self.probe.parts[0].samples, self.train, batch, judging, self.seed)
+        batch, judged = self._load(self.asked).minibatch, self._around(Timings()).judging[1] > 0
+        passes = pass_bytes(self.task, self.probe.parts[0].samples, self.train, batch)
+        working = working_bytes(
+            self.task, passes, self.asked, self.sampler, budget, taken, judged=judged, piloted=saved is None
+        )
         stack, weights = self.task.stack_bytes(panel), self.task.num_weights
-        size = Size(len(self.probe), tile, panel, self.num_chains, self.num_draws, dtype, weights, stack, working)
+        size = Size(len(self.probe), tile, panel, self.num_chains, self.num_draws, dtype, weights, stack, working.run)
         cuda = self.task.device.type == "cuda"
         room = measure_room(self.task, self.probe.parts[0].samples, self.train) if cuda else None
         if form != "tiles":
@@ -300,7 +303,8 @@ class Run:
             self.task.passes = dataclasses.replace(self.task.passes, overlap=overlap)
             self.passes_reasons.append(why)
             bar.say(f"device: {why}")
-        layout = dataclasses.replace(layout, reached_bytes=budget.reached())
+        layout = dataclasses.replace(layout, reached_bytes=working.pilot)
+        check_pilot(layout, budget.limit(taken))
         plan = make_plan(
             layout,
             size,
@@ -366,33 +370,4 @@ class Run:
             progress=bar,
             start=start,
             device=self.task.device,
-        )
-
-    def diagnose(self, moments: Moments, totals: ChainTotals) -> Diagnostics:
-        criteria, sgld = None, self.sampler if isinstance(self.sampler, SGLD) else None
-        # A chain that evaluates no training loss does not sample p(w): no learning coefficient follows from it.
-        n_beta = getattr(self.sampler, "n_beta", None) if torch.isfinite(self.watch.excess).all() else None
-        if len(self.probe.parts) == 1 and self.probe.holds(self.train) and n_beta is not None:
-            criteria = Criteria(
-                totals.variance,
-                totals.log_likelihood,
-                self.watch.mean_loss.mean(dim=1),
-                self.num_train,
-                float(n_beta),
-            )
-        learnt_nothing, pilot = uninformed_loss(self.task.loss.name, self.train), self.informed_pilot
-        return diagnose(
-            mean_loss=self.watch.mean_loss,
-            watched=self.watch.losses,
-            dead_share=float((moments.variance == 0).double().mean()),
-            noise_floor=median_noise_floor(moments),
-            excess=self.watch.excess,
-            n_beta=n_beta,
-            criteria=criteria,
-            pilot=pilot,
-            sampler=sgld,
-            noise_ratio=momentum_noise_ratio(self.sampler, pilot),
-            acceptance=self.watch.acceptance,
-            distance=self.watch.distance,
-            uninformed=None if learnt_nothing is None else learnt_nothing[0],
         )

@@ -107,7 +107,7 @@ def run_trial(
     after = int(min(wanted, most - burnin))
     every = max(1, -(-after // RECORDS))
     marks = {after * part // (MEASURED - 1) for part in range(MEASURED)}
-    few = [train[part] for part in watched_samples(len(train)).split(fitting_batch(256, task.loss.positions))]
+    few = watched_samples(len(train)).split(fitting_batch(min(256, task.passes.probe_batch), task.loss.positions))
 
     def measure(what: Callable[..., float]) -> float:
         try:
@@ -137,7 +137,7 @@ def run_trial(
         if len(excess) >= WINDOW and recent > FAR * bound:
             return Trial(recent, step, whole=False, curvature=measure(largest_curvature))
         if step > burnin and (step - burnin) % every == 0:
-            rows.append(torch.cat([task.losses(part) for part in few]).double())
+            rows.append(torch.cat([task.losses(train[part]) for part in few]).double())
         if step - burnin in marks:
             curvatures.append(measure(largest_curvature))
         if step == burnin and after >= LONG and of_use is not None:

@@ -62,14 +62,20 @@ def uint32_stream(seed: int, chain: int, step: int, stream: int, count: int) -> 
     stream, count = check_uint32("stream", stream), _check_count(count)
     words = np.empty((count + 3) // 4 * 4, dtype=np.uint32)
     for first in range(0, words.size // 4, _CHUNK_BLOCKS):
-        blocks = np.arange(first, min(first + _CHUNK_BLOCKS, words.size // 4), dtype=np.uint64)
-        counter = np.empty((blocks.size, 4), dtype=np.uint32)
-        counter[:, 0] = (blocks & _LOW).astype(np.uint32)
-        counter[:, 1] = (blocks >> _HALF_WORD).astype(np.uint32)
-        counter[:, 2] = step
-        counter[:, 3] = stream
-        words[4 * first : 4 * first + 4 * blocks.size] = philox4x32(counter, (seed, chain)).reshape(-1)
+        chunk = _chunk(seed, chain, step, stream, first, words.size // 4)
+        words[4 * first : 4 * first + chunk.size] = chunk.reshape(-1)
     return words[:count]
+
+
+def _chunk(seed: int, chain: int, step: int, stream: int, first: int, end: int) -> UInt32Array:
+    """The words of a chunk's blocks from `first` on, `end` excluded: [n, 4] uint32."""
+    blocks = np.arange(first, min(first + _CHUNK_BLOCKS, end), dtype=np.uint64)
+    counter = np.empty((blocks.size, 4), dtype=np.uint32)
+    counter[:, 0] = (blocks & _LOW).astype(np.uint32)
+    counter[:, 1] = (blocks >> _HALF_WORD).astype(np.uint32)
+    counter[:, 2] = step
+    counter[:, 3] = stream
+    return philox4x32(counter, (seed, chain))
 
 
 def box_muller(words: UInt32Array) -> npt.NDArray[np.float32]:
@@ -102,12 +108,12 @@ def box_muller(words: UInt32Array) -> npt.NDArray[np.float32]:
 
 def normals(seed: int, chain: int, step: int, count: int, *, stream: int = 0) -> torch.Tensor:
     """The first `count` standard normals of a stream: [count] float32, on the CPU."""
-    count = _check_count(count)
-    out = np.empty(count, dtype=np.float32)
-    words = uint32_stream(seed, chain, step, stream, (count + 3) // 4 * 4).reshape(-1, 4)
-    for first in range(0, len(words), _CHUNK_BLOCKS):
-        chunk = box_muller(words[first : first + _CHUNK_BLOCKS]).reshape(-1)
-        out[4 * first : 4 * first + chunk.size] = chunk[: count - 4 * first]
+    seed, chain, step = check_uint32("seed", seed), check_uint32("chain", chain), check_uint32("step", step)
+    stream, count = check_uint32("stream", stream), _check_count(count)
+    out, end = np.empty(count, dtype=np.float32), (count + 3) // 4
+    for first in range(0, end, _CHUNK_BLOCKS):
+        part = box_muller(_chunk(seed, chain, step, stream, first, end)).reshape(-1)
+        out[4 * first : 4 * first + part.size] = part[: count - 4 * first]
     return torch.from_numpy(out)
 
 

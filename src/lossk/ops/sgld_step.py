@@ -24,6 +24,7 @@ from lossk.operands import check_operands, check_word
 from lossk.ops import extension, philox
 
 BACKENDS = ("torch", "cpp", "triton")
+CHUNK = 2**18  # weights that the reference moves at a time on a CPU: its temporaries are several vectors of them
 
 
 def sgld_step(
@@ -79,10 +80,15 @@ def sgld_step(
 
     if backend == "torch":
         xi = philox.normals(seed, chain, step, w.numel()).to(w.device)
+        size = CHUNK if w.device.type == "cpu" else max(w.numel(), 1)
         with torch.no_grad():
-            sgld_step_reference(
-                w, grad, anchor, xi, lr, n_beta, localization, square_avg, alpha, stability, update_square_avg
-            )
+            for start in range(0, w.numel(), size):
+                part = slice(start, start + size)
+                average = None if square_avg is None else square_avg[part]
+                sgld_step_reference(
+                    w[part], grad[part], anchor[part], xi[part], lr, n_beta, localization, average, alpha, stability,
+                    update_square_avg,
+                )  # fmt: skip
         return
 
     options = {

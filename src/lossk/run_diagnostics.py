@@ -1,0 +1,45 @@
+"""What a run's diagnostics are made of: its traces, its moments, its pilot."""
+
+from __future__ import annotations
+
+import torch
+
+from lossk.blocks import Moments
+from lossk.choose import momentum_noise_ratio
+from lossk.diagnostics import Criteria, Diagnostics, diagnose
+from lossk.neighbors import median_noise_floor
+from lossk.panel import ChainTotals
+from lossk.run import Run
+from lossk.sgld import SGLD
+from lossk.trial import uninformed_loss
+
+
+def diagnose_run(run: Run, moments: Moments, totals: ChainTotals) -> Diagnostics:
+    """Of a run whose every draw has been noted."""
+    criteria, sgld = None, run.sampler if isinstance(run.sampler, SGLD) else None
+    # A chain that evaluates no training loss does not sample p(w): no learning coefficient follows from it.
+    n_beta = getattr(run.sampler, "n_beta", None) if torch.isfinite(run.watch.excess).all() else None
+    if len(run.probe.parts) == 1 and run.probe.holds(run.train) and n_beta is not None:
+        criteria = Criteria(
+            totals.variance,
+            totals.log_likelihood,
+            run.watch.mean_loss.mean(dim=1),
+            run.num_train,
+            float(n_beta),
+        )
+    learnt_nothing, pilot = uninformed_loss(run.task.loss.name, run.train), run.informed_pilot
+    return diagnose(
+        mean_loss=run.watch.mean_loss,
+        watched=run.watch.losses,
+        dead_share=float((moments.variance == 0).double().mean()),
+        noise_floor=median_noise_floor(moments),
+        excess=run.watch.excess,
+        n_beta=n_beta,
+        criteria=criteria,
+        pilot=pilot,
+        sampler=sgld,
+        noise_ratio=momentum_noise_ratio(run.sampler, pilot),
+        acceptance=run.watch.acceptance,
+        distance=run.watch.distance,
+        uninformed=None if learnt_nothing is None else learnt_nothing[0],
+    )
