@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -72,9 +73,9 @@ def _tell_another_slope(
     parts = [torch.zeros_like(p) if g is None else dense(g) for p, g in zip(task.sampled, found, strict=True)]
     task.grad.copy_(task.flatten(parts))
     square = float(task.grad.square().sum(dtype=torch.float64))
-    if square == 0.0:
+    step = change / square if square > 0.0 else 0.0
+    if not 0.0 < step < math.inf:  # a loss of 0, or none that moves
         return
-    step = change / square
     means = []
     for sign in (1.0, -1.0):
         task.flat.add_(task.grad, alpha=sign * step)
