@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import platform
 import subprocess
 import sys
 import tempfile
@@ -24,6 +25,9 @@ from typing import Any
 import psutil
 import torch
 from torch import Tensor, nn
+
+from lossk.memory import give_back
+from lossk.provenance import git_sha
 
 EVERY = 1e-3  # seconds between two readings of the resident memory
 MB = 1e6
@@ -69,6 +73,12 @@ def cases(scale: float = 1.0) -> list[Case]:
         Case("sample_losses", "sample", "small", 2 * n, 32),
         Case("sample_losses, wide MLP", "sample", "wide", n, 256),
         Case("cross_kernel", "cross", "small", 2 * n, 32),
+        Case("cross_kernel, many draws", "cross", "small", 2 * n, 32, None, (("num_draws", 200), ("num_chains", 4))),
+        *[
+            Case(f"{name} of a kernel in {form}", name, "small", n, 32, None, settings)
+            for form, settings in (("tiles", tiles), ("factor", (("form", "factor"),)))
+            for name in READS
+        ],
     ]
 
 
@@ -132,9 +142,40 @@ def cross(case: Case, folder: Path) -> Any:
     return lossk.cross_kernel(model, (inputs[:cut], targets[:cut]), (inputs[cut:], targets[cut:]), **common(case))
 
 
+READS: dict[str, Callable[[Any], Any]] = {
+    "neighbors": lambda kernel: kernel.neighbors(10),
+    "neighbors of rows": lambda kernel: kernel.neighbors(10, rows=range(100)),
+    "matvec": lambda kernel: kernel.matvec(kernel.variance.repeat(8, 1).T),
+    "eigsh": lambda kernel: kernel.eigsh(6),
+    "to_numpy": lambda kernel: kernel.to_numpy(),
+    "block": lambda kernel: kernel[: kernel.num_samples // 2],
+}
+
+
 CALLS: dict[str, Callable[[Case, Path], Any]] = {
     "build": build, "build_store": build_store, "sample": sample, "cross": cross,
 }  # fmt: skip
+
+
+def run_read(case: Case, folder: Path) -> Found:
+    """Of a kernel that is held: what was foreseen by the check that would refuse it, and the peak beyond the kernel."""
+    from lossk import read_memory
+
+    read, plans = READS[case.call], []
+    read(build(Case("warm", case.call, "small", 640, 8, None, case.settings), folder))
+    kernel = build(case, folder)
+    refuse = read_memory.refuse
+
+    def noted(needed: int, what: str, instead: str) -> None:
+        plans.append(needed + read_memory.INSIDE)
+        refuse(needed, what, instead)
+
+    read_memory.refuse = noted  # type: ignore[assignment]
+    give_back()
+    seen: dict[str, int] = {}
+    with watched(seen):
+        read(kernel)
+    return Found(case.name, case.memory, max(plans), seen["peak"])
 
 
 @contextmanager
@@ -163,6 +204,9 @@ def run_case(case: Case) -> Found:
     from lossk.run import Run
 
     torch.set_num_threads(1)
+    if case.call in READS:
+        with tempfile.TemporaryDirectory() as name:
+            return run_read(case, Path(name))
     plans: list[int] = []
     planned = Run.plan
 
@@ -208,13 +252,16 @@ def row(found: Found) -> str:
     return f"| {found.case} | {found.budget or '-'} | {plan} | {peak} | {found.note} |"
 
 
-def section(found: list[Found]) -> str:
+def section(found: list[Found], scale: float) -> str:
     """The page."""
     rows = "\n".join(map(row, found))
     return (
         "# Memory, planned and taken\n\n"
         "`python -m bench.memory --out docs/memory.md`. MB beyond what the process held when the call began; the peak "
-        "is its resident memory, read every millisecond; one process a case, one thread.\n\n"
+        "is its resident memory, read every millisecond; one process a case, one thread. Of what is read from a kernel "
+        "the plan is what the call would be refused for, and the peak is beyond the kernel held.\n\n"
+        f"Commit {git_sha() or 'unknown'}, {os.cpu_count()} cores, {platform.machine()}, "
+        f"PyTorch {torch.__version__}; sizes times {scale:g}.\n\n"
         "| call | `memory=` | planned | peak | |\n|---|---|---|---|---|\n" + rows + "\n"
     )
 
@@ -230,7 +277,7 @@ def main() -> None:
     if options.case is not None:
         print(json.dumps(asdict(run_case(cases(options.scale)[options.case]))))
         return
-    page = section(measure(options))
+    page = section(measure(options), options.scale)
     if options.out is not None:
         options.out.write_text(page)
 

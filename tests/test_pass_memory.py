@@ -127,4 +127,4 @@ def test_a_tiny_bench_stays_below_its_plan() -> None:
     assert found.plan is not None
     assert found.peak is not None
     assert 0 < found.peak <= found.plan <= 120e6
-    assert "| tiles in memory, wide MLP, little | 120MB |" in bench.section([found])
+    assert "| tiles in memory, wide MLP, little | 120MB |" in bench.section([found], 0.1)

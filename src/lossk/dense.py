@@ -6,9 +6,10 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
-import psutil
 
+from lossk.available import available_bytes
 from lossk.blocks import tile_spans
+from lossk.read_memory import check_dense
 
 if TYPE_CHECKING:
     from lossk.kernel import LossKernel
@@ -57,7 +58,7 @@ class AsArray:
 
 def refuse_too_large(rows: int, columns: int, instead: str) -> None:
     """Raise MemoryError, with the sizes, where a float32 matrix would not fit into free memory."""
-    needed, free = 4 * rows * columns, psutil.virtual_memory().available
+    needed, free = 4 * rows * columns, available_bytes()
     if needed > FREE_SHARE * free:
         raise MemoryError(
             f"the {rows} x {columns} matrix needs {needed / 1e9:.1f} GB and {free / 1e9:.1f} GB are available; "
@@ -82,6 +83,7 @@ def dense(kernel: LossKernel, *, correlation: bool) -> np.ndarray:
     """The whole matrix in memory: [N, N] float32."""
     n = kernel.num_samples
     refuse_too_large(n, n, "read blocks (kernel[rows, columns]) or iterate kernel.tiles()")
+    check_dense(kernel._blocks)
     out = np.empty((n, n), dtype=np.float32)
 
     def put(rows: slice, columns: slice, tile: np.ndarray) -> None:

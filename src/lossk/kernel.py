@@ -33,8 +33,9 @@ from lossk.neighbors import (
     noise_floor,
 )
 from lossk.ops.top_correlations import BACKENDS
+from lossk.read_memory import check_block, check_eigenpairs, check_matvec, check_neighbors
 from lossk.settings import CENTERINGS
-from lossk.spectrum import leading
+from lossk.spectrum import leading, way_of
 from lossk.standard_error import METHODS, bartlett, from_draws, method_for
 
 if TYPE_CHECKING:
@@ -190,9 +191,10 @@ class LossKernel(AsArray):
         """
         rows, columns = rows_and_columns(key)
         rows, columns = self._index(rows), self._index(columns, "columns")
+        check_block(self._blocks, len(rows), len(columns))
         scale = self._moments.scale.float()
-        block = self._blocks.gather(rows, columns) * scale[rows].unsqueeze(1) * scale[columns]
-        return torch.where(rows.unsqueeze(1) == columns, self.variance.float()[columns], block)
+        block = self._blocks.gather(rows, columns).mul_(scale[rows].unsqueeze(1)).mul_(scale[columns])
+        return torch.where(rows.unsqueeze(1) == columns, self.variance.float()[columns], block, out=block)
 
     def correlation(self, rows: Any = slice(None), columns: Any = slice(None)) -> Tensor:
         """Correlation block R_ij = K_ij / sqrt(K_ii K_jj): [r, c] float32 in [-1, 1].
@@ -200,8 +202,10 @@ class LossKernel(AsArray):
         Where a variance is zero, R_ij = 0 for i != j and R_ii = 1.
         """
         rows, columns = self._index(rows), self._index(columns, "columns")
-        block = self._correlate(self._blocks.gather(rows, columns), rows, columns)
-        return torch.where(rows.unsqueeze(1) == columns, torch.ones((), dtype=torch.float32, device="cpu"), block)
+        check_block(self._blocks, len(rows), len(columns))
+        block = self._blocks.gather(rows, columns).mul_(self._gain[rows].unsqueeze(1)).mul_(self._gain[columns])
+        one = torch.ones((), dtype=torch.float32, device="cpu")
+        return torch.where(rows.unsqueeze(1) == columns, one, block.clamp_(-1.0, 1.0), out=block)
 
     def standard_error(
         self, rows: Any = slice(None), columns: Any = slice(None), *, correlation: bool = False, method: str = "auto"
@@ -235,7 +239,7 @@ class LossKernel(AsArray):
         return (spread * scale[rows].unsqueeze(1) * scale[columns]).float()
 
     def _correlate(self, block: Tensor, rows: Tensor | slice, columns: Tensor | slice) -> Tensor:
-        return (block * self._gain[rows].unsqueeze(1) * self._gain[columns]).clamp_(-1.0, 1.0)
+        return (block * self._gain[rows].unsqueeze(1)).mul_(self._gain[columns]).clamp_(-1.0, 1.0)
 
     def _index(self, key: Any, name: str = "rows") -> Tensor:
         return resolve(key, self.num_samples, name)
@@ -256,7 +260,7 @@ class LossKernel(AsArray):
         """Iterate (i, j, covariance tile [a, b] float32) over the upper triangle, i <= j."""
         spans, scale = self._spans(), self._moments.scale.float()
         for i, j in upper_triangle(len(spans)):
-            yield i, j, self._scaled_tile(i, j) * scale[spans[i]].unsqueeze(1) * scale[spans[j]]
+            yield i, j, (self._scaled_tile(i, j) * scale[spans[i]].unsqueeze(1)).mul_(scale[spans[j]])
 
     def matvec(self, v: Tensor | np.ndarray) -> Tensor:
         """K v for v [N] or [N, m], in float64 and without forming K; the result has v's shape.
@@ -266,6 +270,7 @@ class LossKernel(AsArray):
         v = check_tensor("v", v, of="a real number").to("cpu", torch.float64)
         if v.ndim not in (1, 2) or v.shape[0] != self.num_samples:
             raise ValueError(f"v must have shape [{self.num_samples}] or [{self.num_samples}, m], got {list(v.shape)}")
+        check_matvec(self._blocks, v.numel() // self.num_samples)
         scale = self._moments.scale.unsqueeze(1)
         return (scale * self._scaled_matmul(scale * v.reshape(self.num_samples, -1))).reshape(v.shape)
 
@@ -294,6 +299,7 @@ class LossKernel(AsArray):
         n = self.num_samples
         k = check_integer("k", k, 1, n, limit=f"the number of samples, {n}")
         factor = self._blocks if isinstance(self._blocks, FactorBlocks) else None
+        check_eigenpairs(self._blocks, k, way_of(factor, n, k))
         return leading(self.matvec, factor, self._moments.scale, k)
 
     def neighbors(self, k: int = 10, rows: Any = None, *, anti: bool = False, backend: str | None = None) -> Neighbors:
@@ -320,6 +326,8 @@ class LossKernel(AsArray):
         if anti and backend == "triton":
             raise ValueError("anti must be False with backend='triton', which ranks the largest only, got True")
         device = device_for_neighbors(self._blocks, k, backend)
+        chosen = None if rows is None else self._index(rows)
+        check_neighbors(self._blocks, k, None if chosen is None else len(chosen))
         if rows is None:
             if device is None or anti:
                 found = nearest(self._correlation_tile, self.dead, self.tile, k, anti=anti)
@@ -328,9 +336,9 @@ class LossKernel(AsArray):
             return found._replace(noise_floor=noise_floor(self._moments))
         if backend == "triton":
             raise ValueError("rows must be None with backend='triton', which ranks whole tiles")
-        rows = self._index(rows)
-        found = nearest_of_rows(self._correlation_rows, self.dead, rows, k, anti=anti)
-        return found._replace(noise_floor=noise_floor(self._moments, rows))
+        assert chosen is not None
+        found = nearest_of_rows(self._correlation_rows, self.dead, chosen, k, anti=anti)
+        return found._replace(noise_floor=noise_floor(self._moments, chosen))
 
     def _correlation_rows(self, rows: Tensor) -> Iterator[tuple[slice, Tensor]]:
         return ((span, self._correlate(block, rows, span)) for span, block in self._blocks.row_blocks(rows))

@@ -15,6 +15,13 @@ DENSE_EIGENSOLVER = 512  # samples up to which a dense solver is quicker and mor
 GRAM_DRAWS = 4096  # draws up to which the draws' Gram matrix (D^2 float64, here 134 MB) is formed
 
 
+def way_of(factor: FactorBlocks | None, n: int, k: int) -> str:
+    """How k eigenpairs of n samples are found: "gram", "dense" or "iterative"."""
+    if factor is not None and max(DENSE_EIGENSOLVER, factor.num_rows) < n and k <= factor.num_rows <= GRAM_DRAWS:
+        return "gram"
+    return "dense" if n <= DENSE_EIGENSOLVER or k >= n - 1 else "iterative"
+
+
 def leading(
     matvec: Callable[[Tensor], Tensor], factor: FactorBlocks | None, scale: Tensor, k: int
 ) -> tuple[Tensor, Tensor]:
@@ -26,9 +33,11 @@ def leading(
         scale: [N] float64.
     """
     n = len(scale)
-    if factor is not None and max(DENSE_EIGENSOLVER, factor.num_rows) < n and k <= factor.num_rows <= GRAM_DRAWS:
+    way = way_of(factor, n, k)
+    if way == "gram":
+        assert factor is not None
         return by_gram(factor, scale, k)
-    if n <= DENSE_EIGENSOLVER or k >= n - 1:
+    if way == "dense":
         values, vectors = np.linalg.eigh(matvec(torch.eye(n, dtype=torch.float64, device="cpu")).numpy())
     else:
         operator = LinearOperator((n, n), matvec=lambda v: matvec(torch.from_numpy(v)).numpy(), dtype=np.float64)
