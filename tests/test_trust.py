@@ -23,7 +23,9 @@ OWN = f"{__name__}:own_task"
 def own_task(*, mark: str = "called") -> RecipeTask:
     Path(mark).touch()
     labels = torch.arange(9) % 3
-    return RecipeTask(model=nn.Linear(1, 3), samples=torch.zeros(9, 1), labels=labels, class_names=["a", "b", "c"])
+    return RecipeTask(
+        model=nn.Linear(1, 3), samples=(torch.zeros(9, 1), labels), labels=labels, class_names=["a", "b", "c"]
+    )
 
 
 def no_annotation(mark="called"):  # type: ignore[no-untyped-def]
@@ -73,11 +75,11 @@ def test_a_config_beside_a_store_imports_and_calls_nothing(
     "command", [["run", "x.yaml", "--overwrite"], ["hierarchy", "x.lossk", "--labels", "config", "--trust"]]
 )
 def test_even_a_trusted_config_calls_nothing_but_what_makes_tasks(
-    command: str, task: str, arguments: dict[str, Any], folder: Path, capsys: pytest.CaptureFixture[str]
+    command: list[str], task: str, arguments: dict[str, Any], folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (folder / "kept").mkdir()
     write(task, **arguments)
-    assert cli.main(command.split()) == 2
+    assert cli.main(command) == 2
     told = capsys.readouterr().err
     assert "must return a lossk.recipes.RecipeTask" in told or "cannot be found" in told
     assert not Path("called").exists()

@@ -95,7 +95,7 @@ def fit_passes(
     if task.device.type != "cpu":
         return []
     taken, held = budget.taken(), int(4 * vectors * task.num_weights)
-    left = max(budget.limit(taken) - taken - SLACK, 0)
+    left = max(budget.limit(taken) - taken - SLACK, SLACK)  # what fits into so little is left to the plan to refuse
     if held > left:
         raise MemoryError(
             f"the pilot and the chains hold up to {vectors:g} vectors of {task.num_weights} weights, "

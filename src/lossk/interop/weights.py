@@ -82,7 +82,10 @@ def _chains(weights: Iterable[Any]) -> list[Iterable[Any]]:
     if is_state(weights):
         raise TypeError(f"weights must be an iterable of weight states, got one {type(weights).__name__}")
     if isinstance(weights, str | bytes | bytearray | type) or not isinstance(weights, Iterable):
-        raise TypeError(f"weights must be an iterable of weight states, or a list of such, got {shown(weights)}")
+        kind = type(weights).__name__
+        raise TypeError(
+            f"weights must be an iterable of weight states, or a list of such, got one {kind}: {shown(weights)}"
+        )
     if not isinstance(weights, list | tuple) or not weights or is_state(weights[0]):
         return [weights]
     for c, chain in enumerate(weights):
