@@ -135,7 +135,7 @@ class TraceWatch:
     def note(self, losses: Tensor, draws: Sequence[Draw]) -> None:
         """Take what is wanted of a panel [k, N] of consecutive draws of one chain."""
         chain, rows = draws[0].chain, slice(draws[0].draw, draws[0].draw + len(draws))
-        self.mean_loss[chain, rows] = losses.mean(dim=1, dtype=torch.float64)
+        self.mean_loss[chain, rows] = row_means(losses)
         self.excess[chain, rows] = self.excess.new_tensor([draw.excess_loss for draw in draws])
         self.distance[chain, rows] = self.distance.new_tensor([draw.distance for draw in draws])
         self.acceptance[chain, rows] = self.acceptance.new_tensor([draw.acceptance for draw in draws])

@@ -6,7 +6,9 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
+from lossk.centring import BLOCK
 from lossk.data import Samples
+from lossk.diagnostics import WATCHED
 from lossk.errors import StoreError
 from lossk.layout import BYTES, Layout, Size, log_columns, panel_bytes, weight_bytes
 from lossk.memory import as_setting, gigabytes
@@ -93,7 +95,9 @@ def stored_bytes(size: Size, layout: Layout) -> int:
 def trace_layout(size: Size, taken: int) -> Layout:
     """The traces themselves, held in memory, where a cross kernel makes its factor of them."""
     making = making_bytes(size.num_samples, size.num_chains, size.num_draws)
-    panel = max(4 * (size.panel + 1) * size.num_samples, making)
+    # Traces that the diagnostics watch, and losses that they average in float64.
+    kept = 12 * size.draws * min(WATCHED, size.num_samples) + 8 * max(BLOCK, size.num_samples)
+    panel = max(4 * (size.panel + 1) * size.num_samples, making) + kept
     return Layout("traces", 4 * size.draws * size.num_samples, panel, weight_bytes(size), taken)
 
 
