@@ -66,7 +66,7 @@ def _parts(table: Table, w: World) -> None:
     table.add("lossk.recipes.packaged_config", {"name": "digits"})
     x = {"inputs": w.x, "targets": w.labels}
     rules = {
-        "inputs": r.array(2, 3, 4), "targets": r.labels, "epochs": r.integer(1), "batch_size": r.integer(1),
+        "inputs": r.array(2, 3, 4), "targets": r.labels, "epochs": r.integer(0), "batch_size": r.integer(1),
         "lr": r.number(above=0.0), "weight_decay": r.number(least=0.0), "seed": SEED, "at_least": SHARE,
         "each_epoch": r.optional(r.function),
     }  # fmt: skip

@@ -50,7 +50,9 @@ def raw_neighbors(images: Tensor, k: int) -> Tensor:
     if flat.ndim < 2 or 0 in flat.shape:
         raise ValueError(f"images must be [N, ...], at least one number each, got shape {list(flat.shape)}")
     rows = flat.reshape(len(flat), -1).numpy()
-    k = check_integer("k", k, 1, len(flat) - 1, limit=f"N - 1 = {len(flat) - 1} of the images")
+    k = check_integer("k", k, 1)
+    if k >= len(flat):
+        raise ValueError(f"k must be from 1 to N - 1 = {len(flat) - 1}, got {k}")
     # Without an argument kneighbors leaves each sample itself out, also where several inputs are identical.
     found = NearestNeighbors(n_neighbors=k, algorithm="brute").fit(rows).kneighbors(return_distance=False)
     return torch.from_numpy(found).long()

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from lossk.checks import check_flag, check_instance
+from lossk.checks import check_flag, check_instance, wrong_kind
 from lossk.kernel import LossKernel
 from lossk.optional import require
 from lossk.traces import LossTraces
@@ -30,7 +30,8 @@ def to_xarray(source: LossTraces | LossKernel, *, correlation: bool = False) -> 
         ImportError: xarray is not installed.
     """
     correlation = check_flag("correlation", correlation)
-    source = check_instance("source", source, LossTraces, LossKernel)
+    if not isinstance(source, LossTraces | LossKernel):
+        raise wrong_kind("source", "a LossTraces or a LossKernel", source)
     xr = require("xarray", "arviz")
     if isinstance(source, LossTraces):
         return xr.Dataset(

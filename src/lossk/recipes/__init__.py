@@ -113,7 +113,7 @@ def train_classifier(
     """
     check_instance("model", model, nn.Module)
     inputs, targets = check_pairs(inputs, targets)
-    epochs, batch_size = check_integer("epochs", epochs, 1, MOST_EPOCHS), check_integer("batch_size", batch_size, 1)
+    epochs, batch_size = check_integer("epochs", epochs, 0, MOST_EPOCHS), check_integer("batch_size", batch_size, 1)
     lr, weight_decay = check_number("lr", lr, above=0.0), check_number("weight_decay", weight_decay, least=0.0)
     seed, each_epoch = check_seed(seed), check_optional(check_callable, "each_epoch", each_epoch)
     order = np.random.default_rng(np.random.SeedSequence(seed))
@@ -144,8 +144,8 @@ def predict(
     """Predicted classes [N] int64 of a classifier in eval mode; the model's train/eval modes are put back."""
     check_instance("model", model, nn.Module)
     inputs, transform = check_tensor("inputs", inputs), check_optional(check_callable, "transform", transform)
-    if inputs.ndim < 2 or not len(inputs):
-        raise ValueError(f"inputs must be [n, ...], at least one, got {list(inputs.shape)}")
+    if inputs.ndim < 2:
+        raise ValueError(f"inputs must be [n, ...], got {list(inputs.shape)}")
     batch_size = check_integer("batch_size", batch_size, 1)
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
@@ -161,7 +161,7 @@ def require_accuracy(model: nn.Module, inputs: Tensor, targets: Tensor, *, at_le
     """Accuracy on held-out samples; RecipeError when it is below `at_least`, as the kernel would then mislead."""
     at_least = check_share("at_least", at_least)
     check_text("what", what)
-    inputs, targets = check_pairs(inputs, targets)
+    inputs, targets = check_pairs(inputs, targets, at_least=0)
     accuracy = (predict(model, inputs) == targets).double().mean().item()
     if not accuracy >= at_least:
         raise RecipeError(

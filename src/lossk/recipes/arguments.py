@@ -31,9 +31,9 @@ def check_share(name: str, value: Any) -> float:
     return check_number(name, value, "a number from 0 to 1", least=0.0, most=1.0)
 
 
-def check_pairs(inputs: Any, targets: Any) -> tuple[Tensor, Tensor]:
+def check_pairs(inputs: Any, targets: Any, *, at_least: int = 1) -> tuple[Tensor, Tensor]:
     inputs = check_tensor("inputs", inputs)
-    targets = check_tensor("targets", targets, ("n",), of="an integer")
+    targets = check_tensor("targets", targets, ("n",), of="an integer", at_least=at_least)
     if inputs.ndim < 2 or len(inputs) != len(targets):
         raise ValueError(f"inputs must be [n, ...] for targets [{len(targets)}], got {list(inputs.shape)}")
     return inputs, targets

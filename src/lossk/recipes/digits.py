@@ -38,7 +38,7 @@ def make_task(
     Seconds of work. Raises RecipeError when held-out accuracy is below `required_accuracy`, and ModuleNotFoundError
     without scikit-learn.
     """
-    seed, epochs = check_seed(seed), check_integer("epochs", epochs, 1, MOST_EPOCHS)
+    seed, epochs = check_seed(seed), check_integer("epochs", epochs, 0, MOST_EPOCHS)
     weight_decay = check_number("weight_decay", weight_decay, least=0.0)
     required_accuracy = check_share("required_accuracy", required_accuracy)
     from sklearn.datasets import load_digits

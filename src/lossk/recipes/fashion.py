@@ -60,7 +60,7 @@ def make_task(
         )
     data, checkpoint = check_place("data", data), check_optional(check_path, "checkpoint", checkpoint)
     checkpoints = check_optional(check_place, "checkpoints", checkpoints)
-    seed, epochs = check_seed(seed), check_integer("epochs", epochs, 1, MOST_EPOCHS)
+    seed, epochs = check_seed(seed), check_integer("epochs", epochs, 0, MOST_EPOCHS)
     required_accuracy = check_share("required_accuracy", required_accuracy)
     num_train = check_optional(check_integer, "num_train", num_train, 1)
     num_probe = check_optional(check_integer, "num_probe", num_probe, 1)
