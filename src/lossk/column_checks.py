@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from lossk.checks import check_instance, check_integer, check_mapping, check_tensor, shown
+from lossk.checks import MOST_INTEGER, check_instance, check_integer, check_mapping, check_tensor, shown
 
 if TYPE_CHECKING:
     from lossk.diagnostics import Diagnostics
@@ -50,9 +50,10 @@ def check_sets(sets: Any, num_samples: int) -> dict[str, slice]:
     for name, columns in check_mapping("sets", sets).items():
         if not isinstance(columns, slice) or columns.step is not None:
             raise TypeError(f"sets[{name!r}] must be a slice of the {num_samples} columns, got {shown(columns)}")
-        start = check_integer(f"sets[{name!r}].start", columns.start, 0)
-        stop = check_integer(f"sets[{name!r}].stop", columns.stop, 0)
-        if not start < stop <= num_samples:
+        start, stop = (
+            check_integer(f"sets[{name!r}].{end}", getattr(columns, end), -MOST_INTEGER) for end in ("start", "stop")
+        )
+        if not 0 <= start < stop <= num_samples:
             raise ValueError(f"sets: {name!r} must be a slice of the {num_samples} columns, got {columns!r}")
         plain[name] = slice(start, stop)
     return plain

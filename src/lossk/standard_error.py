@@ -87,7 +87,7 @@ def product_spread(blocks: FactorBlocks, moments: Moments, rows: Tensor, columns
     if correlation:
         a, b = (x / (x.square().sum(dim=0) / freedom).sqrt().clamp(min=TINY) for x in (a, b))
     if not a.shape[1]:
-        return torch.zeros(0, b.shape[1], dtype=torch.float32)
+        return torch.zeros(0, b.shape[1], dtype=torch.float32, device="cpu")
     errors = []
     for one in a.T:  # a row at a time: its terms are [D, c]
         terms = one.unsqueeze(1) * b

@@ -89,7 +89,7 @@ def box_muller(words: UInt32Array) -> npt.NDArray[np.float32]:
 
     u and b are float32 on purpose: every backend forms them exactly. All else is float64, rounded once at the end.
     """
-    _check_words("words", words)
+    _check_words("words", words, (2, 4))
     x, y = words[:, 0::2], words[:, 1::2]
     u = x.astype(np.float32) * np.float32(2**-32) + np.float32(2**-33)
     radius = np.sqrt(-2.0 * np.log(u.astype(np.float64)))
@@ -133,8 +133,8 @@ def _check_count(count: Any) -> int:
     return check_integer("count", count, 0, ceiling=MOST_COUNT)
 
 
-def _check_words(name: str, words: Any) -> None:
+def _check_words(name: str, words: Any, widths: tuple[int, ...] = (4,)) -> None:
     if not isinstance(words, np.ndarray):
         raise TypeError(f"{name} must be an array, got {type(words).__name__}")
-    if words.dtype != np.uint32 or words.ndim != 2 or words.shape[1] != 4:
+    if words.dtype != np.uint32 or words.ndim != 2 or words.shape[1] not in widths:
         raise ValueError(f"{name} must be uint32 [n, 4], got {words.dtype} {list(words.shape)}")

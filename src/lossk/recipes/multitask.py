@@ -66,13 +66,13 @@ def make_task(
     """
     seed, checkpoint = check_seed(seed), check_optional(check_path, "checkpoint", checkpoint)
     required_accuracy = check_share("required_accuracy", required_accuracy)
-    p = check_integer("p", p, 2, MOST_SIDE)
+    p = check_integer("p", p, 2, ceiling=MOST_SIDE)
     num_tasks = check_integer("num_tasks", num_tasks, 2, len(TASKS))
     network = check_choice("network", network, NETWORKS)
     answers = check_choice("answers", answers, ANSWERS)
     hidden = check_integer("hidden", hidden, 1, MOST_SIDE)
     loudness = check_number("loudness", loudness, "a number", above=0.0)
-    epochs = check_integer("epochs", epochs, 0, MOST_EPOCHS)
+    epochs = check_integer("epochs", epochs, 0, ceiling=MOST_EPOCHS)
     train_share = check_number("train_share", train_share, above=0.0, most=1.0)
     plain_share = check_number("plain_share", plain_share, "a number", least=0.0)
     if plain_share > 1:
