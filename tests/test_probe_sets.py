@@ -170,7 +170,7 @@ def test_sets_are_kept(build: Build, problem: Any, assert_same_kernel: Same, fai
     reference.save(tmp_path / "saved.lossk")
     out = tmp_path / "resumed.lossk"
     with pytest.raises(RuntimeError, match="stopped by the test"):
-        build(problem.model(), sets, train=a, loss=fail_at(90), out=out)
+        build(problem.model(), sets, train=a, loss=fail_at(115), out=out)
     assert 0 < len((out / "commits.jsonl").read_text().splitlines()) < 4
     with pytest.raises(lossk.StoreError, match="holds another run"):
         build(problem.model(), lossk.ProbeSets(a=a, c=b), train=a, loss=fail_at(), out=out, resume=True)

@@ -31,8 +31,15 @@ class Room:
 
     def in_words(self) -> str:
         """What is free, and where not the machine but a limit binds, which."""
-        free = f"{self.count / 1e9:.2f} GB are free" if self.count >= 1e9 else f"{self.count / 1e6:.0f} MB are free"
+        free = f"{gigabytes(self.count)} are free"
         return free if self.by == MACHINE else f"{free} by {self.by}"
+
+
+def gigabytes(count: float) -> str:
+    """A byte count for people."""
+    if count < 1e6:
+        return f"{count / 1e3:.0f} kB"
+    return f"{count / 1e6:.0f} MB" if count < 1e9 else f"{count / 1e9:.2f} GB"
 
 
 def available() -> Room:

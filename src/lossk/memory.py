@@ -12,6 +12,7 @@ from typing import Any
 import psutil
 
 from lossk.available import available_bytes
+from lossk.available import gigabytes as gigabytes
 from lossk.checks import check_integer, wrong_kind, wrong_value
 from lossk.provenance import peak_rss_bytes
 
@@ -90,13 +91,6 @@ def give_back() -> None:
 
 def _resident() -> int:
     return psutil.Process().memory_info().rss
-
-
-def gigabytes(count: float) -> str:
-    """A byte count for people."""
-    if count < 1e6:
-        return f"{count / 1e3:.0f} kB"
-    return f"{count / 1e6:.0f} MB" if count < 1e9 else f"{count / 1e9:.2f} GB"
 
 
 def as_setting(count: int) -> str:
