@@ -48,12 +48,12 @@ def check_sets(sets: Any, num_samples: int) -> dict[str, slice]:
         return {}
     plain = {}
     for name, columns in check_mapping("sets", sets).items():
-        if not isinstance(columns, slice) or columns.step is not None:
-            raise TypeError(f"sets[{name!r}] must be a slice of the {num_samples} columns, got {shown(columns)}")
+        if not isinstance(columns, slice):
+            raise ValueError(f"sets: {name!r} must be a slice of the {num_samples} columns, got {shown(columns)}")
         start, stop = (
             check_integer(f"sets[{name!r}].{end}", getattr(columns, end), -MOST_INTEGER) for end in ("start", "stop")
         )
-        if not 0 <= start < stop <= num_samples:
+        if columns.step is not None or not 0 <= start < stop <= num_samples:
             raise ValueError(f"sets: {name!r} must be a slice of the {num_samples} columns, got {columns!r}")
         plain[name] = slice(start, stop)
     return plain

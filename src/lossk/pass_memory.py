@@ -20,6 +20,7 @@ from lossk.memory import Budget, as_setting, gigabytes
 from lossk.passes import Passes
 from lossk.task import Task, fitting_batch
 
+LITTLE = 64_000  # bytes of vectors and passes that are left to the plan to refuse, which says more
 SHARE = 4  # a pass may take a quarter of what is left for the call
 FEW, MORE = 2, 6  # samples of the passes that the memory of any other batch follows from: it grows by as much for each
 
@@ -95,7 +96,7 @@ def fit_passes(
     if task.device.type != "cpu":
         return []
     taken, held = budget.taken(), int(4 * vectors * task.num_weights)
-    left = max(budget.limit(taken) - taken - SLACK, SLACK)  # what fits into so little is left to the plan to refuse
+    left = max(budget.limit(taken) - taken - SLACK, LITTLE)
     if held > left:
         raise MemoryError(
             f"the pilot and the chains hold up to {vectors:g} vectors of {task.num_weights} weights, "
