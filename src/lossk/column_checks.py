@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from lossk.checks import MOST_INTEGER, check_instance, check_integer, check_mapping, check_tensor, shown
+from lossk.checks import check_instance, check_mapping, check_tensor, plain_scalar, shown
 
 if TYPE_CHECKING:
     from lossk.diagnostics import Diagnostics
@@ -48,12 +48,10 @@ def check_sets(sets: Any, num_samples: int) -> dict[str, slice]:
         return {}
     plain = {}
     for name, columns in check_mapping("sets", sets).items():
-        if not isinstance(columns, slice):
+        bounds = [plain_scalar(end) for end in (columns.start, columns.stop)] if isinstance(columns, slice) else []
+        whole = len(bounds) == 2 and all(isinstance(end, int) and not isinstance(end, bool) for end in bounds)
+        if not whole or columns.step is not None or not 0 <= bounds[0] < bounds[1] <= num_samples:
             raise ValueError(f"sets: {name!r} must be a slice of the {num_samples} columns, got {shown(columns)}")
-        start, stop = (
-            check_integer(f"sets[{name!r}].{end}", getattr(columns, end), -MOST_INTEGER) for end in ("start", "stop")
-        )
-        if columns.step is not None or not 0 <= start < stop <= num_samples:
-            raise ValueError(f"sets: {name!r} must be a slice of the {num_samples} columns, got {columns!r}")
+        start, stop = bounds
         plain[name] = slice(start, stop)
     return plain
