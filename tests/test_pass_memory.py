@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from bench import memory as bench
+from bench import memory_plan as bench
 from torch import nn
 
 import lossk
