@@ -55,6 +55,7 @@ def prove(task: Task, named: Mapping[str, Samples]) -> tuple[dict[str, Samples],
     """
     for samples in named.values():
         task.loss.check(samples.tree, None)
+    task.draws = False
     called = {name: as_called(task, samples, name) for name, samples in named.items()}
     ways = {each.arguments for each in called.values()}
     task.arguments = ways.pop() if len(ways) == 1 else None

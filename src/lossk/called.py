@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,7 @@ from lossk.data import Samples, few_of, leaves, map_tensors, widen
 from lossk.losses import forward, split_batch
 from lossk.parameters import is_compiled
 from lossk.snapshot import in_eval_mode
+from lossk.streams import Streams
 from lossk.task import Task
 
 Arguments = tuple[int, frozenset[str]]  # how many positional ones, and the names of the keywords
@@ -56,15 +57,18 @@ def as_called(task: Task, samples: Samples, name: str) -> Called:
         Exception: what the model or the loss raises, with a note that says where.
     """
     index = few_of(samples)
-    with usual_modes(), in_eval_mode(task.model, "eval"), _watching(task.model), warnings.catch_warnings():
+    with usual_modes(), _streams_put_back(task) as watch, in_eval_mode(task.model, "eval"), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what the model's own call warns of, its user has seen
-        try:
-            called = _call(task, samples, name, index, in_own_dtype=False)
-        except Exception as error:
-            if _fits(task, samples, index):
-                error.add_note(f"raised by the model or the loss, called with samples {index.tolist()} of {name}")
-                raise
-            called = _call(task, samples, name, index, in_own_dtype=True)
+        if watch is not None:
+            watch.guard(task.model)
+        with watch or nullcontext():
+            try:
+                called = _call(task, samples, name, index, in_own_dtype=False)
+            except Exception as error:
+                if _fits(task, samples, index):
+                    error.add_note(f"raised by the model or the loss, called with samples {index.tolist()} of {name}")
+                    raise
+                called = _call(task, samples, name, index, in_own_dtype=True)
     return called
 
 
@@ -141,26 +145,45 @@ class _Contents:
         return not all(torch.equal(tensor.detach().nan_to_num(), copy.nan_to_num()) for tensor, copy in pairs)
 
 
-def _watching(model: nn.Module) -> AbstractContextManager[Any]:
-    return nullcontext() if is_compiled(model) else _Watch(model)
+@contextmanager
+def _streams_put_back(task: Task) -> Iterator[_Watch | None]:
+    """What watches the block's operations, if anything can; global random streams that the block moves are put back.
+
+    Only these: another thread may be drawing from them, and would then draw the same numbers again.
+    """
+    streams = Streams()
+    watch = None if is_compiled(task.model) else _Watch()
+    try:
+        yield watch
+    finally:
+        if watch is None or watch.drew or streams.reseeded():
+            streams.put_back()
+            task.draws = True
 
 
 class _Watch(TorchDispatchMode):
-    """Refuses an operation that writes into a parameter, before it does."""
+    """Refuses an operation that writes into a parameter, before it does; notes draws from a global random stream."""
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
-        """There is no compiler to keep out (`_watching`), and importing it to do so takes seconds."""
+        """No compiler is to be kept out (a compiled model is not watched), and importing it to do so takes seconds."""
         return False
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self) -> None:
         super().__init__()
+        self.drew = False
+        self._names: dict[int, str] = {}
+
+    def guard(self, model: nn.Module) -> None:
+        """Refuse writes into this model's parameters, where they lie now."""
         self._names = {address(p): name for name, p in model.named_parameters() if p.numel()}
 
     def __torch_dispatch__(
         self, function: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if torch.Tag.nondeterministic_seeded in function.tags and kwargs.get("generator") is None:
+            self.drew = True
         if function._schema.is_mutable:
             for number, argument in enumerate(function._schema.arguments):
                 if argument.alias_info is not None and argument.alias_info.is_write:

@@ -11,7 +11,7 @@ from lossk.data import Samples
 from lossk.diagnostics import WATCHED
 from lossk.errors import StoreError
 from lossk.layout import BYTES, Layout, Size, log_columns, panel_bytes, weight_bytes
-from lossk.memory import as_setting, gigabytes
+from lossk.memory import gigabytes
 from lossk.probe import Probe
 from lossk.running import STRIPE
 from lossk.trace_factor import making_bytes
@@ -125,20 +125,6 @@ def check_traces(layout: Layout, size: Size, limit: int) -> None:
         raise MemoryError(
             f"the {layout.tiles} of {size.num_samples} samples need {gigabytes(layout.peak_bytes)} and "
             f"{gigabytes(max(limit - layout.taken_bytes, 0))} are free; about {fitting} samples would fit"
-        )
-
-
-def check_pilot(layout: Layout, limit: int) -> None:
-    """Refuse a run whose pilot took more than the call may use.
-
-    Raises:
-        MemoryError: with the sizes, and what would do.
-    """
-    if layout.peak_bytes > limit:
-        raise MemoryError(
-            f"the pilot takes {gigabytes(layout.reached_bytes)}, with which the call needs "
-            f"memory={as_setting(layout.peak_bytes)!r}, and may use {gigabytes(limit)}; a sampler with params= samples "
-            "fewer weights, and passes=Passes(gradient_batch=) makes passes smaller"
         )
 
 

@@ -34,7 +34,7 @@ from lossk.pass_memory import fit_passes, pass_bytes
 from lossk.passes import Passes, resumed_passes
 from lossk.passes_pilot import Load, choose_passes, load_of
 from lossk.pilot import Pilot
-from lossk.plan import check_disk, check_pilot, check_traces, factor_layout, make_plan, trace_layout
+from lossk.plan import check_disk, check_traces, factor_layout, make_plan, trace_layout
 from lossk.probe import Probe, prepare_probe, rows_fingerprint, token_fingerprint
 from lossk.probe_sets import read_sources
 from lossk.samplers import Sampler, fit, fit_early, make_chain
@@ -304,7 +304,6 @@ class Run:
             self.passes_reasons.append(why)
             bar.say(f"device: {why}")
         layout = dataclasses.replace(layout, reached_bytes=working.pilot)
-        check_pilot(layout, budget.limit(taken))
         plan = make_plan(
             layout,
             size,

@@ -1,4 +1,4 @@
-"""The user's model, its modes and the random streams, held so that they can be put back exactly."""
+"""The user's model and its modes, held so that they can be put back exactly."""
 
 from __future__ import annotations
 
@@ -10,31 +10,29 @@ import torch
 from torch import nn
 
 from lossk.attributes import Attributes
-from lossk.streams import streams_kept
 
 Switch = Literal["none", "train", "eval"]
 
 
 @contextmanager
 def in_eval_mode(model: nn.Module, switch: Switch) -> Iterator[None]:
-    """The model in eval mode; whatever the block does to it, it comes back bit for bit, and so do the random streams.
+    """The model in eval mode; whatever the block does to it, it comes back bit for bit.
 
     Args:
         switch: "eval" takes it there by its own `eval()`, as its user does; "none" sets the mode of module by module,
             without what a module does of its own when it is switched (merge its weights into another's, say); "train"
             calls `train()` before that, which takes back what an earlier `eval()` did.
     """
-    with streams_kept():
-        snapshot = _Snapshot(model)
-        try:
-            if switch != "none":
-                snapshot.switch(training=switch == "train")
-            for module in model.modules():
-                if module.training and switch != "eval":
-                    module.training = False
-            yield
-        finally:
-            snapshot.restore()
+    snapshot = _Snapshot(model)
+    try:
+        if switch != "none":
+            snapshot.switch(training=switch == "train")
+        for module in model.modules():
+            if module.training and switch != "eval":
+                module.training = False
+        yield
+    finally:
+        snapshot.restore()
 
 
 def acting(model: nn.Module) -> list[nn.Module]:

@@ -11,22 +11,36 @@ import torch
 from torch import Tensor
 
 
+class Streams:
+    """The global streams as they are: torch's (CPU and every CUDA device), NumPy's and Python's `random`."""
+
+    def __init__(self) -> None:
+        self.python, self.legacy = random.getstate(), np.random.get_state(legacy=False)  # noqa: NPY002
+        self.cpu, self.cuda = torch.default_generator.get_state(), _cuda_states()
+        self.seed = torch.initial_seed()
+
+    def reseeded(self) -> bool:
+        """Whether torch's stream has begun anew since, or NumPy's or Python's has moved."""
+        now = Streams()
+        numpy = str(now.legacy) != str(self.legacy)
+        return now.seed != self.seed or now.python != self.python or numpy
+
+    def put_back(self) -> None:
+        """Put all of them back. CUDA, if initialized since, then starts over from its seeds, as it would have."""
+        random.setstate(self.python)
+        np.random.set_state(self.legacy)  # noqa: NPY002
+        torch.default_generator.set_state(self.cpu)
+        _put_back_cuda(self.cuda)
+
+
 @contextmanager
 def streams_kept() -> Iterator[None]:
-    """Put the global streams of torch (CPU, every CUDA device), NumPy and Python's `random` back, whatever happens.
-
-    It costs some tens of microseconds. It never initializes CUDA: if the block does, CUDA's streams then start over
-    from their seeds, which is where they would have begun.
-    """
-    python, legacy = random.getstate(), np.random.get_state(legacy=False)  # noqa: NPY002
-    cpu, cuda = torch.default_generator.get_state(), _cuda_states()
+    """Put the global streams back, whatever happens. It costs some tens of microseconds, and never initializes CUDA."""
+    streams = Streams()
     try:
         yield
     finally:
-        random.setstate(python)
-        np.random.set_state(legacy)  # noqa: NPY002
-        torch.default_generator.set_state(cpu)
-        _put_back_cuda(cuda)
+        streams.put_back()
 
 
 def _cuda_states() -> list[Tensor] | None:

@@ -24,6 +24,7 @@ from lossk.parameters import check_model, select_parameters
 from lossk.passes import Passes
 from lossk.settings import PRECISIONS
 from lossk.snapshot import Switch, in_eval_mode
+from lossk.streams import streams_kept
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 TOKENS_AT_A_TIME = 4096  # positions per pass of a loss per token
@@ -69,6 +70,7 @@ class Task:
                 raise ValueError(f"device must be a torch device that is here, got {device!r}: {error}") from error
         self.num_weights = sum(p.numel() for p in self.sampled)
         self.switch: Switch = "none"  # how the model goes to eval mode
+        self.draws = True  # whether a pass moves a global random stream, which others may be using at the same time
         self.called: dict[str, Any] = {}  # of each data set, what `lossk.agreement` compares the passes with
         self.folded = False  # whether any norm is, in the passes of the block
         self.arguments: tuple[int, frozenset[str]] | None = None  # what calls give the network's forward, if known
@@ -108,6 +110,8 @@ class Task:
         assert self._entered is None, "a task is entered once at a time"
         with ExitStack() as entered:
             entered.enter_context(usual_modes())
+            if self.draws:
+                entered.enter_context(streams_kept())
             entered.enter_context(in_eval_mode(self.model, self.switch))
             self._freeze()
             if self.passes.num_threads is not None:
