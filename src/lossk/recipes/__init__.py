@@ -119,6 +119,9 @@ def train_classifier(
     order = np.random.default_rng(np.random.SeedSequence(seed))
     count = len(targets)
     steps = math.ceil(count / batch_size) * epochs
+    if steps == 0:
+        model.eval()
+        return
     rise = 5 if steps == 4 else steps  # of 4 steps torch divides by the length of a rise of none
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=weight_decay)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=lr, total_steps=rise, pct_start=0.25)
