@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lossk.memory import gigabytes
+from lossk.available import gigabytes
 from lossk.room import Room
 
 DTYPES = {

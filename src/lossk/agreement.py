@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from lossk.attributes import Attributes
 from lossk.called import Called, as_called
-from lossk.data import Samples, few_of
+from lossk.data import Samples, few_of, spread
 from lossk.gradient_check import MOVED, check_gradient, moved
 from lossk.parameters import is_compiled
 from lossk.snapshot import Switch, acting
@@ -273,10 +273,7 @@ def witness_of(task: Task, named: Mapping[str, Samples]) -> dict[str, Any]:
         for name, samples in named.items():
             index = few_of(samples, fitting_batch(WITNESSES, task.loss.positions))
             rows = task.rows(samples[index])[0].cpu()
-            chosen = torch.linspace(
-                0, max(len(rows) - 1, 0), min(WITNESSES, len(rows)), dtype=torch.float64, device="cpu"
-            )
-            losses[name] = rows[chosen.round().long()].tolist()
+            losses[name] = rows[spread(len(rows), WITNESSES)].tolist()
     return {"losses": losses, "allowed": max(each.repeatable for each in task.called.values())}
 
 

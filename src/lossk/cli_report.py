@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
+from lossk.available import gigabytes
 from lossk.cli_options import existing, file_path, folder, named, whole
 from lossk.label_files import read_array, read_classes, read_lines
-from lossk.plan import gigabytes
 
 
 def add_command(commands: Any) -> None:

@@ -8,12 +8,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from lossk.available import gigabytes
 from lossk.checks import check_path
 from lossk.cli_options import file_path, folder, named
 from lossk.commits import progress_of
 from lossk.errors import StoreError
 from lossk.manifest import is_complete
-from lossk.plan import gigabytes
 from lossk.store import open_kernel
 
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from lossk.accepted import as_tensors
+from lossk.available import gigabytes
 from lossk.data import map_tensors
-from lossk.memory import gigabytes
 from lossk.room import Room
 
 Path = tuple[Any, ...]  # of keys and numbers, from the batch to one of its tensors

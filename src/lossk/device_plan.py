@@ -10,8 +10,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from lossk.available import gigabytes
 from lossk.layout import Layout, Size, choose_layout, panel_bytes, weight_bytes
-from lossk.memory import Budget, gigabytes
+from lossk.memory import Budget
 from lossk.passes import Passes
 
 PASSES_SHARE = 0.25  # of what is free before any pass has run: kept for activations, gradients and workspaces

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 
 import torch
 
+from lossk.available import gigabytes
 from lossk.data import Samples
 from lossk.device import free_bytes, peak_bytes
 from lossk.device_plan import Room, data_fits
-from lossk.memory import gigabytes
 from lossk.task import Task
 
 

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from lossk import provenance
+from lossk.available import gigabytes
 from lossk.blocks import tile_spans
 from lossk.layout import BYTES, Layout, Size, in_memory, panel_bytes, widest_in_store
-from lossk.memory import Budget, as_setting, gigabytes
+from lossk.memory import Budget, as_setting
 from lossk.mesh import Mesh, deal_tiles, tile_shapes
 from lossk.plan import (
     Plan,

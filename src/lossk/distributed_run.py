@@ -14,12 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from lossk import record
+from lossk.available import gigabytes
 from lossk.blocks import tile_spans
 from lossk.distributed import Ranks
 from lossk.distributed_plan import peak_of, plan_share, rank_limit
 from lossk.exchange import Exchange, Received
 from lossk.layout import Layout
-from lossk.memory import Budget, gigabytes
+from lossk.memory import Budget
 from lossk.mesh import Mesh, choose_mesh, cut_probe, deal_chains, deal_tiles, schedule, tile_shapes
 from lossk.panel import Panel, choose_panel
 from lossk.passes import Passes

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from lossk.available import available
-from lossk.memory import Budget, as_setting, gigabytes
+from lossk.available import available, gigabytes
+from lossk.memory import Budget, as_setting
 
 BYTES = {"float32": 4, "float16": 2}
 TILES_IN_MEMORY = {"tiles": "memory", "super_panel": 0}

@@ -12,7 +12,6 @@ from typing import Any
 import psutil
 
 from lossk.available import available_bytes
-from lossk.available import gigabytes as gigabytes
 from lossk.checks import check_integer, wrong_kind, wrong_value
 from lossk.provenance import peak_rss_bytes
 

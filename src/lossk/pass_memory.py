@@ -13,10 +13,11 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from lossk.available import gigabytes
 from lossk.curvature import BATCH
 from lossk.data import Samples
 from lossk.layout import SLACK
-from lossk.memory import Budget, as_setting, gigabytes
+from lossk.memory import Budget, as_setting
 from lossk.passes import Passes
 from lossk.task import Task, fitting_batch
 

@@ -6,12 +6,12 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
+from lossk.available import gigabytes
 from lossk.centring import BLOCK
 from lossk.data import Samples
 from lossk.diagnostics import WATCHED
 from lossk.errors import StoreError
 from lossk.layout import BYTES, Layout, Size, log_columns, panel_bytes, weight_bytes
-from lossk.memory import gigabytes
 from lossk.probe import Probe
 from lossk.running import STRIPE
 from lossk.trace_factor import making_bytes

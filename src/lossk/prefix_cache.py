@@ -7,9 +7,9 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
+from lossk.available import gigabytes
 from lossk.data import Samples
 from lossk.device import free_bytes
-from lossk.plan import gigabytes
 from lossk.prefix import Cut, NoCut, find_cut
 from lossk.probe import Probe
 from lossk.task import Task, fitting_batch

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from lossk.available import available
+from lossk.available import available, gigabytes
 from lossk.blocks import Blocks
-from lossk.memory import gigabytes
 
 FREE_SHARE = 0.9  # of the free memory, that a call may take
 SMALL = 2**24  # bytes that are there: blocks are read by the thousand, and asking takes longer than reading

@@ -14,11 +14,11 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset, default_collate
 
 from lossk.accepted import as_tensors
 from lossk.ambient import usual_modes
+from lossk.available import gigabytes
 from lossk.columns import Columns
 from lossk.data import Samples, leaves
 from lossk.generators import generators_kept
 from lossk.loaders import AS_GIVEN, READ_BATCH, Reader, no_word_of_workers, reader_of
-from lossk.memory import gigabytes
 from lossk.room import Room
 from lossk.streams import streams_kept
 from lossk.timings import Progress

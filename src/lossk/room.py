@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from lossk.available import available_bytes
-from lossk.memory import FREE_SHARE, Budget, as_setting, gigabytes
+from lossk.available import available_bytes, gigabytes
+from lossk.memory import FREE_SHARE, Budget, as_setting
 
 
 class Room:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 
 from lossk.analysis.purity import chance_purity, class_purity, raw_neighbors
+from lossk.available import gigabytes
 from lossk.kernel import LossKernel
 from lossk.neighbors import Neighbors
-from lossk.plan import duration, gigabytes
+from lossk.plan import duration
 from lossk.recipes import RecipeTask, predict
 
 K = 10

@@ -6,9 +6,10 @@ from typing import Any
 
 import numpy as np
 
+from lossk.available import gigabytes
 from lossk.diagnostics import ESS_LIMIT, RHAT_LIMIT, STABILITY_LIMIT, Diagnostics
 from lossk.kernel import LossKernel
-from lossk.plan import duration, gigabytes
+from lossk.plan import duration
 from lossk.report.findings import EIGENROWS, HEAVY, Findings
 from lossk.report.payload import shorten, traces_of, unit_of
 from lossk.report.samples import Samples, thumbnails
