@@ -10,8 +10,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lossk.arrays import cpu_tensor
-
 WRAPPERS = re.compile(r"(?<![^.])(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 NESTED = ("state_dict", "model_state_dict", "model", "module", "net")  # where training loops keep it in a checkpoint
 LISTED = 8  # names in a message
@@ -147,7 +145,7 @@ def _value(name: str, value: Any) -> Tensor:
     """
     if not isinstance(value, Tensor):
         try:
-            value = cpu_tensor(value)
+            value = _cpu_tensor(value)
         except (TypeError, ValueError):
             raise TypeError(f"{name!r} must be a tensor or an array, got {type(value).__name__}") from None
     if value.device.type == "meta" or value.is_quantized:
@@ -160,3 +158,13 @@ def _value(name: str, value: Any) -> Tensor:
 def _listed(parts: list[str], between: str = ", ") -> str:
     more = len(parts) - LISTED
     return between.join(parts[:LISTED]) + (f" and {more} more" if more > 0 else "")
+
+
+def _cpu_tensor(values: Any) -> Tensor:
+    """The values in host memory, without a graph, in their own dtype; Python floats are float64, integers int64.
+
+    `torch.as_tensor` would give Python floats the default dtype, and move everything to the default device.
+    """
+    if isinstance(values, Tensor):
+        return values.detach().cpu()
+    return torch.from_numpy(np.asarray(values))
