@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lossk.centring import never_varies, row_means
-from lossk.tune import DISCRETISATION_BUDGET, STABILITY_BUDGET
+from lossk.tune import BIAS_BUDGET, STABILITY_BUDGET
 
 if TYPE_CHECKING:
     from lossk.chain import Draw
@@ -297,7 +297,7 @@ def judge(numbers: Mapping[str, Any]) -> tuple[str, str]:
     if math.isnan(n["stability"]) and n["discretisation"] > STEP_LIMIT:
         return "step too large", (
             f"variance in the stiffest direction is inflated by about {100 * n['discretisation']:.0f} %; divide lr by "
-            f"{n['discretisation'] / DISCRETISATION_BUDGET:.1f}"
+            f"{n['discretisation'] / BIAS_BUDGET:.1f}"
         )
     if n["gradient_noise_ratio"] > NOISE_LIMIT:
         ratio = n["gradient_noise_ratio"]

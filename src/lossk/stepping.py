@@ -10,7 +10,7 @@ import torch
 from lossk.chain import Chain, Surroundings
 from lossk.curvature import Sample, control_variance, gradient_variance, largest_curvature
 from lossk.force import MinibatchForce
-from lossk.settings import SteppingSettings
+from lossk.settings import SteppingSettings, minibatch_of
 
 
 class SteppingChain(Chain):
@@ -30,7 +30,9 @@ class SteppingChain(Chain):
         )
         assert sampler.n_beta is not None
         self.n_beta, self.localization = float(sampler.n_beta), float(sampler.localization)
-        self.force = MinibatchForce(around, sampler.batch_size, chain, control_variate=control_variate)
+        self.force = MinibatchForce(
+            around, minibatch_of(sampler.batch_size, len(around.train)), chain, control_variate=control_variate
+        )
         self.limit = explosion_limit(float(around.anchor_losses.mean()), self.task.num_weights, self.n_beta)
 
     def gradient(self, minibatch: int) -> float:
