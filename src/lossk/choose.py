@@ -77,7 +77,7 @@ def _praise_of_averaging(sampler: SGLD, pilot: Pilot) -> list[str]:
     """A line, if averaged noise would allow a much longer step: where discretisation, not minibatch noise, binds."""
     if sampler.averaged or sampler.preconditioner is not None or sampler.measure_acceptance:
         return []
-    shares = (pilot.stability_share(sampler) / STABILITY_BUDGET, pilot.noise_ratio(sampler) / BIAS_BUDGET)
+    shares = (pilot.typical_share(sampler) / STABILITY_BUDGET, pilot.noise_ratio(sampler) / BIAS_BUDGET)
     if max(shares) <= 0 or max(shares) * WORTH_SAYING > 1:
         return []
     return [

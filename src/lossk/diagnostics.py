@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lossk.centring import never_varies, row_means
-from lossk.tune import BIAS_BUDGET, STABILITY_BUDGET
+from lossk.tune import BIAS_BUDGET, STEEPEST_BUDGET
 
 if TYPE_CHECKING:
     from lossk.chain import Draw
@@ -24,9 +24,8 @@ if TYPE_CHECKING:
 WATCHED = 256  # samples whose own traces are kept, evenly spaced over the probe
 RANKED = 64  # of them, of which R-hat and ESS are taken: ArviZ goes through traces one by one, and medians need no more
 RHAT_LIMIT = 1.1
-NOISE_LIMIT = 1.0
-STEP_LIMIT = 0.25  # of eps a_max / 4, the excess variance of the stiffest direction, without averaged noise
-STABILITY_LIMIT = 0.7  # of the same with it: bias begins where draws are steeper than the step is stable for
+BIAS_LIMIT = 0.1  # of the foreseen excess of a variance, discretisation and noise together: twice what "auto" allows
+STABILITY_LIMIT = 1.0  # of eps a / 4 at the steepest draw of a thousand, where the step is not stable from there on
 BURNIN_LIMIT = 0.9
 ESS_LIMIT = 50.0
 FLOOR_LIMIT = 0.6
@@ -60,12 +59,15 @@ class Diagnostics:
     waic: Estimate | None  # T_n + beta V / n, T_n = -mean log E[exp(-loss)], nats (Watanabe 2010); for log losses
     wbic: Estimate | None  # n E[L_n(w)], nats; only at n_beta = n / ln n (Watanabe 2013)
     noise_floor: float | None  # median over samples: the largest correlation that chance alone would show
+    foreseen_bias: float | None = None  # of the variance of the stiffest and noisiest mode, relative (`lossk.bias`)
     gradient_noise_ratio: float | None  # minibatch noise over injected noise, worst direction; well below 1 is right
     discretisation: float | None  # eps a_max / 4, excess variance of the stiffest direction; squared if averaged
     burnin_completeness: float | None  # share of its stationary variance that a flat direction has at the first draw
     drift: float | None  # of the mean probe loss, first third of the draws to last, in standard deviations over draws
     drift_z: float | None  # the same in standard errors
-    stability: float | None = None  # eps a_max / 4 with averaged noise: 1 is unstable; None without
+    stability: float | None = (
+        None  # eps a / 4 at the steepest draw of a thousand, averaged noise; 1 is unstable
+    )
     rise: float | None = None  # E[L_n(w)] - L_n(w*), of the training loss
     uninformed: float | None = None  # what a predictor that has learnt nothing loses, where that is known
     acceptance: float | None = None  # of a Metropolis test, mean over draws; of HMC, or of SGLD that measures it
@@ -130,6 +132,7 @@ class TraceWatch:
         self.acceptance = _unknown(num_chains, num_draws)  # of a Metropolis test
         self.curvature = _unknown(num_chains)  # h_max at the chains' last draws
         self.variance = _unknown(num_chains)  # of gradients there
+        self.glances = _unknown(num_chains, num_draws)  # of the curvature over few samples
         self.losses = _unknown(num_chains, num_draws, len(self.index)).float()  # nats
 
     def note(self, losses: Tensor, draws: Sequence[Draw]) -> None:
@@ -139,6 +142,7 @@ class TraceWatch:
         self.excess[chain, rows] = self.excess.new_tensor([draw.excess_loss for draw in draws])
         self.distance[chain, rows] = self.distance.new_tensor([draw.distance for draw in draws])
         self.acceptance[chain, rows] = self.acceptance.new_tensor([draw.acceptance for draw in draws])
+        self.glances[chain, rows] = self.glances.new_tensor([draw.glance for draw in draws])
         if math.isfinite(draws[-1].curvature):
             self.curvature[chain], self.variance[chain] = draws[-1].curvature, draws[-1].variance
         self.losses[chain, rows] = losses[:, self.index]
@@ -246,11 +250,13 @@ def diagnose(
         llc = n_beta * float(excess.double().mean())
         llc_se = n_beta * _mcse(excess.double().numpy())
     noise, discretisation, stability, completeness = noise_ratio, None, None, None
+    bias = noise_ratio  # of a sampler without discretisation bias in a quadratic
     if sampler is not None:
         retained = 1.0 - float(sampler.lr) * sampler.gain * float(sampler.localization) / 2.0
         completeness = 1.0 - retained ** (2 * int(sampler.num_burnin_steps))
         if pilot is not None:
             noise = pilot.noise_ratio(sampler) if pilot.knows_noise(sampler.control_variate is True) else None
+            bias = pilot.foreseen_bias(sampler)
             discretisation = pilot.discretisation(sampler)
             stability = pilot.stability_share(sampler) if sampler.averaged else None
     numbers: dict[str, Any] = {
@@ -269,6 +275,7 @@ def diagnose(
         "llc_ess": _quantile(llc_sizes, 0.5),
         "llc": llc,
         "llc_se": llc_se,
+        "foreseen_bias": bias,
         "gradient_noise_ratio": noise,
         "discretisation": discretisation,
         "stability": stability,
@@ -291,20 +298,11 @@ def judge(numbers: Mapping[str, Any]) -> tuple[str, str]:
     # Comparisons with NaN are false: an unknown number accuses nobody.
     if n["stability"] > STABILITY_LIMIT:
         return "step too large", (
-            f"the step is {100 * n['stability']:.0f} % of the longest that is stable in the stiffest direction (limit "
-            f"{100 * STABILITY_LIMIT:.0f} %); divide lr by {n['stability'] / STABILITY_BUDGET:.1f}"
+            f"the step is {100 * n['stability']:.0f} % of the longest that is stable at the steepest draw of a thousand "
+            f"(limit {100 * STABILITY_LIMIT:.0f} %); divide lr by {n['stability'] / STEEPEST_BUDGET:.1f}"
         )
-    if math.isnan(n["stability"]) and n["discretisation"] > STEP_LIMIT:
-        return "step too large", (
-            f"variance in the stiffest direction is inflated by about {100 * n['discretisation']:.0f} %; divide lr by "
-            f"{n['discretisation'] / BIAS_BUDGET:.1f}"
-        )
-    if n["gradient_noise_ratio"] > NOISE_LIMIT:
-        ratio = n["gradient_noise_ratio"]
-        return "too much noise", (
-            f"minibatch noise is {ratio:.2g} times the injected noise in its worst direction; "
-            "raise batch_size or lower lr"
-        )
+    if n["foreseen_bias"] > BIAS_LIMIT:
+        return _biased(n)
     if n["burnin_completeness"] < BURNIN_LIMIT:
         share = 100 * n["burnin_completeness"]
         return "not burned in", (
@@ -346,6 +344,19 @@ def judge(numbers: Mapping[str, Any]) -> tuple[str, str]:
         ess = n["sample_ess"]
         return "good", f"chains agree (R-hat {n['rhat']:.2f}) and the median sample has {ess:.0f} effective draws"
     return "unchecked", "no watched sample's loss varies enough to be checked"
+
+
+def _biased(n: Mapping[str, Any]) -> tuple[str, str]:
+    """Whether the step or the minibatch is to blame for the foreseen bias, and what would mend it."""
+    bias, noise = n["foreseen_bias"], n["gradient_noise_ratio"]
+    said = f"variances in the worst direction are foreseen to be {100 * bias:.0f} % too large (limit "
+    said += f"{100 * BIAS_LIMIT:.0f} %)"
+    if noise > bias / 2:
+        return "too much noise", (
+            f"{said}: minibatch noise is {noise:.2g} times the injected noise there; raise batch_size or divide lr by "
+            f"{bias / BIAS_BUDGET:.1f}"
+        )
+    return "step too large", f"{said}; divide lr by {bias / BIAS_BUDGET:.1f}"
 
 
 def _rhat_ess(traces: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

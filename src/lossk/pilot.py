@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lossk.bias import foreseen_bias
-from lossk.curvature import ITERATIONS, MOST_SAMPLES, Sample, gradient_variance, largest_curvature
+from lossk.curvature import ITERATIONS, MOST_SAMPLES, Sample, gradient_variance, largest_curvature, steepness
 from lossk.data import Samples
 from lossk.settings import minibatch_of
 from lossk.sgld import SGLD
@@ -39,7 +39,7 @@ class Pilot:
     control_variance: float | None = None  # lambda_max(Cov(g_i(w) - g_i(w*))) at a typical w of the trial chain
     control_localization: float | None = None  # the trial's
     drawn_curvature: float | None = None  # h_max at typical draws of the trial chain, or of the run, or of both
-    drawn_steepest: float | None = None  # the 95 % quantile of h_max over the draws of the trial chain, or its maximum
+    drawn_steepest: float | None = None  # h_max at the steepest draw of a thousand
     drawn_localization: float | None = None  # theirs
     drawn_times: int = 0  # draws at which it was measured
     drawn_stably: bool = True  # False: so steep for its step that this may have driven the draws there
@@ -60,7 +60,7 @@ class Pilot:
         return self.curvature + self.steepening * self._moved(localization)
 
     def steepest_curvature(self, localization: float) -> float:
-        """h_max at the steepest of typical draws of that localization: their 95 % quantile."""
+        """h_max at the steepest of typical draws of that localization: one in a thousand."""
         drawn = self.drawn_curvature if self.drawn_steepest is None else self.drawn_steepest
         excess = max((drawn or 0.0) - self.curvature, 0.0)
         return self.curvature + excess * self._moved(localization)
@@ -92,8 +92,13 @@ class Pilot:
             return self.drawn_localization / max(localization, 1e-30)
         return 1.0
 
+    def typical_share(self, sampler: SGLD) -> float:
+        """eps a_max / 4 of a resolved sampler at typical draws, at its largest gain; averaged noise needs less than 1."""
+        lr, localization = float(sampler.lr) * sampler.gain, float(sampler.localization)
+        return lr * self.stiffest(localization) / 4.0
+
     def stability_share(self, sampler: SGLD) -> float:
-        """eps a_max / 4 of a resolved sampler, at its largest gain; averaged noise needs less than 1."""
+        """The same at the steepest draw of a thousand."""
         lr, localization = float(sampler.lr) * sampler.gain, float(sampler.localization)
         return lr * self.steepest(localization) / 4.0
 
@@ -102,7 +107,7 @@ class Pilot:
 
         Its square for averaged noise, whose error is of second order (and zero in a quadratic).
         """
-        first_order = self.stability_share(sampler)
+        first_order = self.typical_share(sampler)
         return first_order**2 if sampler.averaged else first_order
 
     def noise_ratio(self, sampler: SGLD) -> float:
@@ -114,7 +119,7 @@ class Pilot:
         """Relative excess of the variance of the stiffest and noisiest mode; None where noise was not measured."""
         if not self.knows_noise(sampler.control_variate is True):
             return None
-        return foreseen_bias(self.stability_share(sampler), self.noise_ratio(sampler), averaged=sampler.averaged)
+        return foreseen_bias(self.typical_share(sampler), self.noise_ratio(sampler), averaged=sampler.averaged)
 
     def knows_noise(self, controlled: bool) -> bool:
         """Whether it has been measured: what a control variate leaves of it only away from w*."""
@@ -125,24 +130,28 @@ class Pilot:
         variance = self._left(localization) if controlled else self.loudest(localization)
         return self.n_beta**2 * self.batch_factor * variance / 4.0
 
-    def informed(self, curvature: Tensor, variance: Tensor, *, localization: float, controlled: bool) -> Pilot:
-        """With what a run's chains measured at their last draws. Each draw counts alike, a trial's too.
+    def informed(
+        self, curvature: Tensor, variance: Tensor, glances: Tensor, *, localization: float, controlled: bool
+    ) -> Pilot:
+        """With what a run's chains measured at their draws. Each last draw counts alike, a trial's too.
 
         Args:
             curvature, variance: [C], NaN where it was not measured; the variance is that of the gradients, with a
                 control variate (`controlled`) of what it leaves of them.
+            glances: [C, T], NaN likewise: how much the curvature varies over draws.
         """
         times = int(torch.isfinite(curvature).sum())
         if times == 0:
             return self
-        known = 0.0 if self.drawn_curvature is None else self.steepest_curvature(localization)
         left = None if self.control_variance is None else self._left(localization)
         loud = None if self.drawn_variance is None else self.loudest(localization)
         left, loud = (_mean(left, 1, variance), loud) if controlled else (left, _mean(loud, 1, variance))
+        typical = _mean(self.typical(localization), self.drawn_times, curvature) or 0.0
+        before = self.steepest_curvature(localization) / max(self.typical(localization), 1e-30)
         return dataclasses.replace(
             self,
-            drawn_curvature=_mean(self.typical(localization), self.drawn_times, curvature),
-            drawn_steepest=max(known, float(curvature[torch.isfinite(curvature)].max())),
+            drawn_curvature=typical,
+            drawn_steepest=max(steepness(glances), before if self.drawn_times else 1.0) * typical,
             drawn_localization=localization,
             drawn_times=self.drawn_times + times,
             drawn_variance=loud,
@@ -162,7 +171,7 @@ class Pilot:
         """The biases to be expected of a resolved sampler, in a line."""
         bias = f"discretisation {self.discretisation(sampler):.1%}"
         if sampler.averaged:
-            bias = f"step at {self.stability_share(sampler):.0%} of the stability limit"
+            bias = f"step at {self.typical_share(sampler):.0%} of the stability limit"
         batch = minibatch_of(sampler.batch_size, num_train)
         noise = f"{self.noise_ratio(sampler):.2g}" if self.knows_noise(sampler.control_variate is True) else "unknown"
         return f"{bias}, gradient-noise ratio {noise} (minibatch {batch})"

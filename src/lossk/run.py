@@ -280,7 +280,7 @@ class Run:
             StoreError: it needs more than the disk has.
         """
         step_seconds, taken = self.time_a_step(), budget.taken()
-        batch, judged = self._load(self.asked).minibatch, self._around(Timings()).judging[1] > 0
+        batch, judged = self._load(self.asked).minibatch, self._around(Timings()).judging.samples > 0
         passes = pass_bytes(self.task, self.probe.parts[0].samples, self.train, batch)
         working = working_bytes(
             self.task, passes, self.asked, self.sampler, budget, taken, judged=judged, piloted=saved is None

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Unpack
 
 import torch
 
 from lossk.chain import Chain, Surroundings
-from lossk.curvature import Sample, control_variance, gradient_variance, largest_curvature
+from lossk.curvature import GLANCE, Sample, control_variance, gradient_variance, largest_curvature
 from lossk.force import MinibatchForce
 from lossk.settings import SteppingSettings, minibatch_of
 
@@ -48,20 +49,22 @@ class SteppingChain(Chain):
         return excess
 
     def judge(self) -> tuple[float, float]:
-        chains, samples = self.around.judging
-        if self.chain >= chains:
+        if self.chain >= self.around.judging.chains:
             return math.nan, math.nan
-        sample: Sample = {"most": samples, "which": 1 + self.chain, "held_out": True}
+        sample: Sample = {"most": self.around.judging.samples, "which": 1 + self.chain, "held_out": True}
         noise = gradient_variance if self.force.control is None else control_variance
+        variance = self._measured(noise, **sample) if self.force.draws_minibatches else math.nan
+        return self._measured(largest_curvature, **sample), variance
 
-        def measured(what: Callable[..., float]) -> float:
+    def glance(self) -> float:
+        return self._measured(largest_curvature, **GLANCE)
+
+    def _measured(self, what: Callable[..., float], **sample: Unpack[Sample]) -> float:
+        with self.around.timings.measure("curvature"):
             try:
                 return what(self.task, self.around.train, seed=self.around.seed, **sample)
             except (ValueError, torch.OutOfMemoryError):  # not finite, or no room for it: stays unknown
                 return math.nan
-
-        with self.around.timings.measure("curvature"):
-            return measured(largest_curvature), measured(noise) if self.force.draws_minibatches else math.nan
 
 
 def explosion_limit(anchor_loss: float, num_weights: int, n_beta: float) -> float:

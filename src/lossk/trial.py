@@ -219,7 +219,7 @@ def _closer(sampler: SGLD, chosen: SGLD, pilot: Pilot, limits: Limits, excess: f
 
 def _unstable(chosen: SGLD, pilot: Pilot) -> bool:
     """Whether a trial's draws are so steep that its own step may have driven them there."""
-    return pilot.stability_share(chosen) > UNSTABLE * step_budget(chosen)
+    return pilot.typical_share(chosen) > UNSTABLE * step_budget(chosen)
 
 
 def _no_wider(limits: Limits, chosen: SGLD) -> Limits:

@@ -13,7 +13,7 @@ from scipy.stats import norm, t
 from torch import Tensor
 
 from lossk.chain import Surroundings
-from lossk.curvature import PILOT_CHAIN, Sample, control_variance, gradient_variance, largest_curvature
+from lossk.curvature import GLANCE, PILOT_CHAIN, control_variance, gradient_variance, largest_curvature, steepness
 from lossk.diagnostics import watched_samples
 from lossk.sgld import SGLD, SGLDChain
 from lossk.task import fitting_batch
@@ -23,8 +23,7 @@ MEMORIES = 10  # length of a trial after its burn-in, in decorrelation times of 
 LONGEST = 2000  # steps of a trial
 RECORDS = 200
 MEASURED = 3  # draws at which the curvature is measured, the first right after burn-in
-GLANCES, QUANTILE = 17, 0.95  # draws at which it is measured roughly, for how much it varies: these draws among them
-GLANCE: Sample = {"most": 64, "iterations": 4}
+GLANCES = 17  # draws at which it is glanced at, for how much it varies: these draws among them
 LONG = 100  # steps after burn-in: so many are worth asking first whether they are of use
 WINDOW, FAR = 20, 2.0  # a rise this many times too high over so many steps is no news to wait for
 PLATEAU_Z = 4.0
@@ -72,7 +71,7 @@ class Trial:
     drift: float = 0.0  # of the mean loss between the two halves after burn-in, as a normal z
     drifting: float = 0.0  # share of samples whose own loss drifts by |z| > 3 between them
     curvature: float | None = None  # h_max at its draws, their mean
-    steepest: float | None = None  # their 95 % quantile
+    steepest: float | None = None  # at the steepest draw of a thousand
     measured: int = 1  # of so many
     variance: float | None = None  # lambda_max(Cov g) at its last draw
     noise: float | None = None  # lambda_max(Cov(g_i(w) - g_i(w*))) there, with a control variate
@@ -164,17 +163,16 @@ def run_trial(
 
 
 def _over_draws(measured: dict[int, float], glanced: dict[int, float]) -> tuple[float, float]:
-    """(mean, 95 % quantile) of the curvature over draws: few measured well, more roughly, in step with them.
+    """(mean, 99.9 % quantile) of the curvature over draws: few measured well, more glanced at, in step with them.
 
-    A rough measure is off by much the same factor everywhere, so what it says is how much the curvature varies.
+    A glance is off by much the same factor everywhere, so what it says is how much the curvature varies.
     """
     mean = sum(measured.values()) / len(measured)
-    rough = torch.tensor(list(glanced.values()), dtype=torch.float64, device="cpu")
+    glances = torch.tensor(list(glanced.values()), dtype=torch.float64, device="cpu")
     here = sum(glanced[step] for step in measured) / len(measured)
-    if not here > 0:
-        return mean, max(measured.values())
-    scale = mean / here
-    return scale * float(rough.mean()), max(scale * float(rough.quantile(QUANTILE)), *measured.values())
+    if here > 0:
+        mean *= float(glances.mean()) / here
+    return mean, mean * steepness(glances)
 
 
 def steps_after_burnin(sampler: SGLD) -> float:
