@@ -15,6 +15,7 @@ from torch import Tensor
 from lossk.centring import never_varies, row_means
 from lossk.information import Criteria, Estimate
 from lossk.tune import DISCRETISATION_BUDGET, STABILITY_BUDGET
+from lossk.watched import Watched, watched_samples
 
 if TYPE_CHECKING:
     from lossk.chain import Draw
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
     from lossk.sgld import SGLD
     from lossk.traces import LossTraces
 
-WATCHED = 256  # samples whose own traces are kept, evenly spaced over the probe
 RANKED = 64  # of them, of which R-hat and ESS are taken: ArviZ goes through traces one by one, and medians need no more
 RHAT_LIMIT = 1.1
 NOISE_LIMIT = 1.0
@@ -117,7 +117,7 @@ class TraceWatch:
     """What the diagnostics keep of a run: [C, T] mean losses and rises, and the traces of a few samples."""
 
     def __init__(self, num_chains: int, num_draws: int, num_samples: int) -> None:
-        self.index = watched_samples(num_samples)  # [w]
+        self.index = watched_samples(num_samples, num_chains * num_draws)  # [w]
         self.mean_loss = _unknown(num_chains, num_draws)  # nats
         self.excess = _unknown(num_chains, num_draws)  # nats
         self.distance = _unknown(num_chains, num_draws)  # |w - w*|
@@ -137,15 +137,14 @@ class TraceWatch:
             self.curvature[chain], self.variance[chain] = draws[-1].curvature, draws[-1].variance
         self.losses[chain, rows] = losses[:, self.index]
 
+    @property
+    def watched(self) -> Watched:
+        """What a kernel keeps of them."""
+        return Watched(self.index, self.losses)
+
 
 def _unknown(*shape: int) -> Tensor:
     return torch.full(shape, torch.nan, dtype=torch.float64, device="cpu")
-
-
-def watched_samples(num_samples: int) -> Tensor:
-    """[w] int64: up to 256 samples, evenly spaced."""
-    count = min(num_samples, WATCHED)
-    return torch.linspace(0, num_samples - 1, count, dtype=torch.float32, device="cpu").round().long().unique()
 
 
 def diagnose_traces(traces: LossTraces) -> Callable[[float | None], Diagnostics]:
@@ -156,7 +155,7 @@ def diagnose_traces(traces: LossTraces) -> Callable[[float | None], Diagnostics]
     losses = traces.losses
     read: dict[str, Any] = {
         "mean_loss": torch.stack([row_means(chain) for chain in losses]),
-        "watched": losses[:, :, watched_samples(traces.num_samples)],
+        "watched": losses[:, :, watched_samples(traces.num_samples, traces.num_chains * traces.num_draws)],
         "dead_share": float(torch.stack([never_varies(chain) for chain in losses]).all(dim=0).double().mean()),
         "excess": traces.excess,
         "n_beta": traces.n_beta,

@@ -19,6 +19,7 @@ from lossk.kernel import LossKernel
 from lossk.ops.rank_update import HALF, rank_update, rank_update_triangle
 from lossk.panel import ChainStatistics, ChainTotals
 from lossk.running import RunningMoments
+from lossk.watched import Watched, watched_samples
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16}
 OUTGROWN = 2.0**16
@@ -195,7 +196,10 @@ def kernel_from_panels(
     accumulator = TileAccumulator(
         num_samples, tile, num_chains=num_chains, num_draws=num_draws, centering=centering, dtype=dtype
     )
+    index, kept = watched_samples(num_samples, num_chains * num_draws), []
     for chain, losses in panels:
         accumulator.update(chain, losses)
+        kept.append(losses[:, index].float().cpu())
     blocks, moments = accumulator.finalize()
-    return LossKernel(blocks, moments)
+    watched = Watched(index, torch.cat(kept).unflatten(0, (num_chains, num_draws)))
+    return LossKernel(blocks, moments, watched=watched)
