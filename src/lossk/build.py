@@ -10,6 +10,7 @@ from torch import nn
 
 from lossk import record
 from lossk.ambient import usual_modes
+from lossk.blocks import TileBlocks
 from lossk.chain import ChainState
 from lossk.data import Transform
 from lossk.disk import full_disk_named
@@ -290,7 +291,10 @@ def _accumulate(
         blocks, moments = tiles.finalize()
     with run.timings.measure("diagnostics"):
         diagnostics = diagnose_run(run, moments, tiles.totals)
-    kernel = LossKernel(blocks, moments, diagnostics=diagnostics, tokens=run.probe.tokens, sets=run.probe.sets)
+    kernel = LossKernel(
+        blocks, moments, diagnostics=diagnostics, tokens=run.probe.tokens, sets=run.probe.sets,
+        watched=run.watch.watched if isinstance(blocks, TileBlocks) else None,
+    )  # fmt: skip
     kernel.meta = {**record.meta(run, request), "memory": {**layout.to_dict(), "planned_peak_bytes": layout.peak_bytes}}
     if log is not None:
         log.finish(kernel, with_tiles=layout.tiles not in ("store", "factor"))

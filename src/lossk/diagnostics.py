@@ -6,14 +6,16 @@ import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from lossk.centring import never_varies, row_means
+from lossk.information import Criteria, Estimate
 from lossk.tune import BIAS_BUDGET, STEEPEST_BUDGET
+from lossk.watched import Watched, watched_samples
 
 if TYPE_CHECKING:
     from lossk.chain import Draw
@@ -21,7 +23,6 @@ if TYPE_CHECKING:
     from lossk.sgld import SGLD
     from lossk.traces import LossTraces
 
-WATCHED = 256  # samples whose own traces are kept, evenly spaced over the probe
 RANKED = 64  # of them, of which R-hat and ESS are taken: ArviZ goes through traces one by one, and medians need no more
 RHAT_LIMIT = 1.1
 BIAS_LIMIT = 0.1  # of the foreseen excess of a variance, discretisation and noise together: twice what "auto" allows
@@ -31,13 +32,6 @@ ESS_LIMIT = 50.0
 FLOOR_LIMIT = 0.6
 DRIFT_LIMIT, DRIFT_Z_LIMIT = 0.7, 4.0
 FORGOTTEN = 0.5  # of an uninformed predictor's loss: draws that raise the training loss further have left w*
-
-
-class Estimate(NamedTuple):
-    """A number and its Monte Carlo standard error (NaN where there is one chain only)."""
-
-    value: float
-    se: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,7 +119,7 @@ class TraceWatch:
     """What the diagnostics keep of a run: [C, T] mean losses and rises, and the traces of a few samples."""
 
     def __init__(self, num_chains: int, num_draws: int, num_samples: int) -> None:
-        self.index = watched_samples(num_samples)  # [w]
+        self.index = watched_samples(num_samples, num_chains * num_draws)  # [w]
         self.mean_loss = _unknown(num_chains, num_draws)  # nats
         self.excess = _unknown(num_chains, num_draws)  # nats
         self.distance = _unknown(num_chains, num_draws)  # |w - w*|
@@ -147,15 +141,14 @@ class TraceWatch:
             self.curvature[chain], self.variance[chain] = draws[-1].curvature, draws[-1].variance
         self.losses[chain, rows] = losses[:, self.index]
 
+    @property
+    def watched(self) -> Watched:
+        """What a kernel keeps of them."""
+        return Watched(self.index, self.losses)
+
 
 def _unknown(*shape: int) -> Tensor:
     return torch.full(shape, torch.nan, dtype=torch.float64, device="cpu")
-
-
-def watched_samples(num_samples: int) -> Tensor:
-    """[w] int64: up to 256 samples, evenly spaced."""
-    count = min(num_samples, WATCHED)
-    return torch.linspace(0, num_samples - 1, count, dtype=torch.float32, device="cpu").round().long().unique()
 
 
 def diagnose_traces(traces: LossTraces) -> Callable[[float | None], Diagnostics]:
@@ -166,48 +159,12 @@ def diagnose_traces(traces: LossTraces) -> Callable[[float | None], Diagnostics]
     losses = traces.losses
     read: dict[str, Any] = {
         "mean_loss": torch.stack([row_means(chain) for chain in losses]),
-        "watched": losses[:, :, watched_samples(traces.num_samples)],
+        "watched": losses[:, :, watched_samples(traces.num_samples, traces.num_chains * traces.num_draws)],
         "dead_share": float(torch.stack([never_varies(chain) for chain in losses]).all(dim=0).double().mean()),
         "excess": traces.excess,
         "n_beta": traces.n_beta,
     }
     return lambda floor: diagnose(**read, noise_floor=floor, criteria=None, pilot=None, sampler=None)
-
-
-@dataclass(frozen=True)
-class Criteria:
-    """Watanabe's information criteria from per-chain totals; standard errors from the spread of the chains."""
-
-    chain_variance: Tensor  # [C] float64, sum over training samples of Var(loss), nats^2
-    chain_log_likelihood: Tensor  # [C] float64, sum over training samples of log E[exp(-loss)]
-    mean_loss: Tensor  # [C] float64, L_n averaged over draws, nats
-    num_train: int
-    n_beta: float
-
-    @property
-    def functional_variance(self) -> Estimate:
-        return _over_chains(self.chain_variance)
-
-    @property
-    def singular_fluctuation(self) -> Estimate:
-        return _over_chains(self.chain_variance * self.n_beta / (2 * self.num_train))
-
-    @property
-    def waic(self) -> Estimate:
-        beta = self.n_beta / self.num_train
-        return _over_chains((beta * self.chain_variance - self.chain_log_likelihood) / self.num_train)
-
-    @property
-    def wbic(self) -> Estimate | None:
-        wanted = self.num_train / math.log(max(self.num_train, 3))
-        if not math.isclose(self.n_beta, wanted, rel_tol=1e-6):
-            return None
-        return _over_chains(self.mean_loss * self.num_train)
-
-
-def _over_chains(values: Tensor) -> Estimate:
-    se = float(values.std()) / len(values) ** 0.5 if len(values) > 1 else math.nan
-    return Estimate(float(values.mean()), se)
 
 
 def diagnose(

@@ -224,6 +224,9 @@ def _kernel(work: Work, blocks: Blocks, moments: Moments, sums: Sums) -> LossKer
     run = work.run
     with run.timings.measure("diagnostics"):
         diagnostics = diagnose_run(run, moments, sums.totals)
-    kernel = LossKernel(blocks, moments, diagnostics=diagnostics, tokens=run.probe.tokens, sets=run.probe.sets)
+    kernel = LossKernel(
+        blocks, moments, diagnostics=diagnostics, tokens=run.probe.tokens, sets=run.probe.sets,
+        watched=run.watch.watched if isinstance(blocks, TileBlocks) else None,
+    )  # fmt: skip
     kernel.meta = meta(work)
     return kernel

@@ -37,6 +37,7 @@ from lossk.read_memory import check_block, check_eigenpairs, check_matvec, check
 from lossk.settings import CENTERINGS
 from lossk.spectrum import leading, way_of
 from lossk.standard_error import METHODS, bartlett, from_draws, method_for
+from lossk.watched import Watched, watched_in
 
 if TYPE_CHECKING:
     from lossk.diagnostics import Diagnostics
@@ -62,6 +63,7 @@ class LossKernel(AsArray):
         diagnostics: Diagnostics | None = None,
         tokens: Tensor | None = None,
         sets: Mapping[str, slice] | None = None,
+        watched: Watched | None = None,
     ) -> None:
         if isinstance(blocks, type) or not hasattr(blocks, "row_blocks"):
             raise wrong_kind("blocks", "the blocks of a kernel", blocks)
@@ -70,6 +72,7 @@ class LossKernel(AsArray):
         self.meta = {} if meta is None else check_mapping("meta", meta)
         self.diagnostics: Diagnostics | None = check_diagnostics(diagnostics)
         self._tokens, self._sets = check_tokens(tokens, blocks.num_samples), check_sets(sets, blocks.num_samples)
+        self._beside = watched
         self._std_over_scale = (moments.variance.sqrt() / moments.scale).float()  # [N], 0 for a dead sample
         self._gain = torch.where(self._std_over_scale > 0, 1.0 / self._std_over_scale, 0.0)  # [N]
 
@@ -240,6 +243,10 @@ class LossKernel(AsArray):
 
     def _correlate(self, block: Tensor, rows: Tensor | slice, columns: Tensor | slice) -> Tensor:
         return (block * self._gain[rows].unsqueeze(1)).mul_(self._gain[columns]).clamp_(-1.0, 1.0)
+
+    def _watched(self) -> Watched | None:
+        """Up to 256 samples' own traces, kept beside tiles or read from the factor; None of tiles without."""
+        return watched_in(self._blocks, self._moments) if self._beside is None else self._beside
 
     def _index(self, key: Any, name: str = "rows") -> Tensor:
         return resolve(key, self.num_samples, name)

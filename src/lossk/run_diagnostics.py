@@ -6,7 +6,8 @@ import torch
 
 from lossk.blocks import Moments
 from lossk.choose import momentum_noise_ratio
-from lossk.diagnostics import Criteria, Diagnostics, diagnose
+from lossk.diagnostics import Diagnostics, diagnose
+from lossk.information import Criteria
 from lossk.neighbors import median_noise_floor
 from lossk.panel import ChainTotals
 from lossk.run import Run

@@ -8,8 +8,9 @@ import torch
 
 from lossk.blocks import FactorBlocks, Moments, tile_spans
 from lossk.centring import centre, degrees_of_freedom, empty_moments, note
-from lossk.diagnostics import WATCHED, Diagnostics, diagnose_traces
+from lossk.diagnostics import Diagnostics, diagnose_traces
 from lossk.neighbors import median_noise_floor
+from lossk.watched import watched_bytes
 
 if TYPE_CHECKING:
     from lossk.traces import LossTraces
@@ -50,5 +51,5 @@ def making_bytes(num_samples: int, num_chains: int, num_draws: int) -> int:
     stripe = min(stripe_of(num_samples, num_chains), num_samples)
     deviations = (4 * num_chains + 40) * num_draws * stripe
     moments = 8 * (num_chains + 12) * num_samples + 8 * (2 * num_chains + 8) * stripe
-    watched = 4 * num_chains * num_draws * min(WATCHED, num_samples)  # of the diagnostics
+    watched = watched_bytes(num_samples, num_chains * num_draws)  # of the diagnostics
     return deviations + moments + watched

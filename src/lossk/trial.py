@@ -17,7 +17,6 @@ import torch
 from lossk.chain import Surroundings
 from lossk.curvature import PILOT_CHAIN, STREAM
 from lossk.data import Samples
-from lossk.diagnostics import watched_samples
 from lossk.errors import DivergedError
 from lossk.force import FULL_GRADIENT, full_gradient
 from lossk.losses import IGNORED, split_batch
@@ -29,6 +28,7 @@ from lossk.task import fitting_batch
 from lossk.timings import Progress
 from lossk.trial_chain import Memory, Trial, run_trial, steps_after_burnin
 from lossk.tune import STEPS_CAP, Limits, choose_settings, step_budget, to_half_octave
+from lossk.watched import watched_samples
 
 RISE_SHARE = 0.05  # of an uninformed predictor's loss
 RISE_NATS = 0.1  # where no such predictor is known: a loss of the caller's own

@@ -14,10 +14,10 @@ from torch import Tensor
 
 from lossk.chain import Surroundings
 from lossk.curvature import GLANCE, PILOT_CHAIN, control_variance, gradient_variance, largest_curvature, steepness
-from lossk.diagnostics import watched_samples
 from lossk.sgld import SGLD, SGLDChain
 from lossk.task import fitting_batch
 from lossk.timings import Progress
+from lossk.watched import watched_samples
 
 MEMORIES = 10  # length of a trial after its burn-in, in decorrelation times of flat directions
 LONGEST = 2000  # steps of a trial
