@@ -59,9 +59,7 @@ class Diagnostics:
     burnin_completeness: float | None  # share of its stationary variance that a flat direction has at the first draw
     drift: float | None  # of the mean probe loss, first third of the draws to last, in standard deviations over draws
     drift_z: float | None  # the same in standard errors
-    stability: float | None = (
-        None  # eps a / 4 at the steepest draw of a thousand, averaged noise; 1 is unstable
-    )
+    stability: float | None = None  # eps a / 4 at the steepest draw of a thousand, averaged noise; 1 is unstable
     rise: float | None = None  # E[L_n(w)] - L_n(w*), of the training loss
     uninformed: float | None = None  # what a predictor that has learnt nothing loses, where that is known
     acceptance: float | None = None  # of a Metropolis test, mean over draws; of HMC, or of SGLD that measures it
@@ -255,7 +253,7 @@ def judge(numbers: Mapping[str, Any]) -> tuple[str, str]:
     # Comparisons with NaN are false: an unknown number accuses nobody.
     if n["stability"] > STABILITY_LIMIT:
         return "step too large", (
-            f"the step is {100 * n['stability']:.0f} % of the longest that is stable at the steepest draw of a thousand "
+            f"the step is {100 * n['stability']:.0f} % of the longest stable at the steepest draw of a thousand "
             f"(limit {100 * STABILITY_LIMIT:.0f} %); divide lr by {n['stability'] / STEEPEST_BUDGET:.1f}"
         )
     if n["foreseen_bias"] > BIAS_LIMIT:

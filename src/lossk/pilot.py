@@ -93,7 +93,7 @@ class Pilot:
         return 1.0
 
     def typical_share(self, sampler: SGLD) -> float:
-        """eps a_max / 4 of a resolved sampler at typical draws, at its largest gain; averaged noise needs less than 1."""
+        """eps a_max / 4 of a resolved sampler at typical draws, at its largest gain; below 1 if averaged."""
         lr, localization = float(sampler.lr) * sampler.gain, float(sampler.localization)
         return lr * self.stiffest(localization) / 4.0
 

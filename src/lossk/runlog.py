@@ -124,6 +124,14 @@ class RunLog:
             for state in set(self.path.glob("state-*.npz")) - kept:
                 remove(state)
 
+    def restart(self, request: dict[str, Any], chosen: dict[str, Any]) -> None:
+        """Forget all draws, for other settings. After a kill in between, the old ones lead here again."""
+        self._lines = LineLog.begin(self.path / COMMITS, [])
+        write_sealed(self.path / "config.json", {**request, "chosen": chosen, MARK: "crc32c"})
+        for state in self.path.glob("state-*.npz"):
+            remove(state)
+        self.commits, self._states, self.chosen = [], {}, chosen
+
     def append(self, panel: Panel) -> None:
         """Make a panel durable."""
         crcs = self.write_losses(panel.chain, panel.first_draw, panel.losses)

@@ -34,6 +34,7 @@ class SteppingChain(Chain):
         self.force = MinibatchForce(
             around, minibatch_of(sampler.batch_size, len(around.train)), chain, control_variate=control_variate
         )
+        self.highest = highest_rise(self.task.num_weights, self.n_beta)
         self.limit = explosion_limit(float(around.anchor_losses.mean()), self.task.num_weights, self.n_beta)
 
     def gradient(self, minibatch: int) -> float:
@@ -46,6 +47,8 @@ class SteppingChain(Chain):
             loss, excess = self.force.gradient(minibatch)
         if not (math.isfinite(loss) and loss < self.limit):
             raise self.diverged(f"minibatch loss {loss:.4g} (limit {self.limit:.4g})")
+        if not self.force.draws_minibatches and excess > self.highest:
+            raise self.diverged(f"the training loss has risen by {excess:.4g} (limit {self.highest:.4g})")
         return excess
 
     def judge(self) -> tuple[float, float]:
@@ -65,6 +68,15 @@ class SteppingChain(Chain):
                 return what(self.task, self.around.train, seed=self.around.seed, **sample)
             except (ValueError, torch.OutOfMemoryError):  # not finite, or no room for it: stays unknown
                 return math.nan
+
+
+def highest_rise(num_weights: int, n_beta: float) -> float:
+    """The rise of the training loss beyond which no draw of p(w) lies, in nats: only a step too long leads there.
+
+    n_beta times the rise is Gamma(P / 2) where every direction is regular, and less elsewhere: above 5 P / 2 + 50 with
+    a probability below e^-50.
+    """
+    return (2.5 * num_weights + 50.0) / n_beta
 
 
 def explosion_limit(anchor_loss: float, num_weights: int, n_beta: float) -> float:
