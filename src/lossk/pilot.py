@@ -119,7 +119,10 @@ class Pilot:
         """Relative excess of the variance of the stiffest and noisiest mode; None where noise was not measured."""
         if not self.knows_noise(sampler.control_variate is True):
             return None
-        return foreseen_bias(self.typical_share(sampler), self.noise_ratio(sampler), averaged=sampler.averaged)
+        share = self.typical_share(sampler)
+        if share >= 1.0:
+            return math.inf
+        return foreseen_bias(share, self.noise_ratio(sampler), averaged=sampler.averaged)
 
     def knows_noise(self, controlled: bool) -> bool:
         """Whether it has been measured: what a control variate leaves of it only away from w*."""
