@@ -28,6 +28,8 @@ from __future__ import annotations
 
 import math
 
+BIAS_BUDGET = 0.05  # of the variance of the stiffest and noisiest mode, that "auto" allows
+STEEPEST_BUDGET = 0.7  # of the stability limit, at the steepest draw of a thousand
 HALVINGS = 60  # of the interval of alpha: below float64's resolution
 
 

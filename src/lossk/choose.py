@@ -6,6 +6,7 @@ import dataclasses
 import math
 
 from lossk.baoab import BAOAB
+from lossk.bias import BIAS_BUDGET
 from lossk.chain import Surroundings
 from lossk.gaussian import Gaussian
 from lossk.pilot import Pilot, default_n_beta, run_pilot
@@ -14,7 +15,7 @@ from lossk.settings import minibatch_of
 from lossk.sgld import SGLD
 from lossk.timings import Progress
 from lossk.trial import settle
-from lossk.tune import BIAS_BUDGET, STABILITY_BUDGET
+from lossk.tune import STABILITY_BUDGET
 from lossk.tune_baoab import choose_baoab, kick_noise, steps_to_forget
 
 PILOT_SEED = 0x105  # of all that the pilot draws

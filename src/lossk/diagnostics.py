@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -14,24 +14,15 @@ from torch import Tensor
 
 from lossk.centring import never_varies, row_means
 from lossk.information import Criteria, Estimate
-from lossk.tune import BIAS_BUDGET, STEEPEST_BUDGET
-from lossk.watched import Watched, watched_samples
+from lossk.verdict import judge
+from lossk.watched import watched_samples
 
 if TYPE_CHECKING:
-    from lossk.chain import Draw
     from lossk.pilot import Pilot
     from lossk.sgld import SGLD
     from lossk.traces import LossTraces
 
 RANKED = 64  # of them, of which R-hat and ESS are taken: ArviZ goes through traces one by one, and medians need no more
-RHAT_LIMIT = 1.1
-BIAS_LIMIT = 0.1  # of the foreseen excess of a variance, discretisation and noise together: twice what "auto" allows
-STABILITY_LIMIT = 1.0  # of eps a / 4 at the steepest draw of a thousand, where the step is not stable from there on
-BURNIN_LIMIT = 0.9
-ESS_LIMIT = 50.0
-FLOOR_LIMIT = 0.6
-DRIFT_LIMIT, DRIFT_Z_LIMIT = 0.7, 4.0
-FORGOTTEN = 0.5  # of an uninformed predictor's loss: draws that raise the training loss further have left w*
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,42 +102,6 @@ class Diagnostics:
 
 def _number(value: float | None, digits: int = 2) -> str:
     return "unknown" if value is None else f"{value:.{digits}f}"
-
-
-class TraceWatch:
-    """What the diagnostics keep of a run: [C, T] mean losses and rises, and the traces of a few samples."""
-
-    def __init__(self, num_chains: int, num_draws: int, num_samples: int) -> None:
-        self.index = watched_samples(num_samples, num_chains * num_draws)  # [w]
-        self.mean_loss = _unknown(num_chains, num_draws)  # nats
-        self.excess = _unknown(num_chains, num_draws)  # nats
-        self.distance = _unknown(num_chains, num_draws)  # |w - w*|
-        self.acceptance = _unknown(num_chains, num_draws)  # of a Metropolis test
-        self.curvature = _unknown(num_chains)  # h_max at the chains' last draws
-        self.variance = _unknown(num_chains)  # of gradients there
-        self.glances = _unknown(num_chains, num_draws)  # of the curvature over few samples
-        self.losses = _unknown(num_chains, num_draws, len(self.index)).float()  # nats
-
-    def note(self, losses: Tensor, draws: Sequence[Draw]) -> None:
-        """Take what is wanted of a panel [k, N] of consecutive draws of one chain."""
-        chain, rows = draws[0].chain, slice(draws[0].draw, draws[0].draw + len(draws))
-        self.mean_loss[chain, rows] = row_means(losses)
-        self.excess[chain, rows] = self.excess.new_tensor([draw.excess_loss for draw in draws])
-        self.distance[chain, rows] = self.distance.new_tensor([draw.distance for draw in draws])
-        self.acceptance[chain, rows] = self.acceptance.new_tensor([draw.acceptance for draw in draws])
-        self.glances[chain, rows] = self.glances.new_tensor([draw.glance for draw in draws])
-        if math.isfinite(draws[-1].curvature):
-            self.curvature[chain], self.variance[chain] = draws[-1].curvature, draws[-1].variance
-        self.losses[chain, rows] = losses[:, self.index]
-
-    @property
-    def watched(self) -> Watched:
-        """What a kernel keeps of them."""
-        return Watched(self.index, self.losses)
-
-
-def _unknown(*shape: int) -> Tensor:
-    return torch.full(shape, torch.nan, dtype=torch.float64, device="cpu")
 
 
 def diagnose_traces(traces: LossTraces) -> Callable[[float | None], Diagnostics]:
@@ -245,73 +200,6 @@ def diagnose(
     }
     verdict, advice = judge(numbers)
     return Diagnostics(**numbers, verdict=verdict, advice=advice)
-
-
-def judge(numbers: Mapping[str, Any]) -> tuple[str, str]:
-    """The first thing that is wrong, in order of how much it spoils, with the number behind it and one change."""
-    n = {key: (math.nan if value is None else value) for key, value in numbers.items()}
-    # Comparisons with NaN are false: an unknown number accuses nobody.
-    if n["stability"] > STABILITY_LIMIT:
-        return "step too large", (
-            f"the step is {100 * n['stability']:.0f} % of the longest stable at the steepest draw of a thousand "
-            f"(limit {100 * STABILITY_LIMIT:.0f} %); divide lr by {n['stability'] / STEEPEST_BUDGET:.1f}"
-        )
-    if n["foreseen_bias"] > BIAS_LIMIT:
-        return _biased(n)
-    if n["burnin_completeness"] < BURNIN_LIMIT:
-        share = 100 * n["burnin_completeness"]
-        return "not burned in", (
-            f"flat directions start with {share:.0f} % of their stationary variance; "
-            "raise num_burnin_steps or localization"
-        )
-    if abs(n["drift"]) > DRIFT_LIMIT and abs(n["drift_z"]) > DRIFT_Z_LIMIT:
-        return "not burned in", (
-            f"the mean loss still moves: by {n['drift']:.1f} standard deviations from the first third of the draws to "
-            "the last; raise num_burnin_steps"
-        )
-    if n["rise"] > FORGOTTEN * n["uninformed"]:
-        return "diverged", (
-            f"draws raise the training loss by {n['rise']:.2g}, where a predictor that has learnt nothing loses "
-            f"{n['uninformed']:.2g}: they have left the neighbourhood of the trained weights; raise localization or "
-            "n_beta, or shorten the step"
-        )
-    if n["dead_share"] > 0.5:
-        share = 100 * n["dead_share"]
-        return "too little signal", f"{share:.0f} % of the samples have a constant loss; lower n_beta or localization"
-    if n["rhat"] > RHAT_LIMIT or n["sample_rhat"] > RHAT_LIMIT:
-        return "chains disagree", (
-            f"R-hat is {n['rhat']:.2f} for the mean loss and {n['sample_rhat']:.2f} for the median sample "
-            f"(limit {RHAT_LIMIT}); raise num_steps_bw_draws or num_burnin_steps"
-        )
-    if n["noise_floor"] > FLOOR_LIMIT:
-        return "too few draws for these neighbours", (
-            f"chance alone reaches correlations of {n['noise_floor']:.2f} (limit {FLOOR_LIMIT}); "
-            "raise num_draws, or num_steps_bw_draws if draws are autocorrelated"
-        )
-    if n["sample_ess"] < ESS_LIMIT or n["ess"] < ESS_LIMIT:
-        return "too few draws", (
-            f"the median sample has {n['sample_ess']:.0f} effective draws and the mean loss {n['ess']:.0f} "
-            f"(limit {ESS_LIMIT:.0f}); raise num_draws, or num_steps_bw_draws if draws are autocorrelated"
-        )
-    if math.isnan(n["rhat"]):
-        return "unchecked", "R-hat needs at least 4 draws that vary; raise num_draws"
-    if n["sample_rhat"] <= RHAT_LIMIT and n["sample_ess"] >= ESS_LIMIT:
-        ess = n["sample_ess"]
-        return "good", f"chains agree (R-hat {n['rhat']:.2f}) and the median sample has {ess:.0f} effective draws"
-    return "unchecked", "no watched sample's loss varies enough to be checked"
-
-
-def _biased(n: Mapping[str, Any]) -> tuple[str, str]:
-    """Whether the step or the minibatch is to blame for the foreseen bias, and what would mend it."""
-    bias, noise = n["foreseen_bias"], n["gradient_noise_ratio"]
-    said = f"variances in the worst direction are foreseen to be {100 * bias:.0f} % too large (limit "
-    said += f"{100 * BIAS_LIMIT:.0f} %)"
-    if noise > bias / 2:
-        return "too much noise", (
-            f"{said}: minibatch noise is {noise:.2g} times the injected noise there; raise batch_size or divide lr by "
-            f"{bias / BIAS_BUDGET:.1f}"
-        )
-    return "step too large", f"{said}; divide lr by {bias / BIAS_BUDGET:.1f}"
 
 
 def _rhat_ess(traces: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

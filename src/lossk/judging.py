@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from lossk.baoab import BAOAB
 from lossk.chain import Judging
 from lossk.curvature import DRAWN_SAMPLES, GLANCE_PASSES
-from lossk.diagnostics import TraceWatch
 from lossk.layout import PLANNED
 from lossk.memory import Budget
 from lossk.pilot import FEWEST_SAMPLES, PASSES_PER_ITERATION, Pilot
 from lossk.samplers import Sampler
 from lossk.sgld import SGLD
 from lossk.task import Task
+from lossk.trace_watch import TraceWatch
 from lossk.vectors import WEIGHTS, chain_vectors, judging_vectors, most_vectors
 
 SHARE = 0.03  # of a run's passes

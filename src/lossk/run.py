@@ -23,7 +23,6 @@ from lossk.choose import choose
 from lossk.data import Samples, Transform
 from lossk.device_plan import choose_overlap, choose_with_device, describe_room
 from lossk.device_room import measure_room, place_data
-from lossk.diagnostics import TraceWatch
 from lossk.distributed import Ranks
 from lossk.errors import DivergedError
 from lossk.judging import foreseen_vectors, informed_pilot, plan_judging, working_bytes
@@ -42,6 +41,7 @@ from lossk.samplers import Sampler, fit, fit_early, make_chain, with_shorter_ste
 from lossk.sgld import SGLD
 from lossk.task import Task
 from lossk.timings import Progress, Timings, as_table
+from lossk.trace_watch import TraceWatch
 from lossk.witness import check_start
 
 MOST_RESTARTS = 6  # of an automatic run that explodes: the step is then a 64th of the pilot's

@@ -18,15 +18,13 @@ from __future__ import annotations
 import dataclasses
 import math
 
-from lossk.bias import longest_step
+from lossk.bias import BIAS_BUDGET, STEEPEST_BUDGET, longest_step
 from lossk.pilot import Pilot, batch_factor
 from lossk.settings import FEWEST_BATCH
 from lossk.sgld import AVERAGED, EULER, SGLD
 from lossk.task import Task
 
-BIAS_BUDGET = 0.05  # of the variance of the stiffest and noisiest mode
 STABILITY_BUDGET = 0.6  # eps a / 4 at typical draws; at 1 the chain is unstable
-STEEPEST_BUDGET = 0.7  # the same at the steepest draw of a thousand
 LAW_SHARE, LAW_STEPS = 0.45, 25  # the law: at that eps a / 4 of a typical draw, flat directions forget in so many steps
 LAG1_TARGET = math.exp(-1.0)
 BURNIN_TARGET = 0.99

@@ -7,10 +7,10 @@ import math
 
 from lossk import modes
 from lossk.baoab import BAOAB
+from lossk.bias import BIAS_BUDGET
 from lossk.pilot import Pilot, batch_factor
 from lossk.settings import FEWEST_BATCH, minibatch_of
 from lossk.tune import (
-    BIAS_BUDGET,
     BURNIN_CAP,
     BURNIN_TARGET,
     GRADIENT_PASSES,
