@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 
+from lossk import modes
 from lossk.baoab import BAOAB
 from lossk.bias import BIAS_BUDGET
 from lossk.chain import Surroundings
@@ -107,3 +108,13 @@ def momentum_noise_ratio(sampler: Sampler, pilot: Pilot | None) -> float | None:
         return None
     noise = pilot.noise_per_lr(sampler.control_variate, float(sampler.localization))
     return kick_noise(float(sampler.step_size), float(sampler.friction), noise)
+
+
+def burnin_spread(sampler: Sampler, pilot: Pilot | None) -> float | None:
+    """The share of its stationary variance that BAOAB's slowest mode has at the first draw; None if not known."""
+    if not isinstance(sampler, BAOAB) or pilot is None or not float(sampler.localization) > 0:
+        return None
+    lowest = float(sampler.localization)
+    return modes.spread(
+        float(sampler.step_size), float(sampler.friction), lowest, pilot.steepest(lowest), int(sampler.num_burnin_steps)
+    )

@@ -75,8 +75,8 @@ def _largest(
     return max((value + share * value + (1 - share) * there) / 2, 0.0)
 
 
-GLANCE: Sample = {"most": 32, "iterations": 4}  # one subset: how curvature varies over draws, not how large it is
-GLANCE_PASSES = 32 * 4 * 11  # forward passes of one sample
+GLANCE: Sample = {"most": 64, "iterations": 4}  # one subset: how curvature varies over draws, not how large it is
+GLANCE_PASSES = 64 * 4 * 11  # forward passes of one sample
 
 
 FAR = 1.88  # normal deviate of the 99.9 % quantile over that of the 95 % quantile

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lossk.centring import never_varies, row_means
 from lossk.information import Criteria, Estimate
+from lossk.reliability import reliability, size_error
 from lossk.verdict import judge
 from lossk.watched import watched_samples
 
@@ -51,6 +52,11 @@ class Diagnostics:
     drift: float | None  # of the mean probe loss, first third of the draws to last, in standard deviations over draws
     drift_z: float | None  # the same in standard errors
     stability: float | None = None  # eps a / 4 at the steepest draw of a thousand, averaged noise; 1 is unstable
+    reliability: float | None = None  # of R: its correlation over pairs of samples with that of another such run
+    reliability_kernel: float | None = None  # of K likewise
+    size_error: float | None = None  # relative standard error of the total variance of the watched samples
+    growth: float | None = None  # of |w - w*|^2 from the first third of the draws to the last, relative
+    growth_z: float | None = None  # the same in standard errors
     rise: float | None = None  # E[L_n(w)] - L_n(w*), of the training loss
     uninformed: float | None = None  # what a predictor that has learnt nothing loses, where that is known
     acceptance: float | None = None  # of a Metropolis test, mean over draws; of HMC, or of SGLD that measures it
@@ -72,7 +78,7 @@ class Diagnostics:
     def __str__(self) -> str:
         llc = "unknown" if self.llc is None else f"{self.llc:.2f} +- {_number(self.llc_se)}"
         if self.llc is not None and self.llc_se is not None and self.llc < -2 * self.llc_se:
-            llc += " (negative: w* is no minimum of the training loss at this scale)"
+            llc = f"none: w* is no minimum of the training loss at this scale (n_beta times its rise is {self.llc:.4g})"
         criteria = []
         if self.functional_variance is not None and self.singular_fluctuation is not None and self.waic is not None:
             v, nu, waic = self.functional_variance, self.singular_fluctuation, self.waic
@@ -94,6 +100,8 @@ class Diagnostics:
                 f"{_number(self.sample_ess, 0)} (median sample), {_number(self.sample_ess_low, 0)} (5 % quantile)",
                 *criteria,
                 *moves,
+                f"reliability  {_number(self.reliability)} (R), {_number(self.reliability_kernel)} (K): correlation "
+                "with another run of this length",
                 f"noise floor  {_number(self.noise_floor)} (correlation that chance alone would show)",
                 f"verdict      {self.verdict}: {self.advice}",
             ]
@@ -135,6 +143,8 @@ def diagnose(
     acceptance: Tensor | None = None,
     distance: Tensor | None = None,
     uninformed: float | None = None,
+    completeness: float | None = None,
+    rejects: bool = False,
 ) -> Diagnostics:
     """Combine traces and pilot into diagnostics.
 
@@ -149,6 +159,9 @@ def diagnose(
         acceptance: [C, T], NaN where it was not asked for.
         distance: [C, T], |w - w*|.
         uninformed: what a predictor that has learnt nothing loses, where that is known.
+        completeness: share of its stationary variance that the slowest mode has at the first draw, of a sampler that is
+            not SGLD.
+        rejects: whether the acceptance is that of the chain's own steps.
     """
     rhats, sizes = _rhat_ess(mean_loss.double().numpy()[..., None])
     few = watched[..., :: -(-watched.shape[-1] // RANKED)]
@@ -159,7 +172,7 @@ def diagnose(
     if excess is not None and n_beta is not None:
         llc = n_beta * float(excess.double().mean())
         llc_se = n_beta * _mcse(excess.double().numpy())
-    noise, discretisation, stability, completeness = noise_ratio, None, None, None
+    noise, discretisation, stability = noise_ratio, None, None
     bias = noise_ratio  # of a sampler without discretisation bias in a quadratic
     if sampler is not None:
         retained = 1.0 - float(sampler.lr) * sampler.gain * float(sampler.localization) / 2.0
@@ -169,6 +182,8 @@ def diagnose(
             bias = pilot.foreseen_bias(sampler)
             discretisation = pilot.discretisation(sampler)
             stability = pilot.stability_share(sampler) if sampler.averaged else None
+    growth, growth_z = (None, None) if distance is None else _growth(distance.double().square())
+    of_r, of_k = reliability(watched)
     numbers: dict[str, Any] = {
         "functional_variance": None if criteria is None else criteria.functional_variance,
         "singular_fluctuation": None if criteria is None else criteria.singular_fluctuation,
@@ -192,13 +207,18 @@ def diagnose(
         "burnin_completeness": completeness,
         "drift": drift,
         "drift_z": drift_z,
+        "reliability": of_r,
+        "reliability_kernel": of_k,
+        "size_error": size_error(watched),
+        "growth": growth,
+        "growth_z": growth_z,
         "rise": _mean(excess),
         "uninformed": uninformed,
         "acceptance": _mean(acceptance),
         "distance": _mean(distance),
         "dead_share": dead_share,
     }
-    verdict, advice = judge(numbers)
+    verdict, advice = judge(numbers, rejects=rejects)
     return Diagnostics(**numbers, verdict=verdict, advice=advice)
 
 
@@ -227,6 +247,24 @@ def _drift(mean_loss: np.ndarray) -> tuple[float | None, float | None]:
     move = float(last.mean() - first.mean())
     error = math.hypot(_mcse(first), _mcse(last))
     return move / deviation, move / error if error > 0 else None
+
+
+def _growth(squares: Tensor) -> tuple[float | None, float | None]:
+    """How much [C, T] grows from the first third of the draws to the last: relative, and in standard errors.
+
+    The error is the spread of the chains where there are several, which sees slow components that no chain's own
+    autocorrelation shows.
+    """
+    third = squares.shape[1] // 3
+    if third < 4 or not torch.isfinite(squares).all() or not float(squares.mean()) > 0:
+        return None, None
+    first, last = squares[:, :third], squares[:, -third:]
+    moves = last.mean(dim=1) - first.mean(dim=1)  # [C]
+    own = math.hypot(_mcse(first.numpy()), _mcse(last.numpy()))
+    between = float(moves.std()) / len(moves) ** 0.5 if len(moves) > 1 else 0.0
+    error = max(own, between)
+    move = float(moves.mean())
+    return move / float(first.mean()), move / error if error > 0 else None
 
 
 def _quantile(values: np.ndarray, q: float) -> float | None:
