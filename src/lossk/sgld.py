@@ -108,6 +108,12 @@ class SGLD(SteppingSettings):
             )
 
     @property
+    def has_auto(self) -> bool:
+        """Whether anything is left to be chosen: of a given lr, no noise correction."""
+        open_ones = [name for name, value in self.to_dict().items() if value == "auto"]
+        return bool(open_ones) and (self.lr == "auto" or open_ones != ["noise_correction"])
+
+    @property
     def correction(self) -> float:
         """The strength of the noise correction; 0 for none, or for one that is yet to be chosen."""
         return 0.0 if self.noise_correction == "auto" else float(self.noise_correction)
