@@ -119,9 +119,8 @@ class Chain(ABC):
                 yield None
             excess += self.advance()
             self.draw += 1
-            distance = float(torch.linalg.vector_norm(self.task.flat - self.task.anchor))
             found = self.judge() if self.draw == num_draws else (math.nan, math.nan)
-            yield Draw(self.chain, self.draw - 1, excess / steps, distance, self.acceptance(), *found)
+            yield Draw(self.chain, self.draw - 1, excess / steps, self.task.distance(), self.acceptance(), *found)
 
 
 def time_a_step(chain: Chain) -> float:

@@ -47,6 +47,10 @@ class SGLD(SteppingSettings):
         n_beta: n times the inverse temperature; None is n / ln n with n the number of *training* samples (of a loss per
             token: of unmasked training tokens).
         localization: gamma, the strength of the pull towards w*, or "auto".
+        metric: in which |w - w*| is measured: None, all weights alike; or "fisher", each parameter tensor in units of
+            its own, 1 / sqrt of its mean Fisher diagonal at w* (`lossk.metric`), so that the law is the same for
+            networks that compute the same function with layers of another scale. localization="fisher" is short for
+            "auto" with this metric.
         batch_size: minibatch size; None or at least n is the full gradient.
         num_burnin_steps: steps before the first draw's own steps, per chain, or "auto".
         num_steps_bw_draws: steps from one draw to the next, or "auto".
