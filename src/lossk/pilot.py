@@ -122,7 +122,8 @@ class Pilot:
         share = self.typical_share(sampler)
         if share >= 1.0:
             return math.inf
-        return foreseen_bias(share, self.noise_ratio(sampler), averaged=sampler.averaged)
+        ratio = self.noise_ratio(sampler)
+        return foreseen_bias(share, ratio, averaged=sampler.averaged, alpha=sampler.correction)
 
     def knows_noise(self, controlled: bool) -> bool:
         """Whether it has been measured: what a control variate leaves of it only away from w*."""
