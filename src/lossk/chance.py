@@ -1,8 +1,8 @@
 """What chance alone shows: the law of the correlations that a row would have with samples unrelated to it.
 
-Losses of different chains are independent. Sample i's trace against sample j's of *another* chain, also shifted around
-its own circle in time, has therefore the marginals and memories of the real pair and no covariance. A null correlation
-pairs every chain with the next-but-s one, so it has as many draws as a real one. One chain alone is shifted only.
+Losses of different chains are independent. Sample i's trace against sample j's of *another* chain has
+therefore the marginals and memories of the real pair and no covariance. A null correlation pairs every chain with
+another one, so it has as many draws as a real one. One chain alone is turned around its circle in time.
 
 The null correlations R of a row with random partners are one law of the row, a mixture over its partners, which is what
 "the unrelated samples of this row" means. Rows are told apart by the size of their nulls, 1 / mean R^2 = D effective
@@ -152,8 +152,10 @@ class _RowsOwn:
     def __init__(self, blocks: FactorBlocks, moments: Moments, alive: Tensor, anti: bool) -> None:
         self._blocks, self._chains, self._anti = blocks, moments.num_chains, anti
         rng = np.random.default_rng(SEED)
-        reference, pairings = _some(rng, alive, REFERENCE), _pairings(rng, moments)
+        reference = _some(rng, alive, REFERENCE)
         partners, against = _partners(rng, alive)
+        traces = self._take(reference)
+        pairings = _pairings(rng, moments, traces)
         # What sorts and scales rows may be any function of their own traces, so turns round the circle serve it.
         turns = rng.permutation(moments.num_draws)[:PAIRINGS].tolist()
         self._pairings = [(pairings[m % len(pairings)][0], turn) for m, turn in enumerate(turns)]
@@ -162,7 +164,7 @@ class _RowsOwn:
         self._partners = self._take(partners)
         size, kurtosis = self._measure(reference)
         self._middle, self._edges = (np.median(size), np.median(kurtosis)), _edges(kurtosis)
-        nulls = null_correlations(self._take(reference), self._take(against), pairings, self._chains)
+        nulls = null_correlations(traces, self._take(against), pairings, self._chains)
         g = coordinate(-nulls if anti else nulls, size[:, None, None])
         self.tails = Tails.of(g, np.searchsorted(self._edges, kurtosis, side="right"))
 
@@ -195,7 +197,7 @@ class _Carried:
         index, self._lag1 = watched.index[here], moments.lag1
         traces = _unit(centre(watched.losses[:, :, here], moments.centering).factor.float())
         rng = np.random.default_rng(SEED)
-        nulls = null_correlations(traces, traces, _pairings(rng, moments), moments.num_chains)
+        nulls = null_correlations(traces, traces, _pairings(rng, moments, traces), moments.num_chains)
         lag1 = moments.lag1[index].numpy()
         self._edges = _edges(lag1)
         bins = np.searchsorted(self._edges, lag1, side="right")
@@ -220,21 +222,40 @@ def null_correlations(rows: Tensor, partners: Tensor, pairings: list[Pairing], n
     return out
 
 
-def _pairings(rng: np.random.Generator, moments: Moments) -> list[Pairing]:
-    """Orders of chains that leave none in its place (at most 9 of them); of one chain, turns by a quarter or more."""
+def _pairings(rng: np.random.Generator, moments: Moments, traces: Tensor) -> list[Pairing]:
+    """Orders of chains that leave none in its place, at most 9; of one chain, turns by a quarter or more.
+
+    Two or three chains have few orders. Where memories are short beside a chain, turns add to them; of slow losses a
+    turn would tear the path apart and show too small correlations.
+    """
     chains, draws = moments.num_chains, moments.num_draws
     if chains == 1:
         turns = np.arange(draws // 4, draws - draws // 4)
         return [((0,), int(turn)) for turn in rng.permutation(turns)[:MOST_PAIRINGS]]
     if chains <= 4:
         every = [order for order in permutations(range(chains)) if all(i != c for i, c in enumerate(order))]
-        return [(every[i], 0) for i in rng.permutation(len(every))]
-    found: dict[tuple[int, ...], None] = {}
-    while len(found) < MOST_PAIRINGS:
-        order = tuple(rng.permutation(chains).tolist())
-        if all(i != c for i, c in enumerate(order)):
-            found[order] = None
-    return [(order, 0) for order in found]
+        orders = [every[i] for i in rng.permutation(len(every))]
+    else:
+        found: dict[tuple[int, ...], None] = {}
+        while len(found) < MOST_PAIRINGS:
+            order = tuple(rng.permutation(chains).tolist())
+            if all(i != c for i, c in enumerate(order)):
+                found[order] = None
+        orders = list(found)
+    if len(orders) >= MOST_PAIRINGS or not _forgets(traces, chains):
+        return [(order, 0) for order in orders]
+    turns = rng.permutation(draws)[: MOST_PAIRINGS // len(orders)]
+    return [(order, int(turn)) for order in orders for turn in turns]
+
+
+def _forgets(traces: Tensor, num_chains: int) -> bool:
+    """Whether 95 of 100 unit traces [C T, r] have no memory left, within noise, after an eighth of a chain."""
+    inside = traces.unflatten(0, (num_chains, -1))
+    lag = inside.shape[1] // 8
+    if not lag:
+        return False
+    left = (inside[:, lag:] * inside[:, :-lag]).sum(dim=(0, 1)).abs().double()
+    return float(left.quantile(0.95)) < 0.05 + 3.0 / len(traces) ** 0.5
 
 
 def _partners(rng: np.random.Generator, index: Tensor) -> tuple[Tensor, Tensor]:

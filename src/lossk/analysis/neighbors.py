@@ -74,9 +74,7 @@ def significant_neighbors(
         share,
         chance,
         torch.from_numpy(_false_shares(by_row)),
-        torch.from_numpy(
-            _false_shares(chance.numpy().reshape(1, -1) * int(exists.any(dim=1).sum())).reshape(chance.shape)
-        ),
+        torch.from_numpy(_false_shares(in_table)).reshape(chance.shape),
         kernel._chance.method,
     )
 
