@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lossk.blocks import Blocks, FactorBlocks, Moments, tile_spans, upper_triangle
+from lossk.chance import Chance
 from lossk.checks import (
     check_choice,
     check_flag,
@@ -24,14 +25,7 @@ from lossk.checks import (
 from lossk.column_checks import check_diagnostics, check_sets, check_tokens
 from lossk.dense import AsArray, dense
 from lossk.indexing import resolve, rows_and_columns
-from lossk.neighbors import (
-    Neighbors,
-    device_for_neighbors,
-    nearest,
-    nearest_of_rows,
-    nearest_on_device,
-    noise_floor,
-)
+from lossk.neighbors import Neighbors, device_for_neighbors, nearest, nearest_of_rows, nearest_on_device
 from lossk.ops.top_correlations import BACKENDS
 from lossk.read_memory import check_block, check_eigenpairs, check_matvec, check_neighbors
 from lossk.settings import CENTERINGS
@@ -72,7 +66,7 @@ class LossKernel(AsArray):
         self.meta = {} if meta is None else check_mapping("meta", meta)
         self.diagnostics: Diagnostics | None = check_diagnostics(diagnostics)
         self._tokens, self._sets = check_tokens(tokens, blocks.num_samples), check_sets(sets, blocks.num_samples)
-        self._beside = watched
+        self._beside, self._chance = watched, Chance(blocks, moments, self._watched)
         self._std_over_scale = (moments.variance.sqrt() / moments.scale).float()  # [N], 0 for a dead sample
         self._gain = torch.where(self._std_over_scale > 0, 1.0 / self._std_over_scale, 0.0)  # [N]
 
@@ -323,7 +317,8 @@ class LossKernel(AsArray):
         Returns:
             Neighbors(index [N, k] int64, correlation [N, k] float32, noise_floor [N] float32), or r instead of N. A
             correlation below its row's noise floor is what the best of N unrelated samples would show (by chance alone
-            one neighbour per row is expected above it). Dead samples have no neighbours (index -1) and are nobody's.
+            one neighbour per row is expected above it), as losses of different chains show it (`lossk.chance`). Dead
+            samples have no neighbours (index -1) and are nobody's.
 
         Memory beyond the result and the form itself: of all rows, about five tiles in float32 (350 MB at side 4,096);
         of some, two blocks of r rows (4,096 at a time) by a tile's side.
@@ -340,12 +335,12 @@ class LossKernel(AsArray):
                 found = nearest(self._correlation_tile, self.dead, self.tile, k, anti=anti)
             else:
                 found = nearest_on_device(self._blocks.tile_on, self._gain, self.tile, k, device)
-            return found._replace(noise_floor=noise_floor(self._moments))
+            return found._replace(noise_floor=self._chance.of(self._index(slice(None)), anti=anti).floor())
         if backend == "triton":
             raise ValueError("rows must be None with backend='triton', which ranks whole tiles")
         assert chosen is not None
         found = nearest_of_rows(self._correlation_rows, self.dead, chosen, k, anti=anti)
-        return found._replace(noise_floor=noise_floor(self._moments, chosen))
+        return found._replace(noise_floor=self._chance.of(chosen, anti=anti).floor())
 
     def _correlation_rows(self, rows: Tensor) -> Iterator[tuple[slice, Tensor]]:
         return ((span, self._correlate(block, rows, span)) for span, block in self._blocks.row_blocks(rows))
