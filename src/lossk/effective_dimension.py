@@ -60,7 +60,7 @@ def effective_dimension(
 
     count = task.num_weights
     if count <= EXACT:
-        return float(share(np.linalg.eigvalsh(_matrix(products.hessian, task))).sum())
+        return float(share(np.asarray(np.linalg.eigvalsh(_matrix(products.hessian, task)), dtype=np.float64)).sum())
     found = []
     for number in range(probes):
         noise = normals(SEED, PILOT_CHAIN, number, count, stream=STREAM).to(task.device)
