@@ -34,6 +34,7 @@ def test_defaults() -> None:
         "preconditioner": None,
         "integrator": "auto",
         "control_variate": "auto",
+        "noise_correction": "auto",
         "measure_acceptance": False,
         "params": None,
     }

@@ -8,6 +8,7 @@ from collections.abc import Callable
 import torch
 
 from lossk.chain import Chain, Surroundings
+from lossk.correction import Correction
 from lossk.curvature import Sample, control_variance, gradient_variance, largest_curvature
 from lossk.force import MinibatchForce
 from lossk.settings import SteppingSettings
@@ -33,14 +34,17 @@ class SteppingChain(Chain):
         self.force = MinibatchForce(around, sampler.batch_size, chain, control_variate=control_variate)
         self.limit = explosion_limit(float(around.anchor_losses.mean()), self.task.num_weights, self.n_beta)
 
-    def gradient(self, minibatch: int) -> float:
+    def gradient(self, minibatch: int, correction: Correction | None = None) -> float:
         """Leave the minibatch's gradient in `task.grad`; returns L_B(w) - L_B(w*).
+
+        Args:
+            correction: of the step's noise, to be made by the gradient.
 
         Raises:
             DivergedError: its loss is beyond any chain that still samples around w*.
         """
         with self.around.timings.measure("gradient"):
-            loss, excess = self.force.gradient(minibatch)
+            loss, excess = self.force.gradient(minibatch, correction)
         if not (math.isfinite(loss) and loss < self.limit):
             raise self.diverged(f"minibatch loss {loss:.4g} (limit {self.limit:.4g})")
         return excess

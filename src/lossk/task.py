@@ -19,7 +19,7 @@ from lossk.data import Samples, map_tensors
 from lossk.device import pinned
 from lossk.fold import fold_norms
 from lossk.head import FusedHead, heads_at_a_time
-from lossk.losses import Loss
+from lossk.losses import Loss, Weights
 from lossk.parameters import check_model, select_parameters
 from lossk.passes import Passes
 from lossk.settings import PRECISIONS
@@ -275,8 +275,7 @@ class Task:
             index: [m] int64, the minibatch.
         """
         total = 0.0
-        parts = index.split(fitting_batch(self.passes.gradient_batch, self.loss.positions))
-        for number, part in enumerate(parts):
+        for number, part in enumerate(self.gradient_parts(index)):
             share = len(part) / len(index)
             with torch.enable_grad(), self.autocast():
                 value, outputs, slopes = self.loss.differentiable(self.run_model, samples[part])
@@ -287,6 +286,35 @@ class Task:
                 self.differentiate(outputs, slopes, add=number > 0)
             total += share * float(value)
         return total
+
+    def weighted_gradient(self, samples: Samples, index: Tensor, weights: Weights) -> tuple[float, Tensor]:
+        """Leave the gradient of sum_i a_i loss_i over `index` in `grad`; return the mean loss, and the a_i.
+
+        Args:
+            index: [m] int64, the minibatch.
+            weights: the a_i, or how they follow from the losses of a minibatch that is `in_one_pass`.
+        """
+        parts = self.gradient_parts(index)
+        sizes = [len(part) for part in parts]
+        given = weights.split(sizes) if isinstance(weights, Tensor) else [weights]
+        total, used = 0.0, []
+        for number, (part, own) in enumerate(zip(parts, given, strict=True)):
+            with torch.enable_grad(), self.autocast():
+                losses, applied, outputs, slopes = self.loss.weighted(self.run_model, samples[part], own)
+                if not outputs.requires_grad:
+                    raise ValueError("loss must depend on the sampled parameters, but has no gradient")
+                self.differentiate(outputs, slopes, add=number > 0)
+            total += float(losses.double().sum())
+            used.append(applied)
+        return total / len(index), torch.cat(used)
+
+    def gradient_parts(self, index: Tensor) -> Sequence[Tensor]:
+        """A minibatch as its gradient takes it: so many samples a pass."""
+        return index.split(fitting_batch(self.passes.gradient_batch, self.loss.positions))
+
+    def in_one_pass(self, index: Tensor) -> bool:
+        """Whether the gradient takes all of a minibatch at once."""
+        return len(index) <= fitting_batch(self.passes.gradient_batch, self.loss.positions)
 
     def differentiate(self, value: Tensor, slopes: Tensor | None = None, *, add: bool) -> None:
         """Write the gradient of a scalar, or of slopes . value, into `grad`, or add it there."""

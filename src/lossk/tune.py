@@ -98,6 +98,7 @@ def choose_settings(
         num_steps_bw_draws=thinning,
         integrator=AVERAGED if sampler.averaged else EULER,
         control_variate=controlled,
+        noise_correction=sampler.noise_correction != "auto" and sampler.noise_correction,
     )
     return resolved, reasons
 
