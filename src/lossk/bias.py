@@ -26,6 +26,10 @@ whatever makes the loss no quadratic.
 
 from __future__ import annotations
 
+import math
+
+BIAS_BUDGET = 0.05  # of the variance of the stiffest and noisiest mode, that "auto" allows
+STEEPEST_BUDGET = 0.7  # of the stability limit, at the steepest draw of a thousand
 HALVINGS = 60  # of the interval of alpha: below float64's resolution
 
 
@@ -67,6 +71,20 @@ def correction_strength(s: float, r: float, *, averaged: bool) -> tuple[float, f
         else:
             high = alpha
     return high, foreseen_bias(s, r, averaged=averaged, alpha=high)
+
+
+def longest_step(stiffness: float, noise: float, most: float, *, averaged: bool) -> float:
+    """The step at which `foreseen_bias` is `most`; infinite where no step reaches it.
+
+    Args:
+        stiffness: a of the mode, so that s = eps stiffness / 4.
+        noise: r / eps.
+        most: relative excess, greater than 0.
+    """
+    rate = noise + (most if averaged else 1.0 + most) * stiffness / 4.0  # of the excess, where it is `most`
+    if averaged and noise == 0.0:
+        return math.inf
+    return most / rate if rate > 0 else math.inf
 
 
 def _excess(s: float, r: float, averaged: bool, alpha: float) -> float:

@@ -9,12 +9,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lossk.chain import Draw
+from lossk.chain import Draw, numbers_of
 from lossk.distributed import Ranks
 from lossk.mesh import Item, Mesh
 from lossk.panel import Panel
 
-NUMBERS = 6  # float64 beside each draw's losses: the panel's last step, and five numbers of the draw
+NUMBERS = 7  # float64 beside each draw's losses: the panel's last step, and six numbers of the draw
 
 
 @dataclass(frozen=True)
@@ -52,10 +52,7 @@ class Exchange:
         self._items = list(items)
         if part is not None:
             k, samples = part.losses.shape
-            numbers = [
-                [part.state.step, draw.excess_loss, draw.distance, draw.acceptance, draw.curvature, draw.variance]
-                for draw in part.draws
-            ]
+            numbers = [[part.state.step, *numbers_of(draw)] for draw in part.draws]
             self._sent[:k, :samples] = part.losses
             self._sent[:k, self.width :] = torch.tensor(numbers, dtype=torch.float64, device="cpu").view(torch.float32)
         with self.ranks.watched():

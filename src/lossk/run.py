@@ -23,8 +23,8 @@ from lossk.choose import choose
 from lossk.data import Samples, Transform
 from lossk.device_plan import choose_overlap, choose_with_device, describe_room
 from lossk.device_room import measure_room, place_data
-from lossk.diagnostics import TraceWatch
 from lossk.distributed import Ranks
+from lossk.errors import DivergedError
 from lossk.judging import foreseen_vectors, informed_pilot, plan_judging, working_bytes
 from lossk.layout import Layout, Size, choose_layout
 from lossk.losses import LossFunction, resolve_loss
@@ -37,11 +37,14 @@ from lossk.pilot import Pilot
 from lossk.plan import check_disk, check_traces, factor_layout, make_plan, trace_layout
 from lossk.probe import Probe, prepare_probe, rows_fingerprint, token_fingerprint
 from lossk.probe_sets import read_sources
-from lossk.samplers import Sampler, fit, fit_early, make_chain
+from lossk.samplers import Sampler, fit, fit_early, make_chain, with_shorter_step
 from lossk.sgld import SGLD
 from lossk.task import Task
 from lossk.timings import Progress, Timings, as_table
+from lossk.trace_watch import TraceWatch
 from lossk.witness import check_start
+
+MOST_RESTARTS = 6  # of an automatic run that explodes: the step is then a 64th of the pilot's
 
 
 @dataclass
@@ -243,6 +246,18 @@ class Run:
                 bar=bar,
             )
 
+    def begin_again(self, error: DivergedError) -> str | None:
+        """Half the step of an automatic run that exploded; says so, or None where nothing is to be chosen."""
+        before = sum(reason.startswith("restart") for reason in self.reasons)
+        shorter = with_shorter_step(self.asked, self.sampler) if before < MOST_RESTARTS else None
+        if shorter is None:
+            return None
+        said = f"restart {before + 1} = half the step, twice the steps: {str(error).split(';')[0]}"
+        self.sampler, self.reasons = shorter, [*self.reasons, said]
+        self.watch = TraceWatch(self.num_chains, self.num_draws, len(self.probe))
+        self.task.reset()
+        return said
+
     def announce(self, bar: Progress) -> None:
         """Say what was chosen."""
         n = len(self.train)
@@ -280,7 +295,7 @@ class Run:
             StoreError: it needs more than the disk has.
         """
         step_seconds, taken = self.time_a_step(), budget.taken()
-        batch, judged = self._load(self.asked).minibatch, self._around(Timings()).judging[1] > 0
+        batch, judged = self._load(self.asked).minibatch, self._around(Timings()).judging.samples > 0
         passes = pass_bytes(self.task, self.probe.parts[0].samples, self.train, batch)
         working = working_bytes(
             self.task, passes, self.asked, self.sampler, budget, taken, judged=judged, piloted=saved is None

@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 
 from lossk.blocks import Moments
-from lossk.choose import momentum_noise_ratio
+from lossk.choose import burnin_spread, momentum_noise_ratio
 from lossk.diagnostics import Diagnostics, diagnose
+from lossk.hmc import HMC
 from lossk.information import Criteria
 from lossk.neighbors import median_noise_floor
 from lossk.panel import ChainTotals
@@ -42,5 +43,7 @@ def diagnose_run(run: Run, moments: Moments, totals: ChainTotals) -> Diagnostics
         noise_ratio=momentum_noise_ratio(run.sampler, pilot),
         acceptance=run.watch.acceptance,
         distance=run.watch.distance,
+        completeness=burnin_spread(run.sampler, pilot),
+        rejects=isinstance(run.sampler, HMC),
         uninformed=None if learnt_nothing is None else learnt_nothing[0],
     )

@@ -1,18 +1,16 @@
 """Automatic settings: fills in every "auto" of the sampler from the pilot's measurements, with its reason.
 
-Budgets (relative excess variance of a mode of curvature a is eps a / 4; minibatch noise over injected noise in its
-worst direction is eps n_beta^2 f lambda_max(Cov g) / 4 with f = (n - m) / (m (n - 1))):
+The law comes first. The localization is a function of model and data alone: with it, flat directions forget within 25
+steps of 45 % of the stability limit at the curvature of typical draws; rounded to half octaves, because no trial
+measures that curvature better than to some per cent.
 
-    discretisation   eps (n_beta h_max + gamma) / 4 <= 0.05
-    gradient noise   eps n_beta^2 f lambda_max / 4  <= 0.25
-
-h_max and lambda_max are the larger of what they are at w* and at typical draws of the trial chain, where a trained
-network is several times as steep. With averaged noise (`integrator="leimkuhler-matthews"`, what "auto" means) the bias
-is of second order, and none in a quadratic: there eps a_max / 4 is kept below 0.45, where 1 is unstable.
+Then the step. Its foreseen bias (`lossk.bias`), minibatch noise and discretisation together, stays within 5 % of the
+variance of the stiffest and noisiest mode, and its length within 60 % of the stability limit at the steepest of typical
+draws (one in a thousand: a trained network is several times as steep there as at w*). Minibatch size and control
+variate are those with which flat directions forget at the least cost.
 
 Flat directions, which only the localization pulls back, are the slowest: they forget at rate eps gamma / 2 per step.
-Burn-in takes them to 99 % of their stationary variance. The localization is the least at which they forget within 25
-steps (50 of Euler's), the affordable time; a trial chain (trial.py) then checks the rest and spaces the draws.
+Burn-in takes them to 99 % of their stationary variance. A trial chain (trial.py) checks the rest and spaces the draws.
 """
 
 from __future__ import annotations
@@ -20,20 +18,21 @@ from __future__ import annotations
 import dataclasses
 import math
 
-from lossk.pilot import Pilot
+from lossk.bias import BIAS_BUDGET, STEEPEST_BUDGET, longest_step
+from lossk.pilot import Pilot, batch_factor
+from lossk.settings import FEWEST_BATCH
 from lossk.sgld import AVERAGED, EULER, SGLD
 from lossk.task import Task
 
-DISCRETISATION_BUDGET = 0.05
-STABILITY_BUDGET = 0.45  # eps a_max / 4 with averaged noise; at 1 the chain is unstable
-NOISE_BUDGET = 0.25
+STABILITY_BUDGET = 0.6  # eps a / 4 at typical draws; at 1 the chain is unstable
+LAW_SHARE, LAW_STEPS = 0.45, 25  # the law: at that eps a / 4 of a typical draw, flat directions forget in so many steps
 LAG1_TARGET = math.exp(-1.0)
 BURNIN_TARGET = 0.99
-AFFORDABLE_STEPS = 25  # in which a flat direction shall forget, when localization is free to be chosen
-AFFORDABLE_EULER = 50  # of Euler's step, which is shorter
-STEPS_CAP = 500  # between draws, when it is not
+STEPS_CAP = 500  # between draws
 BURNIN_CAP = 20_000
-CONTROL_PAYS = 2.0  # a control variate doubles the cost of a step, so lr must more than double
+GRADIENT_PASSES = 3.0  # of a gradient, in forward passes
+STEP_FLOPS = 5e6  # that a step takes besides its passes, for the Python around it
+ALIKE = 1.1  # times the least cost: within that, less bias decides
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +42,7 @@ class Limits:
     localization: float = 0.0  # at least this, or the training loss rises too far
     why_localization: str = "keeps the rise of the training loss within its bound"
     most: float = math.inf  # localization at most this, in a trial: nearer to w* it may be less steep
-    lr: float = math.inf  # at most this, or the chain explodes
+    lr: float = math.inf  # at most this, or the chain explodes: the step is shortened, the law stays
     burnin: int = 1  # times the burn-in of flat directions, until the losses plateau
 
 
@@ -52,8 +51,9 @@ def choose_settings(
 ) -> tuple[SGLD, list[str]]:
     """Fill in every "auto"; returns the resolved sampler and one line "name = value: reason" per choice."""
     limits = limits or Limits()
-    controlled = _choose_control(sampler, pilot, limits)
-    localization, lr, why_local, why_lr = _choose_law(sampler, pilot, controlled, limits)
+    localization, why_local = _choose_law(sampler, pilot, limits)
+    step = _choose_step(sampler, pilot, localization, num_train, task.num_weights, limits)
+    lr, controlled = step.lr, step.controlled
     reasons: list[str] = []
     if sampler.n_beta is None:
         reasons.append(
@@ -62,14 +62,13 @@ def choose_settings(
     if sampler.localization == "auto":
         reasons.append(f"localization = {localization:.4g}: {why_local}")
     if sampler.lr == "auto":
-        reasons.append(f"lr = {lr:.3g}: {why_lr}")
+        reasons.append(f"lr = {lr:.3g}: {step.why}")
+    if sampler.batch_size == "auto" and step.batch > min(FEWEST_BATCH, num_train):
+        reasons.append(f"batch_size = {step.batch}: a minibatch of {FEWEST_BATCH} would hold lr at {step.fewest:.2g}")
     if sampler.integrator == "auto" and sampler.averaged:
         reasons.append(f"integrator = {AVERAGED}: noise averaged over two steps has no bias in a quadratic")
     if sampler.control_variate == "auto" and controlled:
-        _, plain, _, _ = _choose_law(sampler, pilot, False, limits)
-        reasons.append(
-            f"control_variate = True: plain minibatch noise would hold lr at {plain:.2g}; a step costs double"
-        )
+        reasons.append(f"control_variate = True: plain noise would hold lr at {step.plain:.2g}; a step costs double")
 
     pull = lr * sampler.gain * localization
     if pull <= 0 and "auto" in (sampler.num_burnin_steps, sampler.num_steps_bw_draws):
@@ -92,6 +91,7 @@ def choose_settings(
     resolved = dataclasses.replace(
         sampler,
         lr=lr,
+        batch_size=step.batch if sampler.batch_size == "auto" else sampler.batch_size,
         n_beta=pilot.n_beta,
         localization=localization,
         num_burnin_steps=burnin,
@@ -105,82 +105,108 @@ def choose_settings(
 
 def step_budget(sampler: SGLD) -> float:
     """The largest eps a_max / 4."""
-    return STABILITY_BUDGET if sampler.averaged else DISCRETISATION_BUDGET
+    return STABILITY_BUDGET if sampler.averaged else BIAS_BUDGET
 
 
-def affordable_steps(sampler: SGLD) -> int:
-    """In which flat directions shall forget; as many as the user wants between draws, if those are more."""
-    steps = AFFORDABLE_STEPS if sampler.averaged else AFFORDABLE_EULER
-    wanted = sampler.num_steps_bw_draws
-    return steps if wanted == "auto" else max(int(wanted), steps)
-
-
-def _choose_control(sampler: SGLD, pilot: Pilot, limits: Limits) -> bool:
-    if sampler.control_variate != "auto":
-        return bool(sampler.control_variate)
-    if sampler.lr != "auto" or pilot.batch_factor == 0.0:
-        return False
-    with_it, without = (_choose_law(sampler, pilot, controlled, limits)[1] for controlled in (True, False))
-    return with_it > CONTROL_PAYS * without
-
-
-def _choose_law(sampler: SGLD, pilot: Pilot, controlled: bool, limits: Limits) -> tuple[float, float, str, str]:
-    """(localization, lr, why the one, why the other). Budgets are kept at the preconditioner's largest gain.
-
-    Flat directions have that gain: there V is small. The least localization that mixes within `steps` has
-    lr gamma = 2 / steps with lr at the tighter of its two bounds, so
-    gamma = 2 / (steps noise_lr) or gamma = stiff / (2 B steps - 1), with B the step's budget.
-    """
-    gain, steps = sampler.gain, affordable_steps(sampler)
+def _choose_law(sampler: SGLD, pilot: Pilot, limits: Limits) -> tuple[float, str]:
+    """(localization, why): gamma = (n_beta h + gamma) / (2 B steps), h the curvature of typical draws at gamma."""
     if sampler.localization != "auto":
-        localization, why_local = float(sampler.localization), ""
+        return float(sampler.localization), ""
+    per = pilot.n_beta / (2 * LAW_SHARE * LAW_STEPS - 1)
+    fixed, drawn = per * pilot.curvature, per * pilot.steepening
+    if pilot.drawn_localization:  # what is found at draws more than at w* goes as 1 / gamma
+        found = (fixed + math.sqrt(fixed**2 + 4 * drawn * pilot.drawn_localization)) / 2
     else:
-        localization = min(_mixing_localization(sampler, pilot, controlled, steps, limits), limits.most)
-        why_local = f"flat directions then forget within {steps} steps"
-        if localization < limits.localization:
-            localization, why_local = limits.localization, limits.why_localization
-        elif localization == 0.0:
-            localization, why_local = 1.0, "no curvature or gradient noise to choose it by"
+        found = fixed + drawn
+    found, why = min(to_half_octave(found), limits.most), "1/22 of the curvature of typical draws, to half octaves"
+    if found < limits.localization:
+        return limits.localization, limits.why_localization
+    return (found, why) if found > 0 else (1.0, "no curvature to choose it by")
+
+
+def to_half_octave(value: float, *, up: bool = False) -> float:
+    """The nearest power of the square root of two, or the next above; 0 stays."""
+    if value <= 0:
+        return 0.0
+    octaves = 2 * math.log2(value)
+    return float(2 ** ((math.ceil(octaves - 1e-9) if up else round(octaves)) / 2))
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """A step, and at what price."""
+
+    lr: float
+    batch: int
+    controlled: bool
+    cost: float  # forward passes for flat directions to forget, up to a factor
+    noise: float  # minibatch noise over injected noise
+    why: str
+    plain: float = math.nan  # lr without the control variate
+    fewest: float = math.nan  # lr with the smallest minibatch
+
+
+def _choose_step(
+    sampler: SGLD, pilot: Pilot, localization: float, num_train: int, num_weights: int, limits: Limits
+) -> Step:
+    """The cheapest of the minibatch sizes, with and without a control variate, that are to be chosen from."""
+    overhead = STEP_FLOPS / (2 * num_weights)  # in forward passes, of at least two flops a weight
+    steps: dict[tuple[int, bool], Step] = {}
+    for batch in batches(sampler.batch_size, num_train):
+        here = dataclasses.replace(pilot, batch_factor=batch_factor(num_train, batch))
+        for controlled in _controls(sampler, batch < num_train):
+            lr, why = _longest(sampler, here, localization, controlled, limits)
+            noise = here.noise_per_lr(controlled, localization) * sampler.gain
+            passes = GRADIENT_PASSES * batch * (2 if controlled and batch < num_train else 1)
+            steps[batch, controlled] = Step(lr, batch, controlled, (overhead + passes) / lr, lr * noise, why)
+    least = min(step.cost for step in steps.values())
+    best = min(
+        (step for step in steps.values() if step.cost <= ALIKE * least), key=lambda step: (step.noise, step.cost)
+    )
+    fewest = next(iter(steps.values())).lr
+    plain = steps.get((best.batch, False), best).lr
+    return dataclasses.replace(best, plain=plain, fewest=fewest)
+
+
+def batches(batch_size: int | str | None, num_train: int) -> list[int]:
+    """The minibatch sizes to choose from: one that is given, or 256, 512, ... and all samples."""
+    if batch_size != "auto":
+        return [num_train if batch_size is None else min(int(batch_size), num_train)]
+    sizes = []
+    size = FEWEST_BATCH
+    while size < num_train:
+        sizes.append(size)
+        size *= 2
+    return [*sizes, num_train]
+
+
+def _controls(sampler: SGLD, minibatches: bool) -> tuple[bool, ...]:
+    if sampler.control_variate != "auto":
+        return (bool(sampler.control_variate),)
+    return (False, True) if sampler.lr == "auto" and minibatches else (False,)
+
+
+def _longest(
+    sampler: SGLD, pilot: Pilot, localization: float, controlled: bool, limits: Limits
+) -> tuple[float, str]:  # fmt: skip
+    """(lr, why). Budgets are kept at the preconditioner's largest gain: flat directions have it: V is small there."""
     if sampler.lr != "auto":
-        return localization, float(sampler.lr), why_local, ""
-    stiffest = pilot.stiffest(localization)
-    noise = pilot.noise_per_lr(controlled, localization)
-    noise_lr = NOISE_BUDGET / noise if noise > 0 else math.inf
-    step_lr = 4 * step_budget(sampler) / stiffest if stiffest > 0 else math.inf
-    lr = min(step_lr, noise_lr)
+        return float(sampler.lr), ""
+    gain = sampler.gain
+    stiffest, noise = pilot.stiffest(localization), pilot.noise_per_lr(controlled, localization)
+    stable = 4 * step_budget(sampler) / stiffest if stiffest > 0 else math.inf
+    safe = 4 * STEEPEST_BUDGET / pilot.steepest(localization) if stiffest > 0 else math.inf
+    unbiased = longest_step(stiffest, noise, BIAS_BUDGET, averaged=sampler.averaged)
+    lr = min(stable, unbiased, safe)
     if not math.isfinite(lr):
         raise ValueError("lr='auto' needs a loss with curvature or localization > 0; give lr= as a number")
-    if step_lr <= noise_lr:
-        share, rule = f"{step_budget(sampler):.0%}", f"at curvature {stiffest:.3g}"
-        why_lr = (
-            f"{share} of the stability limit {rule}" if sampler.averaged else f"discretisation budget {share} {rule}"
-        )
+    if lr == safe < stable:
+        why = f"{STEEPEST_BUDGET:.0%} of the stability limit at the steepest draw of a thousand"
+    elif lr == stable:
+        why = f"{step_budget(sampler):.0%} of the stability limit at curvature {stiffest:.3g}"
     else:
-        why_lr = f"gradient-noise budget {NOISE_BUDGET:.2g} (discretisation alone would allow {step_lr / gain:.2g})"
+        why = f"foreseen bias {BIAS_BUDGET:.0%} of a variance (stability alone would allow {stable / gain:.2g})"
     if gain != 1.0:
-        why_lr += f", at the preconditioner's largest gain {gain:.3g}"
+        why += f", at the preconditioner's largest gain {gain:.3g}"
     lr /= gain
-    if lr > limits.lr:
-        lr, why_lr = limits.lr, "a longer step made the trial chain explode"
-    return localization, lr, why_local, why_lr
-
-
-def _mixing_localization(sampler: SGLD, pilot: Pilot, controlled: bool, steps: int, limits: Limits) -> float:
-    if sampler.lr != "auto":
-        return 2.0 / (steps * float(sampler.lr) * sampler.gain)
-
-    def least(per: float, fixed: float, drawn: float) -> float:
-        """gamma = per (fixed + drawn gamma_drawn / gamma)."""
-        fixed, drawn = per * fixed, per * drawn
-        if pilot.drawn_localization:
-            return (fixed + math.sqrt(fixed**2 + 4 * drawn * pilot.drawn_localization)) / 2
-        return fixed + drawn
-
-    from_step = least(pilot.n_beta / (2 * step_budget(sampler) * steps - 1), pilot.curvature, pilot.steepening)
-    if controlled:  # noise per lr is c / gamma: gamma^2 = 2 c / (steps budget)
-        from_noise = math.sqrt(2.0 * pilot.noise_per_lr(True, 1.0) / (steps * NOISE_BUDGET))
-    else:
-        per = pilot.n_beta**2 * pilot.batch_factor / (2.0 * steps * NOISE_BUDGET)
-        from_noise = least(per, pilot.gradient_variance, pilot.loudening)
-    from_explosion = 2.0 / (steps * limits.lr * sampler.gain) if math.isfinite(limits.lr) else 0.0
-    return max(from_step, from_noise, from_explosion)
+    return (lr, why) if lr <= limits.lr else (limits.lr, "a longer step made the trial chain explode")

@@ -105,6 +105,7 @@ def _samplers(table: Table) -> None:
         "friction": auto,
         "integrator": r.anything,
         "control_variate": r.either(r.flag, AUTO),
+        "noise_correction": r.either(r.flag, AUTO, r.number(least=0.0)),
         "averaged_noise": r.either(r.flag, AUTO),
     }
     table.add("lossk.SGLD", {}, steps)

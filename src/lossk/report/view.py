@@ -7,13 +7,14 @@ from typing import Any
 import numpy as np
 
 from lossk.available import gigabytes
-from lossk.diagnostics import ESS_LIMIT, RHAT_LIMIT, STABILITY_LIMIT, Diagnostics
+from lossk.diagnostics import Diagnostics
 from lossk.kernel import LossKernel
 from lossk.plan import duration
 from lossk.report.findings import EIGENROWS, HEAVY, Findings
 from lossk.report.payload import shorten, traces_of, unit_of
 from lossk.report.samples import Samples, thumbnails
 from lossk.report.sprites import Sprites, thumbnail_uri
+from lossk.verdict import ESS_LIMIT, RHAT_LIMIT, STABILITY_LIMIT
 
 CARD = 56  # CSS pixels of a card's image, its longer side
 STAGES = ("pilot", "prefix", "anchor", "fit", "gradient", "step", "probe", "update", "tiles", "store", "wait")
