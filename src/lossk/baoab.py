@@ -52,6 +52,7 @@ class BAOAB(SteppingSettings):
             which the slowest mode of a quadratic U forgets soonest, 1.4 to 2 times sqrt(localization) (`lossk.modes`).
         n_beta: n times the inverse temperature; None is n / ln n with n the number of *training* samples.
         localization: gamma, the strength of the pull towards w*, or "auto": the value SGLD(localization="auto") takes.
+        metric: None or "fisher", as for SGLD; localization="fisher" is short for "auto" with it.
         batch_size: minibatch size; None or at least n is the full gradient. "auto" takes 256, 512, ... or all samples,
             whichever costs least at a foreseen bias within 5 %; 256 where step_size is a number.
         num_burnin_steps: steps before the first draw's own steps, per chain, or "auto": every mode has 99 % of its

@@ -12,7 +12,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor
 
 from lossk.data import Samples
@@ -143,9 +142,9 @@ class Chain(ABC):
                 yield None
             excess += self.advance()
             self.draw += 1
-            distance = float(torch.linalg.vector_norm(self.task.flat - self.task.anchor))
             found = self.judge() if self.draw == num_draws else (math.nan, math.nan)
             glance = self.glance() if self._to_glance(num_draws) else math.nan
+            distance = self.task.distance()
             yield Draw(self.chain, self.draw - 1, excess / steps, distance, self.acceptance(), *found, glance)
 
 

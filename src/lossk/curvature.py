@@ -122,7 +122,7 @@ class Products:
 
     def _gradient(self, scalar: Tensor) -> Tensor:
         parts = torch.autograd.grad(scalar, self.task.sampled, materialize_grads=True)
-        return self.task.flatten(parts)
+        return self.task.pull_back(self.task.flatten(parts))
 
     def gradient_covariance(self, v: Tensor) -> Tensor:
         """Cov(g) v = (1/B) sum_i (g_i'v - mean) g_i, the directional derivatives g_i'v by central differences."""

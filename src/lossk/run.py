@@ -29,6 +29,7 @@ from lossk.judging import foreseen_vectors, informed_pilot, plan_judging, workin
 from lossk.layout import Layout, Size, choose_layout
 from lossk.losses import LossFunction, resolve_loss
 from lossk.memory import Budget
+from lossk.metric import describe_metric, fisher_scales
 from lossk.panel import Panel, chain_panels
 from lossk.pass_memory import fit_passes, pass_bytes
 from lossk.passes import Passes, resumed_passes
@@ -69,6 +70,7 @@ class Run:
     pilot: Pilot | None = None
     reasons: list[str] = field(default_factory=list)
     passes_reasons: list[str] = field(default_factory=list)
+    scales: dict[str, float] | None = None  # of the sampled parameters, where a metric gives each its own
     fitted: dict[str, Tensor] = field(default_factory=dict)  # what the sampler's chains share
     timings: Timings = field(default_factory=Timings)
     pass_seconds: float = 0.0  # of one training sample's loss at w*
@@ -212,6 +214,7 @@ class Run:
             ranks: of the run, which all call this: they share the passes over all training samples, to the same bits.
                 Rank 0 has the pilot, or knows what was `chosen`; its choices are everyone's.
         """
+        self._set_metric(chosen, ranks)
         self.anchor_losses, self.pass_seconds = evaluate_anchor(self.task, self.train, self.timings, ranks)
         with self.timings.measure("fit"):
             early = fit_early(self.sampler, self.task, self.train, ranks)
@@ -225,6 +228,18 @@ class Run:
                 self._choose(choices, bar)
         with self.timings.measure("fit"):
             self.fitted = fit(self.sampler, self.task, self.train, seed=self.seed, early=early, ranks=ranks)
+
+    def _set_metric(self, chosen: dict[str, Any] | None, ranks: Ranks | None) -> None:
+        """Have the chains move in the coordinates of the sampler's metric."""
+        if getattr(self.asked, "metric", None) is None:
+            return
+
+        def measured() -> dict[str, float]:
+            return fisher_scales(self.task, self.train) if chosen is None else chosen["scales"]
+
+        with self.timings.measure("fit"):
+            self.scales = measured() if ranks is None else ranks.decide(measured)
+        self.task.rescale([self.scales[name] for name in self.task.names])
 
     def _chosen_here(self, chosen: dict[str, Any] | None, bar: Progress | None) -> dict[str, Any]:
         self._choose(chosen, bar)
@@ -245,6 +260,8 @@ class Run:
                 run_passes=self._passes_of(self.asked),
                 bar=bar,
             )
+        if self.scales is not None:
+            self.reasons.append(describe_metric(self.scales))
 
     def begin_again(self, error: DivergedError) -> str | None:
         """Half the step of an automatic run that exploded; says so, or None where nothing is to be chosen."""

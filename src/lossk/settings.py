@@ -24,6 +24,7 @@ DTYPES = ("float32", "float16")
 CENTERINGS = ("chain", "pooled")
 FORMS = ("tiles", "factor")
 BACKENDS = ("auto", "torch", "cpp", "triton", "cuda")
+METRICS = (None, "fisher")
 PRECISIONS = (None, "bf16", "fp16", "tf32")
 FEWEST_BATCH = 256  # that batch_size="auto" chooses, and what it is where the step is a number
 MOST_SEED = 2**32 - 1  # a Philox key's word
@@ -118,6 +119,18 @@ def minibatch_of(batch_size: int | str | None, num_train: int) -> int:
     return min(FEWEST_BATCH if isinstance(batch_size, str) else batch_size, num_train)
 
 
+def check_pull(localization: Any, metric: Any, least: float = 0.0) -> dict[str, Any]:
+    """`localization` and `metric`, where "fisher" for the first is short for "auto" and "fisher"."""
+    if isinstance(localization, str) and localization in METRICS:
+        localization, metric = "auto", localization
+    if isinstance(localization, str) and localization != "auto":
+        raise ValueError(f"localization must be a number, 'auto' or 'fisher', got {localization!r}")
+    return {
+        "localization": check_automatic("localization", localization, least=least),
+        "metric": check_choice("metric", metric, METRICS),
+    }
+
+
 def put(settings: Any, **plain: Any) -> None:
     """Set fields of a frozen dataclass, from its own __post_init__, to their plain values."""
     for name, value in plain.items():
@@ -142,6 +155,8 @@ class SamplerSettings:
         """A plain, JSON-ready form; the class gives it back from these as keywords."""
         plain = dataclasses.asdict(self)
         plain["params"] = None if self.params is None else list(self.params)
+        if plain.get("metric") is None:
+            plain.pop("metric", None)
         return plain
 
 
@@ -150,7 +165,8 @@ class SteppingSettings(SamplerSettings):
     """What the settings of the samplers that step by minibatches have in common."""
 
     n_beta: float | None = None
-    localization: float | Literal["auto"] = "auto"
+    localization: float | Literal["auto", "fisher"] = "auto"
+    metric: Literal["fisher"] | None = None
     batch_size: int | Literal["auto"] | None = "auto"
     num_burnin_steps: int | Literal["auto"] = "auto"
     num_steps_bw_draws: int | Literal["auto"] = "auto"
@@ -160,7 +176,7 @@ class SteppingSettings(SamplerSettings):
         put(
             self,
             n_beta=check_n_beta(self.n_beta),
-            localization=check_automatic("localization", self.localization, least=0.0),
+            **check_pull(self.localization, self.metric),
             batch_size=check_batch_size(self.batch_size),
             num_burnin_steps=check_steps("num_burnin_steps", self.num_burnin_steps, 0),
             num_steps_bw_draws=check_steps("num_steps_bw_draws", self.num_steps_bw_draws, 1),

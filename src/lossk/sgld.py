@@ -48,6 +48,10 @@ class SGLD(SteppingSettings):
         n_beta: n times the inverse temperature; None is n / ln n with n the number of *training* samples (of a loss per
             token: of unmasked training tokens).
         localization: gamma, the strength of the pull towards w*, or "auto".
+        metric: in which |w - w*| is measured: None, all weights alike; or "fisher", each parameter tensor in units of
+            its own, 1 / sqrt of its mean Fisher diagonal at w* (`lossk.metric`), so that the law is the same for
+            networks that compute the same function with layers of another scale. localization="fisher" is short for
+            "auto" with this metric.
         batch_size: minibatch size; None or at least n is the full gradient. "auto" takes 256, 512, ... or all samples,
             whichever costs least at a foreseen bias within 5 % (`lossk.bias`); 256 where lr is a number.
         num_burnin_steps: steps before the first draw's own steps, per chain, or "auto".

@@ -10,6 +10,7 @@ from lossk.samplers import Sampler
 from lossk.sgld import SGLD
 
 WEIGHTS = 3  # w, w* and the gradient
+COORDINATES = 3  # with a metric: the model's weights, w* beside u*, and a gradient before it is rescaled
 LANCZOS = 8  # start, two of its vectors, the center, two gradients, one being made and its parts
 HELD_OUT = 2  # vectors that are kept in bfloat16 to the end of an iteration, in the room of one
 CONTROL = 3  # the gradient at w*, a minibatch's there, the weights meanwhile
@@ -25,6 +26,7 @@ def chain_vectors(sampler: Sampler) -> int:
         own = 6
     else:
         own = 5 if isinstance(sampler, HMC) else 3
+    own += COORDINATES if getattr(sampler, "metric", None) is not None else 0
     return WEIGHTS + own + (CONTROL if _may_control(sampler) else 0) + (CORRECTION if _may_correct(sampler) else 0)
 
 
