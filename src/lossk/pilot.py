@@ -122,8 +122,8 @@ class Pilot:
         share = self.typical_share(sampler)
         if share >= 1.0:
             return math.inf
-        ratio = self.noise_ratio(sampler)
-        return foreseen_bias(share, ratio, averaged=sampler.averaged, alpha=sampler.correction)
+        noise, strength = self.noise_ratio(sampler), sampler.correction if self.batch_factor > 0 else 0.0
+        return foreseen_bias(share, noise, averaged=sampler.averaged, alpha=strength)
 
     def knows_noise(self, controlled: bool) -> bool:
         """Whether it has been measured: what a control variate leaves of it only away from w*."""
