@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lossk.analysis.inputs import check_kernel
 from lossk.indexing import resolve
-from lossk.standard_error import bartlett_factor, method_for
+from lossk.standard_error import bartlett_factor, method_for, pair_errors
 
 if TYPE_CHECKING:
     from lossk.kernel import LossKernel
@@ -53,12 +53,15 @@ def significant_neighbors(
     draws = kernel.num_chains * (kernel.num_draws - 1)
     variance = bartlett_factor(lag1[here].unsqueeze(1) * lag1[found.index.clamp(min=0)]) / draws
     size = (-found.correlation if anti else found.correlation).double()
-    if method_for(kernel._blocks) == "products":
+    method = method_for(kernel._blocks, watched=kernel._watched() is not None)
+    if method == "products":
         none = torch.zeros(0, found.index.shape[1], dtype=torch.float32, device="cpu")
         pairs = zip(here.tolist(), found.index.clamp(min=0), strict=True)
         error = torch.cat([none, *(kernel.standard_error([i], index, correlation=True) for i, index in pairs)])
     else:
-        error = ((1 - size.square()) * variance.sqrt()).float()
+        fitted = kernel._fitted_errors if method == "watched" else None
+        ends, known = (here.unsqueeze(1), found.index.clamp(min=0)), found.correlation.double()
+        error = pair_errors(kernel._moments, fitted, *ends, known, correlation=True).float()
     error = error.masked_fill(~exists, float("nan"))
     freedom = (1 / variance - 2.0).clamp(min=1e-3)
     t = size * freedom.sqrt() / (1 - size.square()).clamp(min=1e-15).sqrt()
