@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,8 +31,9 @@ from lossk.ops.top_correlations import BACKENDS
 from lossk.read_memory import check_block, check_eigenpairs, check_matvec, check_neighbors
 from lossk.settings import CENTERINGS
 from lossk.spectrum import leading, way_of
-from lossk.standard_error import METHODS, bartlett, from_draws, method_for
+from lossk.standard_error import METHODS, from_draws, from_moments, method_for
 from lossk.watched import Watched, watched_in
+from lossk.watched_errors import WatchedErrors, watched_errors
 
 if TYPE_CHECKING:
     from lossk.diagnostics import Diagnostics
@@ -210,36 +212,34 @@ class LossKernel(AsArray):
         """Monte Carlo standard error of a covariance block (or correlation block): [r, c] float32, nats^2 (or 1).
 
         Args:
-            method: "lag1" from each loss's lag-1 autocorrelation r and D = C (T - 1) draws (Bartlett 1935, for traces
-                near AR(1)): with f = (1 + r_i r_j) / (1 - r_i r_j),
-                se(K_ij)^2 = (K_ii K_jj + K_ij^2) f / D,  se(R_ij) = (1 - R_ij^2) sqrt(f / D).
-                It takes the losses for jointly normal, which losses of real networks are not: for single entries
-                it can be several times too small or too large.
-                "products": from the spread of the draws' own products l_i l_j, whatever the law of the losses; needs
-                the factor form.
-                "chains": the spread of the C chains' own kernels over sqrt(C), whatever the traces; needs the factor
-                form, chain centring, and at least 2 chains (and many for a steady answer).
-                "auto": "products" where the draws are in memory, else "lag1".
+            method: "products": from the draws' own products, by batches of every length, whatever the law and memory of
+                the losses (`lossk.product_errors`); needs the factor form. "watched": "lag1" times the ratio "products"
+                over "lag1" of the up to 256 samples whose traces are kept (`lossk.watched_errors`). +- 1.96 of either
+                cover 95 %: Student's t of the batches is in it.
+                "chains": the spread of the C chains' own kernels over sqrt(C); needs the factor form, chain centring
+                and at least 2 chains. Read it with t of C - 1 degrees of freedom (4 chains: +- 3.18 cover 95 %).
+                "lag1": with each loss's lag-1 autocorrelation r, D = C (T - 1), f = (1 + r_i r_j) / (1 - r_i r_j),
+                se(K_ij)^2 = (K_ii K_jj + K_ij^2) f / D,  se(R_ij) = (1 - R_ij^2) sqrt(f / D) (Bartlett 1935): right for
+                normal AR(1) traces; for those of networks it can be several times too small or too large.
+                "auto": "products" where the draws are in memory, else "watched"; "lag1" where no traces are kept.
         """
         method, correlation = check_choice("method", method, METHODS), check_flag("correlation", correlation)
         rows, columns = self._index(rows), self._index(columns, "columns")
-        method = method_for(self._blocks) if method == "auto" else method
-        if method != "lag1":
-            return from_draws(self._blocks, self._moments, self.centering, method)(rows, columns, correlation)
-        relative = bartlett(self._moments, rows, columns)
-        if correlation:
-            return ((1 - self.correlation(rows, columns).double().square()) * relative).float()
-        scaled = self._blocks.gather(rows, columns).double()
-        ratio = self._std_over_scale.double()
-        spread = ((ratio[rows].unsqueeze(1) * ratio[columns]).square() + scaled.square()).sqrt() * relative
-        scale = self._moments.scale
-        return (spread * scale[rows].unsqueeze(1) * scale[columns]).float()
+        method = method_for(self._blocks, watched=self._beside is not None) if method == "auto" else method
+        if method in ("products", "chains"):
+            return from_draws(self._blocks, self._moments, rows, columns, correlation=correlation, method=method)
+        fitted = self._fitted_errors if method == "watched" else None
+        return from_moments(self._blocks, self._moments, fitted, rows, columns, correlation=correlation)
+
+    @cached_property
+    def _fitted_errors(self) -> WatchedErrors:
+        return watched_errors(self._watched(), self._moments)
 
     def _correlate(self, block: Tensor, rows: Tensor | slice, columns: Tensor | slice) -> Tensor:
         return (block * self._gain[rows].unsqueeze(1)).mul_(self._gain[columns]).clamp_(-1.0, 1.0)
 
     def _watched(self) -> Watched | None:
-        """Up to 256 samples' own traces, kept beside tiles or read from the factor; None of tiles without."""
+        """Up to 256 samples' own traces, beside tiles or from the factor; None of an earlier version's tiles."""
         return watched_in(self._blocks, self._moments) if self._beside is None else self._beside
 
     def _index(self, key: Any, name: str = "rows") -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lossk.analysis.inputs import check_kernel
 from lossk.indexing import resolve
-from lossk.standard_error import bartlett_factor, method_for
+from lossk.standard_error import method_for, pair_errors
 
 if TYPE_CHECKING:
     from lossk.kernel import LossKernel
@@ -81,14 +81,13 @@ def significant_neighbors(
 
 def _standard_error(kernel: LossKernel, rows: Tensor, index: Tensor, size: Tensor) -> Tensor:
     """Of the correlations of rows [r] with their neighbours [r, k]: float32."""
-    if method_for(kernel._blocks) == "products":
+    method = method_for(kernel._blocks, watched=kernel._watched() is not None)
+    if method == "products":
         none = torch.zeros(0, index.shape[1], dtype=torch.float32, device="cpu")
         pairs = zip(rows.tolist(), index, strict=True)
         return torch.cat([none, *(kernel.standard_error([i], to, correlation=True) for i, to in pairs)])
-    lag1 = kernel.lag1.clamp(-0.99, 0.99)
-    draws = kernel.num_chains * (kernel.num_draws - 1)
-    variance = bartlett_factor(lag1[rows].unsqueeze(1) * lag1[index]) / draws
-    return ((1 - size.square()) * variance.sqrt()).float()
+    fitted = kernel._fitted_errors if method == "watched" else None
+    return pair_errors(kernel._moments, fitted, rows.unsqueeze(1), index, size, correlation=True).float()
 
 
 def _false_shares(expected: np.ndarray) -> np.ndarray:
