@@ -23,6 +23,7 @@ import torch
 
 from bench import calibration_bias, calibration_law, calibration_verdicts
 from bench.machine import ROOT, environment
+from bench.markdown import table
 
 Record = dict[str, Any]
 SECTIONS = ("bias", "verdicts", "law", "coverage", "floors")
@@ -68,7 +69,7 @@ def page(results: Path) -> str:
         if not path.exists():
             continue
         record = json.loads(path.read_text())
-        text = OWN[section].section(record) if section in OWN else f"## {section.title()}\n\n{record['rows']}"
+        text = OWN[section].section(record) if section in OWN else _elsewhere(section, record["rows"])
         machine = record["environment"]
         parts += [
             text,
@@ -76,6 +77,16 @@ def page(results: Path) -> str:
             f"load {machine['load_average']}; git {machine['git_sha']}.",
         ]
     return "\n\n".join(parts) + "\n"
+
+
+def _elsewhere(section: str, rows: list[Record]) -> str:
+    """By the part's own words, or a plain table of its rows."""
+    title, module = {"coverage": "Coverage", "floors": "Noise floors"}[section], ELSEWHERE[section][0]
+    part = importlib.import_module(module) if importlib.util.find_spec(module) else None
+    if part is not None and hasattr(part, "section"):
+        return f"## {title}\n\n{part.section(rows)}"
+    cells = [[f"{value:.3g}" if isinstance(value, float) else str(value) for value in row.values()] for row in rows]
+    return f"## {title}\n\n{table(list(rows[0]), cells)}"
 
 
 def main(words: Sequence[str] | None = None) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from bench.calibration_problems import problem
-from bench.calibration_runs import run
+from bench.calibration_runs import SMALL, run
 from bench.markdown import table
 
 NAMES = ("linear", "ill-scaled linear", "ReLU MLP", "logistic", "softmax", "singular", "memorised", "40 blocks",
@@ -19,9 +19,9 @@ Row = dict[str, Any]
 def measure(seeds: Iterable[int], small: bool = False) -> Iterator[list[Row]]:
     """All rows so far, after each run."""
     rows: list[Row] = []
-    for name in ("singular",) if small else NAMES:
+    for name in ("small linear",) if small else NAMES:
         for seed in seeds:
-            rows.append(run(problem(name), seed=seed) | {"seed": seed})
+            rows.append(run(problem(name), seed=seed, **(SMALL if small else {})) | {"seed": seed})
             yield rows
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import lossk
@@ -35,7 +35,7 @@ def stiffest(of: Problem) -> float:
     return 21 * pull(of)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _chosen(name: str, kind: str) -> Any:
     """What the engine chooses at that localization, with seed 0."""
     of, kinds = problem(name), {"sgld": lossk.SGLD, "baoab": lossk.BAOAB}
@@ -70,7 +70,7 @@ def stepping(share: float, noise: float | None = None, **changes: Any) -> Made:
             "localization": pull(of),
             "batch_size": batch,
             "num_burnin_steps": math.ceil(10 / (lr * pull(of))),
-            "num_steps_bw_draws": math.ceil(2 / (lr * pull(of))),
+            "num_steps_bw_draws": math.ceil(0.5 / (lr * pull(of))),
             "integrator": "leimkuhler-matthews",
             "control_variate": False,
         }
@@ -103,7 +103,7 @@ def faults() -> Iterator[Fault]:
     """All of them, after the clean runs."""
     for name in ("small linear", "small softmax", "ReLU MLP", "linear"):
         yield Fault("none: automatic", name, pulled(1.0), CLEAN)
-    yield Fault("none: full gradient at 5 % of the limit", "small linear", stepping(0.05), CLEAN)
+    yield Fault("none: full gradient at 20 % of the limit", "small linear", stepping(0.2), CLEAN)
     yield Fault("none: BAOAB", "small linear", changed("baoab"), CLEAN)
     yield Fault("none: HMC", "small linear", hmc(1.0), CLEAN)
     for factor in (2.0, 4.0, 10.0):
@@ -116,7 +116,7 @@ def faults() -> Iterator[Fault]:
     yield Fault("noise .25 and step .45", "small linear", stepping(0.45, 0.25))
     yield Fault("noise .25 and step .45", "small softmax", stepping(0.45, 0.25))
     yield Fault("noise .8 and step .6", "small linear", stepping(0.6, 0.8))
-    yield Fault("noise .8", "small softmax", stepping(0.05, 0.8))
+    yield Fault("noise .8 and step .15", "small softmax", stepping(0.15, 0.8))
     yield Fault("batches of 1", "small softmax", changed(batch_size=1, control_variate=False))
     yield Fault("batches of 2, control variate", "small linear", changed(batch_size=2, control_variate=True))
     yield Fault("no burn-in", "small linear", changed(num_burnin_steps=0))

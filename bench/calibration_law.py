@@ -12,7 +12,8 @@ from bench.calibration_runs import known_truth
 from bench.markdown import table
 from lossk.recipes import digits
 
-NAMES = ("linear", "ill-scaled linear", "ReLU MLP", "logistic", "softmax", "singular", "memorised", "40 blocks", "digits")
+NAMES = ("linear", "ill-scaled linear", "ReLU MLP", "logistic", "softmax", "singular", "memorised", "40 blocks",
+         "digits")  # fmt: skip
 BATCHES = (4, 256)
 Row = dict[str, Any]
 
@@ -43,7 +44,7 @@ def chosen(name: str, seed: int, **settings: Any) -> float | str:
 def measure(seeds: Iterable[int], small: bool = False) -> Iterator[list[Row]]:
     """All rows so far, after each network."""
     rows: list[Row] = []
-    for name in ("singular",) if small else NAMES:
+    for name in ("small linear",) if small else NAMES:
         found = {"problem": name, "localization": [chosen(name, seed) for seed in seeds],
                  "batches": {str(size): chosen(name, 0, batch_size=size) for size in BATCHES}}  # fmt: skip
         if name != "digits":
@@ -76,7 +77,7 @@ def section(record: Row) -> str:
     head = ["network", "n_beta h_max at w\\*", "laws", "localization", "ratio", "no law", "batches of 4 / 256",
             "true trace K, ratio"]  # fmt: skip
     return (
-        "## The law over seeds\n\n`localization=\"auto\"` over seeds, and with batches of 4 and 256 samples at seed 0. "
+        "## The law over seeds\n\n`localization='auto'` over seeds, and with batches of 4 and 256 samples at seed 0. "
         "The last column: the true trace K at the least localization over that at the largest, which no error bar of "
         "one run tells.\n\n" + table(head, lines)
     )

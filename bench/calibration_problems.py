@@ -4,10 +4,11 @@ float64, written out here: what the truth is worked out from shares no code with
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
@@ -78,7 +79,7 @@ def _products(x: Tensor, y: Tensor, w: Tensor) -> Tensor:
 def _outputs(sizes: tuple[int, ...], x: Tensor, w: Tensor) -> Tensor:
     """[C, n, outputs] of dense layers with ReLU between them, from flat weights in torch's order."""
     start, out = 0, x.expand(len(w), *x.shape)
-    for number, (inputs, outputs) in enumerate(zip(sizes, sizes[1:], strict=False)):
+    for number, (inputs, outputs) in enumerate(itertools.pairwise(sizes)):
         matrix = w[:, start : start + inputs * outputs].view(-1, outputs, inputs)
         bias = w[:, start + inputs * outputs : start + (inputs + 1) * outputs]
         start += (inputs + 1) * outputs
@@ -135,13 +136,13 @@ def _product(name: str, slope: float, n: int) -> Problem:
     return Problem(name, Product(), data, "mse", losses, product=True, minimum=slope == 0)
 
 
-def _network(
+def network(
     name: str, kind: str, sizes: tuple[int, ...], n: int, *, iterations: int, random: bool = False, seed: int = 4
 ) -> Problem:
     """A student of a teacher of the same shape, or of labels that mean nothing; no iterations leave it untrained."""
     generator = _generator(seed)
     layers: list[nn.Module] = []
-    for inputs, outputs in zip(sizes, sizes[1:], strict=False):
+    for inputs, outputs in itertools.pairwise(sizes):
         layers += [nn.ReLU()] * bool(layers) + [nn.Linear(inputs, outputs)]
     model, x = nn.Sequential(*layers), torch.randn(n, sizes[0], generator=generator)
     count = sum(p.numel() for p in model.parameters())
@@ -155,7 +156,7 @@ def _network(
     else:
         y = torch.multinomial(teacher.softmax(dim=1), 1, generator=generator)[:, 0]
     losses = partial(_network_losses, kind, sizes, x.double(), y.double())
-    start = torch.cat([torch.randn(i * o + o, generator=generator) * i**-0.5 for i, o in zip(sizes, sizes[1:], strict=False)])
+    start = torch.cat([torch.randn(i * o + o, generator=generator) * i**-0.5 for i, o in itertools.pairwise(sizes)])
     w = _trained(losses, start.double(), iterations).float()
     for parameter, part in zip(model.parameters(), w.split([p.numel() for p in model.parameters()]), strict=True):
         parameter.data.copy_(part.view_as(parameter))
@@ -183,21 +184,21 @@ def _trained(losses: Losses, w: Tensor, iterations: int) -> Tensor:
 MAKERS: dict[str, Callable[[], Problem]] = {
     "linear": lambda: _linear("linear", (1.0,) * 5, 2000),
     "ill-scaled linear": lambda: _linear("ill-scaled linear", (0.1, 0.3, 1.0, 3.0, 10.0), 2000),
-    "ReLU MLP": lambda: _network("ReLU MLP", "mse", (3, 6, 1), 300, iterations=1000),
-    "logistic": lambda: _network("logistic", "logistic", (5, 1), 1000, iterations=200),
-    "softmax": lambda: _network("softmax", "softmax", (5, 3), 2000, iterations=200),
+    "ReLU MLP": lambda: network("ReLU MLP", "mse", (3, 6, 1), 300, iterations=1000),
+    "logistic": lambda: network("logistic", "logistic", (5, 1), 1000, iterations=200),
+    "softmax": lambda: network("softmax", "softmax", (5, 3), 2000, iterations=200),
     "singular": lambda: _product("singular", 0.0, 400),
-    "memorised": lambda: _network("memorised", "softmax", (6, 8, 3), 60, iterations=60, random=True),
+    "memorised": lambda: network("memorised", "softmax", (6, 8, 3), 60, iterations=60, random=True),
     "40 blocks": _blocks,
     "heavy-tailed": lambda: _linear("heavy-tailed", (1.0,) * 5, 1000, heavy=True),
-    "untrained": lambda: _network("untrained", "softmax", (5, 8, 3), 300, iterations=0),
+    "untrained": lambda: network("untrained", "softmax", (5, 8, 3), 300, iterations=0),
     "saddle": lambda: _product("saddle", 0.5, 400),
     "small linear": lambda: _linear("small linear", (1.0,) * 5, 400),
-    "small softmax": lambda: _network("small softmax", "softmax", (4, 3), 400, iterations=200),
+    "small softmax": lambda: network("small softmax", "softmax", (4, 3), 400, iterations=200),
 }  # fmt: skip
 
 
-@lru_cache(maxsize=None)
+@cache
 def problem(name: str) -> Problem:
     """One of the problems, made once."""
     return MAKERS[name]()

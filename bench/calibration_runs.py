@@ -15,6 +15,7 @@ from lossk.errors import DivergedError
 STATED = 0.10  # of trace K or the LLC: what a bias of 5 % of a variance makes of a variance of squares
 ERRORS = 3.0  # stated standard errors that a right run may be off beyond that
 LIKE = 0.8  # correlation of R's entries with the true ones, below which R is not determined
+SMALL: dict[str, Any] = {"num_chains": 2, "num_draws": 20}
 
 _truths: dict[tuple[str, float, float], Truth] = {}
 

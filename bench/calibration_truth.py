@@ -1,5 +1,5 @@
-"""What a problem's kernel is under its stated law, p(w) ~ exp(-n_beta L_n(w) - localization/2 |w - w*|^2), by none of the
-engine's code: closed forms (T1, T7 of Gaussian and Bessel integrals), quadrature, or Hamiltonian Monte Carlo in float64.
+"""What a problem's kernel is under its stated law, p(w) ~ exp(-n_beta L_n(w) - localization/2 |w - w*|^2), by none of
+the engine's code: closed forms (T1, T7), quadrature, or Hamiltonian Monte Carlo in float64.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ def hmc_truth(
 ) -> Truth:
     """Many short chains at once, from draws of the law's own Gaussian at w*, in coordinates that make it round."""
     generator = torch.Generator().manual_seed(seed)
-    w_star, n = problem.w_star, problem.n
+    w_star = problem.w_star
 
     def energy(w: Tensor) -> Tensor:
         return n_beta * problem.losses(w).mean(dim=1) + gamma / 2 * (w - w_star).square().sum(dim=1)
@@ -119,7 +119,7 @@ def hmc_truth(
     z = 0.3 * torch.randn(chains, len(w_star), dtype=torch.float64, generator=generator)
     u, force = slope(z)
     start, step, kept, early = problem.losses(w_star.unsqueeze(0))[0], 0.3, [], []
-    for number in range(2 * draws):  # of which the first half tunes: the shape once, after a quarter, the step throughout
+    for number in range(2 * draws):  # the first half tunes: the shape once, after a quarter, the step throughout
         if number == draws // 2:
             weights = torch.cat(early[len(early) // 3 :])
             z = w_star + z @ shape.T
@@ -141,7 +141,8 @@ def hmc_truth(
         z, force = (torch.where(taken.unsqueeze(1), a, b) for a, b in ((new, z), (new_force, force)))
         u = torch.where(taken, new_u, u)
         if number < draws:
-            step = min(1.0, step * math.exp(2.0 * (float(share.mean()) - ACCEPTED) / (1 + number % (draws // 2)) ** 0.6))
+            heat = 2.0 / (1 + number % (draws // 2)) ** 0.6
+            step = min(1.0, step * math.exp(heat * (float(share.mean()) - ACCEPTED)))
             early.append(w_star + z @ shape.T)
         else:
             with torch.no_grad():

@@ -10,7 +10,7 @@ import numpy as np
 
 from bench.calibration_faults import CLEAN, NEVER, faults
 from bench.calibration_problems import problem
-from bench.calibration_runs import run
+from bench.calibration_runs import SMALL, run
 from bench.markdown import table
 
 Row = dict[str, Any]
@@ -20,12 +20,12 @@ def measure(seeds: Iterable[int], small: bool = False) -> Iterator[list[Row]]:
     """All rows so far, after each fault."""
     rows: list[Row] = []
     for number, fault in enumerate(faults()):
-        if small and number not in (0, 4):
-            continue
+        if small and number:
+            return
         of = problem(fault.problem)
         for seed in seeds:
             try:
-                found = run(of, fault.sampler(of, seed), seed=seed, **fault.settings)
+                found = run(of, fault.sampler(of, seed), seed=seed, **(SMALL if small else fault.settings))
             except (ValueError, RuntimeError) as error:
                 found = {"problem": of.name, "verdict": f"refused: {type(error).__name__}", "advice": str(error)[:200]}
             rows.append(found | {"fault": fault.name, "seed": seed, "may_be_good": fault.good})
@@ -50,12 +50,12 @@ def section(record: Row) -> str:
                       ", ".join(f"{name} {count}" for name, count in errors.items()),
                       f"{sum(map(mistaken, part))}"])  # fmt: skip
     clean = [row for row in rows if row["may_be_good"] == CLEAN]
-    bad = sum(map(mistaken, rows))
-    head = ["fault", "problem", "verdicts", "trace K / truth", "LLC / truth", "likeness of R", "off by more than stated",
-            "good and wrong"]  # fmt: skip
+    bad, good = sum(map(mistaken, rows)), sum(row["verdict"] == "good" for row in rows)
+    head = ["fault", "problem", "verdicts", "trace K / truth", "LLC / truth", "likeness of R",
+            "off by more than stated", "good and wrong"]  # fmt: skip
     return (
         f"## Verdicts\n\n{len(lines)} cases, {len(rows)} runs: **{bad} are called good and are wrong**, of "
-        f"{sum(row['verdict'] == 'good' for row in rows)} called good; {sum(row['verdict'] != 'good' for row in clean)} "
+        f"{good} called good; {sum(row['verdict'] != 'good' for row in clean)} "
         f"of {len(clean)} clean runs are not called good. Wrong is trace K or the LLC off by more than 10 % and 3 "
         "stated errors, R correlating less than .8 with the truth, or a w\\* that is no minimum, or chains that never "
         "move. Ratios are medians (least to most) over seeds.\n\n" + table(head, lines)
