@@ -2,7 +2,7 @@
 
 Losses of exact laws, so that unrelated pairs are known: 40 blocks of losses with weights of their own (squared errors
 of linear models whose weights are AR(1)), and z, exp(z), exp(2z), z^2 of independent AR(1) normals z, of one memory or
-two. Beside them the power: the share of truly related pairs found at `by_chance` below 0.1. Twenty pairs of the z have a
+two. Beside them the power: the part of truly related pairs found at `by_chance` below 0.1. Of the z twenty pairs have a
 correlation of 0.6; within blocks all pairs are related.
 
     python -m bench.calibration_floors --seeds 8

@@ -14,7 +14,7 @@ import zarr
 
 import lossk
 from lossk import cli
-from lossk.tiles import kernel_from_panels
+from streamed_kernels import kernel_from_panels
 
 N = 53
 

@@ -1,10 +1,12 @@
-"""`lossk tune`: cells, claims, resuming, jobs, the recommendation and the picture."""
+"""`lossk tune`: cells, resuming, jobs, the recommendation and the picture."""
 
 from __future__ import annotations
 
-import fcntl
 import json
+import os
+import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,6 +20,7 @@ from torch import nn
 from lossk import cli, cli_tune, grid_jobs
 from lossk.grid import GridSettings, parse_values
 from lossk.grid_cell import choose_probe, grid_data
+from lossk.locks import Lock
 from lossk.recipes import RecipeTask
 from lossk.report.grid_picture import COLOURS, draw_grid
 
@@ -206,31 +209,72 @@ def test_an_interrupted_grid_keeps_what_is_finished(tune: Tune, monkeypatch: pyt
     assert len(cells_of()) == 5
 
 
-def test_a_cell_that_another_process_has_claimed_is_waited_for(tune: Tune, monkeypatch: pytest.MonkeyPatch) -> None:
-    small = ("--n-beta", "1x", "2x", "--localization", "1x")
-    assert tune(*small).status == 0
-    path = Path("tiny.tune/n_beta=17.64 localization=10.json")
-    whole = path.read_text()
-    path.unlink()
-    claim = path.with_suffix(".claim").open("a")
-    fcntl.flock(claim, fcntl.LOCK_EX)
-    monkeypatch.setattr(grid_jobs.time, "sleep", lambda seconds: path.write_text(whole))  # the other one finishes
-    monkeypatch.setattr(grid_jobs, "run_cell", lambda *arguments: pytest.fail("claimed by another"))
-    assert tune(*small, "--resume").status == 0
-    claim.close()
-
-
-def test_overwriting_spares_what_is_in_use_or_not_a_grid(tune: Tune) -> None:
+def test_a_folder_in_use_or_of_something_else_is_left_alone(tune: Tune) -> None:
     small = ("--n-beta", "1x", "--localization", "1x")
     Path("thesis").mkdir()
     Path("thesis/thesis.tex").write_text("precious")
     assert "is not a folder of lossk tune" in error_of(tune(*small, "--overwrite", "--out", "thesis"))
     assert [path.name for path in Path("thesis").iterdir()] == ["thesis.tex"]
     assert tune(*small).status == 0
-    with Path("tiny.tune/.working").open("a") as working:
-        fcntl.flock(working, fcntl.LOCK_SH)
-        assert "is being worked on by another process" in error_of(tune(*small, "--overwrite"))
+    lock = Lock(Path("tiny.tune"))
+    for flag in ("--overwrite", "--resume"):
+        assert "is being written by another process" in error_of(tune(*small, flag))
+    lock.release()
     assert len(cells_of()) == 1
+    assert tune(*small, "--resume").status == 0
+    assert not list(Path("tiny.tune").glob(".*"))
+
+
+def test_jobs_end_with_the_process_that_started_them(tmp_path: Path) -> None:
+    """Killed outright, it leaves nobody who computes on."""
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump({**CONFIG, "task": "slow:make_task"}))
+    (tmp_path / "slow.py").write_text(SLOW)
+    command = [sys.executable, "-m", "lossk", "tune", "mine.yaml", *QUICK, "--n-beta", "1x", "2x", "--jobs", "2"]
+    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), str(Path(__file__).parent)])}
+    parent = subprocess.Popen(command, cwd=tmp_path, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        pids = [_await(tmp_path / f"job{i}") for i in range(2)]
+    finally:
+        parent.kill()
+        parent.wait()
+    deadline = time.monotonic() + 20
+    while any(_lives(pid) for pid in pids):
+        assert time.monotonic() < deadline, "a job outlived its parent by 20 seconds"
+        time.sleep(0.05)
+
+
+SLOW = """
+import multiprocessing, os, pathlib, time
+from lossk.recipes import RecipeTask
+from test_grid import make_task as make
+def make_task() -> RecipeTask:
+    if multiprocessing.parent_process() is not None:
+        for i in range(2):
+            try:
+                os.close(os.open(f"taken{i}", os.O_CREAT | os.O_EXCL))
+            except FileExistsError:
+                continue
+            pathlib.Path(f"job{i}.tmp").write_text(str(os.getpid()))
+            os.rename(f"job{i}.tmp", f"job{i}")
+            break
+        time.sleep(60)
+    return make()
+"""
+
+
+def _await(path: Path) -> int:
+    deadline = time.monotonic() + 60
+    while not path.exists():
+        assert time.monotonic() < deadline, f"no {path.name}"
+        time.sleep(0.05)
+    return int(path.read_text())
+
+
+def _lives(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().split(")")[1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
 
 
 def test_what_goes_wrong_in_a_job_is_told(tune: Tune, monkeypatch: pytest.MonkeyPatch) -> None:

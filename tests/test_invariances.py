@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import lossk
 import oracles
-from lossk.tiles import kernel_from_panels
+from streamed_kernels import kernel_from_panels
 
 Build = Callable[..., lossk.LossKernel]
 Same = Callable[[lossk.LossKernel, lossk.LossKernel], None]

@@ -10,7 +10,7 @@ import torch
 
 import lossk
 import oracles
-from lossk.tiles import kernel_from_panels
+from streamed_kernels import kernel_from_panels
 
 N, CHAINS, DRAWS, TILE = 37, 2, 11, 16
 DEAD = (4, 30)

@@ -7,8 +7,9 @@ import time
 import pytest
 import torch
 
-from lossk.mesh import Mesh, choose_mesh, cut_probe, deal_batches, deal_chains, deal_tiles, schedule, tile_shapes
+from lossk.mesh import Mesh, choose_mesh, deal_batches, deal_chains, deal_tiles, schedule, tile_shapes
 from lossk.probe import Probe, ProbePart
+from lossk.shards import cut_probe
 from lossk.timings import Timings
 
 

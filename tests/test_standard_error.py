@@ -47,7 +47,7 @@ def test_standard_errors_match_the_spread_over_repeats(r: float, rho: float) -> 
 
 
 def test_tiles_and_factor_agree_and_the_diagonal_of_r_has_no_error() -> None:
-    from lossk.tiles import kernel_from_panels
+    from streamed_kernels import kernel_from_panels
 
     losses = correlated_ar1(1, 3, 40, 0.5, 0.3)[0].float()
     factor = lossk.LossKernel.from_traces(lossk.LossTraces(losses))

@@ -18,7 +18,8 @@ from torch import Tensor
 
 import lossk
 import oracles
-from lossk.tiles import TileAccumulator, kernel_from_panels
+from lossk.tiles import TileAccumulator
+from streamed_kernels import kernel_from_panels
 
 Panels = Iterator[tuple[int, Tensor]]
 MIXED_PANELS = (1, 4, 2, 7)

@@ -18,8 +18,8 @@ import lossk
 from damage import seal_again
 from lossk import cli
 from lossk.runlog import RunLog
-from lossk.tiles import kernel_from_panels
 from lossk.verify import verify_store
+from streamed_kernels import kernel_from_panels
 
 FORMS = ["tiles", "float16 tiles", "pooled tiles", "factor", "stored factor", "stored pooled factor"]
 

@@ -14,7 +14,7 @@ from lossk.cli_options import folder, whole
 from lossk.config import RunConfig, load_config, parse_override
 from lossk.grid import GridSettings, parse_values, plan_grid, planned_cells, request_of
 from lossk.grid_cell import PlannedCell, read_cell
-from lossk.grid_jobs import PICTURE, open_grid, run_grid
+from lossk.grid_jobs import PICTURE, open_grid, run_grid, working_in
 from lossk.optional import check_installed
 from lossk.plan import duration
 from lossk.report.grid_picture import draw_grid, number
@@ -45,7 +45,7 @@ def add_command(commands: Any, recipes: Sequence[str]) -> None:
     tune.add_argument("--max-steps", type=int, default=defaults.max_steps, help="per chain (default %(default)s)")
     group = tune.add_mutually_exclusive_group()
     group.add_argument("--overwrite", action="store_true", help="begin again in a folder that is there")
-    group.add_argument("--resume", action="store_true", help="finish, or help to finish, or extend a grid")
+    group.add_argument("--resume", action="store_true", help="finish or extend a grid")
     tune.set_defaults(run=run_tune)
 
 
@@ -59,17 +59,31 @@ def run_tune(options: argparse.Namespace) -> None:
     folder = Path(config.out).with_suffix(".tune") if options.out is None else Path(options.out)
     check_installed("matplotlib", "demo", "lossk tune")
 
-    grid = open_grid(
-        folder,
-        request_of(config, settings),
-        {"n_beta": n_beta, "localization": localization},
-        lambda: _plan(config, settings, n_beta, localization),
-        resume=options.resume,
-        overwrite=options.overwrite,
-    )
+    with working_in(folder, resume=options.resume, overwrite=options.overwrite):
+        grid = open_grid(
+            folder,
+            request_of(config, settings),
+            {"n_beta": n_beta, "localization": localization},
+            lambda: _plan(config, settings, n_beta, localization),
+            overwrite=options.overwrite,
+        )
+        results = _results(folder, config, grid, options.jobs)
+        print(table(results))
+        best, reason = recommend(results)
+        print(reason)
+        if best is not None:
+            print(f"  lossk run {options.config} {_settings_of(best)}")
+        picture = folder / PICTURE
+        draw_grid(results, picture, title="Which sampler settings can be trusted?",
+                  subtitles=[grid["title"], _subtitle(grid)], middle=grid["middle"], recommended=best)  # fmt: skip
+        print(f"wrote {picture}")
+
+
+def _results(folder: Path, config: RunConfig, grid: Mapping[str, Any], jobs: int) -> list[dict[str, Any]]:
+    """Every cell's, with a bar."""
     cells = planned_cells(grid)
     print(grid["title"])
-    print(_announcement(folder, grid, cells, options.jobs))
+    print(_announcement(folder, grid, cells, jobs))
     with tqdm(total=len(cells), desc="tuning", unit="cell", dynamic_ncols=True) as bar:
         bar.update(sum(read_cell(folder, cell, grid) is not None for cell in cells))
 
@@ -78,21 +92,12 @@ def run_tune(options: argparse.Namespace) -> None:
             bar.update()
 
         try:
-            results = run_grid(folder, config, grid, cells, jobs=options.jobs, finished=finished)
+            return run_grid(folder, config, grid, cells, jobs=jobs, finished=finished)
         except KeyboardInterrupt:
             bar.close()
             done = sum(read_cell(folder, cell, grid) is not None for cell in cells)
             print(f"{done} of {len(cells)} cells are finished; the same command with --resume continues")
             raise
-    print(table(results))
-    best, reason = recommend(results)
-    print(reason)
-    if best is not None:
-        print(f"  lossk run {options.config} {_settings_of(best)}")
-    picture = folder / PICTURE
-    draw_grid(results, picture, title="Which sampler settings can be trusted?",
-              subtitles=[grid["title"], _subtitle(grid)], middle=grid["middle"], recommended=best)  # fmt: skip
-    print(f"wrote {picture}")
 
 
 def _plan(config: RunConfig, settings: GridSettings, n_beta: Any, localization: Any) -> dict[str, Any]:

@@ -21,11 +21,12 @@ from lossk.distributed_plan import peak_of, plan_share, rank_limit
 from lossk.exchange import Exchange, Received
 from lossk.layout import Layout
 from lossk.memory import Budget
-from lossk.mesh import Mesh, choose_mesh, cut_probe, deal_chains, deal_tiles, schedule, tile_shapes
+from lossk.mesh import Mesh, choose_mesh, deal_chains, deal_tiles, schedule, tile_shapes
 from lossk.panel import Panel, choose_panel
 from lossk.passes import Passes
 from lossk.run import Run
 from lossk.runlog import RunLog
+from lossk.shards import cut_probe
 from lossk.timings import Progress
 
 Key = tuple[int, int]

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lossk.agreement import prove
 from lossk.data import Samples
+from lossk.probe_sets import set_name
 from lossk.task import Task, fitting_batch
 
 
@@ -157,11 +158,6 @@ def prepare_probe(task: Task, sets: Mapping[str, Samples], train: Samples) -> tu
         raise ValueError(f"loader must hold at least 2 {task.loss.unit}, got {start}")
     probe = Probe(tuple(parts[id(samples)] for samples in sets.values()), {} if "" in rows else rows)
     return probe, own.samples
-
-
-def set_name(name: str) -> str:
-    """What messages call a set of the `loader` argument."""
-    return f"loader set {name!r}" if name else "loader"
 
 
 def _index(task: Task, part: ProbePart) -> ProbePart:

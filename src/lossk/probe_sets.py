@@ -6,7 +6,6 @@ from typing import Any
 
 from lossk.data import Samples, Transform
 from lossk.memory import Budget
-from lossk.probe import set_name
 from lossk.reading import check_source, read_samples
 from lossk.room import Room
 from lossk.timings import Progress
@@ -84,3 +83,8 @@ def read_sources(
             read[id(source)] = read_samples(source, what, bar=bar, room=room).transformed(transform, what)
     sets = {key: read[id(source)] for key, source in sources.items()}
     return sets, read[id(loader if train is None else train)]
+
+
+def set_name(name: str) -> str:
+    """What messages call a set of the `loader` argument."""
+    return f"loader set {name!r}" if name else "loader"

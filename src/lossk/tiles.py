@@ -15,11 +15,9 @@ from torch import Tensor
 
 from lossk.blocks import Moments, TileBlocks, power_of_two_near, tile_spans, upper_triangle
 from lossk.device import SideStream
-from lossk.kernel import LossKernel
 from lossk.ops.rank_update import HALF, rank_update, rank_update_triangle
 from lossk.panel import ChainStatistics, ChainTotals
 from lossk.running import RunningMoments
-from lossk.watched import Watched, watched_samples
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16}
 OUTGROWN = 2.0**16
@@ -180,26 +178,3 @@ def _mirror(tile: Tensor) -> None:
         tile[span.stop :, span] = tile[span, span.stop :].T
         corner = tile[span, span]  # a product A'A need not come out of a GEMM exactly symmetric
         corner.copy_(corner.triu() + corner.triu(1).T)
-
-
-def kernel_from_panels(
-    panels: Iterable[tuple[int, Tensor]],
-    num_samples: int,
-    *,
-    num_chains: int,
-    num_draws: int,
-    tile: int = 4096,
-    centering: str = "chain",
-    dtype: str = "float32",
-) -> LossKernel:
-    """The kernel of an iterable of (chain, losses [k, N]), chains in order: the streaming engine by itself."""
-    accumulator = TileAccumulator(
-        num_samples, tile, num_chains=num_chains, num_draws=num_draws, centering=centering, dtype=dtype
-    )
-    index, kept = watched_samples(num_samples, num_chains * num_draws), []
-    for chain, losses in panels:
-        accumulator.update(chain, losses)
-        kept.append(losses[:, index].float().cpu())
-    blocks, moments = accumulator.finalize()
-    watched = Watched(index, torch.cat(kept).unflatten(0, (num_chains, num_draws)))
-    return LossKernel(blocks, moments, watched=watched)

@@ -9,11 +9,16 @@ models: E. Wijmans et al., "Cut your losses in large-vocabulary language models"
 
 from __future__ import annotations
 
+from types import ModuleType
+
 import torch
 from torch import Tensor
 
 from lossk.operands import check_ignored, check_operands, check_word
+from lossk.ops import triton_kernels
+from lossk.ops.rank_update import HALF
 from lossk.ops.sample_loss import DTYPES, IGNORED, check_targets_and_out, sample_loss
+from lossk.ops.self_test_numbers import close, waves
 
 BACKENDS = ("torch", "cpp", "triton")
 CHUNK = 2**22  # logits that the reference forms at a time
@@ -64,8 +69,6 @@ def head_loss(
     if backend != "triton":
         head_loss_reference(hidden, head, bias, targets, out, ignore_index, backend)
         return
-    from lossk.ops import triton_kernels
-
     module = triton_kernels.load("head_loss", hidden.device)
     if out.numel():
         hidden, head = (x.detach() if x.stride(-1) == 1 else x.detach().contiguous() for x in (hidden, head))
@@ -131,3 +134,20 @@ def _check(hidden: Tensor, head: Tensor, bias: Tensor | None) -> None:
 
 def _describe(tensor: Tensor) -> str:
     return f"{list(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')} on {tensor.device}"
+
+
+def self_test(module: ModuleType, device: torch.device) -> str:
+    """The Triton kernel on two heads over several blocks of classes, in every precision; returns what differs."""
+    targets = (torch.arange(9, device="cpu") * 7919) % 131
+    for precision, slack in (("fp32", 1e-5), ("tf32", 1e-2), ("tf32x3", 1e-5), ("fp16", 2e-3), ("bf16", 2e-2)):
+        for depth in (17, 32):
+            dtype = HALF.get(precision, torch.float32)
+            hidden, heads, bias = (waves(*shape).to(dtype) for shape in ((9, depth), (2, 131, depth), (2, 131)))
+            out = torch.full((2, 9), float("nan"), device=device, dtype=torch.float32)
+            expected = torch.zeros(2, 9, dtype=torch.float32, device="cpu")
+            on_device = [x.to(device) for x in (hidden, heads, bias, targets)]
+            module.head_loss(*on_device, out, precision, -100)
+            head_loss_reference(hidden, heads, bias, targets, expected, -100)
+            if not close(out, expected, slack):
+                return f"{precision} losses of hidden states of size {depth} differ from the reference"
+    return ""

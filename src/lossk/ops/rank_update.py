@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from types import ModuleType
+
 import torch
 from torch import Tensor
 
 from lossk.operands import check_operands, check_word
+from lossk.ops import triton_kernels
+from lossk.ops.self_test_numbers import waves
 
 BACKENDS = ("torch", "triton")
 # Of the products; sums are float32 in all of them. "tf32x3" makes a float32 product of three tf32 ones.
@@ -107,8 +111,6 @@ def _scaling(panel: Tensor, mean: Tensor, inverse_scale: Tensor | None, last: Te
 def _launch(
     out: Tensor, left: Tensor, right: Tensor, precision: str, *, triangle: bool, scaling: Tensor | None = None
 ) -> None:
-    from lossk.ops import triton_kernels
-
     module = triton_kernels.load("rank_update", out.device)
     if scaling is None:
         dtype = HALF.get(precision, torch.float32)
@@ -134,3 +136,23 @@ def _check(out: Tensor, left: Tensor, right: Tensor, backend: str, precision: st
             )
     if len(left) != len(right):
         raise ValueError(f"rows_i and rows_j must have as many rows, got {len(left)} and {len(right)}")
+
+
+def self_test(module: ModuleType, device: torch.device) -> str:
+    """The Triton kernel on a rectangle and a triangle of several blocks, in every precision; returns what differs."""
+    for precision, slack in (("fp32", 1e-5), ("tf32", 3e-3), ("tf32x3", 1e-5), ("fp16", 3e-3), ("bf16", 3e-2)):
+        for side in (144, 131):
+            panel = waves(17, side)
+            scaling = torch.stack([0.5 * panel[0], 1e-9 * panel[1], 2.0 + panel[2], panel[3]])
+            rows = panel.to(HALF.get(precision, torch.float32))
+            out = torch.full((2, side, side), 0.25, device=device, dtype=torch.float32)
+            left, right = rows.to(device), rows[:, : side - 16].to(device)
+            module.rank_update(out[0, :, : side - 16], left, right, triangle=False, precision=precision, scaling=None)
+            panel, scaling = panel.to(device), scaling.to(device)
+            module.rank_update(out[1], panel, panel, triangle=True, precision=precision, scaling=scaling)
+            expected = torch.full((2, side, side), 0.25, device=device, dtype=torch.float32)
+            expected[0, :, : side - 16] += left.float().T @ right.float()
+            rank_update_triangle_reference(expected[1], panel, scaling)
+            if not bool(((out - expected).abs() <= slack * 17 * 4).all()):
+                return f"{precision} products of {side} columns differ from the reference"
+    return ""

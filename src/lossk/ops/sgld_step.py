@@ -14,6 +14,7 @@ depend on the backend (up to rounding), the number of threads, the number of par
 from __future__ import annotations
 
 import math
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -21,7 +22,8 @@ from torch import Tensor
 
 from lossk.checks import MOST_NUMBER, check_flag, plain_scalar, wrong_kind
 from lossk.operands import check_operands, check_word
-from lossk.ops import extension, philox
+from lossk.ops import extension, philox, triton_kernels
+from lossk.ops.self_test_numbers import waves
 
 BACKENDS = ("torch", "cpp", "triton")
 CHUNK = 2**18  # weights that the reference moves at a time on a CPU: its temporaries are several vectors of them
@@ -103,8 +105,6 @@ def sgld_step(
         "step": step,
     }
     if backend == "triton":
-        from lossk.ops import triton_kernels
-
         module = triton_kernels.load("sgld_step", w.device)
         if w.numel():
             module.sgld_step(w.detach(), grad.detach(), anchor, square_avg, **options)
@@ -176,3 +176,23 @@ def _as_number(name: str, value: Any) -> float:
     if isinstance(plain, bool) or not isinstance(plain, int | float):
         raise wrong_kind(name, "a number", value)
     return math.inf if abs(plain) > MOST_NUMBER else float(plain)  # NaN stays NaN
+
+
+def self_test(module: ModuleType, device: torch.device) -> str:
+    """The Triton kernel on a plain and an RMSprop step of ragged thousands of elements; returns what differs."""
+    count = 2051
+    key: dict[str, Any] = {"seed": 0xDEADBEEF, "chain": 3, "step": 7}
+    physics: dict[str, Any] = {"lr": 0.01, "n_beta": 30.0, "localization": 2.0, "alpha": 0.9, "stability": 0.1}
+    w, grad, anchor, square = waves(4, count)
+    xi = philox.normals(key["seed"], key["chain"], key["step"], count).double()
+    for square_avg in (None, square.square()):
+        v = None if square_avg is None else square_avg.double()
+        expected = w.double()
+        sgld_step_reference(expected, grad.double(), anchor.double(), xi, square_avg=v, **physics)
+        got = w.clone().to(device)
+        got_v = None if square_avg is None else square_avg.clone().to(device)
+        module.sgld_step(got, grad.to(device), anchor.to(device), got_v, **physics, **key, update_square_avg=True)
+        same_v = v is None or got_v is None or bool(((got_v.cpu() - v).abs() <= 1e-6).all())
+        if not (same_v and bool(((got.cpu() - expected).abs() <= 2e-6).all())):
+            return f"a {'plain' if v is None else 'RMSprop'} step differs from the reference"
+    return ""

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from types import ModuleType
+
 import torch
 from torch import Tensor
 
 from lossk.checks import check_integer
 from lossk.operands import check_operands, check_word
+from lossk.ops import triton_kernels
+from lossk.ops.self_test_numbers import waves
 
 EMPTY = torch.iinfo(torch.int64).min
 BACKENDS = ("torch", "triton")
@@ -71,8 +75,6 @@ def merge_tile(
     if backend == "torch":
         keys.copy_(merge_tile_reference(keys, tile, row_gain, column_gain, first_row, first_column))
         return
-    from lossk.ops import triton_kernels
-
     module = triton_kernels.load("top_correlations", keys.device)
     if keys.numel() and tile.numel():
         module.top_correlations(keys, tile, row_gain.contiguous(), column_gain.contiguous(), first_row, first_column)
@@ -133,3 +135,20 @@ def _check(keys: Tensor, tile: Tensor, row_gain: Tensor, column_gain: Tensor, ba
                 f"{name} must be [{count}] float32 on {tile.device}, "
                 f"got {list(gain.shape)} {gain.dtype} on {gain.device}, beside a tile {list(tile.shape)}"
             )
+
+
+def self_test(module: ModuleType, device: torch.device) -> str:
+    """The Triton kernel on two tiles with dead samples and ties, one transposed; returns what differs in any bit."""
+    first, second = waves(11, 131), waves(131, 11).mul(8).round().div(8)
+    row_gain, column_gain = 1.0 + waves(11).abs(), 1.0 + waves(131).abs()
+    row_gain[3], column_gain[77] = 0.0, 0.0
+    for k in (5, 33):
+        expected = torch.full((11, k), EMPTY, dtype=torch.int64, device="cpu")
+        got = expected.clone().to(device)
+        on_device = row_gain.to(device), column_gain.to(device)
+        for tile, first_column in ((first, 0), (second.T, 131)):
+            expected = merge_tile_reference(expected, tile, row_gain, column_gain, 0, first_column)
+            module.top_correlations(got, tile.to(device), *on_device, 0, first_column)
+        if not torch.equal(got.cpu(), expected):
+            return f"the {k} nearest of two tiles differ from the reference"
+    return ""
