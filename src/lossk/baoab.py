@@ -109,6 +109,10 @@ class BAOABChain(SteppingChain):
         self.step += 1
         return excess
 
+    @property
+    def reach(self) -> float:
+        return float(self.sampler.step_size)
+
     def _thermostat(self, c: float) -> None:
         """v <- c v + sqrt(1 - c^2) xi, which is an SGLD step of v: lr = 1 - c^2 and a pull 2 / (1 + c) towards 0."""
         sgld_step(

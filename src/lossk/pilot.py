@@ -122,7 +122,8 @@ class Pilot:
         share = self.typical_share(sampler)
         if share >= 1.0:
             return math.inf
-        return foreseen_bias(share, self.noise_ratio(sampler), averaged=sampler.averaged)
+        noise, strength = self.noise_ratio(sampler), sampler.correction if self.batch_factor > 0 else 0.0
+        return foreseen_bias(share, noise, averaged=sampler.averaged, alpha=strength)
 
     def knows_noise(self, controlled: bool) -> bool:
         """Whether it has been measured: what a control variate leaves of it only away from w*."""

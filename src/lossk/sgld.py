@@ -168,6 +168,10 @@ class SGLDChain(SteppingChain):
             self.memory["square_avg"] = torch.zeros_like(self.task.flat)
 
     @property
+    def reach(self) -> float:
+        return math.sqrt(float(self.sampler.lr))
+
+    @property
     def _frozen(self) -> bool:
         return self.sampler.preconditioner == "rmsprop-frozen" and self.step >= self.num_burnin_steps
 

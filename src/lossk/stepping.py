@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from collections.abc import Callable
 from typing import Unpack
 
@@ -55,6 +56,11 @@ class SteppingChain(Chain):
             raise self.diverged(f"the training loss has risen by {excess:.4g} (limit {self.highest:.4g})")
         return excess
 
+    @property
+    @abstractmethod
+    def reach(self) -> float:
+        """How far the noise of one step moves the weights along any one direction."""
+
     def judge(self) -> tuple[float, float]:
         if self.chain >= self.around.judging.chains:
             return math.nan, math.nan
@@ -64,7 +70,8 @@ class SteppingChain(Chain):
         return self._measured(largest_curvature, **sample), variance
 
     def glance(self) -> float:
-        return self._measured(largest_curvature, **GLANCE)
+        sample: Sample = {**GLANCE, "across": self.reach / 2}
+        return self._measured(largest_curvature, **sample)
 
     def _measured(self, what: Callable[..., float], **sample: Unpack[Sample]) -> float:
         with self.around.timings.measure("curvature"):

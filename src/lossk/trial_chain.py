@@ -144,7 +144,7 @@ def run_trial(
         if step > burnin and (step - burnin) % every == 0:
             rows.append(torch.cat([task.losses(train[part]) for part in few]).double())
         if step - burnin in glances:
-            glanced[step] = measure(largest_curvature, **GLANCE)
+            glanced[step] = measure(largest_curvature, across=chain.reach / 2, **GLANCE)
         if step - burnin in marks:
             curvatures[step] = measure(largest_curvature)
         if step == burnin and after >= LONG and of_use is not None:
