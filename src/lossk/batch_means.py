@@ -17,6 +17,7 @@ from torch import Tensor
 
 NORMAL_95 = 1.959963984540054
 FEWEST = 3  # batches at least, so that t has 2 degrees of freedom
+REMAINDER = 0.75  # of the last growth is added: all of it remains of a geometric memory, none where it was chance
 
 
 class Spread(NamedTuple):
@@ -52,7 +53,7 @@ def spread_of_mean(series: Tensor) -> Spread:
     best = found.gather(0, at)
     growth = (best - found.gather(0, (at - 1).clamp(min=0))).masked_fill(at == len(lengths) - 1, 0.0)
     freedom = (count - 1).expand_as(found).gather(0, at)
-    return Spread((best + growth).squeeze(0) / (num_chains * num_draws), freedom.squeeze(0))
+    return Spread((best + REMAINDER * growth).squeeze(0) / (num_chains * num_draws), freedom.squeeze(0))
 
 
 def _batches(series: Tensor) -> Iterator[tuple[int, Tensor]]:

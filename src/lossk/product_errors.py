@@ -6,7 +6,7 @@ such a mean is `lossk.batch_means`'. Two things are added that it does not see:
   these means, LRV_ij / T with LRV the long-run covariance of the losses; its square is added, less its noise and what
   the degrees of freedom of independent draws restore.
 * Skewness: a variance that comes out low has a low error, too. Where R is 1 the error is that of the upper end of an
-  interval in log K, where R is 0 nothing changes.
+  interval in log K by half, where R is 0 nothing changes.
 """
 
 from __future__ import annotations
@@ -123,7 +123,7 @@ def _assembled(
         error = error * widening(freedom)
     if not correlation:
         u = (NORMAL_95 * error / safe).clamp(min=1e-6, max=3.0)
-        error = error * (1 + r.square().square() * (torch.expm1(u) / u - 1))
+        error = error * (1 + r.square().square() * (torch.expm1(u) / u - 1) / 2)
     return torch.where(alive, error, 0.0)
 
 
