@@ -40,9 +40,9 @@ def spread_of_mean(series: Tensor) -> Spread:
     series -= series.mean(dim=(0, 1))
     lengths, counts, powers = [], [], []
     buffer = torch.empty_like(series)
-    for length, sums in _batches(series):
+    for each, sums in _batches(series):
         powers.append(torch.mul(sums, sums, out=buffer[:, : sums.shape[1]]).sum(dim=(0, 1)))
-        lengths.append(length)
+        lengths.append(each)
         counts.append(sums.shape[0] * sums.shape[1])
     beside = (-1, *[1] * (series.ndim - 2))
     length, count = (torch.tensor(x, dtype=torch.float64, device="cpu").view(beside) for x in (lengths, counts))

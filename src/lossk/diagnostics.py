@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from lossk.centring import never_varies, row_means
-from lossk.information import Criteria, Estimate
+from lossk.checks import check_choice
+from lossk.information import Criteria, Estimate, mean_over_draws
 from lossk.reliability import reliability, size_error
 from lossk.verdict import judge
 from lossk.watched import watched_samples
@@ -25,10 +26,16 @@ if TYPE_CHECKING:
 
 RANKED = 64  # of them, of which R-hat and ESS are taken: ArviZ goes through traces one by one, and medians need no more
 
+OVER_CHAINS = ("functional_variance", "singular_fluctuation", "waic", "wbic")  # errors are the spread of the chains
+
 
 @dataclass(frozen=True, kw_only=True)
 class Diagnostics:
-    """Numbers about a run; None where they cannot be known (a single chain, traces from elsewhere)."""
+    """Numbers about a run; None where they cannot be known (a single chain, traces from elsewhere).
+
+    Errors of V, nu, WAIC and WBIC are the spread of the chains over sqrt(C): `interval` reads them with Student's
+    t of C - 1 degrees of freedom (4 chains: +- 3.18 of them cover 95 %).
+    """
 
     rhat: float | None  # rank-normalised split R-hat of the mean probe loss (Vehtari et al. 2021), by ArviZ
     ess: float | None  # bulk effective sample size of the mean probe loss, over all chains
@@ -39,7 +46,9 @@ class Diagnostics:
     llc_rhat: float | None = None  # of the rise of the training loss, whose mean the LLC is
     llc_ess: float | None = None
     llc: float | None  # n_beta (E[L_n(w)] - L_n(w*)), the local learning coefficient
-    llc_se: float | None  # Monte Carlo standard error of llc
+    llc_se: float | None  # Monte Carlo standard error of llc, Student's t included: +- 1.96 of it cover 95 %
+    num_chains: int | None = None
+    mean_loss: Estimate | None = None  # of the probe, over all draws and samples, nats; t is in its error, too
     functional_variance: Estimate | None  # V: sum over the training samples of Var(loss), nats^2; probe = train only
     singular_fluctuation: Estimate | None  # nu = beta V / 2 with beta = n_beta / n (Watanabe 2009)
     waic: Estimate | None  # T_n + beta V / n, T_n = -mean log E[exp(-loss)], nats (Watanabe 2010); for log losses
@@ -65,12 +74,30 @@ class Diagnostics:
     verdict: str  # "good" or what is wrong
     advice: str  # the number behind the verdict and one change to make
 
+    def interval(self, name: str, level: float = 0.95) -> tuple[float, float] | None:
+        """The ends of the interval that holds a number with probability `level`, over runs; None where it is unknown.
+
+        Args:
+            name: "llc", "mean_loss", "functional_variance", "singular_fluctuation", "waic" or "wbic".
+
+        Raises:
+            ValueError: another name, or a level outside 0 to 1.
+        """
+        name = check_choice("name", name, ("llc", "mean_loss", *OVER_CHAINS))
+        if name == "llc" and self.llc is not None and self.llc_se is not None:
+            return Estimate(self.llc, self.llc_se).interval(level)
+        found = None if name == "llc" else getattr(self, name)
+        if found is None:
+            return None
+        known = self.num_chains if name in OVER_CHAINS else None
+        return found.interval(level, freedom=math.inf if known is None else max(known - 1, 1))
+
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
 
     @classmethod
     def from_dict(cls, plain: Mapping[str, Any]) -> Diagnostics:
-        pairs = ("functional_variance", "singular_fluctuation", "waic", "wbic")
+        pairs = (*OVER_CHAINS, "mean_loss")
         read: dict[str, Any] = {f.name: None for f in dataclasses.fields(cls)}  # an older store knows fewer numbers
         read |= {k: Estimate(*v) if k in pairs and v is not None else v for k, v in plain.items()}
         return cls(**read)
@@ -170,8 +197,8 @@ def diagnose(
     drift, drift_z = _drift(mean_loss.double().numpy())
     llc = llc_se = None
     if excess is not None and n_beta is not None:
-        llc = n_beta * float(excess.double().mean())
-        llc_se = n_beta * _mcse(excess.double().numpy())
+        rise = mean_over_draws(excess)
+        llc, llc_se = n_beta * rise.value, n_beta * rise.se
     noise, discretisation, stability = noise_ratio, None, None
     bias = noise_ratio  # of a sampler without discretisation bias in a quadratic
     if sampler is not None:
@@ -200,6 +227,8 @@ def diagnose(
         "llc_ess": _quantile(llc_sizes, 0.5),
         "llc": llc,
         "llc_se": llc_se,
+        "mean_loss": mean_over_draws(mean_loss),
+        "num_chains": len(mean_loss),
         "foreseen_bias": bias,
         "gradient_noise_ratio": noise,
         "discretisation": discretisation,

@@ -6,7 +6,11 @@ import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
+
+from lossk.batch_means import spread_of_mean, widening
+from lossk.checks import check_number
 
 
 class Estimate(NamedTuple):
@@ -14,6 +18,26 @@ class Estimate(NamedTuple):
 
     value: float
     se: float
+
+    def interval(self, level: float = 0.95, *, freedom: float = math.inf) -> tuple[float, float]:
+        """The ends of the interval that holds the truth with probability `level`; infinite where the error is unknown.
+
+        Args:
+            freedom: degrees of Student's t: C - 1 of an error from the spread of C chains.
+
+        Raises:
+            ValueError: `level` is no probability between 0 and 1, or `freedom` is not above 0.
+        """
+        from scipy.special import stdtrit
+
+        if not 0.0 < check_number("level", level) < 1.0:
+            raise ValueError(f"level must lie between 0 and 1, got {level}")
+        if math.isnan(freedom) or freedom <= 0:
+            raise ValueError(f"freedom must be above 0, got {freedom}")
+        if math.isnan(self.se):
+            return -math.inf, math.inf
+        half = float(stdtrit(min(freedom, 1e9), 0.5 + level / 2)) * self.se
+        return self.value - half, self.value + half
 
 
 @dataclass(frozen=True)
@@ -48,5 +72,16 @@ class Criteria:
 
 
 def _over_chains(values: Tensor) -> Estimate:
-    se = float(values.std()) / len(values) ** 0.5 if len(values) > 1 else math.nan
+    count = len(values)
+    se = float(values.std()) / count**0.5 if count > 1 else math.nan
     return Estimate(float(values.mean()), se)
+
+
+def mean_over_draws(trace: Tensor) -> Estimate:
+    """The mean of [C, T] draws, by batches of every length (`lossk.batch_means`); t is in its error already."""
+    series = trace.double()
+    if not torch.isfinite(series).all():
+        return Estimate(math.nan, math.nan)
+    found = spread_of_mean((series - series.mean()).unsqueeze(2))
+    error = float(found.variance) ** 0.5 * widening(float(found.freedom))
+    return Estimate(float(series.mean()), error)
