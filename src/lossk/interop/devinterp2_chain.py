@@ -82,6 +82,10 @@ class LoggedChain(SteppingChain):
         self.centre = self.task.anchor * (self.localization / self.pull if self.pull else 0.0)
         self.moves = self._mask() if law.masks else None
 
+    @property
+    def reach(self) -> float:
+        return float(self.sampler.lr) ** 0.5
+
     def _mask(self) -> Tensor:
         """[P] bool, in the order of `flat`."""
         parts = []
