@@ -28,6 +28,7 @@ def test_defaults() -> None:
         "lr": "auto",
         "n_beta": None,
         "localization": "auto",
+        "metric": None,
         "batch_size": 256,
         "num_burnin_steps": "auto",
         "num_steps_bw_draws": "auto",

@@ -14,9 +14,9 @@ from lossk.pilot import Pilot, default_n_beta, run_pilot
 from lossk.samplers import Sampler
 from lossk.settings import minibatch_of
 from lossk.sgld import SGLD
+from lossk.step_choice import STABILITY_BUDGET
 from lossk.timings import Progress
 from lossk.trial import settle
-from lossk.tune import STABILITY_BUDGET
 from lossk.tune_baoab import choose_baoab, kick_noise, steps_to_forget
 
 PILOT_SEED = 0x105  # of all that the pilot draws
@@ -55,7 +55,8 @@ def choose(
     if not sampler.has_auto:
         return sampler, None, reasons
     # The law is that of SGLD's default, whatever the sampler.
-    alike = SGLD(n_beta=sampler.n_beta, localization=sampler.localization, params=sampler.params)
+    metric = getattr(sampler, "metric", None)
+    alike = SGLD(n_beta=sampler.n_beta, localization=sampler.localization, metric=metric, params=sampler.params)
     pilot = run_pilot(task, train, alike, seed=seed)
     if sampler.localization == "auto":
         sgld, pilot, whys = settle(alike, pilot, around, num_probe=num_probe, bar=bar)

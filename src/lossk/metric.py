@@ -52,7 +52,7 @@ def fisher_scales(task: Task, train: Samples) -> dict[str, float]:
     squares = [float(p.detach().double().square().mean()) for p in task.sampled]
     least = LEAST * max(fisher * square for fisher, square in zip(found, squares, strict=True))
     floored = [max(f, least / s) if s > 0 else f for f, s in zip(found, squares, strict=True)]
-    return {name: f**-0.5 if f > 0 else 0.0 for name, f in zip(task.names, floored, strict=True)}
+    return {name: 1.0 / math.sqrt(f) if f > 0 else 0.0 for name, f in zip(task.names, floored, strict=True)}
 
 
 def describe_metric(scales: Mapping[str, float]) -> str:

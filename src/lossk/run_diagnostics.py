@@ -34,7 +34,7 @@ def diagnose_run(run: Run, moments: Moments, totals: ChainTotals) -> Diagnostics
         mean_loss=run.watch.mean_loss,
         watched=run.watch.losses,
         dead_share=float((moments.variance == 0).double().mean()),
-        noise_floor=median_noise_floor(moments),
+        noise_floor=median_noise_floor(moments, run.watch.watched),
         excess=run.watch.excess,
         n_beta=n_beta,
         criteria=criteria,

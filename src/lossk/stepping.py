@@ -70,7 +70,8 @@ class SteppingChain(Chain):
         return self._measured(largest_curvature, **sample), variance
 
     def glance(self) -> float:
-        return self._measured(largest_curvature, across=self.reach / 2, **GLANCE)
+        sample: Sample = {**GLANCE, "across": self.reach / 2}
+        return self._measured(largest_curvature, **sample)
 
     def _measured(self, what: Callable[..., float], **sample: Unpack[Sample]) -> float:
         with self.around.timings.measure("curvature"):

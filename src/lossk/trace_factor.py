@@ -10,7 +10,7 @@ from lossk.blocks import FactorBlocks, Moments, tile_spans
 from lossk.centring import centre, degrees_of_freedom, empty_moments, note
 from lossk.diagnostics import Diagnostics, diagnose_traces
 from lossk.neighbors import median_noise_floor
-from lossk.watched import watched_bytes
+from lossk.watched import watched_bytes, watched_in
 
 if TYPE_CHECKING:
     from lossk.traces import LossTraces
@@ -37,7 +37,9 @@ def factor_of(
         factor[:, span] = centred.factor
         note(moments, span, centred)
     blocks = FactorBlocks(factor, degrees_of_freedom(num_chains, num_draws, centering))
-    return blocks, moments, diagnose(median_noise_floor(moments))
+    watched = watched_in(blocks, moments)
+    assert watched is not None
+    return blocks, moments, diagnose(median_noise_floor(moments, watched))
 
 
 def stripe_of(num_samples: int, num_chains: int) -> int:

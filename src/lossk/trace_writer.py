@@ -31,7 +31,7 @@ from lossk.settings import check_n_beta, check_settings
 from lossk.store import write_kernel
 from lossk.stored_factor import StoredFactor
 from lossk.swap import in_one_step
-from lossk.watched import watched_samples
+from lossk.watched import Watched, watched_samples
 
 CHUNK_BYTES = 2**24  # of a chunk on disk, about
 MOST_SAMPLES = 4096  # of a chunk, which is also the kernel's tile
@@ -201,7 +201,7 @@ class TraceWriter:
             mean_loss=self._total / self.num_samples,
             watched=self._watched_losses,
             dead_share=self._num_constant / self.num_samples,
-            noise_floor=median_noise_floor(self._moments),
+            noise_floor=median_noise_floor(self._moments, Watched(self._watched, self._watched_losses)),
             excess=self._excess,
             n_beta=self._n_beta,
             criteria=None,

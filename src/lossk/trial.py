@@ -24,10 +24,11 @@ from lossk.ops.philox import normals
 from lossk.pilot import Pilot, batch_factor
 from lossk.settings import minibatch_of
 from lossk.sgld import SGLD
+from lossk.step_choice import step_budget
 from lossk.task import fitting_batch
 from lossk.timings import Progress
 from lossk.trial_chain import Memory, Trial, run_trial, steps_after_burnin
-from lossk.tune import STEPS_CAP, Limits, choose_settings, step_budget, to_half_octave
+from lossk.tune import STEPS_CAP, Limits, choose_settings, to_half_octave
 from lossk.watched import watched_samples
 
 RISE_SHARE = 0.05  # of an uninformed predictor's loss
@@ -80,7 +81,7 @@ def settle(
     The full gradient at w*, where trial chains need it, is kept in `around.fitted`.
     """
     train, task, bar = around.train, around.task, bar or Progress(False)
-    law = SGLD(n_beta=sampler.n_beta, params=sampler.params)
+    law = SGLD(n_beta=sampler.n_beta, params=sampler.params, metric=sampler.metric)
     if sampler.localization == "auto" and sampler != law:  # nothing else that was asked for moves the law
         found, pilot, whys = settle(law, pilot, around, num_probe=num_probe, bar=bar)
         sampler = dataclasses.replace(sampler, localization=found.localization)
@@ -268,7 +269,7 @@ def _space(
     if sampler.num_steps_bw_draws == "auto" and trial.whole and trial.memory is not None:
         n = len(around.train)
         m = minibatch_of(chosen.batch_size, n)
-        step_cost = 3 * m * (2 if chosen.control_variate else 1)
+        step_cost = (4 if chosen.correction else 3) * m * (2 if chosen.control_variate else 1)
         memory = trial.memory
         spacing = worth_spacing(memory, step_cost, num_probe)
         chosen = dataclasses.replace(chosen, num_steps_bw_draws=spacing)

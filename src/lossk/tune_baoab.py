@@ -10,15 +10,8 @@ from lossk.baoab import BAOAB
 from lossk.bias import BIAS_BUDGET
 from lossk.pilot import Pilot, batch_factor
 from lossk.settings import FEWEST_BATCH, minibatch_of
-from lossk.tune import (
-    BURNIN_CAP,
-    BURNIN_TARGET,
-    GRADIENT_PASSES,
-    LAG1_TARGET,
-    STEP_FLOPS,
-    STEPS_CAP,
-    batches,
-)
+from lossk.step_choice import Way, batches
+from lossk.tune import BURNIN_CAP, BURNIN_TARGET, LAG1_TARGET, STEPS_CAP
 
 
 def longest_step(pilot: Pilot, lowest: float, controlled: bool, friction: float | None = None) -> tuple[float, str]:
@@ -53,9 +46,8 @@ def choose_batch(sampler: BAOAB, pilot: Pilot, num_train: int, num_weights: int)
     lowest, best, least = float(sampler.localization), 0, math.inf
     for batch in batches(sampler.batch_size, num_train):
         here = dataclasses.replace(pilot, batch_factor=batch_factor(num_train, batch))
-        twice = 2 if sampler.control_variate and batch < num_train else 1
-        passes = STEP_FLOPS / (2 * num_weights) + GRADIENT_PASSES * batch * twice
-        cost = passes * steps_to_forget(here, lowest, sampler.control_variate)
+        price = Way(batch, sampler.control_variate, corrected=False).cost(num_train, num_weights)
+        cost = price * steps_to_forget(here, lowest, sampler.control_variate)
         if cost < least:
             best, least = batch, cost
     return best

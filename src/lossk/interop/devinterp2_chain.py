@@ -10,6 +10,7 @@ forces divided by sigma^2.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 import torch
@@ -84,7 +85,7 @@ class LoggedChain(SteppingChain):
 
     @property
     def reach(self) -> float:
-        return float(self.sampler.lr) ** 0.5
+        return math.sqrt(float(self.sampler.lr))
 
     def _mask(self) -> Tensor:
         """[P] bool, in the order of `flat`."""

@@ -1,0 +1,70 @@
+"""Section 1: trace K and the LLC of automatic runs, against the truth of the law each chose."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import numpy as np
+
+from bench.calibration_problems import problem
+from bench.calibration_runs import SMALL, run
+from bench.markdown import table
+
+NAMES = ("linear", "ill-scaled linear", "ReLU MLP", "logistic", "softmax", "singular", "memorised", "40 blocks",
+         "heavy-tailed", "untrained", "saddle")  # fmt: skip
+Row = dict[str, Any]
+
+
+def measure(seeds: Iterable[int], small: bool = False) -> Iterator[list[Row]]:
+    """All rows so far, after each run."""
+    rows: list[Row] = []
+    for name in ("small linear",) if small else NAMES:
+        for seed in seeds:
+            rows.append(run(problem(name), seed=seed, **(SMALL if small else {})) | {"seed": seed})
+            yield rows
+
+
+def section(record: Row) -> str:
+    """Markdown."""
+    rows = record["rows"]
+    lines = []
+    for name in dict.fromkeys(row["problem"] for row in rows):
+        ended = [row for row in rows if row["problem"] == name]
+        known = [row for row in ended if "truth" in row]
+        good = sum(row["verdict"] == "good" for row in ended)
+        bad = sum(row["verdict"] == "good" and bool(row["wrong"]) for row in known)
+        lines.append([name, known[0]["truth"] if known else "", f"{good} of {len(ended)}", f"{bad}",
+                      *_against(known, "trace"), *_against(known, "llc"), _foreseen(known),
+                      _span([row["likeness"] for row in known])])  # fmt: skip
+    head = ["problem", "truth", "good", "of these wrong", "trace K / truth", "errors off", "LLC / truth", "errors off",
+            "foreseen bias", "likeness of R"]  # fmt: skip
+    return (
+        "## Bias\n\nPure defaults. Each run beside the truth of the very law it chose; ratios are mean ± standard "
+        "deviation over seeds, *errors off* the median distance in stated standard errors. A good run is wrong where "
+        "trace K or the LLC is off by more than 10 % and 3 stated errors, or R correlates less than .8 with the "
+        "truth. *Foreseen bias* is the run's own; the LLC's ratio less 1 is the true one, averaged over directions.\n\n"
+        + table(head, lines)
+    )
+
+
+def _against(rows: list[Row], name: str) -> tuple[str, str]:
+    rows = [row for row in rows if row[name] is not None]
+    ratios = [row[name] / row[f"true_{name}"] for row in rows]
+    off = [
+        (row[name] - row[f"true_{name}"]) / np.hypot(row[f"{name}_se"], row[f"true_{name}_se"])
+        for row in rows
+        if row[f"{name}_se"]
+    ]
+    return _span(ratios), f"{np.median(off):+.1f}" if off else ""
+
+
+def _span(values: list[float]) -> str:
+    if not values:
+        return ""
+    return f"{np.mean(values):.3f} ± {np.std(values):.3f}"
+
+
+def _foreseen(rows: list[Row]) -> str:
+    values = [row["foreseen_bias"] for row in rows if row.get("foreseen_bias") is not None]
+    return f"{np.mean(values):+.3f}" if values else "none stated"
