@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from lossk import record
+from lossk.allocation import shortage_named
 from lossk.ambient import usual_modes
 from lossk.blocks import TileBlocks
 from lossk.chain import ChainState
@@ -118,7 +119,8 @@ def build_kernel(
 
     Raises:
         ValueError, TypeError: a bad argument, before sampling starts.
-        MemoryError: the data or the kernel would not fit, before sampling starts; the message says what would.
+        MemoryError: the data or the kernel would not fit, before sampling starts; the message says what would. Or the
+            system refused memory later: what was planned, and what is free.
         RuntimeError: the dataset's own code failed; the message says at which samples, and its error is the cause.
         DivergedError: a chain left the neighbourhood of the trained weights.
         BackendError: an explicit backend cannot run here.
@@ -155,6 +157,7 @@ def build_kernel(
     with (
         joined(distributed) as ranks,
         full_disk_named(path),
+        shortage_named(budget),
         Progress(progress and (ranks is None or ranks.first)) as bar,
     ):
         if ranks is None and path is not None and path.exists() and not resume:
@@ -249,7 +252,11 @@ def sample_losses(
     distributed = plain["distributed"]
     passes, sampler = check_passes(passes), check_sampler(sampler, num_draws)
     budget = Budget.now(None)
-    with joined(distributed) as ranks, Progress(progress and (ranks is None or ranks.first)) as bar:
+    with (
+        joined(distributed) as ranks,
+        shortage_named(budget),
+        Progress(progress and (ranks is None or ranks.first)) as bar,
+    ):
         if ranks is not None:
             device = ranks.own_device(device)
         run = Run.prepare(

@@ -102,6 +102,7 @@ def chosen_by_first(
 
         planned = ranks.decide(plan)
         layout = Layout(**planned["layout"])
+        budget.plan(layout.peak_bytes)
         ranks.all_or_none(_too_large(ranks, request, layout, budget, path))
         yield {**record.chosen(run), "layout": layout.to_dict(), "mesh": planned["mesh"]}, layout
 

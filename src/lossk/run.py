@@ -336,6 +336,7 @@ class Run:
             self.passes_reasons.append(why)
             bar.say(f"device: {why}")
         layout = dataclasses.replace(layout, reached_bytes=working.pilot)
+        budget.plan(layout.peak_bytes)
         plan = make_plan(
             layout,
             size,
