@@ -60,6 +60,19 @@ def settings(**changes: Any) -> dict[str, Any]:
     return {**found, **changes}
 
 
+def in_a_metric() -> lossk.SGLD:
+    """Scales that rank 0 measures."""
+    return lossk.SGLD(
+        lr=1e-3,
+        n_beta=30.0,
+        localization=50.0,
+        metric="fisher",
+        num_burnin_steps=2,
+        num_steps_bw_draws=2,
+        batch_size=16,
+    )
+
+
 def tokens() -> tuple[nn.Module, Any, Any]:
     """A loss per token, some of them masked: rows are cut with their samples."""
     generator = torch.Generator().manual_seed(9)
@@ -143,8 +156,9 @@ def numbers(kernel: lossk.LossKernel) -> dict[str, Any]:
 
 def run(scenario: str, folder: Path, rank: int) -> Any:
     build = lossk.build_kernel
-    if scenario in ("store", "shards", "pooled16"):
-        changes = {"store": {}, "shards": {"num_chains": 1}, "pooled16": {"centering": "pooled", "dtype": "float16"}}
+    if scenario in ("store", "shards", "pooled16", "metric"):
+        changes = {"store": {}, "shards": {"num_chains": 1}, "pooled16": {"centering": "pooled", "dtype": "float16"},
+                   "metric": {"sampler": in_a_metric()}}  # fmt: skip
         return numbers(build(network(), data(), out=folder / f"{scenario}.lossk", **settings(**changes[scenario])))
     if scenario == "tokens":
         model, samples, loss = tokens()
