@@ -253,8 +253,10 @@ def captions(kernel: LossKernel, task: RecipeTask, neighbors: Neighbors) -> tupl
         purity, chance = class_purity(neighbors.index, task.labels), chance_purity(task.labels)
         parts.append(f"{purity:.1%} of {neighbors.index.shape[1]} neighbours in the same class (chance {chance:.1%})")
     if diagnostics is not None and diagnostics.llc is not None and diagnostics.rhat is not None:
-        parts.append(f"LLC {diagnostics.llc:.1f}")
+        parts.append("no LLC: w* is no minimum" if diagnostics.no_minimum else f"LLC {diagnostics.llc:.1f}")
         parts.append(f"R-hat {diagnostics.rhat:.2f}")
+        if diagnostics.reliability is not None:
+            parts.append(f"reliability of R {diagnostics.reliability:.2f}")
         parts.append(f"verdict: {diagnostics.verdict}")
     return f"Loss kernel of {title}", "   |   ".join(parts)
 

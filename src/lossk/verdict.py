@@ -43,7 +43,7 @@ RULES = (
     ),
     Rule(
         "no minimum",
-        lambda n: n.llc < -LLC_Z * n.llc_se,
+        lambda n: below_minimum(n.llc, n.llc_se),
         "draws lower the training loss, by {n.fall:.3g} on average: w* is no minimum of it at this scale, and the "
         "kernel is that of another place; train on, or raise localization",
     ),
@@ -170,6 +170,11 @@ def judge(numbers: Mapping[str, Any], *, rejects: bool = False) -> tuple[str, st
     n.more_for_size = _times((n.size_error / SIZE_LIMIT) ** 2)
     rule = next(rule for rule in RULES if rule.broken(n))
     return rule.verdict, rule.advice.format(n=n, **LIMITS)
+
+
+def below_minimum(llc: float | None, se: float | None) -> bool:
+    """Whether a learning coefficient is significantly negative: draws lower the loss that w* should be a minimum of."""
+    return llc is not None and se is not None and llc < -LLC_Z * se
 
 
 def _times(more: float) -> str:
