@@ -151,9 +151,7 @@ def run(problem: tuple[nn.Module, Data], sampler: Any, *, draws: int = 100, seed
         ),
     ],
 )  # fmt: skip
-def test_planted_faults_are_named(
-    problem: Callable[[int], tuple[nn.Module, Data]], sampler: Any, found: str
-) -> None:
+def test_planted_faults_are_named(problem: Callable[[int], tuple[nn.Module, Data]], sampler: Any, found: str) -> None:
     diagnostics = run(problem(1), sampler, draws=40)
     assert diagnostics.verdict == found, str(diagnostics)
 

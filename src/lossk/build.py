@@ -27,6 +27,7 @@ from lossk.losses import LossFunction
 from lossk.memory import Budget
 from lossk.panel import choose_panel
 from lossk.passes import Passes, check_passes
+from lossk.restart import begin_again
 from lossk.run import Run
 from lossk.run_diagnostics import diagnose_run
 from lossk.runlog import RunLog
@@ -202,7 +203,7 @@ def build_kernel(
                     try:
                         return _accumulate(run, request, log, layout, budget, bar)
                     except DivergedError as error:
-                        said = run.begin_again(error)
+                        said = begin_again(run, error)
                         if said is None:
                             raise
                     bar.say(said)
@@ -277,7 +278,7 @@ def sample_losses(
                     losses = _traces(run, panel, bar)
                     break
                 except DivergedError as error:
-                    said = run.begin_again(error)
+                    said = begin_again(run, error)
                     if said is None:
                         raise
                 bar.say(said)

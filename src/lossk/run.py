@@ -25,7 +25,6 @@ from lossk.device_plan import choose_overlap, choose_with_device, describe_room
 from lossk.device_room import measure_room, place_data
 from lossk.distributed import Ranks
 from lossk.effective_dimension import count_directions
-from lossk.errors import DivergedError
 from lossk.judging import foreseen_vectors, informed_pilot, plan_judging, working_bytes
 from lossk.layout import Layout, Size, choose_layout
 from lossk.losses import LossFunction, resolve_loss
@@ -39,14 +38,12 @@ from lossk.pilot import Pilot
 from lossk.plan import check_disk, check_traces, factor_layout, make_plan, trace_layout
 from lossk.probe import Probe, prepare_probe, rows_fingerprint, token_fingerprint
 from lossk.probe_sets import read_sources
-from lossk.samplers import Sampler, fit, fit_early, make_chain, with_shorter_step
+from lossk.samplers import Sampler, fit, fit_early, make_chain
 from lossk.sgld import SGLD
 from lossk.task import Task
 from lossk.timings import Progress, Timings, as_table
 from lossk.trace_watch import TraceWatch
 from lossk.witness import check_start
-
-MOST_RESTARTS = 6  # of an automatic run that explodes: the step is then a 64th of the pilot's
 
 
 @dataclass
@@ -254,18 +251,6 @@ class Run:
                 self.pilot, self.sampler, self.task, self.train, self._passes_of(self.sampler)
             )
         self.reasons += [*describe_metric(self.scales), *beaten]
-
-    def begin_again(self, error: DivergedError) -> str | None:
-        """Half the step of an automatic run that exploded; says so, or None where nothing is to be chosen."""
-        before = sum(reason.startswith("restart") for reason in self.reasons)
-        shorter = with_shorter_step(self.asked, self.sampler) if before < MOST_RESTARTS else None
-        if shorter is None:
-            return None
-        said = f"restart {before + 1} = half the step, twice the steps: {str(error).split(';')[0]}"
-        self.sampler, self.reasons = shorter, [*self.reasons, said]
-        self.watch = TraceWatch(self.num_chains, self.num_draws, len(self.probe))
-        self.task.reset()
-        return said
 
     def announce(self, bar: Progress) -> None:
         """Say what was chosen."""

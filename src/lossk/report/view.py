@@ -234,7 +234,11 @@ def _diagnostics(d: Diagnostics | None) -> dict[str, Any] | None:
         ),
         ("foreseen bias", number(d.foreseen_bias), f"of a variance, step and minibatch noise; at most {BIAS_LIMIT}"),
         ("discretisation", number(d.discretisation), "excess variance of the stiffest direction, relative"),
-        ("step", number(d.stability), f"of the longest stable at the steepest draw of a thousand; at most {STABILITY_LIMIT:.0f}"),
+        (
+            "step",
+            number(d.stability),
+            f"of the longest stable at the steepest of 1,000 draws; at most {STABILITY_LIMIT:.0f}",
+        ),
         ("burn-in completeness", number(d.burnin_completeness), "share of a flat direction's stationary variance"),
         ("growth", number(d.growth, 2), "of |w − w*|², first third to last, relative"),
         ("drift", number(d.drift, 2), "of the mean loss, first third to last, standard deviations"),
