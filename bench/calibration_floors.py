@@ -2,8 +2,7 @@
 
 Losses of exact laws, so that unrelated pairs are known: 40 blocks of losses with weights of their own (squared errors
 of linear models whose weights are AR(1)), and z, exp(z), exp(2z), z^2 of independent AR(1) normals z, of one memory or
-two.
-Beside them the power: the share of truly related pairs found at `by_chance` below 0.1. Twenty pairs of the z have a
+two. Beside them the power: the part of truly related pairs found at `by_chance` below 0.1. Of the z twenty pairs have a
 correlation of 0.6; within blocks all pairs are related.
 
     python -m bench.calibration_floors --seeds 8
@@ -71,7 +70,7 @@ def _ar1(rng: np.random.Generator, shape: tuple[int, int, int], memory: Any) -> 
 
 
 def measure(case: str, chains: int, draws: int, seed: int) -> dict[str, Array]:
-    """By way: unrelated above the floor and below each level, over the promised; the share of related found."""
+    """By way: unrelated ones above the floor and below each level, over the promised; the related ones' share found."""
     losses, related = losses_of(case, np.random.default_rng([seed, chains, draws]), chains, draws)
     kernel = lossk.LossKernel.from_traces(lossk.LossTraces(torch.from_numpy(losses)))
     moments, rows = kernel._moments, torch.arange(N)

@@ -252,7 +252,7 @@ def test_resuming_is_bitwise_and_measures_nothing_again(
     with pytest.raises(RuntimeError, match="stopped by the test"):
         build(problem.model(), problem.data, loss=loss, out=tmp_path / "k", **asked)
     loss.at = None
-    monkeypatch.setattr("lossk.run.fisher_scales", lambda *_: pytest.fail("measured again"))
+    monkeypatch.setattr("lossk.metric.fisher_scales", lambda *_: pytest.fail("measured again"))
     resumed = build(problem.model(), problem.data, loss=loss, out=tmp_path / "k", resume=True, **asked)
     assert_same_kernel(resumed, whole)
     assert lossk.open(tmp_path / "k").meta["scales"] == whole.meta["scales"]

@@ -40,7 +40,7 @@ FINE = {
         ({"foreseen_bias": 0.3, "gradient_noise_ratio": 0.2}, "too much noise", "raise batch_size or divide lr by 6.0"),
         ({"foreseen_bias": 0.3, "gradient_noise_ratio": 0.3, "discretisation": None}, "too much noise", "step_size by"),
         ({"growth": 0.3, "growth_z": 5.0}, "not burned in", "num_burnin_steps"),
-        ({"growth": 0.3, "growth_z": 2.0}, "good", ""),
+        ({"growth": 0.3, "growth_z": 3.5}, "good", ""),
         ({"burnin_completeness": 0.01}, "good", ""),
         ({"burnin_completeness": 0.01, "growth": None}, "not burned in", "1% of their stationary"),
         ({"drift": -1.0, "drift_z": -9.0}, "not burned in", "raise num_burnin_steps"),
@@ -119,7 +119,7 @@ def saddle(seed: int) -> tuple[nn.Module, Data]:
 def euler(**changes: Any) -> lossk.SGLD:
     """n_beta a = 20 to 40, at localization 2: a step at about a tenth of its budget, without minibatch noise."""
     settings = {"lr": 0.006, "n_beta": 20.0, "localization": 2.0, "batch_size": None, "num_burnin_steps": 50,
-                "num_steps_bw_draws": 8}  # fmt: skip
+                "num_steps_bw_draws": 12}  # fmt: skip
     return lossk.SGLD(**{**settings, **changes})
 
 

@@ -12,9 +12,9 @@ import torch
 import lossk
 from damage import as_before, seal_again
 from lossk.chunks import Chunks
-from lossk.tiles import kernel_from_panels
 from lossk.verify import verify_store
 from lossk.watched import Watched, watched_samples
+from streamed_kernels import kernel_from_panels
 from sweep_kinds import NAME, build, out_of_core
 
 SETTINGS = {"num_chains": 2, "panel": 2}

@@ -9,6 +9,7 @@ import numpy as np
 LEVELS = 256  # at which the drawn part of a tail is kept
 EXCEEDING = 400  # draws that the law beyond is fitted to
 MOST_SHAPE = 0.5
+MARGIN = 1.1  # on the scale of that law: draws share traces, so 400 exceedances tell it to about 10 %
 
 
 @dataclass(frozen=True)
@@ -16,8 +17,8 @@ class Tails:
     """Some laws of a coordinate g > 0: survival, log-linear between levels, and beyond the last level.
 
     Beyond it the survival is that of the last level times (1 + shape (g - last) / scale)^(-1 / shape). The shape is
-    never below 0: a law that ends or falls faster than an exponential one is taken for exponential, so chance is
-    over-stated there and never under-stated.
+    never below 0: a law that ends or falls faster than an exponential one is taken for exponential. That and a margin
+    on the scale over-state chance there rather than under-state it.
     """
 
     level: np.ndarray  # [LEVELS] ascending g, one row a law: [laws, LEVELS]
@@ -84,6 +85,6 @@ def _pareto(excess: np.ndarray) -> tuple[float, float]:
     n, mean = len(excess), float(excess.mean())
     weighted = float((excess * (np.arange(n) + 0.5) / n).mean())  # E[x (1 - F(x))]
     if mean <= 0 or mean - 2 * weighted <= 0:
-        return max(mean, 1e-6), 0.0
+        return MARGIN * max(mean, 1e-6), 0.0
     shape = min(max(2 - mean / (mean - 2 * weighted), 0.0), MOST_SHAPE)
-    return mean * (1 - shape), shape
+    return MARGIN * mean * (1 - shape), shape

@@ -15,6 +15,7 @@ import torch
 
 import lossk
 from lossk import cli_attribution, cli_insight, cli_report, cli_stores, cli_tune, provenance
+from lossk.allocation import shortage_named
 from lossk.analysis.purity import chance_purity, class_purity
 from lossk.cli_checkpoints import checkpoint_outputs, show_checkpoints
 from lossk.cli_distributed import build_at, follow, share_threads
@@ -35,7 +36,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = argparse.Namespace(debug=False)
     try:
         options = build_parser().parse_args(arguments)
-        return options.run(options) or 0
+        with shortage_named():
+            return options.run(options) or 0
     except KeyboardInterrupt:
         print("lossk: interrupted", file=sys.stderr)
         return 130

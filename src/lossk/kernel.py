@@ -215,7 +215,7 @@ class LossKernel(AsArray):
             method: "products": from the draws' own products, by batches of every length, whatever the law and memory of
                 the losses (`lossk.product_errors`); needs the factor form. "watched": "lag1" times the ratio "products"
                 over "lag1" of the up to 256 samples whose traces are kept (`lossk.watched_errors`). +- 1.96 of either
-                cover 95 %: Student's t of the batches is in it.
+                are meant to cover 95 %.
                 "chains": the spread of the C chains' own kernels over sqrt(C); needs the factor form, chain centring
                 and at least 2 chains. Read it with t of C - 1 degrees of freedom (4 chains: +- 3.18 cover 95 %).
                 "lag1": with each loss's lag-1 autocorrelation r, D = C (T - 1), f = (1 + r_i r_j) / (1 - r_i r_j),

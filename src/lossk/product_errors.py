@@ -6,7 +6,7 @@ such a mean is `lossk.batch_means`'. Two things are added that it does not see:
   these means, LRV_ij / T with LRV the long-run covariance of the losses; its square is added, less its noise and what
   the degrees of freedom of independent draws restore.
 * Skewness: a variance that comes out low has a low error, too. Where R is 1 the error is that of the upper end of an
-  interval in log K, where R is 0 nothing changes.
+  interval in log K by half, where R is 0 nothing changes.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from lossk.blocks import FactorBlocks, Moments
 TINY = torch.finfo(torch.float64).tiny
 ENTRIES = 2**19  # of terms [D, c] at a time
 QUARTERS = 4  # batches per chain that covariances of means are taken from
-FEW = 8  # degrees of freedom, below which an error is at least that of independent normal losses
+FEW = 8  # degrees of freedom, below which an error is at least that of independent normal losses, with Student's t
 
 
 @dataclass(frozen=True)
@@ -35,22 +35,14 @@ class Samples:
     stretch: Tensor  # [n] float64: root of the long-run variance over what the parts' means have
 
 
-def product_spread(
-    blocks: FactorBlocks, moments: Moments, rows: Tensor, columns: Tensor, correlation: bool, *, widened: bool = True
-) -> Tensor:
-    """Of a block of a factor's kernel: [r, c] float32, nats^2 or, of correlations, 1.
-
-    Args:
-        widened: by Student's t, so that +- 1.96 of a single one covers 95 %; False where many are averaged.
-    """
+def product_spread(blocks: FactorBlocks, moments: Moments, rows: Tensor, columns: Tensor, correlation: bool) -> Tensor:
+    """Of a block of a factor's kernel: [r, c] float32, nats^2 or, of correlations, 1."""
     if not len(rows) or not len(columns):
         return torch.zeros(len(rows), len(columns), dtype=torch.float32, device="cpu")
     left = _samples(blocks, moments, rows)
     right = left if torch.equal(rows, columns) else _samples(blocks, moments, columns)
-    variance, freedom = _variances(left, right, moments, blocks.freedom, correlation)
-    if not widened:
-        freedom = torch.full_like(freedom, torch.inf)
-    error = _assembled(left, right, moments, blocks.freedom, variance, freedom, correlation)
+    variance = _variances(left, right, moments, blocks.freedom, correlation)
+    error = _assembled(left, right, moments, blocks.freedom, variance, correlation)
     same = rows.unsqueeze(1) == columns
     if correlation:
         return error.masked_fill(same, 0.0).clamp(max=1.0).float()
@@ -72,10 +64,8 @@ def _samples(blocks: FactorBlocks, moments: Moments, index: Tensor) -> Samples:
     return Samples(traces, traces.double().square().sum(dim=0) / blocks.freedom, means, stretch)
 
 
-def _variances(
-    left: Samples, right: Samples, moments: Moments, freedom: int, correlation: bool
-) -> tuple[Tensor, Tensor]:
-    """Of the means of all pairs' terms, and degrees of freedom: both [r, c] float64; a row, and some columns at a time.
+def _variances(left: Samples, right: Samples, moments: Moments, freedom: int, correlation: bool) -> Tensor:
+    """Of the means of all pairs' terms: [r, c] float64; a row, and some columns, at a time.
 
     Of a block of the same samples on both sides the upper triangle is computed.
     """
@@ -87,7 +77,6 @@ def _variances(
         )
     width, (draws, count) = max(16, ENTRIES // len(b)), b.shape
     variance = torch.empty(a.shape[1], count, dtype=torch.float64, device="cpu")
-    degrees = torch.empty_like(variance)
     squares = b.square() if correlation else b
     for i, one in enumerate(a.T):
         for start in range(i if left is right else 0, count, width):
@@ -97,16 +86,14 @@ def _variances(
                 half = terms.sum(dim=0) / (2 * freedom)
                 terms -= half * squares[:, span]
                 terms -= half * one.square().unsqueeze(1)
-            found = spread_of_mean(terms.unflatten(0, (moments.num_chains, -1)))
-            variance[i, span], degrees[i, span] = found.variance, found.freedom
+            variance[i, span] = spread_of_mean(terms.unflatten(0, (moments.num_chains, -1))).variance
     if left is right:
-        for whole in (variance, degrees):
-            whole.copy_(whole.triu() + whole.triu(1).T)
-    return variance * (draws / freedom) ** 2, degrees
+        variance = variance.triu() + variance.triu(1).T
+    return variance * (draws / freedom) ** 2
 
 
 def _assembled(
-    left: Samples, right: Samples, moments: Moments, freedom: int, variance: Tensor, degrees: Tensor, correlation: bool
+    left: Samples, right: Samples, moments: Moments, freedom: int, variance: Tensor, correlation: bool
 ) -> Tensor:
     """The errors [r, c] float64, in units of the scales or of 1, with bias and skewness."""
     k = left.traces.double().T @ right.traces.double() / freedom
@@ -130,11 +117,13 @@ def _assembled(
         bias, least = lost, (size.square() + k.square()) / freedom
         noise = share[0].unsqueeze(1) * share[1] * size.square() / max(len(left.means) - 1, 1)
     if freedom < FEW:
-        variance, degrees = torch.maximum(variance, least), degrees.clamp(max=float(freedom))
-    error = (variance + (bias.square() - noise).clamp(min=0.0)).sqrt() * widening(degrees)
+        variance = torch.maximum(variance, least)
+    error = (variance + (bias.square() - noise).clamp(min=0.0)).sqrt()
+    if freedom < FEW:
+        error = error * widening(freedom)
     if not correlation:
         u = (NORMAL_95 * error / safe).clamp(min=1e-6, max=3.0)
-        error = error * (1 + r.square() * (torch.expm1(u) / u - 1))
+        error = error * (1 + r.square().square() * (torch.expm1(u) / u - 1) / 2)
     return torch.where(alive, error, 0.0)
 
 

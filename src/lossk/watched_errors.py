@@ -3,8 +3,8 @@
 Of each pair of watched samples both the error from the products of its draws (`lossk.product_errors`) and that of the
 lag-1 formula (`lossk.standard_error.lag1_error`) are known. Their ratio is fitted, in logarithms, as a quadratic
 function of what is known of every sample (lag-1 autocorrelation, deviation over mean loss, spread of the chain means)
-and of the pair (R); other pairs' lag-1 errors are multiplied by it. Many pairs know it better than each its own error:
-of these Student's t is left out. Where all samples of a block are watched its errors are those of their draws.
+and of the pair (R); other pairs' lag-1 errors are multiplied by it. Where all samples of a block
+are watched its errors are those of their draws.
 """
 
 from __future__ import annotations
@@ -92,9 +92,7 @@ def watched_errors(watched: Watched | None, moments: Moments) -> WatchedErrors:
     i, j = (alive[part] for part in torch.triu_indices(len(alive), len(alive), 1, device="cpu"))
     whole = torch.zeros(count, count, dtype=torch.float64, device="cpu")
     whole[alive.unsqueeze(1), alive] = blocks.gather(alive, alive).double()
-    covariance, correlation = (
-        product_spread(blocks, own, alive, alive, kind, widened=False).double() for kind in (False, True)
-    )
+    covariance, correlation = (product_spread(blocks, own, alive, alive, kind).double() for kind in (False, True))
     place = torch.zeros(count, dtype=torch.int64, device="cpu")
     place[alive] = torch.arange(len(alive), device="cpu")
     std = own.variance.sqrt() / own.scale

@@ -237,7 +237,7 @@ def _diagnostics(d: Diagnostics | None) -> dict[str, Any] | None:
         (
             "step",
             number(d.stability),
-            f"of the longest stable at one draw in a thousand; at most {STABILITY_LIMIT:.0f}",
+            f"of the longest stable at the steepest of 1,000 draws; at most {STABILITY_LIMIT:.0f}",
         ),
         ("burn-in completeness", number(d.burnin_completeness), "share of a flat direction's stationary variance"),
         ("growth", number(d.growth, 2), "of |w − w*|², first third to last, relative"),
