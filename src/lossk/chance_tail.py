@@ -9,8 +9,8 @@ import numpy as np
 LEVELS = 256  # at which the drawn part of a tail is kept
 EXCEEDING = 400  # draws that the law beyond is fitted to
 MOST_SHAPE = 0.5
-SHAPE_ERROR = 0.05  # of a shape fitted to 400 exceedances: a smaller one is no sign of a heavy tail
-MARGIN = 1.1  # on the scale of that law: draws share traces, so 400 exceedances tell it to about 10 %
+SHAPE_ERROR = 0.03  # about that of a shape fitted to 400 exceedances: a smaller one is no sign of a heavy tail
+MARGIN = 1.2  # on the scale of that law: draws share traces, so 400 exceedances tell it to 10 % or 20 %
 
 
 @dataclass(frozen=True)
