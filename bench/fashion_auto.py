@@ -23,9 +23,10 @@ from bench.machine import described, processor
 from bench.time_to_truth_ours import CLOCKS
 from bench.time_to_truth_statistics import entries, reliability
 from lossk import provenance
-from lossk.diagnostics import diagnose, watched_samples
+from lossk.diagnostics import diagnose
 from lossk.pilot import Pilot
 from lossk.recipes import fashion
+from lossk.watched import watched_samples
 
 CHAINS = 4
 TIMES = {"wall": "on a machine with nothing else to do", "cpu": "of the processor's time"}
@@ -37,7 +38,7 @@ def verdict_of(saved: dict[str, Any]) -> tuple[str, str]:
     losses, meta = saved["losses"], saved["meta"]
     found = diagnose(
         mean_loss=losses.double().mean(dim=2),
-        watched=losses[:, :, watched_samples(losses.shape[2])],
+        watched=losses[:, :, watched_samples(losses.shape[2], losses.shape[0] * losses.shape[1])],
         dead_share=0.0,
         noise_floor=float(lossk.LossKernel.from_traces(lossk.LossTraces(losses)).neighbors(1).noise_floor.median()),
         excess=None,

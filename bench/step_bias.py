@@ -30,13 +30,13 @@ from bench.time_to_truth_statistics import MEASURES, entries, reliability
 from lossk import curvature, provenance
 from lossk.anchor import evaluate_anchor
 from lossk.chain import Surroundings
-from lossk.diagnostics import STABILITY_LIMIT
 from lossk.losses import resolve_loss
 from lossk.pilot import Pilot
 from lossk.reading import read_samples
 from lossk.sgld import AVERAGED, SGLDChain
 from lossk.task import Task
 from lossk.timings import Timings
+from lossk.verdict import STABILITY_LIMIT
 
 FACTORS = (0.25, 0.5, 1.0, 1.5, 2.0, 3.0)
 SEED = 11

@@ -12,7 +12,7 @@ import zarr
 from zarr.codecs import Crc32cCodec
 
 from lossk.chunks import Chunks
-from lossk.manifest import ARRAYS, COMPLETE, DESCRIPTIONS, digest_of, digests_of
+from lossk.manifest import ARRAYS, COMPLETE, DESCRIPTIONS, WATCHED_ARRAYS, digest_of, digests_of
 from lossk.sealed import read_sealed, write_sealed
 
 
@@ -33,6 +33,8 @@ def files_of(path: Path) -> list[str]:
 def as_before(path: Path) -> None:
     """Make a finished store one of an earlier version: written by Zarr, zeros left out, no checksums of files."""
     (path / "checksums.json").unlink()
+    for name in WATCHED_ARRAYS:
+        shutil.rmtree(path / name, ignore_errors=True)
     config = read_sealed(path / "config.json")
     del config["checksums"]
     if "chosen" not in config:  # what a run was asked for has it

@@ -49,7 +49,9 @@ def everything(kernel: lossk.LossKernel) -> list[np.ndarray]:
     """All that can be read of it."""
     moments = [kernel.variance, kernel.mean_loss, kernel.lag1, kernel._moments.scale, kernel._moments.chain_mean]
     tokens = [] if kernel.tokens is None else [kernel.tokens]
-    return [part.numpy() for part in (*moments, *tokens, kernel[:])] + [np.array(str(kernel.diagnostics))]
+    kept = kernel._watched()
+    watched = [] if kept is None else [kept.index, kept.losses]
+    return [part.numpy() for part in (*moments, *tokens, *watched, kernel[:])] + [np.array(str(kernel.diagnostics))]
 
 
 def taken_up(path: Path) -> list[np.ndarray]:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 import lossk
 import lossk.distributed_plan
 import lossk.distributed_run
+import lossk.run
 from lossk.cli import main
 from lossk.layout import in_store
 from lossk.recipes import RecipeTask
@@ -57,6 +58,19 @@ def settings(**changes: Any) -> dict[str, Any]:
         "progress": False,
     }
     return {**found, **changes}
+
+
+def in_a_metric() -> lossk.SGLD:
+    """Scales that rank 0 measures."""
+    return lossk.SGLD(
+        lr=1e-3,
+        n_beta=30.0,
+        localization=50.0,
+        metric="fisher",
+        num_burnin_steps=2,
+        num_steps_bw_draws=2,
+        batch_size=16,
+    )
 
 
 def tokens() -> tuple[nn.Module, Any, Any]:
@@ -104,6 +118,33 @@ def counted() -> dict[str, Any]:
     return {"samples": loss.samples, "timings": kernel.meta["timings"], "losses": [mean, kernel.variance.tolist()]}
 
 
+def too_long_a_step(*_: Any, **__: Any) -> tuple[lossk.SGLD, None, list[str]]:
+    """Chosen at lr localization / 2 = 2.5, where 2 is the limit: chains leave within a dozen steps, no two alike."""
+    sampler = lossk.SGLD(
+        lr=1.0, n_beta=30.0, localization=5.0, batch_size=16, num_burnin_steps=2, num_steps_bw_draws=3,
+        integrator="euler", control_variate=False, noise_correction=False,
+    )  # fmt: skip
+    return sampler, None, ["lr = 1: made up"]
+
+
+def restarted(folder: Path | None) -> dict[str, Any]:
+    """Runs whose chosen step makes their chains explode: in a store (and in memory without one), and as traces."""
+    choose, lossk.run.choose = lossk.run.choose, too_long_a_step
+    try:
+        out = None if folder is None else folder / "restart.lossk"
+        kernel = lossk.build_kernel(network(), data(), out=out, **settings(sampler=lossk.SGLD()))
+        asked = {key: value for key, value in settings(sampler=lossk.SGLD()).items() if key not in ("tile", "panel")}
+        traces = lossk.sample_losses(network(), data(), **asked)
+    finally:
+        lossk.run.choose = choose
+    return {
+        "variance": kernel.variance.tolist(),
+        "losses": traces.losses.tolist(),
+        "reasons": [kernel.meta["reasons"], traces.meta["reasons"]],
+        "sampler": kernel.meta["sampler"],
+    }
+
+
 def recipe() -> RecipeTask:
     x, y = data()
     return RecipeTask(model=network(), samples=(x, y), train=None, notes=f"by rank {os.environ.get('RANK')}")
@@ -115,8 +156,9 @@ def numbers(kernel: lossk.LossKernel) -> dict[str, Any]:
 
 def run(scenario: str, folder: Path, rank: int) -> Any:
     build = lossk.build_kernel
-    if scenario in ("store", "shards", "pooled16"):
-        changes = {"store": {}, "shards": {"num_chains": 1}, "pooled16": {"centering": "pooled", "dtype": "float16"}}
+    if scenario in ("store", "shards", "pooled16", "metric"):
+        changes = {"store": {}, "shards": {"num_chains": 1}, "pooled16": {"centering": "pooled", "dtype": "float16"},
+                   "metric": {"sampler": in_a_metric()}}  # fmt: skip
         return numbers(build(network(), data(), out=folder / f"{scenario}.lossk", **settings(**changes[scenario])))
     if scenario == "tokens":
         model, samples, loss = tokens()
@@ -162,6 +204,8 @@ def run(scenario: str, folder: Path, rank: int) -> Any:
         return numbers(kernel)
     if scenario == "counted":
         return counted()
+    if scenario == "restart":
+        return restarted(folder)
     if scenario == "disagree":
         try:
             build(network(), data(N - rank), **settings())

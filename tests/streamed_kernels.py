@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+import torch
 from torch import Tensor
 
 from lossk.kernel import LossKernel
 from lossk.tiles import TileAccumulator
+from lossk.watched import Watched, watched_samples
 
 
 def kernel_from_panels(
@@ -24,7 +26,10 @@ def kernel_from_panels(
     accumulator = TileAccumulator(
         num_samples, tile, num_chains=num_chains, num_draws=num_draws, centering=centering, dtype=dtype
     )
+    index, kept = watched_samples(num_samples, num_chains * num_draws), []
     for chain, losses in panels:
         accumulator.update(chain, losses)
+        kept.append(losses[:, index].float().cpu())
     blocks, moments = accumulator.finalize()
-    return LossKernel(blocks, moments)
+    watched = Watched(index, torch.cat(kept).unflatten(0, (num_chains, num_draws)))
+    return LossKernel(blocks, moments, watched=watched)

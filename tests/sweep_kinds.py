@@ -15,6 +15,8 @@ import lossk
 import lossk.run
 import lossk.swap
 from lossk.layout import in_store
+from lossk.replacement import Replacement
+from lossk.swap import folder_beside
 
 N = 37  # 3 x 3 tiles of 16, a ragged one at the end
 NAME = "k.lossk"
@@ -99,12 +101,32 @@ def save_copy(path: Path) -> None:
         lossk.open(path.parent / "source.lossk").save(path / NAME)
 
 
-def save_over_by_renames(path: Path) -> None:
+def run_over(path: Path) -> None:
+    """`lossk run --overwrite`, and where that was killed `--resume`."""
+    place = Replacement(path / NAME, overwrite=not (folder_beside(path / NAME) / NAME).exists())
+    try:
+        place.begin()
+        build(place.path)
+        place.place()
+    finally:
+        place.close()
+
+
+def run_over_by_renames(path: Path) -> None:
     """On a file system on which two folders cannot change places."""
+    _by_renames(run_over, path)
+
+
+def save_over_by_renames(path: Path) -> None:
+    """The same."""
+    _by_renames(save_over, path)
+
+
+def _by_renames(work: Callable[[Path], None], path: Path) -> None:
     exchange = lossk.swap.exchange
     lossk.swap.exchange = lambda a, b: False
     try:
-        save_over(path)
+        work(path)
     finally:
         lossk.swap.exchange = exchange
 
@@ -119,7 +141,7 @@ def export_npy(path: Path) -> None:
         kernel_of(0).to_memmap(path / NAME)
 
 
-RUNS = (in_memory, out_of_core, factor, probe_sets)
+RUNS = (in_memory, out_of_core, factor, probe_sets, run_over, run_over_by_renames)
 SAVES = (traces, save, save_copy, save_over, save_over_by_renames)
 EXPORTS = (export_zarr, export_npy)
 KINDS: dict[str, Callable[[Path], None]] = {kind.__name__: kind for kind in (*RUNS, *SAVES, *EXPORTS)}
@@ -128,7 +150,7 @@ KINDS: dict[str, Callable[[Path], None]] = {kind.__name__: kind for kind in (*RU
 def prepare(folder: Path, kind: str) -> None:
     """What lies there before: the store that is saved over, or copied."""
     folder.mkdir()
-    if kind.startswith("save_over"):
+    if "_over" in kind:
         kernel_of(0.5).save(folder / NAME)
 
 

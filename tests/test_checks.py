@@ -268,6 +268,7 @@ def test_other_settings_become_plain() -> None:
         (lossk.SGLD, "lr", 1e300), (lossk.SGLD, "lr", 1e-300), (lossk.SGLD, "lr", "0.1"), (lossk.SGLD, "lr", True),
         (lossk.SGLD, "params", 5), (lossk.SGLD, "params", []), (lossk.SGLD, "measure_acceptance", 0),
         (lossk.SGLD, "control_variate", 1), (lossk.SGLD, "num_burnin_steps", 10**30), (lossk.SGLD, "batch_size", 2**40),
+        (lossk.SGLD, "noise_correction", []), (lossk.SGLD, "noise_correction", 1e300),
         (lossk.BAOAB, "control_variate", "no"), (lossk.BAOAB, "friction", 1j), (lossk.Passes, "fold_norms", 0),
         (lossk.Passes, "compile", 1), (lossk.Passes, "num_threads", 10**6), (lossk.Passes, "frozen_prefix", 1),
         (lossk.Passes, "frozen_prefix", ""), (lossk.Passes, "update_precision", None), (lossk.Laplace, "structure", 3),

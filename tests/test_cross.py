@@ -50,7 +50,7 @@ def test_it_is_the_block_of_the_full_kernel(build: Build, problem: Any, sgld: An
     for correlation in (False, True):
         np.testing.assert_allclose(
             cross.standard_error(correlation=correlation, method="lag1"),
-            full.standard_error(rows, columns, correlation=correlation),  # of tiles: by lag 1
+            full.standard_error(rows, columns, correlation=correlation, method="lag1"),
             rtol=1e-3,
         )
     np.testing.assert_allclose(cross.train_mean_loss, full.mean_loss[rows], rtol=1e-6)

@@ -28,6 +28,7 @@ from lossk.layout import in_store
 SCENARIOS = [
     "store",
     "shards",
+    "metric",
     "pooled16",
     "tokens",
     "outofcore",
@@ -105,6 +106,7 @@ def close(a: lossk.LossKernel, b: lossk.LossKernel) -> None:
     [
         ("store", {}, (2, 1)),
         ("shards", {"num_chains": 1}, (1, 2)),
+        ("metric", {"sampler": worker.in_a_metric()}, (2, 1)),
         ("pooled16", {"centering": "pooled", "dtype": "float16"}, (2, 1)),
         ("outofcore", {}, (2, 1)),
     ],

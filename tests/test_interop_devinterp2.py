@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import lossk
+from file_events import Event, watched
 from lossk.interop import devinterp
 from lossk.interop.devinterp2_loss import next_token_losses
 
@@ -305,6 +306,29 @@ def test_a_store_is_written_whole_and_opened_again(tmp_path: Path) -> None:
     (tmp_path / "other").mkdir()
     with pytest.raises(FileExistsError, match="exists"):
         sample(model, output_path=tmp_path / "other")
+
+
+def test_a_store_is_durable_before_it_has_its_name(tmp_path: Path) -> None:
+    """Cut off before the move nothing has the name; the next call clears away what was left."""
+    path, synced, durable, stop = tmp_path / "samples.zarr", set(), [], True
+
+    def before(event: Event) -> None:
+        if event.name == "fsync":
+            synced.add(event.path)
+        if event.other == path:
+            durable.append(synced >= {event.path, *event.path.rglob("*")})
+            if stop:
+                raise KeyboardInterrupt
+
+    with watched(tmp_path, before), pytest.raises(KeyboardInterrupt):
+        sample(TinyLM(), output_path=path)
+    (tmp_path / f".{path.name}.1.part").mkdir()
+    assert not path.exists()
+    stop = False
+    with watched(tmp_path, before):
+        sample(TinyLM(), output_path=path)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["samples.zarr"]
+    assert durable == [True, True]
 
 
 @pytest.mark.parametrize(

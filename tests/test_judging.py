@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import lossk
-from lossk import curvature, diagnostics, judging, pilot
+from lossk import curvature, diagnostics, judging, pilot, verdict
 from lossk.chain import Chain
 from lossk.losses import resolve_loss
 from lossk.reading import read_samples
@@ -148,7 +148,7 @@ def test_a_step_has_its_own_limit_with_averaged_noise(
     names = (field.name for field in dataclasses.fields(diagnostics.Diagnostics))
     numbers = {**dict.fromkeys(names), "sample_rhat": 1.0, "sample_ess": 500.0, "rhat": 1.0, "ess": 500.0}
     numbers |= {"stability": stability, "discretisation": discretisation}
-    found, advice = diagnostics.judge(numbers)
+    found, advice = verdict.judge(numbers)
     assert found == verdict
     if verdict != "good":
         assert f"divide lr by {'5.2' if stability is None else '1.6'}" in advice
@@ -226,7 +226,7 @@ def test_automatic_runs_are_judged_at_their_own_draws_too() -> None:
     assert measured["drawn_times"] > 3
     assert measured["drawn_variance"] is not None  # the trial's: the run's own minibatches are all samples
     assert found.diagnostics.verdict != "step too large"
-    assert 0.3 < found.diagnostics.stability < diagnostics.STABILITY_LIMIT
+    assert 0.3 < found.diagnostics.stability < verdict.STABILITY_LIMIT
     assert found.diagnostics.discretisation == pytest.approx(found.diagnostics.stability**2)
 
 

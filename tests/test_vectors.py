@@ -66,6 +66,8 @@ def test_the_gradient_of_a_control_variate() -> None:
     [
         PLAIN,
         dataclasses.replace(PLAIN, control_variate=True),
+        dataclasses.replace(PLAIN, noise_correction=True),
+        dataclasses.replace(PLAIN, noise_correction=True, control_variate=True),
         dataclasses.replace(PLAIN, preconditioner="rmsprop"),
         dataclasses.replace(PLAIN, measure_acceptance=True),
         lossk.BAOAB(step_size=1e-3, friction=1.0, batch_size=8, **NUMBERS),
@@ -96,7 +98,7 @@ def test_chains(sampler: Sampler) -> None:
 def test_what_a_run_holds() -> None:
     chosen = lossk.SGLD()
     plain = PLAIN
-    assert most_vectors(chosen, judged=False, piloted=True) == WEIGHTS + 1 + 3 + LANCZOS
+    assert most_vectors(chosen, judged=False, piloted=True) == WEIGHTS + 1 + 3 + 2 + LANCZOS
     assert most_vectors(plain, judged=False, piloted=True) == WEIGHTS + LANCZOS + 3
     assert most_vectors(plain, judged=False, piloted=False) == chain_vectors(plain) == 4
     assert foreseen_vectors(plain, 1e9, 4, piloted=False) == judging_vectors(plain) == 4 + LANCZOS + 5

@@ -9,13 +9,16 @@ import torch
 from torch import nn
 
 from lossk import record
+from lossk.allocation import shortage_named
 from lossk.ambient import usual_modes
+from lossk.blocks import TileBlocks
 from lossk.chain import ChainState
 from lossk.data import Transform
 from lossk.disk import full_disk_named
 from lossk.distributed import joined
 from lossk.distributed_build import build_on_ranks
 from lossk.distributed_traces import sample_on_ranks
+from lossk.errors import DivergedError
 from lossk.factor_pass import HeldFactor, LoggedFactor
 from lossk.host_tiles import HostTiles
 from lossk.kernel import LossKernel
@@ -24,6 +27,7 @@ from lossk.losses import LossFunction
 from lossk.memory import Budget
 from lossk.panel import choose_panel
 from lossk.passes import Passes, check_passes
+from lossk.restart import begin_again
 from lossk.run import Run
 from lossk.run_diagnostics import diagnose_run
 from lossk.runlog import RunLog
@@ -116,7 +120,8 @@ def build_kernel(
 
     Raises:
         ValueError, TypeError: a bad argument, before sampling starts.
-        MemoryError: the data or the kernel would not fit, before sampling starts; the message says what would.
+        MemoryError: the data or the kernel would not fit, before sampling starts; the message says what would. Or the
+            system refused memory later: what was planned, and what is free.
         RuntimeError: the dataset's own code failed; the message says at which samples, and its error is the cause.
         DivergedError: a chain left the neighbourhood of the trained weights.
         BackendError: an explicit backend cannot run here.
@@ -153,6 +158,7 @@ def build_kernel(
     with (
         joined(distributed) as ranks,
         full_disk_named(path),
+        shortage_named(budget),
         Progress(progress and (ranks is None or ranks.first)) as bar,
     ):
         if ranks is None and path is not None and path.exists() and not resume:
@@ -193,7 +199,16 @@ def build_kernel(
                     columns = log_columns(len(run.probe), tile) if read_back else None
                     with run.timings.measure("store"):
                         log = RunLog.create(path, request, {**record.chosen(run), "layout": layout.to_dict()}, columns)
-                return _accumulate(run, request, log, layout, budget, bar)
+                while True:
+                    try:
+                        return _accumulate(run, request, log, layout, budget, bar)
+                    except DivergedError as error:
+                        said = begin_again(run, error)
+                        if said is None:
+                            raise
+                    bar.say(said)
+                    if log is not None:
+                        log.restart(request, {**record.chosen(run), "layout": layout.to_dict()})
         finally:
             if log is not None:
                 log.close()
@@ -238,7 +253,11 @@ def sample_losses(
     distributed = plain["distributed"]
     passes, sampler = check_passes(passes), check_sampler(sampler, num_draws)
     budget = Budget.now(None)
-    with joined(distributed) as ranks, Progress(progress and (ranks is None or ranks.first)) as bar:
+    with (
+        joined(distributed) as ranks,
+        shortage_named(budget),
+        Progress(progress and (ranks is None or ranks.first)) as bar,
+    ):
         if ranks is not None:
             device = ranks.own_device(device)
         run = Run.prepare(
@@ -254,11 +273,25 @@ def sample_losses(
             run.announce(bar)
             with run.timings.measure("plan"):
                 run.plan(bar, budget, tile=4096, panel=panel, dtype="float32", form="traces")
-            losses = torch.empty(num_chains, num_draws, len(run.probe), dtype=torch.float32, device="cpu")
-            for part in (each.on_host() for each in run.panels(panel, bar, dict.fromkeys(range(num_chains)))):
-                losses[part.chain, part.first_draw : part.first_draw + len(part.losses)] = part.losses
-                run.watch.note(part.losses, part.draws)
+            while True:
+                try:
+                    losses = _traces(run, panel, bar)
+                    break
+                except DivergedError as error:
+                    said = begin_again(run, error)
+                    if said is None:
+                        raise
+                bar.say(said)
         return record.traces(run, losses, record.meta(run, record.request(run)))
+
+
+def _traces(run: Run, panel: int, bar: Progress) -> torch.Tensor:
+    """[C, T, N] float32, nats."""
+    losses = torch.empty(run.num_chains, run.num_draws, len(run.probe), dtype=torch.float32, device="cpu")
+    for part in (each.on_host() for each in run.panels(panel, bar, dict.fromkeys(range(run.num_chains)))):
+        losses[part.chain, part.first_draw : part.first_draw + len(part.losses)] = part.losses
+        run.watch.note(part.losses, part.draws)
+    return losses
 
 
 def _accumulate(
@@ -290,7 +323,10 @@ def _accumulate(
         blocks, moments = tiles.finalize()
     with run.timings.measure("diagnostics"):
         diagnostics = diagnose_run(run, moments, tiles.totals)
-    kernel = LossKernel(blocks, moments, diagnostics=diagnostics, tokens=run.probe.tokens, sets=run.probe.sets)
+    kernel = LossKernel(
+        blocks, moments, diagnostics=diagnostics, tokens=run.probe.tokens, sets=run.probe.sets,
+        watched=run.watch.watched if isinstance(blocks, TileBlocks) else None,
+    )  # fmt: skip
     kernel.meta = {**record.meta(run, request), "memory": {**layout.to_dict(), "planned_peak_bytes": layout.peak_bytes}}
     if log is not None:
         log.finish(kernel, with_tiles=layout.tiles not in ("store", "factor"))

@@ -10,9 +10,9 @@ import math
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor
 
 from lossk.data import Samples
@@ -44,6 +44,21 @@ class Draw:
     acceptance: float = math.nan  # that a Metropolis test of a step from here would have, where it was asked for
     curvature: float = math.nan  # h_max of the training loss here, at the last draw of a chain that measures it
     variance: float = math.nan  # lambda_max(Cov g) there; with a control variate, of what it leaves
+    glance: float = math.nan  # h_max over few samples, the same at all draws: how it varies, not how large it is
+
+
+def numbers_of(draw: Draw) -> tuple[float, ...]:
+    """What a draw says beside its chain and number: with these it is made again."""
+    return draw.excess_loss, draw.distance, draw.acceptance, draw.curvature, draw.variance, draw.glance
+
+
+@dataclass(frozen=True)
+class Judging:
+    """What chains measure of the loss at their draws."""
+
+    chains: int = 0  # so many measure it at their last draw
+    samples: int = 0  # on so many samples, and as many held out
+    glances: int = 0  # draws of each chain, evenly spaced, at which its curvature is glanced at
 
 
 @dataclass(frozen=True)
@@ -57,7 +72,7 @@ class Surroundings:
     backend: str
     timings: Timings
     fitted: dict[str, Tensor]  # what the sampler's `fit` returned
-    judging: tuple[int, int] = (0, 0)  # so many chains measure the loss at their last draw, on so many samples
+    judging: Judging = Judging()
 
 
 class Chain(ABC):
@@ -95,6 +110,15 @@ class Chain(ABC):
         """(h_max of the training loss, lambda_max of the gradients' covariance) here; NaN where not to be measured."""
         return math.nan, math.nan
 
+    def glance(self) -> float:
+        """h_max of the training loss over a few samples; NaN where it is not to be measured."""
+        return math.nan
+
+    def _to_glance(self, num_draws: int) -> bool:
+        """Whether this draw is one of those that are glanced at."""
+        glances = min(self.around.judging.glances, num_draws)
+        return (self.draw * glances) // num_draws > ((self.draw - 1) * glances) // num_draws
+
     def state(self) -> ChainState:
         memory = {name: tensor.clone() for name, tensor in self.memory.items()}
         return ChainState(self.chain, self.step, self.draw, self.task.flat.clone(), memory)
@@ -119,18 +143,20 @@ class Chain(ABC):
                 yield None
             excess += self.advance()
             self.draw += 1
-            distance = float(torch.linalg.vector_norm(self.task.flat - self.task.anchor))
             found = self.judge() if self.draw == num_draws else (math.nan, math.nan)
-            yield Draw(self.chain, self.draw - 1, excess / steps, distance, self.acceptance(), *found)
+            glance = self.glance() if self._to_glance(num_draws) else math.nan
+            distance = self.task.distance()
+            yield Draw(self.chain, self.draw - 1, excess / steps, distance, self.acceptance(), *found, glance)
 
 
 def time_a_step(chain: Chain) -> float:
-    """Seconds per step: the quickest of three, from w* and back."""
+    """Seconds per step: the quickest of three, from w* and back; one that explodes takes as long."""
     best = math.inf
     chain.begin()
     for _ in range(3):
         start = time.perf_counter()
-        chain.advance()
+        with suppress(DivergedError):
+            chain.advance()
         settle(chain.task.device)
         best = min(best, time.perf_counter() - start)
     chain.task.reset()

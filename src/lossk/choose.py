@@ -5,17 +5,21 @@ from __future__ import annotations
 import dataclasses
 import math
 
+from lossk import modes
 from lossk.baoab import BAOAB
+from lossk.bias import BIAS_BUDGET
 from lossk.chain import Surroundings
 from lossk.gaussian import Gaussian
 from lossk.pilot import Pilot, default_n_beta, run_pilot
 from lossk.samplers import Sampler
+from lossk.settings import minibatch_of
 from lossk.sgld import SGLD
+from lossk.step_choice import STABILITY_BUDGET
 from lossk.timings import Progress
 from lossk.trial import settle
-from lossk.tune import NOISE_BUDGET, STABILITY_BUDGET
-from lossk.tune_baoab import afford, choose_baoab, kick_noise, steps_to_forget
+from lossk.tune_baoab import choose_baoab, kick_noise, steps_to_forget
 
+PILOT_SEED = 0x105  # of all that the pilot draws
 WORTH_SAYING = 2.0  # times fewer gradients, or longer steps
 
 
@@ -32,7 +36,8 @@ def choose(
     Args:
         run_passes: what the run's own passes come to, in forward passes of one sample.
     """
-    task, train, seed = around.task, around.train, around.seed
+    around = dataclasses.replace(around, seed=PILOT_SEED)  # what is chosen does not depend on the run's noise
+    task, train, seed = around.task, around.train, PILOT_SEED
     if isinstance(sampler, Gaussian):
         return sampler, None, []
     reasons: list[str] = []
@@ -49,26 +54,24 @@ def choose(
         reasons.append(f"n_beta = {n_beta:.4g}: n / ln n of the {terms} training {task.loss.unit}")
     if not sampler.has_auto:
         return sampler, None, reasons
-    # The law is that of SGLD's default, whatever the sampler, where that sampler can afford it.
-    alike = SGLD(
-        n_beta=sampler.n_beta, localization=sampler.localization, batch_size=getattr(sampler, "batch_size", 256),
-        params=sampler.params,
-    )  # fmt: skip
-    if isinstance(sampler, BAOAB) and sampler.control_variate:
-        alike = dataclasses.replace(alike, control_variate=True)
+    # The law is that of SGLD's default, whatever the sampler.
+    metric = getattr(sampler, "metric", None)
+    alike = SGLD(n_beta=sampler.n_beta, localization=sampler.localization, metric=metric, params=sampler.params)
     pilot = run_pilot(task, train, alike, seed=seed)
-    # How steep it is away from w*, and what noise a control variate leaves there, only a trial chain can say.
-    unknown = isinstance(sampler, BAOAB) and sampler.step_size == "auto"
-    if sampler.localization == "auto" or (unknown and sampler.localization > 0):
+    if sampler.localization == "auto":
         sgld, pilot, whys = settle(alike, pilot, around, num_probe=num_probe, bar=bar)
-        asked, sampler = sampler, dataclasses.replace(sampler, localization=float(sgld.localization))
-        why = [why for why in whys if why.startswith("localization")]
-        if isinstance(sampler, BAOAB) and asked.localization == "auto" and unknown:
-            sampler, more = afford(sampler, pilot)
-            why = more or why
-        reasons += why
+        sampler = dataclasses.replace(sampler, localization=float(sgld.localization))
+        reasons += [why for why in whys if why.startswith("localization")]
+    if isinstance(sampler, BAOAB) and sampler.step_size == "auto" and float(sampler.localization) > 0:
+        # What noise a control variate leaves away from w*, only a trial chain can say.
+        alike = dataclasses.replace(alike, localization=sampler.localization)
+        if sampler.control_variate:
+            batch = minibatch_of(sampler.batch_size, len(train))
+            alike = dataclasses.replace(alike, control_variate=True, batch_size=batch)
+        if pilot.drawn_curvature is None or sampler.control_variate:
+            _, pilot, _ = settle(alike, pilot, around, num_probe=num_probe, bar=bar)
     if isinstance(sampler, BAOAB):
-        sampler, more = choose_baoab(sampler, pilot)
+        sampler, pilot, more = choose_baoab(sampler, pilot, len(train), task.num_weights)
         reasons += more
     return sampler, pilot, reasons
 
@@ -77,7 +80,7 @@ def _praise_of_averaging(sampler: SGLD, pilot: Pilot) -> list[str]:
     """A line, if averaged noise would allow a much longer step: where discretisation, not minibatch noise, binds."""
     if sampler.averaged or sampler.preconditioner is not None or sampler.measure_acceptance:
         return []
-    shares = (pilot.stability_share(sampler) / STABILITY_BUDGET, pilot.noise_ratio(sampler) / NOISE_BUDGET)
+    shares = (pilot.typical_share(sampler) / STABILITY_BUDGET, pilot.noise_ratio(sampler) / BIAS_BUDGET)
     if max(shares) <= 0 or max(shares) * WORTH_SAYING > 1:
         return []
     return [
@@ -106,3 +109,13 @@ def momentum_noise_ratio(sampler: Sampler, pilot: Pilot | None) -> float | None:
         return None
     noise = pilot.noise_per_lr(sampler.control_variate, float(sampler.localization))
     return kick_noise(float(sampler.step_size), float(sampler.friction), noise)
+
+
+def burnin_spread(sampler: Sampler, pilot: Pilot | None) -> float | None:
+    """The share of its stationary variance that BAOAB's slowest mode has at the first draw; None if not known."""
+    if not isinstance(sampler, BAOAB) or pilot is None or not float(sampler.localization) > 0:
+        return None
+    lowest = float(sampler.localization)
+    return modes.spread(
+        float(sampler.step_size), float(sampler.friction), lowest, pilot.steepest(lowest), int(sampler.num_burnin_steps)
+    )

@@ -6,7 +6,6 @@ import argparse
 import dataclasses
 import importlib.util
 import os
-import shutil
 import sys
 from collections.abc import Sequence
 from functools import partial
@@ -16,9 +15,10 @@ import torch
 
 import lossk
 from lossk import cli_attribution, cli_insight, cli_report, cli_stores, cli_tune, provenance
+from lossk.allocation import shortage_named
 from lossk.analysis.purity import chance_purity, class_purity
 from lossk.cli_checkpoints import checkpoint_outputs, show_checkpoints
-from lossk.cli_distributed import follow, share_threads
+from lossk.cli_distributed import build_at, follow, share_threads
 from lossk.cli_options import Parser, folder, store_path
 from lossk.cli_wordnet import show_wordnet, wordnet_picture
 from lossk.config import RunConfig, load_config, parse_override
@@ -26,10 +26,8 @@ from lossk.distributed import Ranks, joined, rank_name
 from lossk.errors import LosskError
 from lossk.kernel import LossKernel
 from lossk.neighbors import Neighbors
-from lossk.passes import Passes
 from lossk.recipes import RecipeTask, packaged_names
-from lossk.samplers import read_sampler
-from lossk.swap import refuse_to_delete
+from lossk.replacement import Replacement
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -38,7 +36,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = argparse.Namespace(debug=False)
     try:
         options = build_parser().parse_args(arguments)
-        return options.run(options) or 0
+        with shortage_named():
+            return options.run(options) or 0
     except KeyboardInterrupt:
         print("lossk: interrupted", file=sys.stderr)
         return 130
@@ -141,27 +140,25 @@ def _execute(
     written = (out, replay, samples_path(out), picture, report)
     outputs = [path for path in written if path is not None and not (is_replay and path == replay)]
     begin = partial(_begin, config, outputs, overwrite=overwrite, resume=resume)
-    task = begin() if ranks is None else ranks.first_makes(begin)
-    new_replay = replay in outputs and not (resume and replay.exists())
-    if new_replay:
-        replay.write_text(config.to_yaml())
+    task, place = begin() if ranks is None else ranks.first_makes(begin)
+    replaces = place.beside  # the replay of the old store stays as long as that does
+    new_replay = replay in outputs and (replaces or not (resume and replay.exists()))
     try:
-        kernel = lossk.build_kernel(
-            task.model,
-            task.samples,
-            train=task.train,
-            loss=task.loss,
-            transform=task.transform,
-            sampler=read_sampler(config.sampler),
-            passes=None if config.passes is None else Passes(**config.passes),
-            out=out,
-            resume=resume,
-            **config.build,
-        )
+        if new_replay and not replaces:
+            replay.write_text(config.to_yaml())
+        kernel = build_at(place.path if ranks is None else ranks.decide(lambda: str(place.path)), task, config, resume)
+        if ranks is None:
+            place.place()
+        else:
+            ranks.decide(place.place)
     except BaseException:
-        if new_replay and not out.exists():  # nothing to resume: do not stand in the way of the next attempt
-            replay.unlink()
+        if new_replay and not replaces and not out.exists():  # do not stand in the way of the next attempt
+            replay.unlink(missing_ok=True)
         raise
+    finally:
+        place.close()
+    if replaces:
+        kernel = lossk.open(out)
     if new_replay:
         replay.write_text(dataclasses.replace(config, passes=kernel.meta["passes"]).to_yaml())
     print(describe(kernel))
@@ -191,14 +188,28 @@ def _execute(
     return kernel
 
 
-def _begin(config: RunConfig, outputs: Sequence[Path], *, overwrite: bool, resume: bool) -> RecipeTask:
-    """Refuse to overwrite, and make the task; then make room where `overwrite` says so."""
+def _begin(
+    config: RunConfig, outputs: Sequence[Path], *, overwrite: bool, resume: bool
+) -> tuple[RecipeTask, Replacement]:
+    """Refuse to overwrite, and make the task; with where its store is made."""
     out = Path(config.out)
     taken = [str(path) for path in outputs if path.exists()]
     if taken and not (overwrite or resume):
         raise FileExistsError(f"{', '.join(taken)} exists; pass --overwrite to replace it, or another --out")
-    if overwrite and out.exists():
-        refuse_to_delete(out)
+    place = Replacement(out, overwrite=overwrite)
+    try:
+        if place.beside and not (overwrite or resume):
+            raise FileExistsError(f"{place.path} of a run that was cut off exists; pass --resume, or --overwrite")
+        task = _make_task(config, outputs, again=overwrite or resume)
+        place.begin()
+    except BaseException:
+        place.close()
+        raise
+    return task, place
+
+
+def _make_task(config: RunConfig, outputs: Sequence[Path], *, again: bool) -> RecipeTask:
+    """What a config says to run, once its outputs can be written; `again` over what is there."""
     if config.picture is not None:
         require_plotting()
     if config.report is not None:
@@ -208,14 +219,12 @@ def _begin(config: RunConfig, outputs: Sequence[Path], *, overwrite: bool, resum
     for path in outputs:
         path.parent.mkdir(parents=True, exist_ok=True)
     task = config.make_task()
-    more = [path for path in of_task(task, out) if path.exists()]
-    if more and not (overwrite or resume):
+    more = [path for path in of_task(task, Path(config.out)) if path.exists()]
+    if more and not again:
         raise FileExistsError(f"{more[0]} exists; pass --overwrite to replace it, or another --out")
     print(task.notes)
     if task.held_out_accuracy is not None:
         print(f"held-out accuracy {task.held_out_accuracy:.2%}")
-    if overwrite and out.exists():
-        shutil.rmtree(out)
     return task
 
 
@@ -244,8 +253,10 @@ def captions(kernel: LossKernel, task: RecipeTask, neighbors: Neighbors) -> tupl
         purity, chance = class_purity(neighbors.index, task.labels), chance_purity(task.labels)
         parts.append(f"{purity:.1%} of {neighbors.index.shape[1]} neighbours in the same class (chance {chance:.1%})")
     if diagnostics is not None and diagnostics.llc is not None and diagnostics.rhat is not None:
-        parts.append(f"LLC {diagnostics.llc:.1f}")
+        parts.append("no LLC: w* is no minimum" if diagnostics.no_minimum else f"LLC {diagnostics.llc:.1f}")
         parts.append(f"R-hat {diagnostics.rhat:.2f}")
+        if diagnostics.reliability is not None:
+            parts.append(f"reliability of R {diagnostics.reliability:.2f}")
         parts.append(f"verdict: {diagnostics.verdict}")
     return f"Loss kernel of {title}", "   |   ".join(parts)
 

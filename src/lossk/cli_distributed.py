@@ -12,6 +12,7 @@ from lossk.config import RunConfig
 from lossk.distributed import Ranks
 from lossk.kernel import LossKernel
 from lossk.passes import Passes
+from lossk.recipes import RecipeTask
 from lossk.samplers import read_sampler
 
 
@@ -28,6 +29,14 @@ def follow(ranks: Ranks, config: RunConfig, *, resume: bool) -> LossKernel:
     """What every rank but the first does: its task, once the first has its own, and its share of the kernel."""
     ranks.decide(lambda: None)
     task = config.make_task()
+    place = Path(ranks.decide(lambda: None))
+    kernel = build_at(place, task, config, resume)
+    ranks.decide(lambda: None)  # it is where it belongs
+    return kernel if place == Path(config.out) else lossk.open(config.out)
+
+
+def build_at(path: str | Path, task: RecipeTask, config: RunConfig, resume: bool) -> LossKernel:
+    """The kernel of a config's task, made in a store at `path`."""
     return lossk.build_kernel(
         task.model,
         task.samples,
@@ -36,7 +45,7 @@ def follow(ranks: Ranks, config: RunConfig, *, resume: bool) -> LossKernel:
         transform=task.transform,
         sampler=read_sampler(config.sampler),
         passes=None if config.passes is None else Passes(**config.passes),
-        out=Path(config.out),
+        out=path,
         resume=resume,
         **config.build,
     )

@@ -102,8 +102,16 @@ def run_neighbors(options: argparse.Namespace) -> None:
     samples = torch.tensor(chosen, dtype=torch.int64, device="cpu") % kernel.num_samples
     print(f"{rows:,} samples, {k} {'most anti-correlated' if options.anti else 'nearest'} of each")
     print(f"significant   {found.share:.1%} above the noise floor (unrelated samples: about {1 / k:.0%})")
+    how = {
+        "rows": "every sample's own losses",
+        "watched": "the watched samples' losses",
+        "lag1": "lag-1 autocorrelations",
+    }
+    print(f"noise floor   by {how[found.null]}, median R = {float(found.noise_floor.median()):.3f}")
     sure = float((found.by_chance < 0.01).double().mean())
     print(f"by_chance     {sure:.1%} are such as fewer than one row of a hundred would show by chance")
+    kept = float((found.table_false_share <= 0.05).double().mean())
+    print(f"discoveries   {kept:.1%}, at most 5% of them false (Benjamini and Hochberg, over the table)")
     for target in paths:
         columns = {
             "sample": samples.repeat_interleave(k),
@@ -114,6 +122,8 @@ def run_neighbors(options: argparse.Namespace) -> None:
             "noise_floor": found.noise_floor.repeat_interleave(k),
             "significant": found.significant.reshape(-1),
             "by_chance": found.by_chance.reshape(-1),
+            "row_false_share": found.row_false_share.reshape(-1),
+            "table_false_share": found.table_false_share.reshape(-1),
         }
         write_table(columns, target)
     _wrote(paths)

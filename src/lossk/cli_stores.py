@@ -64,6 +64,8 @@ def run_info(options: argparse.Namespace) -> None:
     print(f"{kernel.form:12s} side {kernel.tile}, {kernel.dtype}, centred by {kernel.centering}")
     for key, value in kernel.meta.get("sampler", {}).items():
         print(f"  {key:20s} {value}")
+    for name, scale in kernel.meta.get("scales", {}).items():
+        print(f"  D of {name:15s} {scale:.4g}")
     print(f"made by      {kernel.meta.get('versions', {})}, commit {kernel.meta.get('git_sha')}")
 
 

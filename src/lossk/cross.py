@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from lossk.allocation import shortage_named
 from lossk.ambient import usual_modes
 from lossk.build import sample_losses
 from lossk.checks import check_choice, check_instance, check_tensor
@@ -17,7 +18,6 @@ from lossk.diagnostics import Diagnostics
 from lossk.indexing import resolve, rows_and_columns
 from lossk.kernel import LossKernel
 from lossk.losses import LossFunction
-from lossk.neighbors import noise_floor
 from lossk.passes import Passes
 from lossk.probe_sets import ProbeSets
 from lossk.reading import check_source, read_samples
@@ -106,7 +106,8 @@ def cross_kernel(
         seed=seed,
         progress=progress,
     )
-    kernel = LossKernel._of_traces(traces, centering, overwrite=True)
+    with shortage_named():
+        kernel = LossKernel._of_traces(traces, centering, overwrite=True)
     samples = index if kernel.tokens is None else None
     return CrossKernel(kernel, kernel.sets["train"], kernel.sets["query"], samples=samples)
 
@@ -199,7 +200,7 @@ class CrossKernel(AsArray):
     @property
     def noise_floor(self) -> Tensor:
         """[q] float32: the correlation that the best of n unrelated training samples would reach with each query."""
-        return noise_floor(self.kernel._moments, self._query, self._train)
+        return self.kernel._chance.of(self._query, among=self._train).floor()
 
     def __getitem__(self, key: Any) -> Tensor:
         """Covariances `cross[train, query]` (or `cross[train]`): [r, c] float32, nats^2. Positive: helpful."""

@@ -10,9 +10,10 @@ from lossk.centring import degrees_of_freedom
 from lossk.chunks import ArraySpec, parse_spec
 from lossk.diagnostics import Diagnostics
 from lossk.errors import StoreError
-from lossk.manifest import MOMENTS
+from lossk.manifest import MOMENTS, WATCHED_ARRAYS
 from lossk.sealed import MARK
 from lossk.settings import CENTERINGS
+from lossk.watched import watched_count
 
 FORMAT = 1
 MOST = 2**48  # of anything that is counted: products of two still fit into what Zarr counts in
@@ -119,6 +120,12 @@ def _implied(config: Config, name: str) -> dict[str, list[Any]]:
         return {"shape": [(*first, n)], "dtype": ["float64"], "chunks": chunks, "dimensions": dimensions}
     if name == "tokens":
         return {"shape": [(n, 2)], "dtype": ["int64"], "chunks": [(n, 2), (width, 2)]}
+    if name in WATCHED_ARRAYS:
+        kept = (watched_count(n, chains * draws),)
+        if name == "watched":
+            return {"shape": [kept], "dtype": ["int64"], "chunks": [kept], "dimensions": [("watched",)]}
+        shape = (chains, draws, *kept)
+        return {"shape": [shape], "dtype": ["float32"], "chunks": [shape], "dimensions": [("chain", "draw", "watched")]}
     if name == "losses":
         return {"shape": [(chains, draws, n)], "dtype": ["float32"], "dimensions": [("chain", "draw", "sample")]}
     dtypes = [config["dtype"]] if MARK in config and "dtype" in config else ["float16", "float32"]

@@ -4,41 +4,26 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from lossk.centring import never_varies, row_means
-from lossk.tune import DISCRETISATION_BUDGET, STABILITY_BUDGET
+from lossk.information import Criteria, Estimate
+from lossk.reliability import mean_error, reliability, size_error
+from lossk.verdict import below_minimum, judge
+from lossk.watched import watched_samples
 
 if TYPE_CHECKING:
-    from lossk.chain import Draw
     from lossk.pilot import Pilot
     from lossk.sgld import SGLD
     from lossk.traces import LossTraces
 
-WATCHED = 256  # samples whose own traces are kept, evenly spaced over the probe
 RANKED = 64  # of them, of which R-hat and ESS are taken: ArviZ goes through traces one by one, and medians need no more
-RHAT_LIMIT = 1.1
-NOISE_LIMIT = 1.0
-STEP_LIMIT = 0.25  # of eps a_max / 4, the excess variance of the stiffest direction, without averaged noise
-STABILITY_LIMIT = 0.7  # of the same with it: bias begins where draws are steeper than the step is stable for
-BURNIN_LIMIT = 0.9
-ESS_LIMIT = 50.0
-FLOOR_LIMIT = 0.6
-DRIFT_LIMIT, DRIFT_Z_LIMIT = 0.7, 4.0
-FORGOTTEN = 0.5  # of an uninformed predictor's loss: draws that raise the training loss further have left w*
-
-
-class Estimate(NamedTuple):
-    """A number and its Monte Carlo standard error (NaN where there is one chain only)."""
-
-    value: float
-    se: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,12 +45,18 @@ class Diagnostics:
     waic: Estimate | None  # T_n + beta V / n, T_n = -mean log E[exp(-loss)], nats (Watanabe 2010); for log losses
     wbic: Estimate | None  # n E[L_n(w)], nats; only at n_beta = n / ln n (Watanabe 2013)
     noise_floor: float | None  # median over samples: the largest correlation that chance alone would show
+    foreseen_bias: float | None = None  # of the variance of the stiffest and noisiest mode, relative (`lossk.bias`)
     gradient_noise_ratio: float | None  # minibatch noise over injected noise, worst direction; well below 1 is right
     discretisation: float | None  # eps a_max / 4, excess variance of the stiffest direction; squared if averaged
     burnin_completeness: float | None  # share of its stationary variance that a flat direction has at the first draw
     drift: float | None  # of the mean probe loss, first third of the draws to last, in standard deviations over draws
     drift_z: float | None  # the same in standard errors
-    stability: float | None = None  # eps a_max / 4 with averaged noise: 1 is unstable; None without
+    stability: float | None = None  # eps a / 4 at the steepest draw of a thousand, averaged noise; 1 is unstable
+    reliability: float | None = None  # of R: its correlation over pairs of samples with that of another such run
+    reliability_kernel: float | None = None  # of K likewise
+    size_error: float | None = None  # relative standard error of the total variance of the watched samples
+    growth: float | None = None  # of |w - w*|^2 from the first third of the draws to the last, relative
+    growth_z: float | None = None  # the same in standard errors
     rise: float | None = None  # E[L_n(w)] - L_n(w*), of the training loss
     uninformed: float | None = None  # what a predictor that has learnt nothing loses, where that is known
     acceptance: float | None = None  # of a Metropolis test, mean over draws; of HMC, or of SGLD that measures it
@@ -84,10 +75,15 @@ class Diagnostics:
         read |= {k: Estimate(*v) if k in pairs and v is not None else v for k, v in plain.items()}
         return cls(**read)
 
+    @property
+    def no_minimum(self) -> bool:
+        """Draws lower the training loss: w* is no minimum of it, and there is no learning coefficient of it."""
+        return below_minimum(self.llc, self.llc_se)
+
     def __str__(self) -> str:
         llc = "unknown" if self.llc is None else f"{self.llc:.2f} +- {_number(self.llc_se)}"
-        if self.llc is not None and self.llc_se is not None and self.llc < -2 * self.llc_se:
-            llc += " (negative: w* is no minimum of the training loss at this scale)"
+        if self.no_minimum:
+            llc = f"none: w* is no minimum of the training loss at this scale (n_beta times its rise is {self.llc:.4g})"
         criteria = []
         if self.functional_variance is not None and self.singular_fluctuation is not None and self.waic is not None:
             v, nu, waic = self.functional_variance, self.singular_fluctuation, self.waic
@@ -109,6 +105,8 @@ class Diagnostics:
                 f"{_number(self.sample_ess, 0)} (median sample), {_number(self.sample_ess_low, 0)} (5 % quantile)",
                 *criteria,
                 *moves,
+                f"reliability  {_number(self.reliability)} (R), {_number(self.reliability_kernel)} (K): correlation "
+                "with another run of this length",
                 f"noise floor  {_number(self.noise_floor)} (correlation that chance alone would show)",
                 f"verdict      {self.verdict}: {self.advice}",
             ]
@@ -119,41 +117,6 @@ def _number(value: float | None, digits: int = 2) -> str:
     return "unknown" if value is None else f"{value:.{digits}f}"
 
 
-class TraceWatch:
-    """What the diagnostics keep of a run: [C, T] mean losses and rises, and the traces of a few samples."""
-
-    def __init__(self, num_chains: int, num_draws: int, num_samples: int) -> None:
-        self.index = watched_samples(num_samples)  # [w]
-        self.mean_loss = _unknown(num_chains, num_draws)  # nats
-        self.excess = _unknown(num_chains, num_draws)  # nats
-        self.distance = _unknown(num_chains, num_draws)  # |w - w*|
-        self.acceptance = _unknown(num_chains, num_draws)  # of a Metropolis test
-        self.curvature = _unknown(num_chains)  # h_max at the chains' last draws
-        self.variance = _unknown(num_chains)  # of gradients there
-        self.losses = _unknown(num_chains, num_draws, len(self.index)).float()  # nats
-
-    def note(self, losses: Tensor, draws: Sequence[Draw]) -> None:
-        """Take what is wanted of a panel [k, N] of consecutive draws of one chain."""
-        chain, rows = draws[0].chain, slice(draws[0].draw, draws[0].draw + len(draws))
-        self.mean_loss[chain, rows] = row_means(losses)
-        self.excess[chain, rows] = self.excess.new_tensor([draw.excess_loss for draw in draws])
-        self.distance[chain, rows] = self.distance.new_tensor([draw.distance for draw in draws])
-        self.acceptance[chain, rows] = self.acceptance.new_tensor([draw.acceptance for draw in draws])
-        if math.isfinite(draws[-1].curvature):
-            self.curvature[chain], self.variance[chain] = draws[-1].curvature, draws[-1].variance
-        self.losses[chain, rows] = losses[:, self.index]
-
-
-def _unknown(*shape: int) -> Tensor:
-    return torch.full(shape, torch.nan, dtype=torch.float64, device="cpu")
-
-
-def watched_samples(num_samples: int) -> Tensor:
-    """[w] int64: up to 256 samples, evenly spaced."""
-    count = min(num_samples, WATCHED)
-    return torch.linspace(0, num_samples - 1, count, dtype=torch.float32, device="cpu").round().long().unique()
-
-
 def diagnose_traces(traces: LossTraces) -> Callable[[float | None], Diagnostics]:
     """Diagnostics of bare traces, which do not say whether their samples are the training samples, for a noise floor.
 
@@ -162,48 +125,12 @@ def diagnose_traces(traces: LossTraces) -> Callable[[float | None], Diagnostics]
     losses = traces.losses
     read: dict[str, Any] = {
         "mean_loss": torch.stack([row_means(chain) for chain in losses]),
-        "watched": losses[:, :, watched_samples(traces.num_samples)],
+        "watched": losses[:, :, watched_samples(traces.num_samples, traces.num_chains * traces.num_draws)],
         "dead_share": float(torch.stack([never_varies(chain) for chain in losses]).all(dim=0).double().mean()),
         "excess": traces.excess,
         "n_beta": traces.n_beta,
     }
     return lambda floor: diagnose(**read, noise_floor=floor, criteria=None, pilot=None, sampler=None)
-
-
-@dataclass(frozen=True)
-class Criteria:
-    """Watanabe's information criteria from per-chain totals; standard errors from the spread of the chains."""
-
-    chain_variance: Tensor  # [C] float64, sum over training samples of Var(loss), nats^2
-    chain_log_likelihood: Tensor  # [C] float64, sum over training samples of log E[exp(-loss)]
-    mean_loss: Tensor  # [C] float64, L_n averaged over draws, nats
-    num_train: int
-    n_beta: float
-
-    @property
-    def functional_variance(self) -> Estimate:
-        return _over_chains(self.chain_variance)
-
-    @property
-    def singular_fluctuation(self) -> Estimate:
-        return _over_chains(self.chain_variance * self.n_beta / (2 * self.num_train))
-
-    @property
-    def waic(self) -> Estimate:
-        beta = self.n_beta / self.num_train
-        return _over_chains((beta * self.chain_variance - self.chain_log_likelihood) / self.num_train)
-
-    @property
-    def wbic(self) -> Estimate | None:
-        wanted = self.num_train / math.log(max(self.num_train, 3))
-        if not math.isclose(self.n_beta, wanted, rel_tol=1e-6):
-            return None
-        return _over_chains(self.mean_loss * self.num_train)
-
-
-def _over_chains(values: Tensor) -> Estimate:
-    se = float(values.std()) / len(values) ** 0.5 if len(values) > 1 else math.nan
-    return Estimate(float(values.mean()), se)
 
 
 def diagnose(
@@ -221,6 +148,8 @@ def diagnose(
     acceptance: Tensor | None = None,
     distance: Tensor | None = None,
     uninformed: float | None = None,
+    completeness: float | None = None,
+    rejects: bool = False,
 ) -> Diagnostics:
     """Combine traces and pilot into diagnostics.
 
@@ -235,6 +164,9 @@ def diagnose(
         acceptance: [C, T], NaN where it was not asked for.
         distance: [C, T], |w - w*|.
         uninformed: what a predictor that has learnt nothing loses, where that is known.
+        completeness: share of its stationary variance that the slowest mode has at the first draw, of a sampler that is
+            not SGLD.
+        rejects: whether the acceptance is that of the chain's own steps.
     """
     rhats, sizes = _rhat_ess(mean_loss.double().numpy()[..., None])
     few = watched[..., :: -(-watched.shape[-1] // RANKED)]
@@ -244,15 +176,19 @@ def diagnose(
     llc = llc_se = None
     if excess is not None and n_beta is not None:
         llc = n_beta * float(excess.double().mean())
-        llc_se = n_beta * _mcse(excess.double().numpy())
-    noise, discretisation, stability, completeness = noise_ratio, None, None, None
+        llc_se = n_beta * mean_error(excess.double().numpy())
+    noise, discretisation, stability = noise_ratio, None, None
+    bias = noise_ratio  # of a sampler without discretisation bias in a quadratic
     if sampler is not None:
         retained = 1.0 - float(sampler.lr) * sampler.gain * float(sampler.localization) / 2.0
         completeness = 1.0 - retained ** (2 * int(sampler.num_burnin_steps))
         if pilot is not None:
             noise = pilot.noise_ratio(sampler) if pilot.knows_noise(sampler.control_variate is True) else None
+            bias = pilot.foreseen_bias(sampler)
             discretisation = pilot.discretisation(sampler)
             stability = pilot.stability_share(sampler) if sampler.averaged else None
+    growth, growth_z = (None, None) if distance is None else _growth(distance.double().square())
+    of_r, of_k = reliability(watched)
     numbers: dict[str, Any] = {
         "functional_variance": None if criteria is None else criteria.functional_variance,
         "singular_fluctuation": None if criteria is None else criteria.singular_fluctuation,
@@ -269,83 +205,26 @@ def diagnose(
         "llc_ess": _quantile(llc_sizes, 0.5),
         "llc": llc,
         "llc_se": llc_se,
+        "foreseen_bias": bias,
         "gradient_noise_ratio": noise,
         "discretisation": discretisation,
         "stability": stability,
         "burnin_completeness": completeness,
         "drift": drift,
         "drift_z": drift_z,
+        "reliability": of_r,
+        "reliability_kernel": of_k,
+        "size_error": size_error(watched),
+        "growth": growth,
+        "growth_z": growth_z,
         "rise": _mean(excess),
         "uninformed": uninformed,
         "acceptance": _mean(acceptance),
         "distance": _mean(distance),
         "dead_share": dead_share,
     }
-    verdict, advice = judge(numbers)
+    verdict, advice = judge(numbers, rejects=rejects)
     return Diagnostics(**numbers, verdict=verdict, advice=advice)
-
-
-def judge(numbers: Mapping[str, Any]) -> tuple[str, str]:
-    """The first thing that is wrong, in order of how much it spoils, with the number behind it and one change."""
-    n = {key: (math.nan if value is None else value) for key, value in numbers.items()}
-    # Comparisons with NaN are false: an unknown number accuses nobody.
-    if n["stability"] > STABILITY_LIMIT:
-        return "step too large", (
-            f"the step is {100 * n['stability']:.0f} % of the longest that is stable in the stiffest direction (limit "
-            f"{100 * STABILITY_LIMIT:.0f} %); divide lr by {n['stability'] / STABILITY_BUDGET:.1f}"
-        )
-    if math.isnan(n["stability"]) and n["discretisation"] > STEP_LIMIT:
-        return "step too large", (
-            f"variance in the stiffest direction is inflated by about {100 * n['discretisation']:.0f} %; divide lr by "
-            f"{n['discretisation'] / DISCRETISATION_BUDGET:.1f}"
-        )
-    if n["gradient_noise_ratio"] > NOISE_LIMIT:
-        ratio = n["gradient_noise_ratio"]
-        return "too much noise", (
-            f"minibatch noise is {ratio:.2g} times the injected noise in its worst direction; "
-            "raise batch_size or lower lr"
-        )
-    if n["burnin_completeness"] < BURNIN_LIMIT:
-        share = 100 * n["burnin_completeness"]
-        return "not burned in", (
-            f"flat directions start with {share:.0f} % of their stationary variance; "
-            "raise num_burnin_steps or localization"
-        )
-    if abs(n["drift"]) > DRIFT_LIMIT and abs(n["drift_z"]) > DRIFT_Z_LIMIT:
-        return "not burned in", (
-            f"the mean loss still moves: by {n['drift']:.1f} standard deviations from the first third of the draws to "
-            "the last; raise num_burnin_steps"
-        )
-    if n["rise"] > FORGOTTEN * n["uninformed"]:
-        return "diverged", (
-            f"draws raise the training loss by {n['rise']:.2g}, where a predictor that has learnt nothing loses "
-            f"{n['uninformed']:.2g}: they have left the neighbourhood of the trained weights; raise localization or "
-            "n_beta, or shorten the step"
-        )
-    if n["dead_share"] > 0.5:
-        share = 100 * n["dead_share"]
-        return "too little signal", f"{share:.0f} % of the samples have a constant loss; lower n_beta or localization"
-    if n["rhat"] > RHAT_LIMIT or n["sample_rhat"] > RHAT_LIMIT:
-        return "chains disagree", (
-            f"R-hat is {n['rhat']:.2f} for the mean loss and {n['sample_rhat']:.2f} for the median sample "
-            f"(limit {RHAT_LIMIT}); raise num_steps_bw_draws or num_burnin_steps"
-        )
-    if n["noise_floor"] > FLOOR_LIMIT:
-        return "too few draws for these neighbours", (
-            f"chance alone reaches correlations of {n['noise_floor']:.2f} (limit {FLOOR_LIMIT}); "
-            "raise num_draws, or num_steps_bw_draws if draws are autocorrelated"
-        )
-    if n["sample_ess"] < ESS_LIMIT or n["ess"] < ESS_LIMIT:
-        return "too few draws", (
-            f"the median sample has {n['sample_ess']:.0f} effective draws and the mean loss {n['ess']:.0f} "
-            f"(limit {ESS_LIMIT:.0f}); raise num_draws, or num_steps_bw_draws if draws are autocorrelated"
-        )
-    if math.isnan(n["rhat"]):
-        return "unchecked", "R-hat needs at least 4 draws that vary; raise num_draws"
-    if n["sample_rhat"] <= RHAT_LIMIT and n["sample_ess"] >= ESS_LIMIT:
-        ess = n["sample_ess"]
-        return "good", f"chains agree (R-hat {n['rhat']:.2f}) and the median sample has {ess:.0f} effective draws"
-    return "unchecked", "no watched sample's loss varies enough to be checked"
 
 
 def _rhat_ess(traces: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -371,8 +250,26 @@ def _drift(mean_loss: np.ndarray) -> tuple[float | None, float | None]:
         return None, None
     first, last = mean_loss[:, :third], mean_loss[:, -third:]
     move = float(last.mean() - first.mean())
-    error = math.hypot(_mcse(first), _mcse(last))
+    error = math.hypot(mean_error(first), mean_error(last))
     return move / deviation, move / error if error > 0 else None
+
+
+def _growth(squares: Tensor) -> tuple[float | None, float | None]:
+    """How much [C, T] grows from the first third of the draws to the last: relative, and in standard errors.
+
+    The error is the spread of the chains where there are several, which sees slow components that no chain's own
+    autocorrelation shows.
+    """
+    third = squares.shape[1] // 3
+    if third < 4 or not torch.isfinite(squares).all() or not float(squares.mean()) > 0:
+        return None, None
+    first, last = squares[:, :third], squares[:, -third:]
+    moves = last.mean(dim=1) - first.mean(dim=1)  # [C]
+    own = math.hypot(mean_error(first.numpy()), mean_error(last.numpy()))
+    between = float(moves.std()) / len(moves) ** 0.5 if len(moves) > 1 else 0.0
+    error = max(own, between)
+    move = float(moves.mean())
+    return move / float(first.mean()), move / error if error > 0 else None
 
 
 def _quantile(values: np.ndarray, q: float) -> float | None:
@@ -385,11 +282,3 @@ def _mean(values: Tensor | None) -> float | None:
     if values is None or not torch.isfinite(values).all():
         return None
     return float(values.double().mean())
-
-
-def _mcse(trace: np.ndarray) -> float:
-    from arviz_stats.base import array_stats
-
-    if trace.shape[1] < 4 or not np.isfinite(trace).all() or np.ptp(trace) == 0:
-        return math.nan
-    return float(array_stats.mcse(trace[..., None], chain_axis=0, draw_axis=1, method="mean")[0])

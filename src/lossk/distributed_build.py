@@ -18,7 +18,7 @@ from lossk.blocks import Blocks, Moments, TileBlocks
 from lossk.chunks import Chunks
 from lossk.distributed import Ranks, gather_tiles
 from lossk.distributed_run import Work, chosen_by_first, meta, rounds, start_clock, usual_panel
-from lossk.errors import DistributedError
+from lossk.errors import DistributedError, DivergedError
 from lossk.exchange import Received
 from lossk.factor_pass import HeldFactor, LoggedFactor, create_factor
 from lossk.kernel import LossKernel
@@ -27,6 +27,7 @@ from lossk.memory import Budget
 from lossk.mesh import Mesh
 from lossk.panel import Panel
 from lossk.passes import Passes
+from lossk.restart import begin_again
 from lossk.run import Run
 from lossk.run_diagnostics import diagnose_run
 from lossk.runlog import RunLog, commit_of
@@ -69,6 +70,7 @@ def build_on_ranks(
         its moments and diagnostics, but not its tiles.
 
     Raises:
+        DivergedError: a chain left the neighborhood of the trained weights, on some rank.
         DistributedError: the ranks disagree, or one of them has stopped.
     """
     start_clock(ranks, run)
@@ -96,10 +98,29 @@ def build_on_ranks(
                 ranks.barrier()
                 with run.timings.measure("store"):
                     log = log or RunLog.open(path, request, lock=False)
-            return _accumulate(Work(ranks, run, request, layout, Mesh(**chosen["mesh"]), budget, bar, log))
+            while True:
+                try:
+                    return _accumulate(Work(ranks, run, request, layout, Mesh(**chosen["mesh"]), budget, bar, log))
+                except DivergedError as error:  # on every rank
+                    said = begin_again(run, error)
+                    if said is None:
+                        raise
+                bar.say(said)
+                if log is not None and path is not None:
+                    log = _restart(ranks, log, path, request, {**chosen, **record.chosen(run)})
     finally:
         if log is not None:
             log.close()
+
+
+def _restart(ranks: Ranks, log: RunLog, path: Path, request: dict[str, Any], chosen: dict[str, Any]) -> RunLog:
+    """The log without draws, for other settings: rank 0 forgets them, the others read that they are gone."""
+    if ranks.first:
+        log.restart(request, chosen)
+    ranks.barrier()
+    again = log if ranks.first else RunLog.open(path, request, lock=False)
+    assert again is not None
+    return again
 
 
 def _look(path: Path | None, resume: bool) -> int | None:
@@ -224,6 +245,9 @@ def _kernel(work: Work, blocks: Blocks, moments: Moments, sums: Sums) -> LossKer
     run = work.run
     with run.timings.measure("diagnostics"):
         diagnostics = diagnose_run(run, moments, sums.totals)
-    kernel = LossKernel(blocks, moments, diagnostics=diagnostics, tokens=run.probe.tokens, sets=run.probe.sets)
+    kernel = LossKernel(
+        blocks, moments, diagnostics=diagnostics, tokens=run.probe.tokens, sets=run.probe.sets,
+        watched=run.watch.watched if isinstance(blocks, TileBlocks) else None,
+    )  # fmt: skip
     kernel.meta = meta(work)
     return kernel

@@ -18,6 +18,7 @@ from lossk.available import gigabytes
 from lossk.blocks import tile_spans
 from lossk.distributed import Ranks
 from lossk.distributed_plan import peak_of, plan_share, rank_limit
+from lossk.errors import DivergedError
 from lossk.exchange import Exchange, Received
 from lossk.layout import Layout
 from lossk.memory import Budget
@@ -101,6 +102,7 @@ def chosen_by_first(
 
         planned = ranks.decide(plan)
         layout = Layout(**planned["layout"])
+        budget.plan(layout.peak_bytes)
         ranks.all_or_none(_too_large(ranks, request, layout, budget, path))
         yield {**record.chosen(run), "layout": layout.to_dict(), "mesh": planned["mesh"]}, layout
 
@@ -131,7 +133,11 @@ def _too_large(ranks: Ranks, request: dict[str, Any], layout: Layout, budget: Bu
 
 
 def rounds(work: Work) -> Iterator[tuple[list[Received], Panel | None]]:
-    """Round by round until all draws are made: a panel of each row that has one, and this rank's own as it was sent."""
+    """Round by round until all draws are made: a panel of each row that has one, and this rank's own as it was sent.
+
+    Raises:
+        DivergedError: a chain diverged, on whatever rank: on all of them, after the same round.
+    """
     log, run, panel = work.log, work.run, work.request["panel"]
     made = dict.fromkeys(range(run.num_chains), 0) if log is None else log.unfinished()
     dealt = deal_chains(sorted(made), work.mesh)
@@ -148,15 +154,21 @@ def rounds(work: Work) -> Iterator[tuple[list[Received], Panel | None]]:
         for part in run.chain_panels(chain, probes[shard], panel, work.bar, start)
     )
     sent: Panel | None = None
+    error: DivergedError | None = None
     for number in range(max(map(len, steps)) + 1):
         items = [items[number] if number < len(items) else None for items in steps]
-        part = next(own) if items[row] is not None else None
+        part = None
+        if items[row] is not None and error is None:
+            try:
+                part = next(own)
+            except DivergedError as diverged:  # the others are to hear of it in their turn
+                error = diverged
         if number > 0:
             with run.timings.measure("wait"):
                 received = exchange.receive()
             yield received, sent
         if any(items):
-            exchange.send(items, part)
+            exchange.send(items, part, error)
             sent = part
 
 

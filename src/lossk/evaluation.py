@@ -40,7 +40,7 @@ class Evaluation:
         """Take in a draw, whose weights are in `task.flat` until the next step; returns whether it is time to start."""
         if self._copies is not None:
             self.finish()  # it may still read the copies
-            self._copies[len(self._kept)] = self.task.flat
+            self._copies[len(self._kept)] = self.task.weights()
         self._kept.append(draw)
         return len(self._kept) == self.group
 

@@ -82,9 +82,9 @@ class Layer:
 class FisherSamples:
     """The training samples used, and the noise of their labels."""
 
-    def __init__(self, task: Task, train: Samples, seed: int) -> None:
+    def __init__(self, task: Task, train: Samples, seed: int, most: int = NUM_SAMPLES) -> None:
         self.task, self.train = task, train
-        self.index = Minibatches(len(train), NUM_SAMPLES, seed=seed, chain=SUBSET_CHAIN)[0]
+        self.index = Minibatches(len(train), most, seed=seed, chain=SUBSET_CHAIN)[0]
         m = len(self.index)
         self.noise = torch.zeros(m, 0, dtype=torch.float32, device="cpu")  # [m, k]
         if task.loss.name == "cross_entropy":

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 from lossk.chain import Surroundings
+from lossk.correction import Correction
 from lossk.data import Samples
 from lossk.distributed import Ranks
 from lossk.mesh import deal_batches
@@ -38,22 +41,38 @@ class MinibatchForce:
         """Whether gradients are of fewer than all samples."""
         return self.minibatches.batch_size < self.minibatches.num_samples
 
-    def gradient(self, step: int) -> tuple[float, float]:
-        """(L_B(w), L_B(w) - L_B(w*)) for the step's minibatch; its gradient is in `task.grad`."""
-        index = self.minibatches[step]
-        loss = self.task.gradient(self.train, index)
-        if self.control is not None and self._here is not None:
-            self._subtract_anchor(index, self._here, self.control)
-        return loss, loss - float(self.anchor_losses[index].mean())
+    def gradient(self, step: int, correction: Correction | None = None) -> tuple[float, float]:
+        """(L_B(w), L_B(w) - L_B(w*)) for the step's minibatch; its gradient is in `task.grad`.
 
-    def _subtract_anchor(self, index: Tensor, here: Tensor, control: Tensor) -> None:
-        weights = self.task.flat.clone()
+        Args:
+            correction: of the step's noise, which becomes part of the gradient; of minibatches only.
+        """
+        index = self.minibatches[step]
+        at_anchor = self.anchor_losses[index]
+        weights: Tensor | None = None
+        if correction is None:
+            loss = self.task.gradient(self.train, index)
+        else:
+            controlled = None if self.control is None else at_anchor
+            given = correction.weights(self.task, self.train, index, controlled)
+            loss, weights = self.task.weighted_gradient(self.train, index, given)
+            if not bool(torch.isfinite(weights).all()):
+                loss = math.nan  # at the weights, or where the noise moves them
+        if self.control is not None and self._here is not None:
+            self._subtract_anchor(index, self._here, self.control, weights)
+        return loss, loss - float(at_anchor.mean())
+
+    def _subtract_anchor(self, index: Tensor, here: Tensor, control: Tensor, weights: Tensor | None) -> None:
+        flat = self.task.flat.clone()
         here.copy_(self.task.grad)
         self.task.reset()
         try:
-            self.task.gradient(self.train, index)
+            if weights is None:
+                self.task.gradient(self.train, index)
+            else:
+                self.task.weighted_gradient(self.train, index, weights)
         finally:
-            self.task.flat.copy_(weights)
+            self.task.flat.copy_(flat)
         torch.sub(here, self.task.grad, out=self.task.grad)
         self.task.grad += control
 

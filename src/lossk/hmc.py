@@ -13,15 +13,16 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
 from lossk.chain import Chain, Surroundings
-from lossk.checks import check_integer, check_number
+from lossk.checks import check_choice, check_integer, check_number
 from lossk.errors import DivergedError
 from lossk.metropolis import Energy, kinetic, probability
 from lossk.ops.philox import normals, uint32_stream
-from lossk.settings import MOST_STEPS, SamplerSettings, check_n_beta, put
+from lossk.settings import METRICS, MOST_STEPS, SamplerSettings, check_n_beta, put
 
 STREAM = 4  # of the Philox counter: the uniform numbers of the tests
 
@@ -33,6 +34,7 @@ class HMC(SamplerSettings):
     Args:
         step_size: h of a leapfrog step, greater than 0.
         localization: gamma, the strength of the pull towards w*, at least 0.
+        metric: None, or "fisher", as for SGLD.
         num_leapfrog_steps: of each trajectory; 1 is MALA.
         n_beta: n times the inverse temperature; None is n / ln n with n the number of *training* samples.
         num_burnin_steps: trajectories before the first draw's own, per chain.
@@ -45,6 +47,7 @@ class HMC(SamplerSettings):
 
     step_size: float
     localization: float
+    metric: Literal["fisher"] | None = None
     num_leapfrog_steps: int = 10
     n_beta: float | None = None
     num_burnin_steps: int = 0
@@ -56,6 +59,7 @@ class HMC(SamplerSettings):
             self,
             step_size=check_number("step_size", self.step_size, above=0.0),
             localization=check_number("localization", self.localization, least=0.0),
+            metric=check_choice("metric", self.metric, METRICS),
             num_leapfrog_steps=check_integer("num_leapfrog_steps", self.num_leapfrog_steps, 1, ceiling=MOST_STEPS),
             n_beta=check_n_beta(self.n_beta),
             num_burnin_steps=check_integer("num_burnin_steps", self.num_burnin_steps, 0, ceiling=MOST_STEPS),

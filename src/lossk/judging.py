@@ -5,26 +5,30 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from lossk.baoab import BAOAB
-from lossk.curvature import DRAWN_SAMPLES
-from lossk.diagnostics import TraceWatch
+from lossk.chain import Judging
+from lossk.curvature import DRAWN_SAMPLES, GLANCE_PASSES
 from lossk.layout import PLANNED
 from lossk.memory import Budget
 from lossk.pilot import FEWEST_SAMPLES, PASSES_PER_ITERATION, Pilot
 from lossk.samplers import Sampler
 from lossk.sgld import SGLD
 from lossk.task import Task
+from lossk.trace_watch import TraceWatch
 from lossk.vectors import WEIGHTS, chain_vectors, judging_vectors, most_vectors
 
 SHARE = 0.03  # of a run's passes
+GLANCING, MOST_GLANCES = 0.01, 16  # likewise; of a chain
 ITERATIONS = 7  # as a rule, with the one of the samples held out; of 10 at most
 CONTROLLED = 2.0  # times as dear with a control variate
 
 
-def plan_judging(sampler: Sampler, pilot: Pilot | None, run_passes: float, num_chains: int) -> tuple[int, int]:
-    """(chains, samples) as `judging_samples` has them; none while settings are to be chosen, or without a pilot."""
+def plan_judging(sampler: Sampler, pilot: Pilot | None, run_passes: float, num_chains: int) -> Judging:
+    """What the chains measure; nothing while settings are to be chosen, or without a pilot."""
     if pilot is None or not isinstance(sampler, SGLD | BAOAB) or sampler.has_auto:
-        return 0, 0
-    return judging_samples(run_passes, num_chains, controlled=bool(sampler.control_variate))
+        return Judging()
+    chains, samples = judging_samples(run_passes, num_chains, controlled=bool(sampler.control_variate))
+    glances = min(int(GLANCING * run_passes / GLANCE_PASSES / num_chains), MOST_GLANCES)
+    return Judging(chains, samples, glances)
 
 
 def judging_samples(run_passes: float, num_chains: int, *, controlled: bool) -> tuple[int, int]:
@@ -57,6 +61,7 @@ def informed_pilot(pilot: Pilot | None, sampler: Sampler, watch: TraceWatch) -> 
     return pilot.informed(
         watch.curvature,
         watch.variance,
+        watch.glances,
         localization=float(sampler.localization),
         controlled=bool(sampler.control_variate),
     )

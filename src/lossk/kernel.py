@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from lossk.blocks import Blocks, FactorBlocks, Moments, tile_spans, upper_triangle
+from lossk.chance import Chance
 from lossk.checks import (
     check_choice,
     check_flag,
@@ -24,19 +26,14 @@ from lossk.checks import (
 from lossk.column_checks import check_diagnostics, check_sets, check_tokens
 from lossk.dense import AsArray, dense
 from lossk.indexing import resolve, rows_and_columns
-from lossk.neighbors import (
-    Neighbors,
-    device_for_neighbors,
-    nearest,
-    nearest_of_rows,
-    nearest_on_device,
-    noise_floor,
-)
+from lossk.neighbors import Neighbors, device_for_neighbors, nearest, nearest_of_rows, nearest_on_device
 from lossk.ops.top_correlations import BACKENDS
 from lossk.read_memory import check_block, check_eigenpairs, check_matvec, check_neighbors
 from lossk.settings import CENTERINGS
 from lossk.spectrum import leading, way_of
-from lossk.standard_error import METHODS, bartlett, from_draws, method_for
+from lossk.standard_error import METHODS, from_draws, from_moments, method_for
+from lossk.watched import Watched, watched_in
+from lossk.watched_errors import WatchedErrors, watched_errors
 
 if TYPE_CHECKING:
     from lossk.diagnostics import Diagnostics
@@ -62,6 +59,7 @@ class LossKernel(AsArray):
         diagnostics: Diagnostics | None = None,
         tokens: Tensor | None = None,
         sets: Mapping[str, slice] | None = None,
+        watched: Watched | None = None,
     ) -> None:
         if isinstance(blocks, type) or not hasattr(blocks, "row_blocks"):
             raise wrong_kind("blocks", "the blocks of a kernel", blocks)
@@ -70,6 +68,7 @@ class LossKernel(AsArray):
         self.meta = {} if meta is None else check_mapping("meta", meta)
         self.diagnostics: Diagnostics | None = check_diagnostics(diagnostics)
         self._tokens, self._sets = check_tokens(tokens, blocks.num_samples), check_sets(sets, blocks.num_samples)
+        self._beside, self._chance = watched, Chance(blocks, moments, self._watched)
         self._std_over_scale = (moments.variance.sqrt() / moments.scale).float()  # [N], 0 for a dead sample
         self._gain = torch.where(self._std_over_scale > 0, 1.0 / self._std_over_scale, 0.0)  # [N]
 
@@ -213,33 +212,35 @@ class LossKernel(AsArray):
         """Monte Carlo standard error of a covariance block (or correlation block): [r, c] float32, nats^2 (or 1).
 
         Args:
-            method: "lag1" from each loss's lag-1 autocorrelation r and D = C (T - 1) draws (Bartlett 1935, for traces
-                near AR(1)): with f = (1 + r_i r_j) / (1 - r_i r_j),
-                se(K_ij)^2 = (K_ii K_jj + K_ij^2) f / D,  se(R_ij) = (1 - R_ij^2) sqrt(f / D).
-                It takes the losses for jointly normal, which losses of real networks are not: for single entries
-                it can be several times too small or too large.
-                "products": from the spread of the draws' own products l_i l_j, whatever the law of the losses; needs
-                the factor form.
-                "chains": the spread of the C chains' own kernels over sqrt(C), whatever the traces; needs the factor
-                form, chain centring, and at least 2 chains (and many for a steady answer).
-                "auto": "products" where the draws are in memory, else "lag1".
+            method: "products": from the draws' own products, by batches of every length, whatever the law and memory of
+                the losses (`lossk.product_errors`); needs the factor form. "watched": "lag1" times the ratio "products"
+                over "lag1" of the up to 256 samples whose traces are kept (`lossk.watched_errors`). +- 1.96 of either
+                are meant to cover 95 %.
+                "chains": the spread of the C chains' own kernels over sqrt(C); needs the factor form, chain centring
+                and at least 2 chains. Read it with t of C - 1 degrees of freedom (4 chains: +- 3.18 cover 95 %).
+                "lag1": with each loss's lag-1 autocorrelation r, D = C (T - 1), f = (1 + r_i r_j) / (1 - r_i r_j),
+                se(K_ij)^2 = (K_ii K_jj + K_ij^2) f / D,  se(R_ij) = (1 - R_ij^2) sqrt(f / D) (Bartlett 1935): right for
+                normal AR(1) traces; for those of networks it can be several times too small or too large.
+                "auto": "products" where the draws are in memory, else "watched"; "lag1" where no traces are kept.
         """
         method, correlation = check_choice("method", method, METHODS), check_flag("correlation", correlation)
         rows, columns = self._index(rows), self._index(columns, "columns")
-        method = method_for(self._blocks) if method == "auto" else method
-        if method != "lag1":
-            return from_draws(self._blocks, self._moments, self.centering, method)(rows, columns, correlation)
-        relative = bartlett(self._moments, rows, columns)
-        if correlation:
-            return ((1 - self.correlation(rows, columns).double().square()) * relative).float()
-        scaled = self._blocks.gather(rows, columns).double()
-        ratio = self._std_over_scale.double()
-        spread = ((ratio[rows].unsqueeze(1) * ratio[columns]).square() + scaled.square()).sqrt() * relative
-        scale = self._moments.scale
-        return (spread * scale[rows].unsqueeze(1) * scale[columns]).float()
+        method = method_for(self._blocks, watched=self._beside is not None) if method == "auto" else method
+        if method in ("products", "chains"):
+            return from_draws(self._blocks, self._moments, rows, columns, correlation=correlation, method=method)
+        fitted = self._fitted_errors if method == "watched" else None
+        return from_moments(self._blocks, self._moments, fitted, rows, columns, correlation=correlation)
+
+    @cached_property
+    def _fitted_errors(self) -> WatchedErrors:
+        return watched_errors(self._watched(), self._moments)
 
     def _correlate(self, block: Tensor, rows: Tensor | slice, columns: Tensor | slice) -> Tensor:
         return (block * self._gain[rows].unsqueeze(1)).mul_(self._gain[columns]).clamp_(-1.0, 1.0)
+
+    def _watched(self) -> Watched | None:
+        """Up to 256 samples' own traces, beside tiles or from the factor; None of an earlier version's tiles."""
+        return watched_in(self._blocks, self._moments) if self._beside is None else self._beside
 
     def _index(self, key: Any, name: str = "rows") -> Tensor:
         return resolve(key, self.num_samples, name)
@@ -316,7 +317,8 @@ class LossKernel(AsArray):
         Returns:
             Neighbors(index [N, k] int64, correlation [N, k] float32, noise_floor [N] float32), or r instead of N. A
             correlation below its row's noise floor is what the best of N unrelated samples would show (by chance alone
-            one neighbour per row is expected above it). Dead samples have no neighbours (index -1) and are nobody's.
+            one neighbour per row is expected above it), as losses of different chains show it (`lossk.chance`). Dead
+            samples have no neighbours (index -1) and are nobody's.
 
         Memory beyond the result and the form itself: of all rows, about five tiles in float32 (350 MB at side 4,096);
         of some, two blocks of r rows (4,096 at a time) by a tile's side.
@@ -333,12 +335,12 @@ class LossKernel(AsArray):
                 found = nearest(self._correlation_tile, self.dead, self.tile, k, anti=anti)
             else:
                 found = nearest_on_device(self._blocks.tile_on, self._gain, self.tile, k, device)
-            return found._replace(noise_floor=noise_floor(self._moments))
+            return found._replace(noise_floor=self._chance.of(self._index(slice(None)), anti=anti).floor())
         if backend == "triton":
             raise ValueError("rows must be None with backend='triton', which ranks whole tiles")
         assert chosen is not None
         found = nearest_of_rows(self._correlation_rows, self.dead, chosen, k, anti=anti)
-        return found._replace(noise_floor=noise_floor(self._moments, chosen))
+        return found._replace(noise_floor=self._chance.of(chosen, anti=anti).floor())
 
     def _correlation_rows(self, rows: Tensor) -> Iterator[tuple[slice, Tensor]]:
         return ((span, self._correlate(block, rows, span)) for span, block in self._blocks.row_blocks(rows))

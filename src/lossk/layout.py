@@ -8,6 +8,7 @@ from typing import Any
 
 from lossk.available import available, gigabytes
 from lossk.memory import Budget, as_setting
+from lossk.watched import watched_bytes
 
 BYTES = {"float32": 4, "float16": 2}
 TILES_IN_MEMORY = {"tiles": "memory", "super_panel": 0}
@@ -86,9 +87,10 @@ class Layout:
 
 
 def panel_bytes(size: Size) -> int:
-    """A panel, its scaled rows or the copy being written, float64 temporaries, the running moments."""
+    """A panel, its scaled rows or the copy being written, float64 temporaries, running moments, watched traces."""
     rows, n = size.panel + 1, size.num_samples
-    return 12 * rows * n + 40 * rows * min(n, 4096) + 8 * n * (16 + 2 * size.num_chains)
+    running = 8 * n * (16 + 2 * size.num_chains)
+    return 12 * rows * n + 40 * rows * min(n, 4096) + running + watched_bytes(n, size.draws)
 
 
 def weight_bytes(size: Size) -> int:

@@ -19,6 +19,9 @@ from lossk.own_loss import Evaluated, name_of, per_sample_losses
 # (model, batch) -> losses [B], or (losses [B, T], mask [B, T] bool); or a criterion of torch
 LossFunction = Callable[[nn.Module, Any], Tensor | tuple[Tensor, Tensor]] | nn.Module | Callable[..., Tensor]
 
+# The weights [m] float32 of a minibatch's losses, or what gives them for the losses [m] themselves.
+Weights = Tensor | Callable[[Tensor], Tensor]
+
 CHUNK = 2**22  # logits whose exact cross entropy is formed at a time, in float64
 
 
@@ -36,8 +39,9 @@ class Loss:
     evaluate: Callable[[nn.Module, Any], Evaluated]
     check: Callable[[Any, Tensor | None], None]  # (all samples, outputs of the first ones): ValueError if unusable
     quick_mean: Callable[[nn.Module, Any], Tensor] | None = None  # the sum of all losses of a batch, divided by B
-    # (L_B detached, outputs, slopes), the slopes held fixed: grad L_B = grad (slopes . outputs). Compiled, on a CPU.
+    # (losses of rows [R] detached, outputs [R, C], slopes): grad L_B = grad (slopes . outputs). Compiled, on a CPU.
     quick_slopes: Callable[[nn.Module, Any, float], tuple[Tensor, Tensor, Tensor]] | None = None
+    quick_rows: Callable[[nn.Module, Any], Tensor] | None = None  # losses of rows [R] in float32, 0 where masked
     mean_tokens: float = 1.0  # unmasked tokens per training sample
     positions: int | None = None  # T of a loss per token, None of a loss per sample
     takes_outputs: bool = False  # formed from the model's outputs and the targets alone, and `check` wants the outputs
@@ -79,9 +83,32 @@ class Loss:
         Cross entropies leave autograd at the logits: their slopes come with the losses, from one compiled pass.
         """
         if self.quick_slopes is not None:
-            return self.quick_slopes(model, batch, self.mean_tokens)
+            losses, outputs, slopes = self.quick_slopes(model, batch, self.mean_tokens)
+            return losses.sum() / (len(split_batch(batch)[1]) * self.mean_tokens), outputs, slopes
         value = self.mean(model, batch)
         return value.detach(), value, None
+
+    def singly(self, model: nn.Module, batch: Any) -> Tensor:
+        """[B] float32, differentiable: `per_sample`, less exact for small losses where that is quicker."""
+        if self.quick_rows is None:
+            return self.per_sample(model, batch)
+        return self._of_rows(self.quick_rows(model, batch), len(split_batch(batch)[1]))
+
+    def _of_rows(self, losses: Tensor, size: int) -> Tensor:
+        """[B]: `per_sample` of the losses of all rows, B of samples or B T of tokens."""
+        return losses.view(size, -1).sum(dim=1) / self.mean_tokens
+
+    def weighted(self, model: nn.Module, batch: Any, weights: Weights) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """(losses [B], weights a [B], x, v), the first without a graph: sum_i a_i loss_i has the gradient of v . x."""
+        if self.quick_slopes is None:
+            each = self.singly(model, batch)
+            weights = weights if isinstance(weights, Tensor) else weights(each.detach())
+            return each.detach(), weights, each, weights
+        losses, outputs, slopes = self.quick_slopes(model, batch, self.mean_tokens)
+        size = len(split_batch(batch)[1])
+        shares = self._of_rows(losses, size)
+        weights = weights if isinstance(weights, Tensor) else weights(shares)
+        return shares, weights, outputs, slopes * (size * weights).repeat_interleave(len(slopes) // size).unsqueeze(1)
 
     def rows(self, model: nn.Module, batch: Any) -> Evaluated:
         """The batch's rows of the kernel: losses [R] float32, of its samples or its unmasked tokens; and the mask."""
@@ -124,6 +151,7 @@ def resolve_loss(loss: str | LossFunction, backend: str = "torch") -> Loss:
             _check_classes,
             _cross_entropy_mean,
             _slopes if backend == "cpp" else None,
+            _rows,
             takes_outputs=True,
         )
     if loss == "token_cross_entropy":
@@ -133,6 +161,7 @@ def resolve_loss(loss: str | LossFunction, backend: str = "torch") -> Loss:
             _check_tokens,
             _token_mean,
             _slopes if backend == "cpp" else None,
+            _rows,
             takes_outputs=True,
         )
     if loss == "mse":
@@ -198,6 +227,20 @@ def _token_mean(model: nn.Module, batch: Any) -> Tensor:
     return total / len(targets)
 
 
+def _rows(model: nn.Module, batch: Any) -> Tensor:
+    inputs, targets = split_batch(batch)
+    return _row_losses(forward(model, inputs).float().flatten(0, -2), targets)
+
+
+def _plain_rows(model: nn.Module, batch: Any) -> Tensor:
+    inputs, targets = split_batch(batch)
+    return _row_losses(class_rows(forward(model, inputs).float()), targets)
+
+
+def _row_losses(logits: Tensor, targets: Tensor) -> Tensor:
+    return F.cross_entropy(logits, targets.flatten().long(), ignore_index=IGNORED, reduction="none")
+
+
 def _slopes(model: nn.Module, batch: Any, mean_tokens: float) -> tuple[Tensor, Tensor, Tensor]:
     inputs, targets = split_batch(batch)
     logits = forward(model, inputs).float().flatten(0, -2)
@@ -212,7 +255,7 @@ def _plain_slopes(model: nn.Module, batch: Any, mean_tokens: float) -> tuple[Ten
 def _slopes_of(logits: Tensor, targets: Tensor, mean_tokens: float) -> tuple[Tensor, Tensor, Tensor]:
     scale = 1.0 / (len(targets) * mean_tokens)
     losses, slopes = cross_entropy_slopes(logits, targets.flatten().long(), scale, backend="cpp")
-    return scale * losses.sum(), logits, slopes
+    return losses, logits, slopes
 
 
 def _are_indices(targets: Tensor, ndim: int) -> bool:
@@ -310,6 +353,7 @@ def _plain_cross_entropy(criterion: Criterion, backend: str) -> Loss:
         partial(_check_criterion, criterion),
         _plain_mean,
         _plain_slopes if backend == "cpp" else None,
+        _plain_rows,
         takes_outputs=True,
         token_name="cross_entropy of outputs [B, C, T]",
     )

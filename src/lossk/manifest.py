@@ -33,7 +33,8 @@ MANIFEST = "checksums.json"
 COMPLETE = "complete"
 COMPLETE_SPEC = ArraySpec((1,), "int8", ("format",), (1,))
 MOMENTS = ("variance", "mean", "scale", "lag1", "chain_mean")
-ARRAYS = ("losses", *MOMENTS, "tokens", "tiles", "factor")
+WATCHED_ARRAYS = ("watched", "watched_losses")  # beside tiles; a store of an earlier version has neither
+ARRAYS = ("losses", *MOMENTS, "tokens", *WATCHED_ARRAYS, "tiles", "factor")
 DESCRIPTIONS = ("zarr.json", "config.json", "commits.jsonl")
 
 

@@ -74,6 +74,14 @@ class Budget:
         """Data and model are held; passes begin."""
         self.marks["peak"] = peak_rss_bytes()
 
+    def plan(self, peak: int) -> None:
+        """The call is expected to take that much at its peak."""
+        self.marks["plan"] = peak
+
+    def planned(self) -> int | None:
+        """What was last planned; None before that."""
+        return self.marks.get("plan")
+
     def limit(self, taken: int) -> int:
         """What the call may use in all: what was asked for, within what is free."""
         free = taken + int(FREE_SHARE * available_bytes())

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
-import numpy as np
 import torch
-from scipy import stats
 from torch import Tensor
 
 from lossk.blocks import Blocks, Moments, tile_spans, upper_triangle
+from lossk.chance import Chance
 from lossk.ops import triton_kernels
 from lossk.ops.top_correlations import EMPTY, MOST_BY_TRITON, merge_tile, top_correlations, unpack
+from lossk.watched import Watched
 
 
 class Neighbors(NamedTuple):
@@ -164,30 +164,7 @@ def _merge(keys: Tensor, block: Tensor, first_column: int) -> None:
             keys[part] = top_correlations(keys[part], block[part], first_column)
 
 
-def median_noise_floor(moments: Moments) -> float | None:
+def median_noise_floor(moments: Moments, watched: Watched) -> float | None:
     """The noise floor of the median sample that varies at all."""
-    alive = moments.variance > 0
-    return float(noise_floor(moments)[alive].median()) if alive.any() else None
-
-
-def noise_floor(moments: Moments, rows: Tensor | slice = slice(None), among: Tensor | None = None) -> Tensor:
-    """The correlation that the best of N unrelated samples reaches, for each of some samples: [r] float32.
-
-    N counts the live samples among those of `among` (an index; None: all).
-
-    A null correlation has standard error sqrt((1 + r_i r_j) / ((1 - r_i r_j) T)) with lag-1 autocorrelations r
-    (Bartlett 1935) and T = C (T_c - 1) draws; r_j is taken at its mean over samples. With D = 1 / se^2 effective draws
-    R sqrt(D - 2) / sqrt(1 - R^2) is Student's t with D - 2 degrees of freedom; the floor is its quantile 1 - 1/N, so
-    that among unrelated samples one neighbour per row is expected above it.
-    """
-    alive = moments.variance > 0
-    if among is not None:
-        alive = torch.zeros_like(alive).index_fill_(0, among, True) & alive
-    num_alive = int(alive.sum())
-    draws = moments.num_chains * (moments.num_draws - 1)
-    lag1 = moments.lag1.clamp(-0.99, 0.99)
-    product = lag1[rows] * lag1[alive].mean() if num_alive else lag1[rows] * 0.0
-    effective = (draws * (1 - product) / (1 + product)).numpy()
-    freedom = np.maximum(effective - 2.0, 1e-3)
-    t = stats.t.ppf(1.0 - 1.0 / max(num_alive, 2), freedom)
-    return torch.from_numpy(t / np.sqrt(freedom + np.square(t))).float()
+    alive = (moments.variance > 0).nonzero().squeeze(1)
+    return float(Chance(None, moments, lambda: watched).of(alive).floor().median()) if len(alive) else None

@@ -18,7 +18,7 @@ from lossk.device import free_bytes, peak_bytes, settle
 from lossk.device_plan import most_samples
 from lossk.passes import Passes
 from lossk.samplers import Sampler
-from lossk.settings import SteppingSettings
+from lossk.settings import SteppingSettings, minibatch_of
 from lossk.task import Task, fitting_batch
 
 WORTH = 4.0  # seconds of passes in a run below which measuring does not pay
@@ -49,11 +49,11 @@ class Load:
 
 def load_of(sampler: Sampler, num_chains: int, num_draws: int, num_train: int) -> Load:
     """Of a run's chains, as far as the sampler's settings say it yet."""
-    draws, batch, steps = num_chains * num_draws, getattr(sampler, "batch_size", None) or num_train, 0
+    draws, steps = num_chains * num_draws, 0
     if isinstance(sampler, SteppingSettings):
         unknown = "auto" in (sampler.num_burnin_steps, sampler.num_steps_bw_draws)
         steps = USUAL_STEPS * draws if unknown else num_chains * sampler.steps(num_draws)
-    return Load(draws, steps, min(batch, num_train))
+    return Load(draws, steps, minibatch_of(getattr(sampler, "batch_size", None), num_train))
 
 
 def choose_passes(task: Task, probe: Samples, train: Samples, load: Load) -> tuple[Passes, list[str]]:

@@ -14,8 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lossk.curvature import ITERATIONS, MOST_SAMPLES, Sample, gradient_variance, largest_curvature
+from lossk.bias import foreseen_bias
+from lossk.curvature import ITERATIONS, MOST_SAMPLES, Sample, gradient_variance, largest_curvature, steepness
 from lossk.data import Samples
+from lossk.settings import minibatch_of
 from lossk.sgld import SGLD
 from lossk.task import Task
 
@@ -37,9 +39,11 @@ class Pilot:
     control_variance: float | None = None  # lambda_max(Cov(g_i(w) - g_i(w*))) at a typical w of the trial chain
     control_localization: float | None = None  # the trial's
     drawn_curvature: float | None = None  # h_max at typical draws of the trial chain, or of the run, or of both
+    drawn_steepest: float | None = None  # h_max at the steepest draw of a thousand
     drawn_localization: float | None = None  # theirs
     drawn_times: int = 0  # draws at which it was measured
     drawn_stably: bool = True  # False: so steep for its step that this may have driven the draws there
+    effective_dimension: float | None = None  # in how many directions the data beat the pull at w*
     drawn_variance: float | None = None  # lambda_max(Cov g) likewise
 
     @property
@@ -52,13 +56,23 @@ class Pilot:
         """How much larger the gradient variance is at typical draws than at w*."""
         return max((self.drawn_variance or 0.0) - self.gradient_variance, 0.0)
 
-    def steepest(self, localization: float) -> float:
-        """h_max that a step must be stable for: at typical draws of that localization."""
+    def typical(self, localization: float) -> float:
+        """h_max at typical draws of that localization."""
         return self.curvature + self.steepening * self._moved(localization)
+
+    def steepest_curvature(self, localization: float) -> float:
+        """h_max at the steepest of typical draws of that localization: one in a thousand."""
+        drawn = self.drawn_curvature if self.drawn_steepest is None else self.drawn_steepest
+        excess = max((drawn or 0.0) - self.curvature, 0.0)
+        return self.curvature + excess * self._moved(localization)
+
+    def steepest(self, localization: float) -> float:
+        """n_beta h + localization there: what a step must be stable for."""
+        return self.n_beta * self.steepest_curvature(localization) + localization
 
     def stiffest(self, localization: float) -> float:
         """a_max = n_beta h_max + localization at typical draws of that localization."""
-        return self.n_beta * self.steepest(localization) + localization
+        return self.n_beta * self.typical(localization) + localization
 
     def loudest(self, localization: float) -> float:
         """lambda_max(Cov g) at typical draws of that localization."""
@@ -79,23 +93,38 @@ class Pilot:
             return self.drawn_localization / max(localization, 1e-30)
         return 1.0
 
-    def stability_share(self, sampler: SGLD) -> float:
-        """eps a_max / 4 of a resolved sampler, at its largest gain; averaged noise needs less than 1."""
+    def typical_share(self, sampler: SGLD) -> float:
+        """eps a_max / 4 of a resolved sampler at typical draws, at its largest gain; below 1 if averaged."""
         lr, localization = float(sampler.lr) * sampler.gain, float(sampler.localization)
         return lr * self.stiffest(localization) / 4.0
+
+    def stability_share(self, sampler: SGLD) -> float:
+        """The same at the steepest draw of a thousand."""
+        lr, localization = float(sampler.lr) * sampler.gain, float(sampler.localization)
+        return lr * self.steepest(localization) / 4.0
 
     def discretisation(self, sampler: SGLD) -> float:
         """eps a_max / 4 of a resolved sampler; with a preconditioner, at its largest gain: an upper bound.
 
         Its square for averaged noise, whose error is of second order (and zero in a quadratic).
         """
-        first_order = self.stability_share(sampler)
+        first_order = self.typical_share(sampler)
         return first_order**2 if sampler.averaged else first_order
 
     def noise_ratio(self, sampler: SGLD) -> float:
         """eps n_beta^2 f lambda_max / 4, likewise; with a control variate, of what it leaves."""
         controlled = sampler.control_variate is True
         return float(sampler.lr) * sampler.gain * self.noise_per_lr(controlled, float(sampler.localization))
+
+    def foreseen_bias(self, sampler: SGLD) -> float | None:
+        """Relative excess of the variance of the stiffest and noisiest mode; None where noise was not measured."""
+        if not self.knows_noise(sampler.control_variate is True):
+            return None
+        share = self.typical_share(sampler)
+        if share >= 1.0:
+            return math.inf
+        noise, strength = self.noise_ratio(sampler), sampler.correction if self.batch_factor > 0 else 0.0
+        return foreseen_bias(share, noise, averaged=sampler.averaged, alpha=strength)
 
     def knows_noise(self, controlled: bool) -> bool:
         """Whether it has been measured: what a control variate leaves of it only away from w*."""
@@ -106,12 +135,15 @@ class Pilot:
         variance = self._left(localization) if controlled else self.loudest(localization)
         return self.n_beta**2 * self.batch_factor * variance / 4.0
 
-    def informed(self, curvature: Tensor, variance: Tensor, *, localization: float, controlled: bool) -> Pilot:
-        """With what a run's chains measured at their last draws. Each draw counts alike, a trial's too.
+    def informed(
+        self, curvature: Tensor, variance: Tensor, glances: Tensor, *, localization: float, controlled: bool
+    ) -> Pilot:
+        """With what a run's chains measured at their draws. Each last draw counts alike, a trial's too.
 
         Args:
             curvature, variance: [C], NaN where it was not measured; the variance is that of the gradients, with a
                 control variate (`controlled`) of what it leaves of them.
+            glances: [C, T], NaN likewise: how much the curvature varies over draws.
         """
         times = int(torch.isfinite(curvature).sum())
         if times == 0:
@@ -119,9 +151,12 @@ class Pilot:
         left = None if self.control_variance is None else self._left(localization)
         loud = None if self.drawn_variance is None else self.loudest(localization)
         left, loud = (_mean(left, 1, variance), loud) if controlled else (left, _mean(loud, 1, variance))
+        typical = _mean(self.typical(localization), self.drawn_times, curvature) or 0.0
+        before = self.steepest_curvature(localization) / max(self.typical(localization), 1e-30)
         return dataclasses.replace(
             self,
-            drawn_curvature=_mean(self.steepest(localization), self.drawn_times, curvature),
+            drawn_curvature=typical,
+            drawn_steepest=max(steepness(glances), before if self.drawn_times else 1.0) * typical,
             drawn_localization=localization,
             drawn_times=self.drawn_times + times,
             drawn_variance=loud,
@@ -141,13 +176,18 @@ class Pilot:
         """The biases to be expected of a resolved sampler, in a line."""
         bias = f"discretisation {self.discretisation(sampler):.1%}"
         if sampler.averaged:
-            bias = f"step at {self.stability_share(sampler):.0%} of the stability limit"
-        batch = num_train if sampler.batch_size is None else min(sampler.batch_size, num_train)
+            bias = f"step at {self.typical_share(sampler):.0%} of the stability limit"
+        batch = minibatch_of(sampler.batch_size, num_train)
         noise = f"{self.noise_ratio(sampler):.2g}" if self.knows_noise(sampler.control_variate is True) else "unknown"
         return f"{bias}, gradient-noise ratio {noise} (minibatch {batch})"
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
+
+
+def batch_factor(num_train: int, batch: int) -> float:
+    """f: the variance of the mean of a minibatch, drawn without replacement, over that of one sample."""
+    return (num_train - batch) / (batch * (num_train - 1)) if num_train > 1 else 0.0
 
 
 def default_n_beta(num_train: int) -> float:
@@ -162,7 +202,7 @@ def run_pilot(task: Task, train: Samples, sampler: SGLD, *, seed: int, run_passe
     itself is short (`run_passes`, in forward passes of one sample).
     """
     n = len(train)
-    m = n if sampler.batch_size is None else min(sampler.batch_size, n)
+    m = minibatch_of(sampler.batch_size, n)
     settings = (sampler.lr, sampler.localization, sampler.num_burnin_steps, sampler.num_steps_bw_draws)
     most, iterations = (MOST_SAMPLES, ITERATIONS) if "auto" in settings else (FEWER_SAMPLES, FEWER_ITERATIONS)
     if "auto" not in settings and most * iterations * PASSES_PER_ITERATION > SHARE * run_passes:
@@ -173,7 +213,7 @@ def run_pilot(task: Task, train: Samples, sampler: SGLD, *, seed: int, run_passe
         curvature=largest_curvature(task, train, seed=seed, **asked),
         gradient_variance=gradient_variance(task, train, seed=seed, **asked),
         n_beta=sampler.n_beta if sampler.n_beta is not None else default_n_beta(task.loss.num_terms(n)),
-        batch_factor=(n - m) / (m * (n - 1)) if n > 1 else 0.0,
+        batch_factor=batch_factor(n, m),
         num_samples=min(2 * most if held_out else most, n),
     )
 

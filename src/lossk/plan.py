@@ -9,12 +9,12 @@ from pathlib import Path
 from lossk.available import gigabytes
 from lossk.centring import BLOCK
 from lossk.data import Samples
-from lossk.diagnostics import WATCHED
 from lossk.errors import StoreError
 from lossk.layout import BYTES, Layout, Size, log_columns, panel_bytes, weight_bytes
 from lossk.probe import Probe
 from lossk.running import STRIPE
 from lossk.trace_factor import making_bytes
+from lossk.watched import watched_bytes
 
 
 @dataclass(frozen=True)
@@ -87,16 +87,17 @@ def has_tiles(layout: Layout) -> bool:
 
 
 def stored_bytes(size: Size, layout: Layout) -> int:
-    """Of a store: the log of draws, and what is made of them."""
+    """Of a store: the log of draws, what is made of them, and the watched traces beside tiles."""
     made = size.entries if has_tiles(layout) else size.draws * size.num_samples
-    return 4 * size.draws * size.num_samples + BYTES[size.dtype] * made
+    kept = watched_bytes(size.num_samples, size.draws) if has_tiles(layout) else 0
+    return 4 * size.draws * size.num_samples + BYTES[size.dtype] * made + kept
 
 
 def trace_layout(size: Size, taken: int) -> Layout:
     """The traces themselves, held in memory, where a cross kernel makes its factor of them."""
     making = making_bytes(size.num_samples, size.num_chains, size.num_draws)
     # Traces that the diagnostics watch, and losses that they average in float64.
-    kept = 12 * size.draws * min(WATCHED, size.num_samples) + 8 * max(BLOCK, size.num_samples)
+    kept = 3 * watched_bytes(size.num_samples, size.draws) + 8 * max(BLOCK, size.num_samples)
     panel = max(4 * (size.panel + 1) * size.num_samples, making) + kept
     return Layout("traces", 4 * size.draws * size.num_samples, panel, weight_bytes(size), taken)
 

@@ -45,6 +45,7 @@ def chosen(run: Run) -> dict[str, Any]:
         "reasons": run.reasons,
         "passes": run.task.passes.to_dict(),
         "anchor_loss": float(run.anchor_losses.mean()),
+        **_scales(run),
     }
 
 
@@ -56,6 +57,7 @@ def meta(run: Run, request: dict[str, Any]) -> dict[str, Any]:
         "config": request,
         "sampler": run.sampler.to_dict(),
         "reasons": run.reasons,
+        **_scales(run),
         "passes": run.task.passes.to_dict(),
         "passes_reasons": run.passes_reasons,
         "pilot": None if pilot is None else pilot.to_dict(),
@@ -70,6 +72,11 @@ def meta(run: Run, request: dict[str, Any]) -> dict[str, Any]:
         "mean_loss_trace": run.watch.mean_loss.tolist(),
         "excess_trace": run.watch.excess.tolist(),
     }
+
+
+def _scales(run: Run) -> dict[str, Any]:
+    """D of each parameter, where the sampler has a metric: the law is not known without it."""
+    return {} if run.scales is None else {"scales": run.scales}
 
 
 def traces(run: Run, losses: Tensor, meta: dict[str, Any]) -> LossTraces:

@@ -23,12 +23,13 @@ from lossk.choose import choose
 from lossk.data import Samples, Transform
 from lossk.device_plan import choose_overlap, choose_with_device, describe_room
 from lossk.device_room import measure_room, place_data
-from lossk.diagnostics import TraceWatch
 from lossk.distributed import Ranks
+from lossk.effective_dimension import count_directions
 from lossk.judging import foreseen_vectors, informed_pilot, plan_judging, working_bytes
 from lossk.layout import Layout, Size, choose_layout
 from lossk.losses import LossFunction, resolve_loss
 from lossk.memory import Budget
+from lossk.metric import describe_metric, set_metric
 from lossk.panel import Panel, chain_panels
 from lossk.pass_memory import fit_passes, pass_bytes
 from lossk.passes import Passes, resumed_passes
@@ -41,6 +42,7 @@ from lossk.samplers import Sampler, fit, fit_early, make_chain
 from lossk.sgld import SGLD
 from lossk.task import Task
 from lossk.timings import Progress, Timings, as_table
+from lossk.trace_watch import TraceWatch
 from lossk.witness import check_start
 
 
@@ -66,6 +68,7 @@ class Run:
     pilot: Pilot | None = None
     reasons: list[str] = field(default_factory=list)
     passes_reasons: list[str] = field(default_factory=list)
+    scales: dict[str, float] | None = None  # of the sampled parameters, where a metric gives each its own
     fitted: dict[str, Tensor] = field(default_factory=dict)  # what the sampler's chains share
     timings: Timings = field(default_factory=Timings)
     pass_seconds: float = 0.0  # of one training sample's loss at w*
@@ -209,6 +212,8 @@ class Run:
             ranks: of the run, which all call this: they share the passes over all training samples, to the same bits.
                 Rank 0 has the pilot, or knows what was `chosen`; its choices are everyone's.
         """
+        with self.timings.measure("fit"):
+            self.scales = set_metric(self.asked, self.task, self.train, chosen, ranks)
         self.anchor_losses, self.pass_seconds = evaluate_anchor(self.task, self.train, self.timings, ranks)
         with self.timings.measure("fit"):
             early = fit_early(self.sampler, self.task, self.train, ranks)
@@ -242,6 +247,10 @@ class Run:
                 run_passes=self._passes_of(self.asked),
                 bar=bar,
             )
+            self.pilot, beaten = count_directions(
+                self.pilot, self.sampler, self.task, self.train, self._passes_of(self.sampler)
+            )
+        self.reasons += [*describe_metric(self.scales), *beaten]
 
     def announce(self, bar: Progress) -> None:
         """Say what was chosen."""
@@ -280,7 +289,7 @@ class Run:
             StoreError: it needs more than the disk has.
         """
         step_seconds, taken = self.time_a_step(), budget.taken()
-        batch, judged = self._load(self.asked).minibatch, self._around(Timings()).judging[1] > 0
+        batch, judged = self._load(self.asked).minibatch, self._around(Timings()).judging.samples > 0
         passes = pass_bytes(self.task, self.probe.parts[0].samples, self.train, batch)
         working = working_bytes(
             self.task, passes, self.asked, self.sampler, budget, taken, judged=judged, piloted=saved is None
@@ -304,6 +313,7 @@ class Run:
             self.passes_reasons.append(why)
             bar.say(f"device: {why}")
         layout = dataclasses.replace(layout, reached_bytes=working.pilot)
+        budget.plan(layout.peak_bytes)
         plan = make_plan(
             layout,
             size,

@@ -5,8 +5,10 @@ from __future__ import annotations
 import torch
 
 from lossk.blocks import Moments
-from lossk.choose import momentum_noise_ratio
-from lossk.diagnostics import Criteria, Diagnostics, diagnose
+from lossk.choose import burnin_spread, momentum_noise_ratio
+from lossk.diagnostics import Diagnostics, diagnose
+from lossk.hmc import HMC
+from lossk.information import Criteria
 from lossk.neighbors import median_noise_floor
 from lossk.panel import ChainTotals
 from lossk.run import Run
@@ -32,7 +34,7 @@ def diagnose_run(run: Run, moments: Moments, totals: ChainTotals) -> Diagnostics
         mean_loss=run.watch.mean_loss,
         watched=run.watch.losses,
         dead_share=float((moments.variance == 0).double().mean()),
-        noise_floor=median_noise_floor(moments),
+        noise_floor=median_noise_floor(moments, run.watch.watched),
         excess=run.watch.excess,
         n_beta=n_beta,
         criteria=criteria,
@@ -41,5 +43,7 @@ def diagnose_run(run: Run, moments: Moments, totals: ChainTotals) -> Diagnostics
         noise_ratio=momentum_noise_ratio(run.sampler, pilot),
         acceptance=run.watch.acceptance,
         distance=run.watch.distance,
+        completeness=burnin_spread(run.sampler, pilot),
+        rejects=isinstance(run.sampler, HMC),
         uninformed=None if learnt_nothing is None else learnt_nothing[0],
     )

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lossk.chain import ChainState, Draw
 from lossk.chunks import ArraySpec, At, ChunkError, Chunks
-from lossk.commits import COMMITS, CUT_OFF, clear_cut_off, clear_transient, read_commits
+from lossk.commits import COMMITS, CUT_OFF, DRAWS, clear_cut_off, clear_transient, read_commits
 from lossk.disk import Digest, digest, read_file, remove, replace_file, sync_tree
 from lossk.errors import StoreError
 from lossk.kernel import LossKernel
@@ -123,6 +123,14 @@ class RunLog:
             kept = {self._state_path(number) for number in self._states.values() if number is not None}
             for state in set(self.path.glob("state-*.npz")) - kept:
                 remove(state)
+
+    def restart(self, request: dict[str, Any], chosen: dict[str, Any]) -> None:
+        """Forget all draws, for other settings. After a kill in between, the old ones lead here again."""
+        self._lines = LineLog.begin(self.path / COMMITS, [])
+        write_sealed(self.path / "config.json", {**request, "chosen": chosen, MARK: "crc32c"})
+        for state in self.path.glob("state-*.npz"):
+            remove(state)
+        self.commits, self._states, self.chosen = [], {}, chosen
 
     def append(self, panel: Panel) -> None:
         """Make a panel durable."""
@@ -236,7 +244,7 @@ class RunLog:
         """What the chain said of a committed panel's draws."""
         first = commit["first_draw"]
         unknown = [math.nan] * len(commit["excess"])  # a run begun by an earlier version
-        names = ("excess", "distance", "acceptance", "curvature", "variance")
+        names = ("excess", *DRAWS)
         columns = zip(*(commit.get(name, unknown) for name in names), strict=True)
         return [Draw(commit["chain"], first + i, *numbers) for i, numbers in enumerate(columns)]
 
@@ -309,5 +317,6 @@ def commit_of(chain: int, first_draw: int, step: int, draws: Sequence[Draw], chu
         "acceptance": [draw.acceptance for draw in draws],
         "curvature": [draw.curvature for draw in draws],
         "variance": [draw.variance for draw in draws],
+        "glance": [draw.glance for draw in draws],
         "chunks": chunks,
     }

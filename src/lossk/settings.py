@@ -24,7 +24,9 @@ DTYPES = ("float32", "float16")
 CENTERINGS = ("chain", "pooled")
 FORMS = ("tiles", "factor")
 BACKENDS = ("auto", "torch", "cpp", "triton", "cuda")
+METRICS = (None, "fisher")
 PRECISIONS = (None, "bf16", "fp16", "tf32")
+FEWEST_BATCH = 256  # that batch_size="auto" chooses, and what it is where the step is a number
 MOST_SEED = 2**32 - 1  # a Philox key's word
 MOST_DRAWS = 10**7  # of all chains: what is watched of a draw takes up to 1 KB of memory
 MOST_STEPS = 10**8  # of a chain, from one draw to the next or before the first: days, where a step takes a millisecond
@@ -103,6 +105,32 @@ def check_steps(name: str, steps: Any, least: int) -> int | Any:
     )
 
 
+def check_batch_size(batch_size: Any) -> int | Any | None:
+    """ "auto", None or a number of samples."""
+    if isinstance(batch_size, str):
+        return check_choice("batch_size", batch_size, ("auto",))
+    return check_optional(check_integer, "batch_size", batch_size, 1)
+
+
+def minibatch_of(batch_size: int | str | None, num_train: int) -> int:
+    """Samples of a minibatch; of "auto", the fewest that are chosen."""
+    if batch_size is None:
+        return num_train
+    return min(FEWEST_BATCH if isinstance(batch_size, str) else batch_size, num_train)
+
+
+def check_pull(localization: Any, metric: Any, least: float = 0.0) -> dict[str, Any]:
+    """`localization` and `metric`, where "fisher" for the first is short for "auto" and "fisher"."""
+    if isinstance(localization, str) and localization in METRICS:
+        localization, metric = "auto", localization
+    if isinstance(localization, str) and localization != "auto":
+        raise ValueError(f"localization must be a number, 'auto' or 'fisher', got {localization!r}")
+    return {
+        "localization": check_automatic("localization", localization, least=least),
+        "metric": check_choice("metric", metric, METRICS),
+    }
+
+
 def put(settings: Any, **plain: Any) -> None:
     """Set fields of a frozen dataclass, from its own __post_init__, to their plain values."""
     for name, value in plain.items():
@@ -127,6 +155,8 @@ class SamplerSettings:
         """A plain, JSON-ready form; the class gives it back from these as keywords."""
         plain = dataclasses.asdict(self)
         plain["params"] = None if self.params is None else list(self.params)
+        if plain.get("metric") is None:
+            plain.pop("metric", None)
         return plain
 
 
@@ -135,8 +165,9 @@ class SteppingSettings(SamplerSettings):
     """What the settings of the samplers that step by minibatches have in common."""
 
     n_beta: float | None = None
-    localization: float | Literal["auto"] = "auto"
-    batch_size: int | None = 256
+    localization: float | Literal["auto", "fisher"] = "auto"
+    metric: Literal["fisher"] | None = None
+    batch_size: int | Literal["auto"] | None = "auto"
     num_burnin_steps: int | Literal["auto"] = "auto"
     num_steps_bw_draws: int | Literal["auto"] = "auto"
 
@@ -145,8 +176,8 @@ class SteppingSettings(SamplerSettings):
         put(
             self,
             n_beta=check_n_beta(self.n_beta),
-            localization=check_automatic("localization", self.localization, least=0.0),
-            batch_size=check_optional(check_integer, "batch_size", self.batch_size, 1),
+            **check_pull(self.localization, self.metric),
+            batch_size=check_batch_size(self.batch_size),
             num_burnin_steps=check_steps("num_burnin_steps", self.num_burnin_steps, 0),
             num_steps_bw_draws=check_steps("num_steps_bw_draws", self.num_steps_bw_draws, 1),
         )

@@ -1,23 +1,20 @@
-"""Monte Carlo standard errors of a kernel's entries."""
+"""Monte Carlo standard errors of a kernel's entries: which method, and those that need no products of draws."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from lossk.blocks import Blocks, FactorBlocks, Moments
+from lossk.product_errors import product_spread
+
+if TYPE_CHECKING:
+    from lossk.watched_errors import WatchedErrors
 
 TINY = torch.finfo(torch.float64).tiny
-
-
-def bartlett(moments: Moments, rows: Tensor, columns: Tensor) -> Tensor:
-    """sqrt(f / D) of each pair, [r, c] float64: D = C (T - 1) draws."""
-    lag1 = moments.lag1.clamp(-0.99, 0.99)
-    factor = bartlett_factor(lag1[rows].unsqueeze(1) * lag1[columns])
-    return (factor / (moments.num_chains * (moments.num_draws - 1))).sqrt()
+METHODS = ("auto", "lag1", "watched", "products", "chains")
 
 
 def bartlett_factor(product: Tensor) -> Tensor:
@@ -26,18 +23,32 @@ def bartlett_factor(product: Tensor) -> Tensor:
     return (1 + product) / (1 - product)
 
 
-METHODS = ("auto", "lag1", "products", "chains")
+def lag1_error(moments: Moments, rows: Tensor, columns: Tensor, entry: Tensor, *, correlation: bool = False) -> Tensor:
+    """sqrt((K_ii K_jj + K_ij^2) f / D), over the scales of both, or (1 - R_ij^2) sqrt(f / D); D = C (T - 1) draws.
+
+    Args:
+        entry: of K over the scales, or of R; rows, columns and it broadcast together. Float64.
+    """
+    lag1 = moments.lag1.clamp(-0.99, 0.99)
+    factor = bartlett_factor(lag1[rows] * lag1[columns])
+    relative = (factor / (moments.num_chains * (moments.num_draws - 1))).sqrt()
+    if correlation:
+        return (1 - entry.square()) * relative
+    std = moments.variance.sqrt() / moments.scale
+    return ((std[rows] * std[columns]).square() + entry.square()).sqrt() * relative
 
 
-def method_for(blocks: Blocks) -> str:
-    """What "auto" means: "products" where the draws are in memory, else "lag1"."""
-    return "products" if isinstance(blocks, FactorBlocks) and blocks.in_memory else "lag1"
+def method_for(blocks: Blocks, *, watched: bool = False) -> str:
+    """What "auto" means: "products" where the draws are in memory, else "watched" where some are kept, else "lag1"."""
+    if isinstance(blocks, FactorBlocks):
+        return "products" if blocks.in_memory else "watched"
+    return "watched" if watched else "lag1"
 
 
 def from_draws(
-    blocks: Blocks, moments: Moments, centering: str, method: str
-) -> Callable[[Tensor, Tensor, bool], Tensor]:
-    """`product_spread` or `chain_spread` of a kernel: (rows, columns, correlation) -> [r, c].
+    blocks: Blocks, moments: Moments, rows: Tensor, columns: Tensor, *, correlation: bool, method: str
+) -> Tensor:
+    """`product_spread` or `chain_spread` of a kernel: [r, c] float32.
 
     Raises:
         ValueError: the kernel is not what the method needs.
@@ -47,12 +58,41 @@ def from_draws(
             f"method={method!r} needs a kernel from traces (LossKernel.from_traces), got one of {blocks.kind}"
         )
     if method == "products":
-        return partial(product_spread, blocks, moments)
-    if centering != "chain" or moments.num_chains < 2:
+        return product_spread(blocks, moments, rows, columns, correlation)
+    if moments.centering != "chain" or moments.num_chains < 2:
         raise ValueError(
-            f"method='chains' needs centering='chain' and at least 2 chains, got {centering!r}, {moments.num_chains}"
+            "method='chains' needs centering='chain' and at least 2 chains, got "
+            f"{moments.centering!r}, {moments.num_chains}"
         )
-    return partial(chain_spread, blocks, moments)
+    return chain_spread(blocks, moments, rows, columns, correlation)
+
+
+def from_moments(
+    blocks: Blocks, moments: Moments, fitted: WatchedErrors | None, rows: Tensor, columns: Tensor, *, correlation: bool
+) -> Tensor:
+    """Of "watched" or, with nothing fitted, of "lag1": [r, c] float32, nats^2 or, of correlations, 1."""
+    known = None if fitted is None else fitted.block(rows, columns, correlation)
+    if known is not None:
+        return known
+    entry, down = blocks.gather(rows, columns).double(), rows.unsqueeze(1)
+    std = moments.variance.sqrt() / moments.scale
+    size = std[down] * std[columns]
+    entry = torch.where(down == columns, size, entry)
+    if correlation:
+        entry = (entry / size.clamp(min=TINY)).clamp(-1.0, 1.0).masked_fill(down == columns, 1.0)
+    error = pair_errors(moments, fitted, down, columns, entry, correlation=correlation)
+    if not correlation:
+        error = error * moments.scale[down] * moments.scale[columns]
+    return error.float()
+
+
+def pair_errors(
+    moments: Moments, fitted: WatchedErrors | None, rows: Tensor, columns: Tensor, entry: Tensor, *, correlation: bool
+) -> Tensor:
+    """The same of single pairs, whose entries are known: rows, columns and entry broadcast together; float64."""
+    if fitted is None:
+        return lag1_error(moments, rows, columns, entry, correlation=correlation)
+    return (fitted.correlation_error if correlation else fitted.covariance_error)(rows, columns, entry)
 
 
 def chain_spread(blocks: FactorBlocks, moments: Moments, rows: Tensor, columns: Tensor, correlation: bool) -> Tensor:
@@ -71,36 +111,6 @@ def chain_spread(blocks: FactorBlocks, moments: Moments, rows: Tensor, columns: 
         size = spreads[0].unsqueeze(2) * spreads[1].unsqueeze(1)  # [C, r, c]
         kernels = torch.where(size > 0, kernels / size.clamp(min=TINY), 0.0)
     error = kernels.std(dim=0) / num_chains**0.5
-    if not correlation:
-        error *= moments.scale[rows].unsqueeze(1) * moments.scale[columns]
-    return error.float()
-
-
-def product_spread(blocks: FactorBlocks, moments: Moments, rows: Tensor, columns: Tensor, correlation: bool) -> Tensor:
-    """From the spread of the draws' own terms, whatever the law of the losses: [r, c] float32, nats^2 (or 1).
-
-    An entry of K is the mean of x_i x_j, one of R to first order that of z_i z_j - R_ij (z_i^2 + z_j^2) / 2; the error
-    of such a mean over D draws is sqrt(v (1 + r) / (1 - r) / D), v and r the terms' variance and lag-1 autocorrelation.
-    """
-    num_chains, freedom = moments.num_chains, moments.num_chains * (moments.num_draws - 1)
-    a, b = blocks.take(rows).double(), blocks.take(columns).double()  # [D, r], [D, c]
-    if correlation:
-        a, b = (x / (x.square().sum(dim=0) / freedom).sqrt().clamp(min=TINY) for x in (a, b))
-    if not a.shape[1]:
-        return torch.zeros(0, b.shape[1], dtype=torch.float32, device="cpu")
-    errors = []
-    for one in a.T:  # a row at a time: its terms are [D, c]
-        terms = one.unsqueeze(1) * b
-        mean = terms.sum(dim=0) / freedom
-        if correlation:
-            terms = terms - mean * (one.square().unsqueeze(1) + b.square()) / 2
-            mean = torch.zeros_like(mean)
-        terms = (terms - mean).unflatten(0, (num_chains, -1))  # [C, T, c]
-        power = terms.square().sum(dim=(0, 1))
-        lag1 = (terms[:, 1:] * terms[:, :-1]).sum(dim=(0, 1)) / power.clamp(min=TINY)
-        lag1 = lag1.clamp(-0.99, 0.99)
-        errors.append((power / freedom * (1 + lag1) / (1 - lag1) / freedom).sqrt())
-    error = torch.stack(errors)
     if not correlation:
         error *= moments.scale[rows].unsqueeze(1) * moments.scale[columns]
     return error.float()

@@ -4,6 +4,7 @@
     mean, variance, scale, lag1  [sample] float64                 chain_mean  [chain, sample] float64
     tiles          [row, column] float16/32, upper triangle, one chunk per tile: covariance / (scale_i scale_j)
     factor         [draw, sample] float16/32, instead of tiles    checksums.json  of every file
+    watched        [watched] int64, up to 256 samples beside tiles; watched_losses [chain, draw, watched] float32, nats
     tokens         [sample, 2] int64, (sample of its set, position) of a loss per token only
     complete       moved into place last, once all of this is durable
     commits.jsonl  one line per durable panel                     state-K.npz  a chain after its last one, line K
@@ -34,12 +35,13 @@ from lossk.disk import Digest, sync_tree
 from lossk.errors import StoreError
 from lossk.kernel import LossKernel
 from lossk.locks import Lock
-from lossk.manifest import MANIFEST, MOMENTS, finish_store, is_complete, write_array
+from lossk.manifest import MANIFEST, MOMENTS, WATCHED_ARRAYS, finish_store, is_complete, write_array
 from lossk.opened import OpenStore, copy_store, identity
 from lossk.sealed import MARK, read_sealed, write_sealed
 from lossk.stored_factor import StoredFactor
 from lossk.stored_tiles import StoredTiles, write_tiles
 from lossk.swap import in_one_step, recover
+from lossk.watched import Watched, wrong_index
 from lossk.witness import differences
 
 TRIES = 5  # to open a store that others replace meanwhile
@@ -70,6 +72,9 @@ def write_kernel(kernel: LossKernel, path: Path, *, with_tiles: bool = True, kno
         files |= write_tensor(path, name, getattr(moments, name), dimensions)
     if kernel.tokens is not None:
         files |= write_tensor(path, "tokens", kernel.tokens, ("sample", "index"))
+    if kernel.form == "tiles" and (watched := kernel._watched()) is not None:
+        files |= write_tensor(path, "watched", watched.index, ("watched",))
+        files |= write_tensor(path, "watched_losses", watched.losses, ("chain", "draw", "watched"))
     if isinstance(blocks, FactorBlocks) and with_tiles:
         files |= write_tensor(path, "factor", blocks.factor, ("draw", "sample"))
     elif with_tiles:
@@ -171,7 +176,22 @@ def _open(path: Path) -> LossKernel:
         diagnostics=read_diagnostics(path, config),
         tokens=torch.from_numpy(store.read("tokens")) if "tokens" in store.specs else None,
         sets={name: slice(*ends) for name, ends in (config.get("sets") or {}).items()},
+        watched=_read_watched(store),
     )
+
+
+def _read_watched(store: OpenStore) -> Watched | None:
+    """The traces kept beside tiles; None in a store of an earlier version.
+
+    Raises:
+        StoreError: they are damaged, or cannot be of this kernel.
+    """
+    if not any(name in store.specs for name in WATCHED_ARRAYS):
+        return None
+    index, losses = (torch.from_numpy(store.read(name)) for name in WATCHED_ARRAYS)
+    if wrong := wrong_index(index.numpy(), store.config["num_samples"]):
+        raise StoreError(f"the store's array 'watched' in {str(store.path)!r} is damaged: {wrong}")
+    return Watched(index, losses)
 
 
 def refuse_unfinished(path: Path) -> None:

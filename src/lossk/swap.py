@@ -15,6 +15,7 @@ from lossk.errors import StoreError
 from lossk.locks import Claim, is_being_written
 
 RENAME_EXCHANGE, AT_FDCWD = 2, -100  # of Linux's renameat2
+REPLACED = ".replaced"  # an empty file of a store that has replaced another, until that one is removed
 UNSUPPORTED = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP)
 
 
@@ -27,8 +28,7 @@ class Parts:
     def __init__(self, path: Path, *, folder: bool = True) -> None:
         recover(path)
         make_folders(path.parent)
-        for left in (*_leftovers(path, "part"), *_leftovers(path, "old")):
-            _remove_if_free(left)
+        clear_leftovers(path)
         self.path, self.target = path.with_name(f".{path.name}.{os.getpid()}.part"), path
         with naming(self.path):
             remove(self.path)
@@ -42,23 +42,10 @@ class Parts:
         """Move it to its place, from which an empty folder goes, or with `overwrite` any. It must be durable before."""
         with naming(self.target):
             if overwrite and self.target.is_dir():
-                self._change_places()
+                change_places(self.path, self.target)
             else:
                 os.replace(self.path, self.target)
             sync(self.target.parent)
-
-    def _change_places(self) -> None:
-        if exchange(self.path, self.target):
-            return
-        old = self.target.with_name(f".{self.target.name}.{os.getpid()}.old")
-        claim = Claim(self.target)
-        try:
-            os.rename(self.target, old)
-            os.rename(self.path, self.target)
-            sync(self.target.parent)
-            remove(old)
-        finally:
-            claim.release()
 
     def close(self) -> None:
         """Remove what is left."""
@@ -101,6 +88,36 @@ def refuse_to_delete(path: Path) -> None:
         raise StoreError(f"{str(path)!r} is not a .lossk store; it will not be overwritten")
     if is_being_written(path):
         raise StoreError(f"{str(path)!r} is being written by another process")
+
+
+def change_places(new: Path, target: Path) -> None:
+    """Put a folder in the place of another, which then lies where the new one was, or is removed."""
+    if exchange(new, target):
+        return
+    old = target.with_name(f".{target.name}.{os.getpid()}.old")
+    claim = Claim(target)
+    try:
+        os.rename(target, old)
+        os.rename(new, target)
+        sync(target.parent)
+        remove(old)
+    finally:
+        claim.release()
+
+
+def clear_leftovers(path: Path) -> None:
+    """Remove what killed processes left beside `path`: what they were making, and what they had replaced."""
+    for left in (*_leftovers(path, "part"), *_leftovers(path, "old")):
+        _remove_if_free(left)
+    if (path / REPLACED).exists():
+        _remove_if_free(folder_beside(path))
+        if not folder_beside(path).exists():
+            remove(path / REPLACED)
+
+
+def folder_beside(path: Path) -> Path:
+    """Where a run makes the store that is to replace the one at `path` (`lossk.replacement`)."""
+    return path.with_name(f".{path.name}.new")
 
 
 def recover(path: Path) -> None:

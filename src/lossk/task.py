@@ -19,7 +19,7 @@ from lossk.data import Samples, map_tensors
 from lossk.device import pinned
 from lossk.fold import fold_norms
 from lossk.head import FusedHead, heads_at_a_time
-from lossk.losses import Loss
+from lossk.losses import Loss, Weights
 from lossk.parameters import check_model, select_parameters
 from lossk.passes import Passes
 from lossk.settings import PRECISIONS
@@ -38,16 +38,21 @@ class Task:
     appear once. Whatever the model's dtype, the chain's weights are a float32 master copy. On leaving, by whatever
     way, the model gets back its own tensors, modes, flags and gradients, bit for bit.
 
+    After `rescale` a chain moves in coordinates u, and the model's weights are w = w* + D (u - u*), D a constant of
+    each parameter: `flat` and `anchor` are then u and u*, and gradients are D times those of w.
+
     Attributes:
-        flat: [P] float32, the sampled weights w.
-        anchor: [P] float32, w*, the weights on entry.
+        flat: [P] float32, the sampled weights w; or u.
+        anchor: [P] float32, w*, the weights on entry; or u*.
         grad: [P] float32, where `gradient` leaves the gradient of the minibatch loss.
+        scales: D, a number for each sampled parameter, or None where w = u.
         passes: how the passes are run; to be changed outside the `with` block only (`overlap` aside).
     """
 
     flat: Tensor
     anchor: Tensor
     grad: Tensor
+    scales: tuple[float, ...] | None
 
     def __init__(
         self,
@@ -60,6 +65,7 @@ class Task:
     ) -> None:
         self.model = model
         self.loss = loss
+        self.scales = None
         check_model(model)
         self.names, self.sampled = select_parameters(model, params)
         self.device = self.sampled[0].device
@@ -97,8 +103,15 @@ class Task:
 
     @property
     def network(self) -> nn.Module:
-        """What the passes run: the model, or its part after a frozen prefix."""
+        """The model, or its part after a frozen prefix, at the weights that `flat` stands for."""
+        self._move()
         return self.model if self.suffix is None else self.suffix
+
+    @property
+    def run_model(self) -> Any:
+        """The same as the passes run it."""
+        self._move()
+        return self._prepared
 
     @property
     def channels_last(self) -> bool:
@@ -117,7 +130,7 @@ class Task:
             if self.passes.num_threads is not None:
                 torch.set_num_threads(self.passes.num_threads)
             self.folded = False
-            self.run_model = self._prepare(self.network)
+            self._prepared = self._prepare(self.network)
             self._run_head = None if self.head is None else self.head.prepared(self._prepare)
             self._entered = entered.pop_all()
         return self
@@ -145,6 +158,7 @@ class Task:
         self.anchor = self.flatten([p.data for p in self.sampled])
         self.flat = self.anchor.clone()
         self.grad = torch.zeros_like(self.flat)
+        self.scales, self._trained, self._weights, self._elsewhere = None, self.anchor, self.flat, False
         self._parts: list[Tensor] = []  # `grad`, as one view per sampled parameter
         offset = 0
         for parameter in self.sampled:
@@ -153,6 +167,50 @@ class Task:
             parameter.data = self._view(self.flat[span], parameter.shape)
             self._parts.append(self._view(self.grad[span], parameter.shape))
             offset += parameter.numel()
+
+    def rescale(self, scales: Sequence[float]) -> None:
+        """From now on let chains move in u = w / D, within the block and at w*.
+
+        Args:
+            scales: D of each sampled parameter; 0 holds it at w*.
+        """
+        assert self._entered is not None
+        assert self.scales is None
+        assert len(scales) == len(self.sampled)
+        self.scales = tuple(scales)
+        self._weights = self._trained.clone()
+        self._parts_of_weights = self._split(self._weights)
+        for parameter, part in zip(self.sampled, self._parts_of_weights, strict=True):
+            parameter.data = self._view(part, parameter.shape)
+        self.anchor = self._trained.clone()
+        torch._foreach_mul_(self._split(self.anchor), [1.0 / scale if scale > 0 else 0.0 for scale in scales])
+        self.reset()
+
+    def _split(self, flat: Tensor) -> list[Tensor]:
+        return list(flat.split([parameter.numel() for parameter in self.sampled]))
+
+    def _move(self) -> None:
+        """Take the model to the weights that `flat` stands for, where these are not `flat` itself."""
+        if self.scales is None or self._elsewhere:
+            return
+        torch.sub(self.flat, self.anchor, out=self._weights)
+        torch._foreach_mul_(self._parts_of_weights, self.scales)
+        self._weights += self._trained  # last: at u* this is w* bit for bit
+
+    def weights(self) -> Tensor:
+        """[P] float32: the model's weights w at `flat`; a buffer, not to be written."""
+        self._move()
+        return self._weights
+
+    def distance(self) -> float:
+        """|w - w*| of the model's weights."""
+        return float(torch.linalg.vector_norm(self.weights() - self._trained))
+
+    def pull_back(self, gradient: Tensor) -> Tensor:
+        """[P]: a gradient with respect to the model's weights, made one with respect to `flat` in place."""
+        if self.scales is not None:
+            torch._foreach_mul_(self._split(gradient), self.scales)
+        return gradient
 
     def place(self, samples: Samples) -> Samples:
         """Samples on the task's device in the passes' layout and their own dtype (float64 in float32).
@@ -211,7 +269,7 @@ class Task:
 
     @contextlib.contextmanager
     def reading(self, weights: Tensor) -> Iterator[None]:
-        """Have the passes launched inside read their parameters from another buffer [P] like `flat`.
+        """Have the passes launched inside read their parameters from another buffer [P] like `weights()`.
 
         A launch takes the addresses it is given: it goes on reading them whatever the parameters are afterwards.
         """
@@ -220,9 +278,11 @@ class Task:
         for parameter in self.sampled:
             parameter.data = self._view(weights[offset : offset + parameter.numel()], parameter.shape)
             offset += parameter.numel()
+        self._elsewhere = True
         try:
             yield
         finally:
+            self._elsewhere = False
             for parameter, data in zip(self.sampled, held, strict=True):
                 parameter.data = data
 
@@ -234,6 +294,7 @@ class Task:
         """Each sample's share of the training loss at the present weights: [B] float32, nats."""
         with torch.no_grad(), self.autocast():
             if self._run_head is not None:
+                self._move()
                 return self.loss.shares(*self._run_head.evaluator()(batch))
             return self.loss.per_sample(self.run_model, batch)
 
@@ -247,13 +308,15 @@ class Task:
         """`rows` for many batches: what a pass needs around it is entered once.
 
         Args:
-            stack: [k, P], the weights of k draws that differ in the head only: rows are then [k, R].
+            stack: [k, P], the weights w of k draws that differ in the head only: rows are then [k, R].
         """
         with torch.no_grad(), self.autocast():
             head = self._run_head
             if head is None:
                 yield partial(self.loss.rows, self.run_model)
             else:
+                if stack is None:
+                    self._move()
                 evaluate = head.evaluator(None if stack is None else head.heads_of(stack, self.sampled))
                 yield lambda batch: self.loss.select(*evaluate(batch))
 
@@ -275,8 +338,7 @@ class Task:
             index: [m] int64, the minibatch.
         """
         total = 0.0
-        parts = index.split(fitting_batch(self.passes.gradient_batch, self.loss.positions))
-        for number, part in enumerate(parts):
+        for number, part in enumerate(self.gradient_parts(index)):
             share = len(part) / len(index)
             with torch.enable_grad(), self.autocast():
                 value, outputs, slopes = self.loss.differentiable(self.run_model, samples[part])
@@ -288,12 +350,44 @@ class Task:
             total += share * float(value)
         return total
 
+    def weighted_gradient(self, samples: Samples, index: Tensor, weights: Weights) -> tuple[float, Tensor]:
+        """Leave the gradient of sum_i a_i loss_i over `index` in `grad`; return the mean loss, and the a_i.
+
+        Args:
+            index: [m] int64, the minibatch.
+            weights: the a_i, or how they follow from the losses of a minibatch that is `in_one_pass`.
+        """
+        parts = self.gradient_parts(index)
+        sizes = [len(part) for part in parts]
+        given = weights.split(sizes) if isinstance(weights, Tensor) else [weights]
+        total, used = 0.0, []
+        for number, (part, own) in enumerate(zip(parts, given, strict=True)):
+            with torch.enable_grad(), self.autocast():
+                losses, applied, outputs, slopes = self.loss.weighted(self.run_model, samples[part], own)
+                if not outputs.requires_grad:
+                    raise ValueError("loss must depend on the sampled parameters, but has no gradient")
+                self.differentiate(outputs, slopes, add=number > 0)
+            total += float(losses.double().sum())
+            used.append(applied)
+        return total / len(index), torch.cat(used)
+
+    def gradient_parts(self, index: Tensor) -> Sequence[Tensor]:
+        """A minibatch as its gradient takes it."""
+        return index.split(fitting_batch(self.passes.gradient_batch, self.loss.positions))
+
+    def in_one_pass(self, index: Tensor) -> bool:
+        """Whether the gradient takes all of a minibatch at once."""
+        return len(index) <= fitting_batch(self.passes.gradient_batch, self.loss.positions)
+
     def differentiate(self, value: Tensor, slopes: Tensor | None = None, *, add: bool) -> None:
         """Write the gradient of a scalar, or of slopes . value, into `grad`, or add it there."""
-        gradients = torch.autograd.grad(value, self.sampled, slopes, allow_unused=True, materialize_grads=True)
+        found = torch.autograd.grad(value, self.sampled, slopes, allow_unused=True, materialize_grads=True)
+        gradients = [dense(part) for part in found]
+        if self.scales is not None:
+            torch._foreach_mul_(gradients, list(self.scales))
         # One pass over the weights: .grad, which autograd adds to, would have to be zeroed, read and written.
         write = torch._foreach_add_ if add else torch._foreach_copy_
-        write(self._parts, [dense(part) for part in gradients])
+        write(self._parts, gradients)
 
 
 def dense(gradient: Tensor) -> Tensor:

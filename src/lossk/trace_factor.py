@@ -8,8 +8,9 @@ import torch
 
 from lossk.blocks import FactorBlocks, Moments, tile_spans
 from lossk.centring import centre, degrees_of_freedom, empty_moments, note
-from lossk.diagnostics import WATCHED, Diagnostics, diagnose_traces
+from lossk.diagnostics import Diagnostics, diagnose_traces
 from lossk.neighbors import median_noise_floor
+from lossk.watched import watched_bytes, watched_in
 
 if TYPE_CHECKING:
     from lossk.traces import LossTraces
@@ -36,7 +37,9 @@ def factor_of(
         factor[:, span] = centred.factor
         note(moments, span, centred)
     blocks = FactorBlocks(factor, degrees_of_freedom(num_chains, num_draws, centering))
-    return blocks, moments, diagnose(median_noise_floor(moments))
+    watched = watched_in(blocks, moments)
+    assert watched is not None
+    return blocks, moments, diagnose(median_noise_floor(moments, watched))
 
 
 def stripe_of(num_samples: int, num_chains: int) -> int:
@@ -50,5 +53,5 @@ def making_bytes(num_samples: int, num_chains: int, num_draws: int) -> int:
     stripe = min(stripe_of(num_samples, num_chains), num_samples)
     deviations = (4 * num_chains + 40) * num_draws * stripe
     moments = 8 * (num_chains + 12) * num_samples + 8 * (2 * num_chains + 8) * stripe
-    watched = 4 * num_chains * num_draws * min(WATCHED, num_samples)  # of the diagnostics
+    watched = watched_bytes(num_samples, num_chains * num_draws)  # of the diagnostics
     return deviations + moments + watched

@@ -23,7 +23,7 @@ from lossk.centring import centre, degrees_of_freedom, empty_moments, note
 from lossk.checks import check_choice, check_integer, check_json, check_optional, check_path, check_tensor
 from lossk.chunks import ArraySpec, Chunks
 from lossk.column_checks import check_excess, check_sets, check_tokens
-from lossk.diagnostics import Diagnostics, diagnose, watched_samples
+from lossk.diagnostics import Diagnostics, diagnose
 from lossk.disk import Digest, sync_tree
 from lossk.kernel import LossKernel
 from lossk.neighbors import median_noise_floor
@@ -31,6 +31,7 @@ from lossk.settings import check_n_beta, check_settings
 from lossk.store import write_kernel
 from lossk.stored_factor import StoredFactor
 from lossk.swap import in_one_step
+from lossk.watched import Watched, watched_samples
 
 CHUNK_BYTES = 2**24  # of a chunk on disk, about
 MOST_SAMPLES = 4096  # of a chunk, which is also the kernel's tile
@@ -98,7 +99,7 @@ class TraceWriter:
         self._meta = {} if meta is None else check_json("meta", meta)
         self._held = np.empty((num_chains, num_draws, self.chunk), dtype=np.float32)
         self._moments = empty_moments(num_chains, num_draws, num_samples, centering)
-        self._watched = watched_samples(num_samples)
+        self._watched = watched_samples(num_samples, num_chains * num_draws)
         self._watched_losses = torch.empty(num_chains, num_draws, len(self._watched), dtype=torch.float32, device="cpu")
         # of the losses, over samples
         self._total = torch.zeros(num_chains, num_draws, dtype=torch.float64, device="cpu")
@@ -200,7 +201,7 @@ class TraceWriter:
             mean_loss=self._total / self.num_samples,
             watched=self._watched_losses,
             dead_share=self._num_constant / self.num_samples,
-            noise_floor=median_noise_floor(self._moments),
+            noise_floor=median_noise_floor(self._moments, Watched(self._watched, self._watched_losses)),
             excess=self._excess,
             n_beta=self._n_beta,
             criteria=None,

@@ -15,19 +15,26 @@ from functools import partial
 import torch
 
 from lossk.chain import Surroundings
+from lossk.curvature import PILOT_CHAIN, STREAM
 from lossk.data import Samples
 from lossk.errors import DivergedError
 from lossk.force import FULL_GRADIENT, full_gradient
 from lossk.losses import IGNORED, split_batch
-from lossk.pilot import Pilot
+from lossk.ops.philox import normals
+from lossk.pilot import Pilot, batch_factor
+from lossk.settings import minibatch_of
 from lossk.sgld import SGLD
+from lossk.step_choice import step_budget
+from lossk.task import fitting_batch
 from lossk.timings import Progress
 from lossk.trial_chain import Memory, Trial, run_trial, steps_after_burnin
-from lossk.tune import STEPS_CAP, Limits, affordable_steps, choose_settings, step_budget
+from lossk.tune import STEPS_CAP, Limits, choose_settings, to_half_octave
+from lossk.watched import watched_samples
 
 RISE_SHARE = 0.05  # of an uninformed predictor's loss
 RISE_NATS = 0.1  # where no such predictor is known: a loss of the caller's own
 TRIES = 12
+ANOTHER, MOST_QUARTERS = 220.0, 40  # n_beta L_n may rise by half of it a weight; steps of a factor 4 until it does
 MOST_STEPS = 4000  # of all tries; whatever the number of draws, which must not change the law
 NEAR = 2.0  # times the localization of a trial: so far its noise and memory can be foreseen
 UNSTABLE = 1.5  # times the budget of the step: so long a step may itself have raised the loss
@@ -74,8 +81,14 @@ def settle(
     The full gradient at w*, where trial chains need it, is kept in `around.fitted`.
     """
     train, task, bar = around.train, around.task, bar or Progress(False)
+    law = SGLD(n_beta=sampler.n_beta, params=sampler.params, metric=sampler.metric)
+    if sampler.localization == "auto" and sampler != law:  # nothing else that was asked for moves the law
+        found, pilot, whys = settle(law, pilot, around, num_probe=num_probe, bar=bar)
+        sampler = dataclasses.replace(sampler, localization=found.localization)
+        chosen, pilot, reasons = settle(sampler, pilot, around, num_probe=num_probe, bar=bar)
+        return chosen, pilot, [*(why for why in whys if why.startswith("localization")), *reasons]
     bound, why_bound = rise_bound(task.loss.name, train)
-    limits, trial, left = Limits(), None, MOST_STEPS
+    limits, trial, left = _begin(sampler, pilot, around), None, MOST_STEPS
     for attempt in range(TRIES):
         chosen, reasons = choose_settings(sampler, pilot, task, num_train=len(train), limits=limits)
         if "auto" not in (sampler.lr, sampler.localization, sampler.num_burnin_steps, sampler.num_steps_bw_draws):
@@ -95,9 +108,9 @@ def settle(
             )
         except DivergedError:
             trial = None
-            if not {sampler.lr, sampler.localization} & {"auto"}:
+            if sampler.lr != "auto":
                 break  # nothing left to choose: the run itself will say it diverged
-            limits = _tighter(sampler, chosen, limits)
+            limits = _tighter(chosen, limits)
             continue
         finally:
             task.reset()
@@ -106,7 +119,7 @@ def settle(
         if sampler.localization == "auto" and trial.rise > bound:
             limits = _closer(sampler, chosen, pilot, limits, trial.rise / bound)
             continue
-        limits = _no_wider(limits, sampler, chosen)
+        limits = _no_wider(limits, chosen)
         if trial.cut:
             continue
         if sampler.lr == "auto":
@@ -121,17 +134,53 @@ def settle(
             continue
         break
     bar.stop()
+    minibatch = minibatch_of(chosen.batch_size, len(train))
+    pilot = dataclasses.replace(pilot, batch_factor=batch_factor(len(train), minibatch))
     if trial is None:
         return chosen, pilot, reasons
     chosen, reasons = _space(sampler, chosen, reasons, trial, around, num_probe, f"bound {bound:.3g}, {why_bound}")
     return chosen, pilot, reasons
 
 
+def _begin(sampler: SGLD, pilot: Pilot, around: Surroundings) -> Limits:
+    """Where the curvature at w* says nothing of the loss a little away, at least a localization that bounds its rise.
+
+    Weights drawn from the pull alone, w* + xi / sqrt(gamma), raise n_beta L_n of a quadratic of that curvature by at
+    most 22 P / 2; ten times as much is another function.
+    """
+    if sampler.localization != "auto":
+        return Limits()
+    task, train = around.task, around.train
+    few = watched_samples(len(train)).split(fitting_batch(256, task.loss.positions))
+    before = around.anchor_losses[torch.cat(few)].mean()
+    xi = normals(around.seed, PILOT_CHAIN, 0, task.num_weights, stream=STREAM).to(task.device)
+    # At least what float32 gradients can tell from nothing, at weights of their own size.
+    localization = choose_settings(sampler, pilot, task, num_train=len(train))[0].localization
+    floor = float(localization)
+    try:
+        for _ in range(MOST_QUARTERS):
+            task.reset()
+            task.flat.add_(xi, alpha=floor**-0.5)
+            rise = torch.cat([task.losses(train[part]) for part in few]).double().mean() - before
+            if pilot.n_beta * float(rise) <= ANOTHER * task.num_weights / 2:
+                break
+            floor *= 4
+    finally:
+        task.reset()
+    if floor == localization:
+        return Limits()
+    return Limits(localization=to_half_octave(floor), why_localization="nearer than that the loss is another function")
+
+
 def _informed(pilot: Pilot, trial: Trial, chosen: SGLD) -> Pilot:
     """What the trial found at its draws, where the next choice is made."""
     localization = float(chosen.localization)
     pilot = dataclasses.replace(
-        pilot, drawn_curvature=trial.curvature, drawn_localization=localization, drawn_times=trial.measured
+        pilot,
+        drawn_curvature=trial.curvature,
+        drawn_steepest=trial.steepest,
+        drawn_localization=localization,
+        drawn_times=trial.measured,
     )
     pilot = dataclasses.replace(pilot, drawn_stably=not _unstable(chosen, pilot))
     if trial.variance is not None:
@@ -145,7 +194,7 @@ def _refine(
     sampler: SGLD, chosen: SGLD, pilot: Pilot, limits: Limits, around: Surroundings
 ) -> tuple[SGLD, list[str]] | None:
     """The settings by what the trial of `chosen` has shown; None where they are too far from those it tried."""
-    limits = _no_wider(limits, sampler, chosen)
+    limits = _no_wider(limits, chosen)
     refined, reasons = choose_settings(sampler, pilot, around.task, num_train=len(around.train), limits=limits)
     near = not _unstable(chosen, pilot) and _foreseeable(refined, chosen)
     return (refined, reasons) if near else None
@@ -165,21 +214,20 @@ def _closer(sampler: SGLD, chosen: SGLD, pilot: Pilot, limits: Limits, excess: f
     here = float(chosen.localization)
     if sampler.lr == "auto" and _unstable(chosen, pilot):
         return dataclasses.replace(limits, most=NEAR * here)  # a shorter step first, for what was found here
-    there = min(max(1.2 * excess, 1.5), 16.0) * here
+    there = to_half_octave(min(max(1.2 * excess, 1.5), 16.0) * here, up=True)
     return dataclasses.replace(limits, localization=there, most=there)
 
 
 def _unstable(chosen: SGLD, pilot: Pilot) -> bool:
     """Whether a trial's draws are so steep that its own step may have driven them there."""
-    return pilot.stability_share(chosen) > UNSTABLE * step_budget(chosen)
+    return pilot.typical_share(chosen) > UNSTABLE * step_budget(chosen)
 
 
-def _no_wider(limits: Limits, sampler: SGLD, chosen: SGLD) -> Limits:
+def _no_wider(limits: Limits, chosen: SGLD) -> Limits:
     """What has passed a trial is not widened afterwards."""
     passed = float(chosen.localization)
     if passed > limits.localization:
-        why = f"flat directions then forget within {affordable_steps(sampler)} steps"
-        limits = dataclasses.replace(limits, localization=passed, why_localization=why)
+        limits = dataclasses.replace(limits, localization=passed, why_localization="a trial passed at it")
     return dataclasses.replace(limits, most=math.inf)
 
 
@@ -190,11 +238,9 @@ def _foreseeable(foreseen: SGLD, chosen: SGLD) -> bool:
     return float(foreseen.localization) <= NEAR * float(chosen.localization)
 
 
-def _tighter(sampler: SGLD, chosen: SGLD, limits: Limits) -> Limits:
-    """After an explosion: a shorter step, or else a stronger localization."""
-    if sampler.lr == "auto":
-        return dataclasses.replace(limits, lr=float(chosen.lr) / 4)
-    return dataclasses.replace(limits, localization=4 * float(chosen.localization))
+def _tighter(chosen: SGLD, limits: Limits) -> Limits:
+    """After an explosion: a shorter step."""
+    return dataclasses.replace(limits, lr=float(chosen.lr) / 4)
 
 
 def _pull(sampler: SGLD) -> float:
@@ -206,7 +252,7 @@ def _announce(chosen: SGLD, around: Surroundings, bar: Progress) -> None:
     """Say how long all trials may take, by the time of one gradient, and show their progress."""
     if not bar.enabled:
         return
-    few = torch.arange(min(chosen.batch_size or len(around.train), len(around.train)), device="cpu")
+    few = torch.arange(minibatch_of(chosen.batch_size, len(around.train)), device="cpu")
     start = time.perf_counter()
     around.task.gradient(around.train, few)
     seconds = MOST_STEPS * (time.perf_counter() - start) * (2 if chosen.control_variate else 1)
@@ -222,8 +268,8 @@ def _space(
     # A trial cut short has not seen the slowest memories: the spacing that flat directions need then stays.
     if sampler.num_steps_bw_draws == "auto" and trial.whole and trial.memory is not None:
         n = len(around.train)
-        m = n if chosen.batch_size is None else min(chosen.batch_size, n)
-        step_cost = 3 * m * (2 if chosen.control_variate else 1)
+        m = minibatch_of(chosen.batch_size, n)
+        step_cost = (4 if chosen.correction else 3) * m * (2 if chosen.control_variate else 1)
         memory = trial.memory
         spacing = worth_spacing(memory, step_cost, num_probe)
         chosen = dataclasses.replace(chosen, num_steps_bw_draws=spacing)

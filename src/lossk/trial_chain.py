@@ -6,22 +6,24 @@ import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from scipy.stats import norm, t
 from torch import Tensor
 
 from lossk.chain import Surroundings
-from lossk.curvature import PILOT_CHAIN, control_variance, gradient_variance, largest_curvature
-from lossk.diagnostics import watched_samples
+from lossk.curvature import GLANCE, PILOT_CHAIN, control_variance, gradient_variance, largest_curvature, steepness
 from lossk.sgld import SGLD, SGLDChain
 from lossk.task import fitting_batch
 from lossk.timings import Progress
+from lossk.watched import watched_samples
 
 MEMORIES = 10  # length of a trial after its burn-in, in decorrelation times of flat directions
 LONGEST = 2000  # steps of a trial
 RECORDS = 200
 MEASURED = 3  # draws at which the curvature is measured, the first right after burn-in
+GLANCES = 33  # draws at which it is glanced at, for how much it varies: these draws among them
 LONG = 100  # steps after burn-in: so many are worth asking first whether they are of use
 WINDOW, FAR = 20, 2.0  # a rise this many times too high over so many steps is no news to wait for
 PLATEAU_Z = 4.0
@@ -68,7 +70,8 @@ class Trial:
     memory: Memory | None = None  # of the median sample's loss
     drift: float = 0.0  # of the mean loss between the two halves after burn-in, as a normal z
     drifting: float = 0.0  # share of samples whose own loss drifts by |z| > 3 between them
-    curvature: float | None = None  # h_max at its draws, the mean of a few
+    curvature: float | None = None  # h_max at its draws, their mean
+    steepest: float | None = None  # at the steepest draw of a thousand
     measured: int = 1  # of so many
     variance: float | None = None  # lambda_max(Cov g) at its last draw
     noise: float | None = None  # lambda_max(Cov(g_i(w) - g_i(w*))) there, with a control variate
@@ -107,11 +110,12 @@ def run_trial(
     after = int(min(wanted, most - burnin))
     every = max(1, -(-after // RECORDS))
     marks = {after * part // (MEASURED - 1) for part in range(MEASURED)}
+    glances = {after * part // (GLANCES - 1) for part in range(GLANCES)} | marks
     few = watched_samples(len(train)).split(fitting_batch(min(256, task.passes.probe_batch), task.loss.positions))
 
-    def measure(what: Callable[..., float]) -> float:
+    def measure(what: Callable[..., float], **sample: Any) -> float:
         try:
-            return what(task, train, seed=around.seed)
+            return what(task, train, seed=around.seed, **sample)
         except ValueError as error:
             raise chain.diverged(str(error)) from error
 
@@ -119,15 +123,16 @@ def run_trial(
     chain.begin()
     excess: list[float] = []
     rows: list[Tensor] = []
-    curvatures: list[float] = []
+    curvatures: dict[int, float] = {}  # at steps after burn-in
+    glanced: dict[int, float] = {}
 
     def shown(rise: float, *, whole: bool, cut: bool = False) -> Trial:
-        noise = measure(control_variance) if chain.force.control is not None else None
-        curvature = sum(curvatures) / len(curvatures)
-        variance = measure(gradient_variance)
+        noise = measure(control_variance, held_out=True) if chain.force.control is not None else None
+        curvature, steepest = _over_draws(curvatures, glanced)
+        variance = measure(gradient_variance, held_out=True)
         return Trial(
             rise, len(excess), whole, cut,
-            curvature=curvature, measured=len(curvatures), variance=variance, noise=noise,
+            curvature=curvature, steepest=steepest, measured=len(curvatures), variance=variance, noise=noise,
         )  # fmt: skip
 
     for step in range(1, burnin + after + 1):
@@ -138,8 +143,10 @@ def run_trial(
             return Trial(recent, step, whole=False, curvature=measure(largest_curvature))
         if step > burnin and (step - burnin) % every == 0:
             rows.append(torch.cat([task.losses(train[part]) for part in few]).double())
+        if step - burnin in glances:
+            glanced[step] = measure(largest_curvature, across=chain.reach / 2, **GLANCE)
         if step - burnin in marks:
-            curvatures.append(measure(largest_curvature))
+            curvatures[step] = measure(largest_curvature)
         if step == burnin and after >= LONG and of_use is not None:
             so_far = shown(recent, whole=False, cut=True)
             if not of_use(so_far):
@@ -153,6 +160,19 @@ def run_trial(
     return dataclasses.replace(
         shown(sum(excess[burnin:]) / after, whole=whole), memory=memory, drift=drift, drifting=drifting
     )
+
+
+def _over_draws(measured: dict[int, float], glanced: dict[int, float]) -> tuple[float, float]:
+    """(mean, 99.9 % quantile) of the curvature over draws: few measured well, more glanced at, in step with them.
+
+    A glance is off by much the same factor everywhere, so what it says is how much the curvature varies.
+    """
+    mean = sum(measured.values()) / len(measured)
+    glances = torch.tensor(list(glanced.values()), dtype=torch.float64, device="cpu")
+    here = sum(glanced[step] for step in measured) / len(measured)
+    if here > 0:
+        mean *= float(glances.mean()) / here
+    return mean, mean * steepness(glances)
 
 
 def steps_after_burnin(sampler: SGLD) -> float:

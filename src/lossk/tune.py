@@ -1,39 +1,35 @@
 """Automatic settings: fills in every "auto" of the sampler from the pilot's measurements, with its reason.
 
-Budgets (relative excess variance of a mode of curvature a is eps a / 4; minibatch noise over injected noise in its
-worst direction is eps n_beta^2 f lambda_max(Cov g) / 4 with f = (n - m) / (m (n - 1))):
+The law comes first. The localization is a function of model and data alone: with it, flat directions forget within 25
+steps of 45 % of the stability limit at the curvature of typical draws; rounded to half octaves, because no trial
+measures that curvature better than to some per cent.
 
-    discretisation   eps (n_beta h_max + gamma) / 4 <= 0.05
-    gradient noise   eps n_beta^2 f lambda_max / 4  <= 0.25
-
-h_max and lambda_max are the larger of what they are at w* and at typical draws of the trial chain, where a trained
-network is several times as steep. With averaged noise (`integrator="leimkuhler-matthews"`, what "auto" means) the bias
-is of second order, and none in a quadratic: there eps a_max / 4 is kept below 0.45, where 1 is unstable.
+Then the step. Its foreseen bias (`lossk.bias`), minibatch noise and discretisation together, stays within 5 % of the
+variance of the stiffest and noisiest mode, and its length within 60 % of the stability limit at the steepest of typical
+draws (one in a thousand: a trained network is several times as steep there as at w*). Minibatch size and control
+variate are those with which flat directions forget at the least cost.
 
 Flat directions, which only the localization pulls back, are the slowest: they forget at rate eps gamma / 2 per step.
-Burn-in takes them to 99 % of their stationary variance. The localization is the least at which they forget within 25
-steps (50 of Euler's), the affordable time; a trial chain (trial.py) then checks the rest and spaces the draws.
+Burn-in takes them to 99 % of their stationary variance. A trial chain (trial.py) checks the rest and spaces the draws.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
+from typing import Any
 
 from lossk.pilot import Pilot
+from lossk.settings import FEWEST_BATCH
 from lossk.sgld import AVERAGED, EULER, SGLD
+from lossk.step_choice import Step, choose_step
 from lossk.task import Task
 
-DISCRETISATION_BUDGET = 0.05
-STABILITY_BUDGET = 0.45  # eps a_max / 4 with averaged noise; at 1 the chain is unstable
-NOISE_BUDGET = 0.25
+LAW_SHARE, LAW_STEPS = 0.45, 25  # the law: at that eps a / 4 of a typical draw, flat directions forget in so many steps
 LAG1_TARGET = math.exp(-1.0)
 BURNIN_TARGET = 0.99
-AFFORDABLE_STEPS = 25  # in which a flat direction shall forget, when localization is free to be chosen
-AFFORDABLE_EULER = 50  # of Euler's step, which is shorter
-STEPS_CAP = 500  # between draws, when it is not
+STEPS_CAP = 500  # between draws
 BURNIN_CAP = 20_000
-CONTROL_PAYS = 2.0  # a control variate doubles the cost of a step, so lr must more than double
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +39,7 @@ class Limits:
     localization: float = 0.0  # at least this, or the training loss rises too far
     why_localization: str = "keeps the rise of the training loss within its bound"
     most: float = math.inf  # localization at most this, in a trial: nearer to w* it may be less steep
-    lr: float = math.inf  # at most this, or the chain explodes
+    lr: float = math.inf  # at most this, or the chain explodes: the step is shortened, the law stays
     burnin: int = 1  # times the burn-in of flat directions, until the losses plateau
 
 
@@ -52,8 +48,13 @@ def choose_settings(
 ) -> tuple[SGLD, list[str]]:
     """Fill in every "auto"; returns the resolved sampler and one line "name = value: reason" per choice."""
     limits = limits or Limits()
-    controlled = _choose_control(sampler, pilot, limits)
-    localization, lr, why_local, why_lr = _choose_law(sampler, pilot, controlled, limits)
+    localization, why_local = _choose_law(sampler, pilot, limits)
+    step = None
+    if sampler.lr == "auto":
+        step = choose_step(
+            sampler, pilot, localization, num_train=num_train, num_weights=task.num_weights, most=limits.lr,
+            exact=task.precision is None,
+        )  # fmt: skip
     reasons: list[str] = []
     if sampler.n_beta is None:
         reasons.append(
@@ -61,16 +62,12 @@ def choose_settings(
         )
     if sampler.localization == "auto":
         reasons.append(f"localization = {localization:.4g}: {why_local}")
-    if sampler.lr == "auto":
-        reasons.append(f"lr = {lr:.3g}: {why_lr}")
+    if step is not None:
+        reasons += _reasons_of_step(sampler, step, num_train)
     if sampler.integrator == "auto" and sampler.averaged:
         reasons.append(f"integrator = {AVERAGED}: noise averaged over two steps has no bias in a quadratic")
-    if sampler.control_variate == "auto" and controlled:
-        _, plain, _, _ = _choose_law(sampler, pilot, False, limits)
-        reasons.append(
-            f"control_variate = True: plain minibatch noise would hold lr at {plain:.2g}; a step costs double"
-        )
 
+    lr = float(sampler.lr) if step is None else step.lr
     pull = lr * sampler.gain * localization
     if pull <= 0 and "auto" in (sampler.num_burnin_steps, sampler.num_steps_bw_draws):
         raise ValueError(
@@ -92,94 +89,60 @@ def choose_settings(
     resolved = dataclasses.replace(
         sampler,
         lr=lr,
+        **_made(sampler, step),
         n_beta=pilot.n_beta,
         localization=localization,
         num_burnin_steps=burnin,
         num_steps_bw_draws=thinning,
         integrator=AVERAGED if sampler.averaged else EULER,
-        control_variate=controlled,
     )
     return resolved, reasons
 
 
-def step_budget(sampler: SGLD) -> float:
-    """The largest eps a_max / 4."""
-    return STABILITY_BUDGET if sampler.averaged else DISCRETISATION_BUDGET
+def _made(sampler: SGLD, step: Step | None) -> dict[str, Any]:
+    """How the steps are made, with every "auto" filled in."""
+    batch = step.way.batch if step is not None else FEWEST_BATCH
+    controlled, strength = (step.way.controlled, step.strength or False) if step is not None else (False, False)
+    return {
+        "batch_size": batch if sampler.batch_size == "auto" else sampler.batch_size,
+        "control_variate": controlled if sampler.control_variate == "auto" else sampler.control_variate,
+        "noise_correction": strength if sampler.noise_correction == "auto" else sampler.noise_correction,
+    }
 
 
-def affordable_steps(sampler: SGLD) -> int:
-    """In which flat directions shall forget; as many as the user wants between draws, if those are more."""
-    steps = AFFORDABLE_STEPS if sampler.averaged else AFFORDABLE_EULER
-    wanted = sampler.num_steps_bw_draws
-    return steps if wanted == "auto" else max(int(wanted), steps)
-
-
-def _choose_control(sampler: SGLD, pilot: Pilot, limits: Limits) -> bool:
-    if sampler.control_variate != "auto":
-        return bool(sampler.control_variate)
-    if sampler.lr != "auto" or pilot.batch_factor == 0.0:
-        return False
-    with_it, without = (_choose_law(sampler, pilot, controlled, limits)[1] for controlled in (True, False))
-    return with_it > CONTROL_PAYS * without
-
-
-def _choose_law(sampler: SGLD, pilot: Pilot, controlled: bool, limits: Limits) -> tuple[float, float, str, str]:
-    """(localization, lr, why the one, why the other). Budgets are kept at the preconditioner's largest gain.
-
-    Flat directions have that gain: there V is small. The least localization that mixes within `steps` has
-    lr gamma = 2 / steps with lr at the tighter of its two bounds, so
-    gamma = 2 / (steps noise_lr) or gamma = stiff / (2 B steps - 1), with B the step's budget.
-    """
-    gain, steps = sampler.gain, affordable_steps(sampler)
-    if sampler.localization != "auto":
-        localization, why_local = float(sampler.localization), ""
-    else:
-        localization = min(_mixing_localization(sampler, pilot, controlled, steps, limits), limits.most)
-        why_local = f"flat directions then forget within {steps} steps"
-        if localization < limits.localization:
-            localization, why_local = limits.localization, limits.why_localization
-        elif localization == 0.0:
-            localization, why_local = 1.0, "no curvature or gradient noise to choose it by"
-    if sampler.lr != "auto":
-        return localization, float(sampler.lr), why_local, ""
-    stiffest = pilot.stiffest(localization)
-    noise = pilot.noise_per_lr(controlled, localization)
-    noise_lr = NOISE_BUDGET / noise if noise > 0 else math.inf
-    step_lr = 4 * step_budget(sampler) / stiffest if stiffest > 0 else math.inf
-    lr = min(step_lr, noise_lr)
-    if not math.isfinite(lr):
-        raise ValueError("lr='auto' needs a loss with curvature or localization > 0; give lr= as a number")
-    if step_lr <= noise_lr:
-        share, rule = f"{step_budget(sampler):.0%}", f"at curvature {stiffest:.3g}"
-        why_lr = (
-            f"{share} of the stability limit {rule}" if sampler.averaged else f"discretisation budget {share} {rule}"
+def _reasons_of_step(sampler: SGLD, step: Step, num_train: int) -> list[str]:
+    reasons, way = [f"lr = {step.lr:.3g}: {step.why}"], step.way
+    if sampler.batch_size == "auto" and way.batch > min(FEWEST_BATCH, num_train):
+        reasons.append(f"batch_size = {way.batch}: a minibatch of {FEWEST_BATCH} would hold lr at {step.fewest:.2g}")
+    if sampler.control_variate == "auto" and way.controlled:
+        reasons.append(f"control_variate = True: plain noise would hold lr at {step.plain:.2g}; a step costs double")
+    if sampler.noise_correction == "auto" and step.strength:
+        reasons.append(
+            f"noise_correction = {step.strength:.3g}: uncorrected noise would hold lr at {step.plain:.2g}; one more "
+            "forward pass of a minibatch"
         )
+    return reasons
+
+
+def _choose_law(sampler: SGLD, pilot: Pilot, limits: Limits) -> tuple[float, str]:
+    """(localization, why): gamma = (n_beta h + gamma) / (2 B steps), h the curvature of typical draws at gamma."""
+    if sampler.localization != "auto":
+        return float(sampler.localization), ""
+    per = pilot.n_beta / (2 * LAW_SHARE * LAW_STEPS - 1)
+    fixed, drawn = per * pilot.curvature, per * pilot.steepening
+    if pilot.drawn_localization:  # what is found at draws more than at w* goes as 1 / gamma
+        found = (fixed + math.sqrt(fixed**2 + 4 * drawn * pilot.drawn_localization)) / 2
     else:
-        why_lr = f"gradient-noise budget {NOISE_BUDGET:.2g} (discretisation alone would allow {step_lr / gain:.2g})"
-    if gain != 1.0:
-        why_lr += f", at the preconditioner's largest gain {gain:.3g}"
-    lr /= gain
-    if lr > limits.lr:
-        lr, why_lr = limits.lr, "a longer step made the trial chain explode"
-    return localization, lr, why_local, why_lr
+        found = fixed + drawn
+    found, why = min(to_half_octave(found), limits.most), "1/22 of the curvature of typical draws, to half octaves"
+    if found < limits.localization:
+        return limits.localization, limits.why_localization
+    return (found, why) if found > 0 else (1.0, "no curvature to choose it by")
 
 
-def _mixing_localization(sampler: SGLD, pilot: Pilot, controlled: bool, steps: int, limits: Limits) -> float:
-    if sampler.lr != "auto":
-        return 2.0 / (steps * float(sampler.lr) * sampler.gain)
-
-    def least(per: float, fixed: float, drawn: float) -> float:
-        """gamma = per (fixed + drawn gamma_drawn / gamma)."""
-        fixed, drawn = per * fixed, per * drawn
-        if pilot.drawn_localization:
-            return (fixed + math.sqrt(fixed**2 + 4 * drawn * pilot.drawn_localization)) / 2
-        return fixed + drawn
-
-    from_step = least(pilot.n_beta / (2 * step_budget(sampler) * steps - 1), pilot.curvature, pilot.steepening)
-    if controlled:  # noise per lr is c / gamma: gamma^2 = 2 c / (steps budget)
-        from_noise = math.sqrt(2.0 * pilot.noise_per_lr(True, 1.0) / (steps * NOISE_BUDGET))
-    else:
-        per = pilot.n_beta**2 * pilot.batch_factor / (2.0 * steps * NOISE_BUDGET)
-        from_noise = least(per, pilot.gradient_variance, pilot.loudening)
-    from_explosion = 2.0 / (steps * limits.lr * sampler.gain) if math.isfinite(limits.lr) else 0.0
-    return max(from_step, from_noise, from_explosion)
+def to_half_octave(value: float, *, up: bool = False) -> float:
+    """The nearest power of the square root of two, or the next above; 0 stays."""
+    if value <= 0:
+        return 0.0
+    octaves = 2 * math.log2(value)
+    return float(2 ** ((math.ceil(octaves - 1e-9) if up else round(octaves)) / 2))

@@ -7,23 +7,24 @@ import math
 
 from lossk import modes
 from lossk.baoab import BAOAB
-from lossk.pilot import Pilot
-from lossk.tune import AFFORDABLE_STEPS, BURNIN_CAP, BURNIN_TARGET, LAG1_TARGET, NOISE_BUDGET, STEPS_CAP
-
-FARTHEST = 100.0  # times the localization that the budgets of SGLD ask for
+from lossk.bias import BIAS_BUDGET
+from lossk.pilot import Pilot, batch_factor
+from lossk.settings import FEWEST_BATCH, minibatch_of
+from lossk.step_choice import Way, batches
+from lossk.tune import BURNIN_CAP, BURNIN_TARGET, LAG1_TARGET, STEPS_CAP
 
 
 def longest_step(pilot: Pilot, lowest: float, controlled: bool, friction: float | None = None) -> tuple[float, str]:
     """h at a localization, and why no longer; `friction` as given, or else as it will be chosen."""
-    highest = pilot.stiffest(lowest)
+    highest = pilot.steepest(lowest)
     h, why = 1.0 / math.sqrt(highest), f"h^2 a_max = 1 at curvature a_max = {highest:.3g} (4 is the limit)"
     noise = pilot.noise_per_lr(controlled, lowest)
     for _ in range(4):  # the friction that is best depends a little on h
         damping = modes.choose_friction(h, lowest, highest, STEPS_CAP) if friction is None else friction
-        excess = kick_noise(h, damping, noise) / NOISE_BUDGET
+        excess = kick_noise(h, damping, noise) / BIAS_BUDGET
         if excess <= 1.001:
             break
-        h, why = h / excess, f"gradient-noise budget {NOISE_BUDGET:.2g}"
+        h, why = h / excess, f"foreseen bias {BIAS_BUDGET:.0%} of a variance"
     return h, why
 
 
@@ -35,39 +36,45 @@ def kick_noise(h: float, friction: float, noise: float) -> float:
 def steps_to_forget(pilot: Pilot, lowest: float, controlled: bool) -> int:
     """Of the slowest mode, at the longest step of a localization and its best friction."""
     h, _ = longest_step(pilot, lowest, controlled)
-    highest = pilot.stiffest(lowest)
+    highest = pilot.steepest(lowest)
     friction = modes.choose_friction(h, lowest, highest, STEPS_CAP)
     return modes.steps_to_forget(h, friction, lowest, highest, LAG1_TARGET, STEPS_CAP)
 
 
-def afford(sampler: BAOAB, pilot: Pilot) -> tuple[BAOAB, list[str]]:
-    """With the least localization, from its own on, at which flat directions forget in 25 gradients; why, if another.
+def choose_batch(sampler: BAOAB, pilot: Pilot, num_train: int, num_weights: int) -> int:
+    """The minibatch size at which the slowest mode forgets at the least cost."""
+    lowest, best, least = float(sampler.localization), 0, math.inf
+    for batch in batches(sampler.batch_size, num_train):
+        here = dataclasses.replace(pilot, batch_factor=batch_factor(num_train, batch))
+        price = Way(batch, sampler.control_variate, corrected=False).cost(num_train, num_weights)
+        cost = price * steps_to_forget(here, lowest, sampler.control_variate)
+        if cost < least:
+            best, least = batch, cost
+    return best
 
-    Minibatch noise allows BAOAB a step that goes as localization^1.5.
+
+def choose_baoab(sampler: BAOAB, pilot: Pilot, num_train: int, num_weights: int) -> tuple[BAOAB, Pilot, list[str]]:
+    """h from the largest curvature; friction, burn-in and spacing from the exact linear map (`lossk.modes`).
+
+    Returns:
+        The resolved sampler, the pilot with its minibatches, and why.
     """
-    gradients = 2 if sampler.control_variate and pilot.batch_factor > 0 else 1
-    steps = AFFORDABLE_STEPS // gradients
-    if sampler.num_steps_bw_draws != "auto":
-        steps = max(steps, int(sampler.num_steps_bw_draws))
-    here = lowest = float(sampler.localization)
-    while lowest < FARTHEST * here:
-        if steps_to_forget(pilot, lowest, sampler.control_variate) <= steps:
-            break
-        lowest *= 1.05
-    why = [f"localization = {lowest:.4g}: flat directions then forget within {steps} steps of {gradients} gradients"]
-    return dataclasses.replace(sampler, localization=lowest), why if lowest > here else []
-
-
-def choose_baoab(sampler: BAOAB, pilot: Pilot) -> tuple[BAOAB, list[str]]:
-    """h from the largest curvature; friction, burn-in and spacing from the exact linear map (`lossk.modes`)."""
     reasons: list[str] = []
     lowest = float(sampler.localization)
-    highest = pilot.stiffest(lowest)
+    highest = pilot.steepest(lowest)
     if lowest <= 0:
         raise ValueError(
             "step_size, friction, num_burnin_steps and num_steps_bw_draws must be numbers when localization is 0: flat "
             "directions then have no stationary spread to choose them by"
         )
+    if sampler.batch_size == "auto":
+        batch = choose_batch(sampler, pilot, num_train, num_weights)
+        sampler = dataclasses.replace(sampler, batch_size=batch)
+        if batch > min(FEWEST_BATCH, num_train):
+            reasons.append(f"batch_size = {batch}: minibatch noise then costs least")
+    pilot = dataclasses.replace(
+        pilot, batch_factor=batch_factor(num_train, minibatch_of(sampler.batch_size, num_train))
+    )
     if sampler.step_size == "auto":
         given = None if sampler.friction == "auto" else float(sampler.friction)
         h, why = longest_step(pilot, lowest, sampler.control_variate, given)
@@ -106,4 +113,4 @@ def choose_baoab(sampler: BAOAB, pilot: Pilot) -> tuple[BAOAB, list[str]]:
     resolved = dataclasses.replace(
         sampler, step_size=h, friction=friction, num_burnin_steps=burnin, num_steps_bw_draws=thinning
     )
-    return resolved, reasons
+    return resolved, pilot, reasons

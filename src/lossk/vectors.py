@@ -10,9 +10,11 @@ from lossk.samplers import Sampler
 from lossk.sgld import SGLD
 
 WEIGHTS = 3  # w, w* and the gradient
+COORDINATES = 3  # with a metric: the model's weights, w* beside u*, and a gradient before it is rescaled
 LANCZOS = 8  # start, two of its vectors, the center, two gradients, one being made and its parts
 HELD_OUT = 2  # vectors that are kept in bfloat16 to the end of an iteration, in the room of one
 CONTROL = 3  # the gradient at w*, a minibatch's there, the weights meanwhile
+CORRECTION = 2  # a step's noise, and the weights meanwhile
 FULL = 8  # the control variate's sum in float64, a block's, a gradient's and its share
 
 
@@ -24,7 +26,8 @@ def chain_vectors(sampler: Sampler) -> int:
         own = 6
     else:
         own = 5 if isinstance(sampler, HMC) else 3
-    return WEIGHTS + own + (CONTROL if _may_control(sampler) else 0)
+    own += COORDINATES if getattr(sampler, "metric", None) is not None else 0
+    return WEIGHTS + own + (CONTROL if _may_control(sampler) else 0) + (CORRECTION if _may_correct(sampler) else 0)
 
 
 def judging_vectors(sampler: Sampler) -> float:
@@ -57,3 +60,10 @@ def _may_control(sampler: Sampler) -> bool:
     if isinstance(sampler, SGLD):
         return sampler.control_variate is True or (sampler.control_variate == "auto" and sampler.lr == "auto")
     return isinstance(sampler, BAOAB) and sampler.control_variate
+
+
+def _may_correct(sampler: Sampler) -> bool:
+    """Whether a step's noise is corrected, or the pilot may choose so."""
+    if not isinstance(sampler, SGLD) or sampler.preconditioner is not None:
+        return False
+    return sampler.correction > 0 or (sampler.noise_correction == "auto" and sampler.lr == "auto")

@@ -22,9 +22,19 @@ from lossk.description import check_description, check_group, check_spec
 from lossk.disk import read_json
 from lossk.earlier import ZeroChunks, dead_chunks, find_zeros
 from lossk.errors import StoreError
-from lossk.manifest import COMPLETE, DESCRIPTIONS, MANIFEST, MOMENTS, digest_of, is_complete, read_manifest, written
+from lossk.manifest import (
+    COMPLETE,
+    DESCRIPTIONS,
+    MANIFEST,
+    MOMENTS,
+    WATCHED_ARRAYS,
+    digest_of,
+    is_complete,
+    read_manifest,
+    written,
+)
 from lossk.sealed import MARK, read_sealed
-from lossk.verify_numbers import FactorCheck, LossCheck, TileCheck, check_moments, choose_blocks
+from lossk.verify_numbers import FactorCheck, LossCheck, TileCheck, check_moments, check_watched, choose_blocks
 
 Digests = dict[str, tuple[int, int]]
 
@@ -191,7 +201,7 @@ def _check_kernel(
     seed: int,
 ) -> None:
     kind = "factor" if config["kind"] == "factor" else "tiles"
-    for name in sorted(set(arrays) - {*MOMENTS, kind, "losses"}):
+    for name in sorted(set(arrays) - {*MOMENTS, *WATCHED_ARRAYS, kind, "losses"}):
         other = arrays[name]
         if name == "tokens" and isinstance(other, ZeroChunks) and config["num_samples"] == 1:
             other.zeros = frozenset({(0, 0)})
@@ -199,6 +209,7 @@ def _check_kernel(
     if kind not in arrays:
         if not any(problem.startswith(f"{kind}: ") for problem in found.problems):
             found.problems.append(f"{kind}: the array is missing")
+        _check_watched(arrays, config, moments, found)
         return
     dead = moments["variance"] == 0
     blocks = choose_blocks(~dead, num_blocks, side, seed)
@@ -218,6 +229,27 @@ def _check_kernel(
             losses.add(region, values)
         _say_checked(arrays["losses"], found)
         said, wrong = losses.finish()
+        found.checks += said
+        found.problems += wrong
+    _check_watched(arrays, config, moments, found)
+
+
+def _check_watched(
+    arrays: dict[str, Chunks], config: dict[str, Any], moments: dict[str, np.ndarray], found: Verification
+) -> None:
+    """The traces beside tiles: whole, and of the samples that they say."""
+    there = [name for name in WATCHED_ARRAYS if name in arrays]
+    before, read = len(found.problems), {}
+    if len(there) == 1:
+        (lacking,) = set(WATCHED_ARRAYS) - set(there)
+        if not any(problem.startswith(f"{lacking}: ") for problem in found.problems):
+            found.problems.append(f"{lacking}: the array is missing")
+    for name in there:
+        for _, _, values in _chunks(arrays[name], found):
+            read[name] = values
+        _say_checked(arrays[name], found)
+    if len(read) == 2 and len(found.problems) == before:
+        said, wrong = check_watched(read["watched"], read["watched_losses"], moments, config)
         found.checks += said
         found.problems += wrong
 

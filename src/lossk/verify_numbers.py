@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from lossk.centring import centre, degrees_of_freedom
+from lossk.watched import wrong_index
 
 UNIT16, UNIT32 = 2.0**-11, 2.0**-24
 BAND = 512  # rows of a tile compared at a time
@@ -52,6 +53,23 @@ def check_moments(moments: dict[str, np.ndarray], config: dict[str, Any]) -> lis
     if bad.any():
         problems.append(f"mean: of sample {int(np.argmax(bad))} is not the average of its chain_mean")
     return problems
+
+
+def check_watched(
+    index: np.ndarray, losses: np.ndarray, moments: dict[str, np.ndarray], config: dict[str, Any]
+) -> Findings:
+    """Whether the traces kept beside tiles are those of their samples: the same chain means, the same variances."""
+    if wrong := wrong_index(index, config["num_samples"]):
+        return [], [f"watched: {wrong}"]
+    chains, draws, _ = losses.shape
+    found = centre(torch.from_numpy(losses), config["centering"], torch.float64)
+    std = np.sqrt(moments["variance"][index])
+    size = np.abs(moments["chain_mean"][:, index]).max(axis=0) + std
+    off = np.abs(found.chain_mean.numpy() - moments["chain_mean"][:, index]).max(axis=0)
+    bad = (off > 1e-9 * size) | (np.abs(found.variance.numpy() - std**2) > 1e-9 * size * std * chains * draws)
+    if bad.any():
+        return [], [f"watched_losses: of sample {int(index[np.argmax(bad)])} are not those of its mean and variance"]
+    return [f"watched_losses: {len(index)} samples' traces have their chain means and variances"], []
 
 
 def choose_blocks(alive: np.ndarray, num_blocks: int, side: int, seed: int) -> list[np.ndarray]:

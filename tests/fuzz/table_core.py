@@ -96,6 +96,7 @@ def _samplers(table: Table) -> None:
         "params": names,
         "n_beta": r.optional(positive),
         "localization": r.either(AUTO, r.number(least=0.0)),
+        "metric": r.choice(None, "fisher"),
         "batch_size": r.optional(r.integer(1)),
         "num_burnin_steps": r.either(AUTO, r.integer(0)),
         "num_steps_bw_draws": r.either(AUTO, r.integer(1)),
@@ -105,10 +106,11 @@ def _samplers(table: Table) -> None:
         "friction": auto,
         "integrator": r.anything,
         "control_variate": r.either(r.flag, AUTO),
+        "noise_correction": r.either(r.flag, AUTO, r.number(least=0.0)),
         "averaged_noise": r.either(r.flag, AUTO),
     }
-    table.add("lossk.SGLD", {}, steps)
-    table.add("lossk.BAOAB", {}, steps)
+    table.add("lossk.SGLD", {}, {**steps, "localization": r.either(r.choice("auto", "fisher"), r.number(least=0.0))})
+    table.add("lossk.BAOAB", {}, {**steps, "localization": r.either(r.choice("auto", "fisher"), r.number(least=0.0))})
     table.add("lossk.HMC", {"step_size": 0.1, "localization": 1.0},
               {**steps, "step_size": positive, "localization": r.number(least=0.0), "num_leapfrog_steps": r.integer(1),
                "num_burnin_steps": r.integer(0), "num_steps_bw_draws": r.integer(1)})  # fmt: skip

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
 import torch
-from scipy import stats
 from torch import Tensor
 
 from lossk.analysis.inputs import check_kernel
 from lossk.indexing import resolve
-from lossk.standard_error import bartlett_factor, method_for
+from lossk.standard_error import method_for, pair_errors
 
 if TYPE_CHECKING:
     from lossk.kernel import LossKernel
@@ -26,6 +26,9 @@ class SignificantNeighbors(NamedTuple):
     significant: Tensor  # [N, k] bool: |R| above the row's noise floor
     share: float  # significant ones among the N k; unrelated samples: about 1 / k for k of 3 or more
     by_chance: Tensor  # [N, k] float64: how many unrelated samples a row would show above this |R|; NaN at index -1
+    row_false_share: Tensor  # [N, k] float64: of a row's neighbors down to this one, the share expected to be false
+    table_false_share: Tensor  # [N, k] float64: of all rows' neighbors as sure as this one, the share expected false
+    null: str  # where chance was learnt: "rows" (own traces), "watched" (some samples' traces) or "lag1" (a formula)
 
 
 def significant_neighbors(
@@ -37,9 +40,15 @@ def significant_neighbors(
     begins, not that a neighbour just above it is certain. `by_chance` is that expected number for each neighbour (as
     BLAST's E-value): 1 at the floor, 0.01 where one row in a hundred would show such a neighbour by chance.
 
-    `standard_error` is `kernel.standard_error`'s. `by_chance` takes unrelated traces for independent and AR(1): with
-    lag-1 autocorrelations r and D = C (T - 1) draws a null correlation has D_eff = D (1 - r_i r_j) / (1 + r_i r_j)
-    effective draws, and R sqrt(D_eff - 2) / sqrt(1 - R^2) is Student's t.
+    Both come from losses of different chains, which are independent (`lossk.chance`): no law of the losses and no form
+    of their memory is supposed. `null` says what was there for it.
+
+    The shares of false discoveries are Benjamini and Hochberg's (1995), over the N - 1 others of a row and over all
+    pairs of the rows asked for: neighbours at or below 0.05 are false in at most 5 of 100, on average. They suppose
+    that correlations with one sample depend on one another positively or weakly, as one-sided tests that share a trace
+    do; for any dependence at all (Benjamini and Yekutieli 2001) take 0.05 / (1 + 1/2 + ... + 1/m), m pairs.
+
+    `standard_error` is `kernel.standard_error`'s.
 
     Args:
         rows: the samples whose neighbours are wanted, as `kernel[rows]` takes; None = all.
@@ -48,30 +57,48 @@ def significant_neighbors(
     kernel = check_kernel("kernel", kernel)
     found = kernel.neighbors(k, rows, anti=anti)
     here = torch.arange(kernel.num_samples, device="cpu") if rows is None else resolve(rows, kernel.num_samples, "rows")
-    exists = found.index >= 0
-    lag1 = kernel.lag1.clamp(-0.99, 0.99)
-    draws = kernel.num_chains * (kernel.num_draws - 1)
-    variance = bartlett_factor(lag1[here].unsqueeze(1) * lag1[found.index.clamp(min=0)]) / draws
+    exists, index = found.index >= 0, found.index.clamp(min=0)
     size = (-found.correlation if anti else found.correlation).double()
-    if method_for(kernel._blocks) == "products":
-        none = torch.zeros(0, found.index.shape[1], dtype=torch.float32, device="cpu")
-        pairs = zip(here.tolist(), found.index.clamp(min=0), strict=True)
-        error = torch.cat([none, *(kernel.standard_error([i], index, correlation=True) for i, index in pairs)])
-    else:
-        error = ((1 - size.square()) * variance.sqrt()).float()
-    error = error.masked_fill(~exists, float("nan"))
-    freedom = (1 / variance - 2.0).clamp(min=1e-3)
-    t = size * freedom.sqrt() / (1 - size.square()).clamp(min=1e-15).sqrt()
     others = max(int((~kernel.dead).sum()) - 1, 0)
-    chance = others * torch.from_numpy(stats.t.sf(t.numpy(), freedom.numpy()))
+    chance = others * kernel._chance.of(here, anti=anti).share_above(size, index)
+    chance = chance.masked_fill(~exists, float("nan"))
     significant = exists & (size > found.noise_floor.unsqueeze(1))
     share = float(significant.double().mean()) if significant.numel() else 0.0
+    by_row, in_table = chance.numpy(), (chance * int(exists.any(dim=1).sum())).reshape(1, -1).numpy()
     return SignificantNeighbors(
         found.index,
         found.correlation,
-        error,
+        _standard_error(kernel, here, index, size).masked_fill(~exists, float("nan")),
         found.noise_floor,
         significant,
         share,
-        chance.masked_fill(~exists, float("nan")),
+        chance,
+        torch.from_numpy(_false_shares(by_row)),
+        torch.from_numpy(_false_shares(in_table)).reshape(chance.shape),
+        kernel._chance.method,
     )
+
+
+def _standard_error(kernel: LossKernel, rows: Tensor, index: Tensor, size: Tensor) -> Tensor:
+    """Of the correlations of rows [r] with their neighbours [r, k]: float32."""
+    method = method_for(kernel._blocks, watched=kernel._watched() is not None)
+    if method == "products":
+        none = torch.zeros(0, index.shape[1], dtype=torch.float32, device="cpu")
+        pairs = zip(rows.tolist(), index, strict=True)
+        return torch.cat([none, *(kernel.standard_error([i], to, correlation=True) for i, to in pairs)])
+    fitted = kernel._fitted_errors if method == "watched" else None
+    return pair_errors(kernel._moments, fitted, rows.unsqueeze(1), index, size, correlation=True).float()
+
+
+def _false_shares(expected: np.ndarray) -> np.ndarray:
+    """[r, m]: of each row's entries up to one, the least share of false ones at which it would be accepted.
+
+    Args:
+        expected: [r, m] how many entries of the row chance shows at such a size; NaN last, and stays NaN.
+    """
+    order = np.argsort(expected, axis=1, kind="stable")
+    each = np.take_along_axis(expected, order, axis=1) / np.arange(1, expected.shape[1] + 1)
+    least = np.fmin.accumulate(each[:, ::-1], axis=1)[:, ::-1]
+    out = np.empty_like(expected)
+    np.put_along_axis(out, order, np.where(np.isnan(each), np.nan, np.minimum(least, 1.0)), axis=1)
+    return out

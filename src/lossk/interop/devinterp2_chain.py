@@ -10,6 +10,7 @@ forces divided by sigma^2.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 import torch
@@ -81,6 +82,10 @@ class LoggedChain(SteppingChain):
         self.pull = self.localization + law.weight_decay
         self.centre = self.task.anchor * (self.localization / self.pull if self.pull else 0.0)
         self.moves = self._mask() if law.masks else None
+
+    @property
+    def reach(self) -> float:
+        return math.sqrt(float(self.sampler.lr))
 
     def _mask(self) -> Tensor:
         """[P] bool, in the order of `flat`."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -28,6 +27,7 @@ from lossk.checks import (
     check_path,
 )  # fmt: skip
 from lossk.data import Samples
+from lossk.disk import naming, sync_tree
 from lossk.interop.devinterp2_chain import Law, LoggedChain, StepLog
 from lossk.interop.devinterp2_inputs import (
     ObservableSpec,
@@ -45,6 +45,7 @@ from lossk.optional import require
 from lossk.panel import chain_panels
 from lossk.probe import Probe, prepare_probe, rows_fingerprint
 from lossk.provenance import model_fingerprint, versions
+from lossk.swap import in_one_step
 from lossk.task import Task, fitting_batch
 from lossk.timings import Progress, Timings
 from lossk.witness import WITNESS, differences
@@ -166,10 +167,9 @@ def sample(
     tree = xr.DataTree(root)
     if path is None:
         return tree
-    partial = path.with_name(f".{path.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    tree.to_zarr(partial, zarr_format=3, consolidated=False)
-    partial.rename(path)
+    with in_one_step(path) as parts, naming(path):
+        tree.to_zarr(parts, zarr_format=3, consolidated=False)
+        sync_tree(parts)
     return open_tree(path)
 
 

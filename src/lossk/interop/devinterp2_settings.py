@@ -103,6 +103,7 @@ class Settings:
             preconditioner="rmsprop" if self.sampling_method == "rmsprop_sgld" else None,
             integrator="euler",
             control_variate=False,
+            noise_correction=False,
         )
 
     def law(self, masks: dict[str, Tensor | None] | None) -> Law:
