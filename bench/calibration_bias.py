@@ -47,7 +47,8 @@ def section(record: Row) -> str:
         "## Bias\n\nPure defaults. Each run beside the truth of the very law it chose; ratios are mean ± standard "
         "deviation over seeds, *errors off* the median distance in stated standard errors. A good run is wrong where "
         "trace K or the LLC is off by more than 10 % and 3 stated errors, or R correlates less than .8 with the "
-        "truth, or w\\* is no minimum. *Foreseen bias* is the run's own; the LLC's ratio less 1 is the true one, averaged over directions.\n\n"
+        "truth, or w\\* is no minimum. "
+        "*Foreseen bias* is the run's own; the LLC's ratio less 1 is the true one, averaged over directions.\n\n"
         + table(head, lines)
     )
 
