@@ -7,6 +7,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +26,13 @@ from lossk.device_plan import choose_overlap, choose_with_device, describe_room
 from lossk.device_room import measure_room, place_data
 from lossk.distributed import Ranks
 from lossk.effective_dimension import count_directions
-from lossk.judging import foreseen_vectors, informed_pilot, plan_judging, working_bytes
+from lossk.judging import Working, foreseen_vectors, informed_pilot, plan_judging, working_bytes
 from lossk.layout import Layout, Size, choose_layout
 from lossk.losses import LossFunction, resolve_loss
 from lossk.memory import Budget
 from lossk.metric import describe_metric, set_metric
 from lossk.panel import Panel, chain_panels
-from lossk.pass_memory import fit_passes, pass_bytes
+from lossk.pass_memory import fit_on_ranks, fit_passes, pass_bytes
 from lossk.passes import Passes, resumed_passes
 from lossk.passes_pilot import Load, choose_passes, load_of
 from lossk.pilot import Pilot
@@ -154,7 +155,8 @@ class Run:
             budget.mark()
             probe, batch = self.probe.parts[0].samples, self._load(self.asked).minibatch
             vectors = foreseen_vectors(self.asked, self._passes_of(self.asked), self.num_chains, piloted=chosen is None)
-            self.passes_reasons += fit_passes(self.task, probe, self.train, batch, budget, vectors, given)
+            fit = partial(fit_passes, self.task, probe, self.train, batch, budget, vectors, given)
+            self.passes_reasons += fit() if ranks is None else fit_on_ranks(self.task, ranks, fit)
         plain = Arrangement.plain(self.task, self.probe, self.train)
         if chosen is not None:
             plain = dataclasses.replace(plain, passes=resumed_passes(passes, Passes(**chosen["passes"])))
@@ -289,11 +291,7 @@ class Run:
             StoreError: it needs more than the disk has.
         """
         step_seconds, taken = self.time_a_step(), budget.taken()
-        batch, judged = self._load(self.asked).minibatch, self._around(Timings()).judging.samples > 0
-        passes = pass_bytes(self.task, self.probe.parts[0].samples, self.train, batch)
-        working = working_bytes(
-            self.task, passes, self.asked, self.sampler, budget, taken, judged=judged, piloted=saved is None
-        )
+        working = self.working(budget, taken, piloted=saved is None)
         stack, weights = self.task.stack_bytes(panel), self.task.num_weights
         size = Size(len(self.probe), tile, panel, self.num_chains, self.num_draws, dtype, weights, stack, working.run)
         cuda = self.task.device.type == "cuda"
@@ -329,6 +327,12 @@ class Run:
         if out is not None and not out.exists():
             check_disk(plan, out)
         return layout
+
+    def working(self, budget: Budget, taken: int, *, piloted: bool) -> Working:
+        """What passes and vectors take; `piloted`: a pilot went before."""
+        batch, judged = self._load(self.asked).minibatch, self._around(Timings()).judging.samples > 0
+        passes = pass_bytes(self.task, self.probe.parts[0].samples, self.train, batch)
+        return working_bytes(self.task, passes, self.asked, self.sampler, budget, taken, judged=judged, piloted=piloted)
 
     def _around(self, timings: Timings) -> Surroundings:
         return Surroundings(
