@@ -230,7 +230,7 @@ def test_automatic_runs_are_judged_at_their_own_draws_too() -> None:
     assert measured["drawn_variance"] is not None  # the trial's: the run's own minibatches are all samples
     assert found.diagnostics.verdict != "step too large"
     assert 0.3 < found.diagnostics.stability < verdict.STABILITY_LIMIT
-    assert found.diagnostics.discretisation == pytest.approx(found.diagnostics.stability**2)
+    assert 0 < found.diagnostics.discretisation <= found.diagnostics.stability**2
 
 
 def test_measuring_changes_no_draw(monkeypatch: pytest.MonkeyPatch, assert_same_kernel: Any) -> None:

@@ -70,7 +70,7 @@ def rescaled(model: nn.Sequential, c: float) -> nn.Sequential:
 @pytest.mark.parametrize(
     ("sampler", "num_draws"),
     [
-        (lossk.HMC(step_size=0.12, localization=40.0, metric="fisher", n_beta=12.0, num_leapfrog_steps=2), 500),
+        (lossk.HMC(step_size=0.12, localization=40.0, metric="fisher", n_beta=12.0, num_leapfrog_steps=2), 900),
         (lossk.SGLD(localization=40.0, metric="fisher", n_beta=12.0, batch_size=None), 700),
         (lossk.BAOAB(localization=40.0, metric="fisher", n_beta=12.0, batch_size=None), 700),
     ],

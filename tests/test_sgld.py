@@ -29,7 +29,7 @@ def test_defaults() -> None:
         "n_beta": None,
         "localization": "auto",
         "metric": None,
-        "batch_size": 256,
+        "batch_size": "auto",
         "num_burnin_steps": "auto",
         "num_steps_bw_draws": "auto",
         "preconditioner": None,

@@ -30,7 +30,7 @@ from lossk.timings import Progress
 OPEN_CHAIN = 72  # bytes a sample of the statistics of a chain that is not finished
 
 
-def size_of(request: Mapping[str, Any], num_weights: int, **more: int) -> Size:
+def size_of(request: Mapping[str, Any], num_weights: int, **more: Any) -> Size:
     names = ("num_samples", "tile", "panel", "num_chains", "num_draws", "dtype")
     return Size(**{name: request[name] for name in names}, num_weights=num_weights, **more)
 
