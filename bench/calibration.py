@@ -27,7 +27,7 @@ from bench.markdown import table
 
 Record = dict[str, Any]
 SECTIONS = ("bias", "verdicts", "law", "coverage", "floors")
-SEEDS = {"bias": 5, "verdicts": 10, "law": 10, "coverage": 20, "floors": 10}
+SEEDS = {"bias": 5, "verdicts": 4, "law": 10, "coverage": 20, "floors": 8}
 OWN = {"bias": calibration_bias, "verdicts": calibration_verdicts, "law": calibration_law}
 ELSEWHERE = {"coverage": ("bench.calibration_errors", "coverage_table"),
              "floors": ("bench.calibration_floors", "floors_table")}  # fmt: skip

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+DECAY = 1e-4  # of the weights of a network that memorises, or they would grow without end
 Losses = Callable[[Tensor], Tensor]  # weights [C, p] float64 -> losses [C, n], nats
 
 
@@ -157,7 +158,7 @@ def network(
         y = torch.multinomial(teacher.softmax(dim=1), 1, generator=generator)[:, 0]
     losses = partial(_network_losses, kind, sizes, x.double(), y.double())
     start = torch.cat([torch.randn(i * o + o, generator=generator) * i**-0.5 for i, o in itertools.pairwise(sizes)])
-    w = _trained(losses, start.double(), iterations).float()
+    w = _trained(losses, start.double(), iterations, DECAY * random).float()
     for parameter, part in zip(model.parameters(), w.split([p.numel() for p in model.parameters()]), strict=True):
         parameter.data.copy_(part.view_as(parameter))
     given = {"mse": "mse", "logistic": nn.BCEWithLogitsLoss(), "softmax": "cross_entropy"}[kind]
@@ -165,7 +166,7 @@ def network(
     return Problem(name, model, data, given, losses, minimum=iterations > 0)
 
 
-def _trained(losses: Losses, w: Tensor, iterations: int) -> Tensor:
+def _trained(losses: Losses, w: Tensor, iterations: int, decay: float) -> Tensor:
     if not iterations:
         return w
     w = w.clone().requires_grad_()
@@ -173,7 +174,7 @@ def _trained(losses: Losses, w: Tensor, iterations: int) -> Tensor:
 
     def closure() -> Tensor:
         optimizer.zero_grad()
-        mean = losses(w.unsqueeze(0)).mean()
+        mean = losses(w.unsqueeze(0)).mean() + decay / 2 * w.square().sum()
         mean.backward()
         return mean
 
@@ -188,7 +189,7 @@ MAKERS: dict[str, Callable[[], Problem]] = {
     "logistic": lambda: network("logistic", "logistic", (5, 1), 1000, iterations=200),
     "softmax": lambda: network("softmax", "softmax", (5, 3), 2000, iterations=200),
     "singular": lambda: _product("singular", 0.0, 400),
-    "memorised": lambda: network("memorised", "softmax", (6, 8, 3), 60, iterations=60, random=True),
+    "memorised": lambda: network("memorised", "softmax", (6, 8, 3), 60, iterations=300, random=True),
     "40 blocks": _blocks,
     "heavy-tailed": lambda: _linear("heavy-tailed", (1.0,) * 5, 1000, heavy=True),
     "untrained": lambda: network("untrained", "softmax", (5, 8, 3), 300, iterations=0),

@@ -54,8 +54,8 @@ def run(problem: Problem, sampler: Any = None, **settings: Any) -> dict[str, Any
         "reliability": getattr(found, "reliability", None),
         "seconds": time.process_time() - begin,
     }
-    gamma = chosen["localization"]
-    if not isinstance(gamma, float):  # a law in scaled coordinates, of which no truth is worked out here
+    gamma = float(chosen["localization"])
+    if chosen.get("metric") is not None:  # a law in scaled coordinates, of which no truth is worked out here
         return record
     return record | beside(record, known_truth(problem, chosen["n_beta"], gamma), _block(kernel, problem))
 
@@ -68,8 +68,10 @@ def _block(kernel: lossk.LossKernel, problem: Problem) -> np.ndarray:
 def beside(record: dict[str, Any], truth: Truth, block: np.ndarray) -> dict[str, Any]:
     """The truth, and how far from it the run is."""
     scale = np.sqrt(np.diag(truth.block))
+    alive = scale > 0
+    block, scale, true_block = block[alive][:, alive], scale[alive], truth.block[alive][:, alive]
     apart = ~np.eye(len(block), dtype=bool)
-    like = np.corrcoef(block[apart], (truth.block / np.outer(scale, scale))[apart])[0, 1]
+    like = np.corrcoef(block[apart], (true_block / np.outer(scale, scale))[apart])[0, 1]
     out = {
         "truth": truth.how,
         "true_trace": truth.trace,

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from bench.calibration_problems import Problem
 
-WATCHED = 32  # samples whose block of the kernel is compared, evenly spaced
+WATCHED = 32  # samples whose block of the kernel is compared: the first ones
 ACCEPTED = 0.8  # what the steps of HMC are set to
 MOST_STEPS = 60  # of a trajectory
 LENGTH = (0.4, 1.2)  # of trajectories, in units of pi / 2 standard deviations of the law's Gaussian at w*
@@ -35,10 +35,10 @@ class Truth:
 
 def watched(n: int) -> Tensor:
     """[q] int64."""
-    return torch.linspace(0, n - 1, min(n, WATCHED)).round().long()
+    return torch.arange(min(n, WATCHED))
 
 
-def truth_of(problem: Problem, n_beta: float, gamma: float, *, draws: int = 120, seed: int = 0) -> Truth:
+def truth_of(problem: Problem, n_beta: float, gamma: float, *, draws: int = 80, seed: int = 0) -> Truth:
     """By the best way there is for this problem."""
     if problem.design is not None and gamma + n_beta > 0:
         return linear_truth(problem, n_beta, gamma)
@@ -98,7 +98,7 @@ def singular_truth(problem: Problem, n_beta: float, gamma: float) -> tuple[float
 
 
 def hmc_truth(
-    problem: Problem, n_beta: float, gamma: float, *, chains: int = 48, draws: int = 120, seed: int = 0
+    problem: Problem, n_beta: float, gamma: float, *, chains: int = 48, draws: int = 80, seed: int = 0
 ) -> Truth:
     """Many short chains at once, from draws of the law's own Gaussian at w*, in coordinates that make it round."""
     generator = torch.Generator().manual_seed(seed)

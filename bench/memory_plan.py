@@ -142,6 +142,20 @@ def cross(case: Case, folder: Path) -> Any:
     return lossk.cross_kernel(model, (inputs[:cut], targets[:cut]), (inputs[cut:], targets[cut:]), **common(case))
 
 
+def _map(kernel: Any) -> Any:
+    from lossk.analysis import map_kernel
+
+    return map_kernel(kernel)
+
+
+def _report(kernel: Any) -> Any:
+    from lossk.report.page import write_report
+
+    with tempfile.TemporaryDirectory() as name:
+        labels = torch.arange(kernel.num_samples) % 10
+        return write_report(kernel, Path(name) / "k.html", labels=labels, progress=False)
+
+
 READS: dict[str, Callable[[Any], Any]] = {
     "neighbors": lambda kernel: kernel.neighbors(10),
     "neighbors of rows": lambda kernel: kernel.neighbors(10, rows=range(100)),
@@ -149,6 +163,8 @@ READS: dict[str, Callable[[Any], Any]] = {
     "eigsh": lambda kernel: kernel.eigsh(6),
     "to_numpy": lambda kernel: kernel.to_numpy(),
     "block": lambda kernel: kernel[: kernel.num_samples // 2],
+    "map": _map,
+    "report": _report,
 }
 
 

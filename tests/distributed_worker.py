@@ -21,6 +21,7 @@ import lossk.distributed_run
 import lossk.run
 from lossk.cli import main
 from lossk.layout import in_store
+from lossk.pass_memory import pass_bytes
 from lossk.recipes import RecipeTask
 
 N, CHAINS, DRAWS = 150, 2, 6
@@ -58,6 +59,19 @@ def settings(**changes: Any) -> dict[str, Any]:
         "progress": False,
     }
     return {**found, **changes}
+
+
+def in_a_metric() -> lossk.SGLD:
+    """Scales that rank 0 measures."""
+    return lossk.SGLD(
+        lr=1e-3,
+        n_beta=30.0,
+        localization=50.0,
+        metric="fisher",
+        num_burnin_steps=2,
+        num_steps_bw_draws=2,
+        batch_size=16,
+    )
 
 
 def tokens() -> tuple[nn.Module, Any, Any]:
@@ -132,6 +146,27 @@ def restarted(folder: Path | None) -> dict[str, Any]:
     }
 
 
+def planned() -> dict[str, Any]:
+    """Wide layers, whose passes take most of the memory: what a rank plans of them, and the batches that it runs."""
+    chosen, seen = lossk.distributed_run.plan_share, []
+
+    def noted(run: Any, *rest: Any) -> Any:
+        layout = chosen(run, *rest)
+        passes = pass_bytes(run.task, run.probe.parts[0].samples, run.train, 16)
+        seen.extend([layout.weight_bytes, 4 * run.task.num_weights + passes, layout.reached_bytes, passes])
+        return layout
+
+    wide = nn.Sequential(nn.Linear(4, 2048), nn.Tanh(), nn.Linear(2048, 3))
+    for number, parameter in enumerate(wide.parameters()):
+        nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(number))
+    lossk.distributed_run.plan_share = noted
+    try:
+        kernel = lossk.build_kernel(wide, data(1000), memory="60MB", **settings(passes=None))
+    finally:
+        lossk.distributed_run.plan_share = chosen
+    return {"seen": seen, "passes": kernel.meta["passes"], "variance": float(kernel.variance.sum())}
+
+
 def recipe() -> RecipeTask:
     x, y = data()
     return RecipeTask(model=network(), samples=(x, y), train=None, notes=f"by rank {os.environ.get('RANK')}")
@@ -143,8 +178,9 @@ def numbers(kernel: lossk.LossKernel) -> dict[str, Any]:
 
 def run(scenario: str, folder: Path, rank: int) -> Any:
     build = lossk.build_kernel
-    if scenario in ("store", "shards", "pooled16"):
-        changes = {"store": {}, "shards": {"num_chains": 1}, "pooled16": {"centering": "pooled", "dtype": "float16"}}
+    if scenario in ("store", "shards", "pooled16", "metric"):
+        changes = {"store": {}, "shards": {"num_chains": 1}, "pooled16": {"centering": "pooled", "dtype": "float16"},
+                   "metric": {"sampler": in_a_metric()}}  # fmt: skip
         return numbers(build(network(), data(), out=folder / f"{scenario}.lossk", **settings(**changes[scenario])))
     if scenario == "tokens":
         model, samples, loss = tokens()
@@ -163,6 +199,8 @@ def run(scenario: str, folder: Path, rank: int) -> Any:
             return numbers(build(network(), data(), out=folder / "outofcore.lossk", **settings()))
         finally:
             lossk.distributed_run.plan_share = chosen
+    if scenario == "planned":
+        return planned()
     if scenario in ("factor", "factor16"):  # in the store
         changes = {"dtype": "float16", "centering": "pooled", "num_chains": 1} if scenario == "factor16" else {}
         path = folder / f"{scenario}.lossk"
@@ -230,7 +268,9 @@ def run(scenario: str, folder: Path, rank: int) -> Any:
         dist.barrier()
         first = main(["run", str(config)])
         dist.barrier()
-        return [first, main(["run", str(config)]), torch.get_num_threads()]
+        second = main(["run", str(config)])
+        dist.barrier()
+        return [first, second, main(["run", str(config), "--overwrite"]), torch.get_num_threads()]
     if scenario == "die":
         build(network(), data(), loss=KillAt(70 if rank == 1 else None), out=folder / "die.lossk", **settings())
     if scenario in ("finish", "whole"):

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 import lossk
-from lossk import tune
+from lossk.bias import BIAS_BUDGET
 from lossk.ops.philox import normals
+from lossk.step_choice import STABILITY_BUDGET
 
 Build = Callable[..., lossk.LossKernel]
 COPIES, HEIGHTS = 6000, (1.0, 4.0, 19.0)  # weights in a group, and the curvature of each group
@@ -144,7 +145,7 @@ def test_backends_agree(build: Build, problem: Any, backend: str) -> None:
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4 * np.abs(expected).max())
 
 
-def test_the_automatic_step_is_about_nine_times_as_long(build: Build, problem: Any) -> None:
+def test_the_automatic_step_is_about_twelve_times_as_long(build: Build, problem: Any) -> None:
     """Each by the curvature at its own trial's draws."""
     law = {"n_beta": 30.0, "localization": 20.0, "batch_size": None}
     plain, averaged = (
@@ -152,10 +153,10 @@ def test_the_automatic_step_is_about_nine_times_as_long(build: Build, problem: A
         for name in ("euler", "leimkuhler-matthews")
     )
     ratio = averaged.meta["sampler"]["lr"] / plain.meta["sampler"]["lr"]
-    assert ratio == pytest.approx(tune.STABILITY_BUDGET / tune.DISCRETISATION_BUDGET, rel=0.25)
+    assert ratio == pytest.approx(STABILITY_BUDGET / BIAS_BUDGET, rel=0.25)
     assert averaged.diagnostics is not None
-    assert averaged.diagnostics.discretisation == pytest.approx(tune.STABILITY_BUDGET**2, rel=0.02)
-    assert any("45% of the stability limit" in reason for reason in averaged.meta["reasons"])
+    assert averaged.diagnostics.discretisation == pytest.approx(STABILITY_BUDGET**2, rel=0.02)
+    assert any("60% of the stability limit" in reason for reason in averaged.meta["reasons"])
 
 
 @pytest.mark.parametrize("given", [{"preconditioner": "rmsprop"}, {"measure_acceptance": True}])

@@ -83,3 +83,13 @@ def test_sections_at_the_smallest_size(tmp_path: Path) -> None:
         assert title in page
     for section in ("bias", "verdicts", "law"):
         assert json.loads((tmp_path / "results" / f"{section}.json").read_text())["rows"]
+
+
+def test_parts_that_stand_elsewhere_have_their_section(tmp_path: Path) -> None:
+    rows = [{"losses": "z", "draws": "4 x 200", "way": way, "floor": 1.0} for way in ("formula", "rows", "watched")]
+    record = {"section": "floors", "seeds": 1, "rows": rows, "seconds": 1.0}
+    environment = {"device": "a processor", "threads": 1, "load_average": 0.0, "git_sha": "abc"}
+    (tmp_path / "floors.json").write_text(json.dumps({**record, "environment": environment}))
+    page = calibration.page(tmp_path)
+    assert "## Noise floors" in page
+    assert "1.00" in page

@@ -28,6 +28,7 @@ from lossk.layout import in_store
 SCENARIOS = [
     "store",
     "shards",
+    "metric",
     "pooled16",
     "tokens",
     "outofcore",
@@ -37,6 +38,7 @@ SCENARIOS = [
     "traces",
     "cross",
     "memory",
+    "planned",
     "counted",
     "disagree",
     "taken",
@@ -105,6 +107,7 @@ def close(a: lossk.LossKernel, b: lossk.LossKernel) -> None:
     [
         ("store", {}, (2, 1)),
         ("shards", {"num_chains": 1}, (1, 2)),
+        ("metric", {"sampler": worker.in_a_metric()}, (2, 1)),
         ("pooled16", {"centering": "pooled", "dtype": "float16"}, (2, 1)),
         ("outofcore", {}, (2, 1)),
     ],
@@ -223,6 +226,19 @@ def test_what_rank_0_chooses_holds_for_all(two: Path) -> None:
     assert first["variance"] == second["variance"]
 
 
+def test_ranks_plan_as_one_process_does(two: Path) -> None:
+    """Batches that fit, the same on all; the plan counts passes and the pilot."""
+    first, second = said(two, "planned")
+    assert first["passes"] == second["passes"]
+    assert 0 < first["passes"]["probe_batch"] < 1000
+    planned, least, reached, passes = first["seen"]
+    assert planned >= least
+    assert reached > passes > 0
+    assert passes < 60e6 / 4
+    assert second["seen"] == []
+    assert first["variance"] == second["variance"] > 0
+
+
 def test_refusals_reach_every_rank(two: Path) -> None:
     for text in said(two, "disagree"):
         assert "rank 1 has another 'num_samples' (149, rank 0 150)" in text
@@ -246,10 +262,11 @@ def test_distributed_false(two: Path) -> None:
 
 def test_command_line(two: Path, tmp_path: Path) -> None:
     """`lossk run` by both ranks: one story, one store; the second time a refusal that names the rank."""
-    assert [found[:2] for found in said(two, "cli")] == [[0, 2], [0, 2]]
+    assert [found[:3] for found in said(two, "cli")] == [[0, 2, 0], [0, 2, 0]]  # the third time it overwrites
     text = (two / "said").read_text()
-    assert text.count("wrote ") == 1
-    assert text.count("LossKernel(") == 1
+    assert text.count("wrote ") == 2
+    assert text.count("LossKernel(") == 2
+    assert not list(two.glob(".cli.lossk*"))
     assert "by rank 0" in text
     assert "by rank 1" not in text
     assert "lossk: rank 1: rank 0 stopped" in text

@@ -167,7 +167,7 @@ def test_steps_too_long_are_rejected_not_taken(problem: Any, build: Any) -> None
     kernel = build(problem.model(), problem.data, sampler=hmc(step_size=1e6))
     assert kernel.diagnostics.acceptance == 0.0
     assert kernel.dead.all()
-    assert kernel.diagnostics.verdict == "too little signal"
+    assert kernel.diagnostics.verdict == "steps rejected"
 
 
 def test_probability_of_what_is_no_number() -> None:

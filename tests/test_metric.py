@@ -70,7 +70,7 @@ def rescaled(model: nn.Sequential, c: float) -> nn.Sequential:
 @pytest.mark.parametrize(
     ("sampler", "num_draws"),
     [
-        (lossk.HMC(step_size=0.12, localization=40.0, metric="fisher", n_beta=12.0, num_leapfrog_steps=2), 500),
+        (lossk.HMC(step_size=0.12, localization=40.0, metric="fisher", n_beta=12.0, num_leapfrog_steps=2), 900),
         (lossk.SGLD(localization=40.0, metric="fisher", n_beta=12.0, batch_size=None), 700),
         (lossk.BAOAB(localization=40.0, metric="fisher", n_beta=12.0, batch_size=None), 700),
     ],
@@ -252,7 +252,7 @@ def test_resuming_is_bitwise_and_measures_nothing_again(
     with pytest.raises(RuntimeError, match="stopped by the test"):
         build(problem.model(), problem.data, loss=loss, out=tmp_path / "k", **asked)
     loss.at = None
-    monkeypatch.setattr("lossk.run.fisher_scales", lambda *_: pytest.fail("measured again"))
+    monkeypatch.setattr("lossk.metric.fisher_scales", lambda *_: pytest.fail("measured again"))
     resumed = build(problem.model(), problem.data, loss=loss, out=tmp_path / "k", resume=True, **asked)
     assert_same_kernel(resumed, whole)
     assert lossk.open(tmp_path / "k").meta["scales"] == whole.meta["scales"]

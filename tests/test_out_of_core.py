@@ -233,19 +233,6 @@ def test_killed_at_any_sync(
         assert_same_kernel(lossk.open(copy), whole)
 
 
-def test_a_committed_tile_that_is_gone_is_made_again(
-    build: Build, problem: Any, assert_same_kernel: Same, tiles_in_store: None, tmp_path: Path
-) -> None:
-    whole = build(problem.model(), problem.data, out=tmp_path / "whole.lossk")
-    path = tmp_path / "k.lossk"
-    with pytest.MonkeyPatch.context() as patch:
-        stop_after(patch, 2)
-        with pytest.raises(OSError, match="says the test"):
-            build(problem.model(), problem.data, out=path)
-    (path / "tiles" / "c" / "0" / "0").unlink()
-    assert_same_kernel(build(problem.model(), problem.data, out=path, resume=True), whole)
-
-
 def test_a_log_chunk_that_is_gone_is_named(build: Build, problem: Any, tiles_in_store: None, tmp_path: Path) -> None:
     """Zarr reads a missing chunk as zeros: losses of 0 would be a silent wrong answer."""
     path = tmp_path / "k.lossk"

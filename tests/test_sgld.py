@@ -29,7 +29,7 @@ def test_defaults() -> None:
         "n_beta": None,
         "localization": "auto",
         "metric": None,
-        "batch_size": 256,
+        "batch_size": "auto",
         "num_burnin_steps": "auto",
         "num_steps_bw_draws": "auto",
         "preconditioner": None,
@@ -379,11 +379,8 @@ def test_tied_weights_are_one_parameter() -> None:
         sampler=lossk.SGLD(
             lr=lr, n_beta=n_beta, localization=gamma, batch_size=None, num_burnin_steps=30, num_steps_bw_draws=thin
         ),
-        num_chains=24,
-        num_draws=draws,
-        backend="torch",
-        progress=False,
-    )
+        num_chains=24, num_draws=draws, backend="torch", progress=False,
+    )  # fmt: skip
     assert model.first.weight is before
     assert model.second.weight is before
     chains = np.stack([oracles.two_pass(c[None]) for c in np.asarray(kept.losses, dtype=np.float64)])

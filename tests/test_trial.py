@@ -13,10 +13,12 @@ from torch import Tensor, nn
 import lossk
 import oracles
 from lossk import trial, trial_chain, tune
+from lossk.bias import BIAS_BUDGET
 from lossk.chain import Surroundings
 from lossk.force import FULL_GRADIENT, full_gradient
 from lossk.losses import resolve_loss
 from lossk.reading import read_samples
+from lossk.step_choice import STABILITY_BUDGET
 from lossk.task import Task
 from lossk.timings import Timings
 
@@ -153,7 +155,7 @@ def test_a_step_is_stable_where_the_draws_are_and_not_only_at_the_trained_weight
     assert pilot["drawn_curvature"] > 5 * pilot["curvature"]
     # The step was chosen by the trial's three draws; those of the run's own may differ by a few percent.
     assert pilot["drawn_times"] > trial_chain.MEASURED
-    assert traces.meta["sampler"]["lr"] * n_beta * pilot["drawn_curvature"] / 4 < 1.1 * tune.STABILITY_BUDGET
+    assert traces.meta["sampler"]["lr"] * n_beta * pilot["drawn_curvature"] / 4 < 1.1 * STABILITY_BUDGET
     w = np.linspace(-3, 3, 20_001)
     density = np.exp(-n_beta * (0.5 * w**2 + 5 * w**4) - localization / 2 * w**2)
     truth = float((density * w**2).sum() / density.sum())
@@ -214,13 +216,13 @@ def test_one_huge_curvature_meets_the_bias_budget() -> None:
     truth = s + 0.5 * s.square().sum()
     by_chain = traces.losses.double().var(dim=1)[:, :3]  # [C, 3]
     found, error = by_chain.mean(dim=0), by_chain.std(dim=0) / 4
-    assert torch.all(found - truth < tune.DISCRETISATION_BUDGET * truth + 5 * error)
+    assert torch.all(found - truth < BIAS_BUDGET * truth + 5 * error)
     assert torch.all(found - truth > -0.1 * truth - 5 * error)  # what chain centring takes at 100 draws
 
 
 @pytest.mark.parametrize("condition", [1.0, 1e4])
 def test_ill_conditioned_regression_has_the_closed_form(condition: float) -> None:
-    """trace K by T1 within the discretisation and noise budgets and 5 standard errors."""
+    """trace K by T1 within the bias budget and 5 standard errors."""
     x = torch.randn(200, 5, dtype=torch.float64) * torch.logspace(0, -0.5 * math.log10(condition), 5).double()
     y = x @ torch.ones(5, dtype=torch.float64) + torch.randn(200, dtype=torch.float64)
     model = nn.Linear(5, 1, bias=False)
@@ -237,7 +239,7 @@ def test_ill_conditioned_regression_has_the_closed_form(condition: float) -> Non
     truth = float(oracles.regression_covariance(x.numpy(), residual, torch.linalg.inv(torch.tensor(a)).numpy()).trace())
     by_chain = traces.losses.double().var(dim=1).sum(dim=1)  # [C] trace of K
     found, error = float(by_chain.mean()), float(by_chain.std()) / len(by_chain) ** 0.5
-    assert found - truth < (tune.DISCRETISATION_BUDGET + tune.NOISE_BUDGET) * truth + 5 * error
+    assert found - truth < (BIAS_BUDGET) * truth + 5 * error
     assert found - truth > -0.1 * truth - 5 * error  # what chain centring takes at 60 draws of lag 1 below 1/e
 
 
@@ -282,10 +284,10 @@ def test_a_control_variate_is_chosen_where_noise_would_hold_the_step_back() -> N
         model.weight.copy_(torch.linalg.lstsq(x, y.unsqueeze(1)).solution.T)
     kernel = lossk.build_kernel(
         model, (x[:50], y[:50]), train=(x, y), loss=lambda m, b: 0.5 * (m(b[0]).squeeze(1) - b[1]).square(),
-        sampler=lossk.SGLD(batch_size=8), num_chains=2, num_draws=12, progress=False,
+        sampler=lossk.SGLD(batch_size=8, noise_correction=False), num_chains=2, num_draws=12, progress=False,
     )  # fmt: skip
     assert kernel.meta["sampler"]["control_variate"] is True
-    assert kernel.diagnostics.gradient_noise_ratio <= tune.NOISE_BUDGET * 1.06
+    assert kernel.diagnostics.gradient_noise_ratio <= BIAS_BUDGET * 1.06
 
 
 def test_a_trial_too_short_for_flat_directions_does_not_space_the_draws() -> None:

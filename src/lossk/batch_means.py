@@ -45,8 +45,8 @@ def spread_of_mean(series: Tensor) -> Spread:
         lengths.append(each)
         counts.append(sums.shape[0] * sums.shape[1])
     beside = (-1, *[1] * (series.ndim - 2))
-    length, count = (torch.tensor(x, dtype=torch.float64, device="cpu").view(beside) for x in (lengths, counts))
-    found = torch.stack(powers).double() / (length * (count - 1))  # [L, ...]
+    size, count = (torch.tensor(x, dtype=torch.float64, device="cpu").view(beside) for x in (lengths, counts))
+    found = torch.stack(powers).double() / (size * (count - 1))  # [L, ...]
     growing = torch.ones_like(found)
     growing[1:] = (found[1:] > found[:-1]).to(found.dtype).cumprod(dim=0)
     at = growing.sum(dim=0, keepdim=True).long() - 1  # the last that grew

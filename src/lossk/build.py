@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from lossk import record
+from lossk.allocation import shortage_named
 from lossk.ambient import usual_modes
 from lossk.blocks import TileBlocks
 from lossk.chain import ChainState
@@ -26,6 +27,7 @@ from lossk.losses import LossFunction
 from lossk.memory import Budget
 from lossk.panel import choose_panel
 from lossk.passes import Passes, check_passes
+from lossk.restart import begin_again
 from lossk.run import Run
 from lossk.run_diagnostics import diagnose_run
 from lossk.runlog import RunLog
@@ -118,7 +120,8 @@ def build_kernel(
 
     Raises:
         ValueError, TypeError: a bad argument, before sampling starts.
-        MemoryError: the data or the kernel would not fit, before sampling starts; the message says what would.
+        MemoryError: the data or the kernel would not fit, before sampling starts; the message says what would. Or the
+            system refused memory later: what was planned, and what is free.
         RuntimeError: the dataset's own code failed; the message says at which samples, and its error is the cause.
         DivergedError: a chain left the neighbourhood of the trained weights.
         BackendError: an explicit backend cannot run here.
@@ -155,6 +158,7 @@ def build_kernel(
     with (
         joined(distributed) as ranks,
         full_disk_named(path),
+        shortage_named(budget),
         Progress(progress and (ranks is None or ranks.first)) as bar,
     ):
         if ranks is None and path is not None and path.exists() and not resume:
@@ -199,7 +203,7 @@ def build_kernel(
                     try:
                         return _accumulate(run, request, log, layout, budget, bar)
                     except DivergedError as error:
-                        said = run.begin_again(error)
+                        said = begin_again(run, error)
                         if said is None:
                             raise
                     bar.say(said)
@@ -249,7 +253,11 @@ def sample_losses(
     distributed = plain["distributed"]
     passes, sampler = check_passes(passes), check_sampler(sampler, num_draws)
     budget = Budget.now(None)
-    with joined(distributed) as ranks, Progress(progress and (ranks is None or ranks.first)) as bar:
+    with (
+        joined(distributed) as ranks,
+        shortage_named(budget),
+        Progress(progress and (ranks is None or ranks.first)) as bar,
+    ):
         if ranks is not None:
             device = ranks.own_device(device)
         run = Run.prepare(
@@ -270,7 +278,7 @@ def sample_losses(
                     losses = _traces(run, panel, bar)
                     break
                 except DivergedError as error:
-                    said = run.begin_again(error)
+                    said = begin_again(run, error)
                     if said is None:
                         raise
                 bar.say(said)

@@ -35,8 +35,8 @@ REFERENCE = 1024  # rows whose null correlations make the tails, at most
 AGAINST = 640  # partners of these rows
 MOST_PAIRINGS = 9  # null correlations of each of these rows and partners, at most
 LEAST_SAMPLES, LEAST_DRAWS = 16, 4  # fewer live samples, or draws of a chain, have no law of their own
-ALIKE = 128  # rows that share a tail, at least
-MOST_TAILS = 8
+ALIKE = 96  # rows that share a tail, at least
+MOST_TAILS = 10
 GROUP = 4096  # rows whose size and kurtosis are measured at a time
 SEED = 20
 

@@ -15,6 +15,7 @@ import torch
 
 import lossk
 from lossk import cli_attribution, cli_insight, cli_report, cli_stores, cli_tune, provenance
+from lossk.allocation import shortage_named
 from lossk.analysis.purity import chance_purity, class_purity
 from lossk.cli_checkpoints import checkpoint_outputs, show_checkpoints
 from lossk.cli_distributed import build_at, follow, share_threads
@@ -35,7 +36,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = argparse.Namespace(debug=False)
     try:
         options = build_parser().parse_args(arguments)
-        return options.run(options) or 0
+        with shortage_named():
+            return options.run(options) or 0
     except KeyboardInterrupt:
         print("lossk: interrupted", file=sys.stderr)
         return 130
@@ -251,8 +253,10 @@ def captions(kernel: LossKernel, task: RecipeTask, neighbors: Neighbors) -> tupl
         purity, chance = class_purity(neighbors.index, task.labels), chance_purity(task.labels)
         parts.append(f"{purity:.1%} of {neighbors.index.shape[1]} neighbours in the same class (chance {chance:.1%})")
     if diagnostics is not None and diagnostics.llc is not None and diagnostics.rhat is not None:
-        parts.append(f"LLC {diagnostics.llc:.1f}")
+        parts.append("no LLC: w* is no minimum" if diagnostics.no_minimum else f"LLC {diagnostics.llc:.1f}")
         parts.append(f"R-hat {diagnostics.rhat:.2f}")
+        if diagnostics.reliability is not None:
+            parts.append(f"reliability of R {diagnostics.reliability:.2f}")
         parts.append(f"verdict: {diagnostics.verdict}")
     return f"Loss kernel of {title}", "   |   ".join(parts)
 

@@ -162,7 +162,7 @@ def recommend(results: Sequence[Mapping[str, Any]]) -> tuple[Mapping[str, Any] |
 
 COLUMNS = (
     "n_beta", "localization", "lr", "burn-in", "thin", "verdict", "R-hat", "ESS", "LLC", "+-", "rise", "noise",
-    "discr.", "burned", "floor", "purity", "seconds",
+    "bias", "R rel.", "floor", "purity", "seconds",
 )  # fmt: skip
 
 
@@ -186,13 +186,13 @@ def table(results: Sequence[Mapping[str, Any]]) -> str:
 
 def _row(result: Mapping[str, Any]) -> tuple[str, ...]:
     sampler, value = result["sampler"], {**dict.fromkeys(("rise", "purity", "noise_floor", "rhat", "ess", "llc",
-        "llc_se", "gradient_noise_ratio", "discretisation", "burnin_completeness")), **result}  # fmt: skip
+        "llc_se", "gradient_noise_ratio", "foreseen_bias", "reliability")), **result}  # fmt: skip
     return (
         f"{sampler['n_beta']:g}", f"{sampler['localization']:g}", f"{sampler['lr']:.2g}",
         str(sampler["num_burnin_steps"]), str(sampler["num_steps_bw_draws"]), result["verdict"],
         number(value["rhat"], 2), number(value["ess"], 0), number(value["llc"], 3, "g"),
         number(value["llc_se"], 1, "g"),
-        number(value["rise"], 2, "g"), number(value["gradient_noise_ratio"], 2), number(value["discretisation"], 3),
-        number(value["burnin_completeness"], 2), number(value["noise_floor"], 2), number(value["purity"], 3),
+        number(value["rise"], 2, "g"), number(value["gradient_noise_ratio"], 2), number(value["foreseen_bias"], 3),
+        number(value["reliability"], 2), number(value["noise_floor"], 2), number(value["purity"], 3),
         f"{result['seconds_taken']:.1f}",
     )  # fmt: skip

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from lossk.allocation import shortage_named
 from lossk.ambient import usual_modes
 from lossk.build import sample_losses
 from lossk.checks import check_choice, check_instance, check_tensor
@@ -105,7 +106,8 @@ def cross_kernel(
         seed=seed,
         progress=progress,
     )
-    kernel = LossKernel._of_traces(traces, centering, overwrite=True)
+    with shortage_named():
+        kernel = LossKernel._of_traces(traces, centering, overwrite=True)
     samples = index if kernel.tokens is None else None
     return CrossKernel(kernel, kernel.sets["train"], kernel.sets["query"], samples=samples)
 

@@ -15,8 +15,8 @@ from torch import Tensor
 from lossk.centring import never_varies, row_means
 from lossk.checks import check_choice
 from lossk.information import Criteria, Estimate, mean_over_draws
-from lossk.reliability import reliability, size_error
-from lossk.verdict import judge
+from lossk.reliability import mean_error, reliability, size_error
+from lossk.verdict import below_minimum, judge
 from lossk.watched import watched_samples
 
 if TYPE_CHECKING:
@@ -102,9 +102,14 @@ class Diagnostics:
         read |= {k: Estimate(*v) if k in pairs and v is not None else v for k, v in plain.items()}
         return cls(**read)
 
+    @property
+    def no_minimum(self) -> bool:
+        """Draws lower the training loss: w* is no minimum of it, and there is no learning coefficient of it."""
+        return below_minimum(self.llc, self.llc_se)
+
     def __str__(self) -> str:
         llc = "unknown" if self.llc is None else f"{self.llc:.2f} +- {_number(self.llc_se)}"
-        if self.llc is not None and self.llc_se is not None and self.llc < -2 * self.llc_se:
+        if self.no_minimum:
             llc = f"none: w* is no minimum of the training loss at this scale (n_beta times its rise is {self.llc:.4g})"
         criteria = []
         if self.functional_variance is not None and self.singular_fluctuation is not None and self.waic is not None:
@@ -274,7 +279,7 @@ def _drift(mean_loss: np.ndarray) -> tuple[float | None, float | None]:
         return None, None
     first, last = mean_loss[:, :third], mean_loss[:, -third:]
     move = float(last.mean() - first.mean())
-    error = math.hypot(_mcse(first), _mcse(last))
+    error = math.hypot(mean_error(first), mean_error(last))
     return move / deviation, move / error if error > 0 else None
 
 
@@ -289,7 +294,7 @@ def _growth(squares: Tensor) -> tuple[float | None, float | None]:
         return None, None
     first, last = squares[:, :third], squares[:, -third:]
     moves = last.mean(dim=1) - first.mean(dim=1)  # [C]
-    own = math.hypot(_mcse(first.numpy()), _mcse(last.numpy()))
+    own = math.hypot(mean_error(first.numpy()), mean_error(last.numpy()))
     between = float(moves.std()) / len(moves) ** 0.5 if len(moves) > 1 else 0.0
     error = max(own, between)
     move = float(moves.mean())
@@ -306,11 +311,3 @@ def _mean(values: Tensor | None) -> float | None:
     if values is None or not torch.isfinite(values).all():
         return None
     return float(values.double().mean())
-
-
-def _mcse(trace: np.ndarray) -> float:
-    from arviz_stats.base import array_stats
-
-    if trace.shape[1] < 4 or not np.isfinite(trace).all() or np.ptp(trace) == 0:
-        return math.nan
-    return float(array_stats.mcse(trace[..., None], chain_axis=0, draw_axis=1, method="mean")[0])

@@ -27,6 +27,7 @@ from lossk.memory import Budget
 from lossk.mesh import Mesh
 from lossk.panel import Panel
 from lossk.passes import Passes
+from lossk.restart import begin_again
 from lossk.run import Run
 from lossk.run_diagnostics import diagnose_run
 from lossk.runlog import RunLog, commit_of
@@ -101,7 +102,7 @@ def build_on_ranks(
                 try:
                     return _accumulate(Work(ranks, run, request, layout, Mesh(**chosen["mesh"]), budget, bar, log))
                 except DivergedError as error:  # on every rank
-                    said = run.begin_again(error)
+                    said = begin_again(run, error)
                     if said is None:
                         raise
                 bar.say(said)

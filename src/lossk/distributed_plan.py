@@ -30,19 +30,19 @@ from lossk.timings import Progress
 OPEN_CHAIN = 72  # bytes a sample of the statistics of a chain that is not finished
 
 
-def size_of(request: Mapping[str, Any], num_weights: int) -> Size:
+def size_of(request: Mapping[str, Any], num_weights: int, **more: Any) -> Size:
     names = ("num_samples", "tile", "panel", "num_chains", "num_draws", "dtype")
-    return Size(**{name: request[name] for name in names}, num_weights=num_weights)
+    return Size(**{name: request[name] for name in names}, num_weights=num_weights, **more)
 
 
 def plan_share(
-    run: Run, request: dict[str, Any], mesh: Mesh, local_size: int, budget: Budget, bar: Progress, step_seconds: float,
+    run: Run, request: dict[str, Any], mesh: Mesh, budget: Budget, bar: Progress, step_seconds: float,
     path: Path | None, saved: Mapping[str, Any] | None,
 ) -> Layout:  # fmt: skip
     """Say what the run will cost, and where its tiles will be; refuse what cannot fit.
 
     Args:
-        local_size: ranks on this machine, which share its memory.
+        budget: of a rank.
         step_seconds: of one step of a chain.
         saved: `Layout.to_dict` of the run that is resumed.
 
@@ -50,13 +50,16 @@ def plan_share(
         MemoryError: the largest share needs more than a rank may use; with what would fit.
         StoreError: the store needs more than its disk has.
     """
-    size, taken = size_of(request, run.task.num_weights), budget.taken()
-    limit = rank_limit(budget, taken, local_size)
+    taken = budget.taken()
+    working, limit = run.working(budget, taken, piloted=saved is None), budget.limit(taken)
+    stack = run.task.stack_bytes(request["panel"])
+    size = size_of(request, run.task.num_weights, stack_bytes=stack, pass_bytes=working.run)
     if request["form"] is None:
         layout = choose_share(size, mesh, taken, limit, path is not None, saved)
     else:
         layout = traces_share(size, mesh, taken, request["form"], path is not None)
         check_traces(layout, size, limit)
+    layout = dataclasses.replace(layout, reached_bytes=working.pilot)
     needed = peak_of(layout, request, path is None)
     if needed > limit:
         raise MemoryError(
@@ -78,12 +81,6 @@ def plan_share(
     if path is not None and not path.exists():
         check_disk(plan, path)
     return layout
-
-
-def rank_limit(budget: Budget, taken: int, local_size: int) -> int:
-    """What a rank may use in all: what was asked for, within its part of what is free."""
-    free = taken + Budget(None, budget.held).limit(0) // local_size
-    return free if budget.asked is None else min(budget.asked, free)
 
 
 def choose_share(

@@ -17,7 +17,7 @@ from lossk import record
 from lossk.available import gigabytes
 from lossk.blocks import tile_spans
 from lossk.distributed import Ranks
-from lossk.distributed_plan import peak_of, plan_share, rank_limit
+from lossk.distributed_plan import peak_of, plan_share
 from lossk.errors import DivergedError
 from lossk.exchange import Exchange, Received
 from lossk.layout import Layout
@@ -85,8 +85,9 @@ def chosen_by_first(
     Passes over all training samples that go before are shared by the ranks; what they cannot share (placing and cutting
     data, the fit of a Gaussian) all do at the same time; only for the pilots, and for the plan, do the others wait.
     """
-    before = None if log is None else log.chosen
-    run.arrange(passes, ranks.decide(lambda: None if before is None else {"passes": before["passes"]}), ranks)
+    before, budget = None if log is None else log.chosen, dataclasses.replace(budget, sharing=ranks.local_size)
+    chosen = ranks.decide(lambda: None if before is None else {"passes": before["passes"]})
+    run.arrange(passes, chosen, ranks, budget=budget)
     with run.task:
         run.tune(before, bar, ranks)
         run.take_turns()  # what a device has left is not asked here
@@ -97,11 +98,12 @@ def chosen_by_first(
                 step = run.time_a_step()
                 mesh = _mesh(run, ranks, log, step)
                 saved = None if before is None else before["layout"]
-                layout = plan_share(run, request, mesh, ranks.local_size, budget, bar, step, path, saved)
+                layout = plan_share(run, request, mesh, budget, bar, step, path, saved)
             return {"layout": dataclasses.asdict(layout), "mesh": dataclasses.asdict(mesh)}
 
         planned = ranks.decide(plan)
         layout = Layout(**planned["layout"])
+        budget.plan(layout.peak_bytes)
         ranks.all_or_none(_too_large(ranks, request, layout, budget, path))
         yield {**record.chosen(run), "layout": layout.to_dict(), "mesh": planned["mesh"]}, layout
 
@@ -125,7 +127,7 @@ def _too_large(ranks: Ranks, request: dict[str, Any], layout: Layout, budget: Bu
     """Why this rank cannot hold its share, or None."""
     needed = peak_of(layout, request, ranks.first and path is None) - layout.taken_bytes
     taken = budget.taken()
-    limit = rank_limit(budget, taken, ranks.local_size) - taken
+    limit = budget.limit(taken) - taken
     if needed <= limit:
         return None
     return f"needs {gigabytes(needed)} more for its share of the kernel, and {gigabytes(limit)} are left for it"

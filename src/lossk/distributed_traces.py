@@ -11,6 +11,7 @@ from lossk.errors import DivergedError
 from lossk.memory import Budget
 from lossk.mesh import Mesh
 from lossk.passes import Passes
+from lossk.restart import begin_again
 from lossk.run import Run
 from lossk.timings import Progress
 from lossk.traces import LossTraces
@@ -37,7 +38,7 @@ def sample_on_ranks(ranks: Ranks, run: Run, *, passes: Passes | None, budget: Bu
                 losses = _traces(work)
                 break
             except DivergedError as error:  # on every rank
-                said = run.begin_again(error)
+                said = begin_again(run, error)
                 if said is None:
                     raise
             bar.say(said)

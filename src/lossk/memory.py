@@ -50,6 +50,7 @@ class Budget:
     held: int  # resident when the call began
     most_held: int | None = None  # the process's peak until then
     marks: dict[str, int] = field(default_factory=dict)
+    sharing: int = 1  # ranks on this machine, which share what is free
 
     @classmethod
     def now(cls, memory: int | str | None) -> Budget:
@@ -74,9 +75,17 @@ class Budget:
         """Data and model are held; passes begin."""
         self.marks["peak"] = peak_rss_bytes()
 
+    def plan(self, peak: int) -> None:
+        """The call is expected to take that much at its peak."""
+        self.marks["plan"] = peak
+
+    def planned(self) -> int | None:
+        """What was last planned; None before that."""
+        return self.marks.get("plan")
+
     def limit(self, taken: int) -> int:
-        """What the call may use in all: what was asked for, within what is free."""
-        free = taken + int(FREE_SHARE * available_bytes())
+        """What the call may use in all: what was asked for, within this process's part of what is free."""
+        free = taken + int(FREE_SHARE * available_bytes()) // self.sharing
         return free if self.asked is None else min(self.asked, free)
 
 

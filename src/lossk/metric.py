@@ -21,8 +21,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import Any
 
 from lossk.data import Samples
+from lossk.distributed import Ranks
 from lossk.fisher import FisherSamples, fisher_diagonal
 from lossk.task import Task
 
@@ -55,11 +57,33 @@ def fisher_scales(task: Task, train: Samples) -> dict[str, float]:
     return {name: 1.0 / math.sqrt(f) if f > 0 else 0.0 for name, f in zip(task.names, floored, strict=True)}
 
 
-def describe_metric(scales: Mapping[str, float]) -> str:
-    """The law's pull in words: on which tensor it is strongest, and on which weakest."""
+def set_metric(
+    sampler: Any, task: Task, train: Samples, chosen: Mapping[str, Any] | None, ranks: Ranks | None
+) -> dict[str, float] | None:
+    """Have the chains of an entered task move in the coordinates of a sampler's metric; returns its scales, if any.
+
+    Args:
+        chosen: by the run that is resumed: its scales stay.
+        ranks: of the run, which all call this; rank 0's scales are everyone's.
+    """
+    if getattr(sampler, "metric", None) is None:
+        return None
+
+    def found() -> dict[str, float]:
+        return fisher_scales(task, train) if chosen is None else dict(chosen["scales"])
+
+    scales = found() if ranks is None else ranks.decide(found)
+    task.rescale([scales[name] for name in task.names])
+    return scales
+
+
+def describe_metric(scales: Mapping[str, float] | None) -> list[str]:
+    """The law's pull in a line: on which tensor it is strongest, and on which weakest."""
+    if scales is None:
+        return []
     moved = {name: scale for name, scale in scales.items() if scale > 0}
     strong, weak = min(moved, key=moved.__getitem__), max(moved, key=moved.__getitem__)
-    return (
+    return [
         f"metric = fisher: a weight's pull is localization times its tensor's mean Fisher, "
         f"{moved[strong] ** -2:.2g} of {strong} to {moved[weak] ** -2:.2g} of {weak}"
-    )
+    ]

@@ -6,7 +6,7 @@ import dataclasses
 import weakref
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -20,6 +20,9 @@ from lossk.layout import SLACK
 from lossk.memory import Budget, as_setting
 from lossk.passes import Passes
 from lossk.task import Task, fitting_batch
+
+if TYPE_CHECKING:
+    from lossk.distributed import Ranks
 
 LITTLE = 64_000  # bytes of vectors and passes that are left to the plan to refuse, which says more
 SHARE = 4  # a pass may take a quarter of what is left for the call
@@ -124,6 +127,27 @@ def fit_passes(
             found[name] = batch
             reasons.append(f"passes = {name} {batch}: a pass takes {gigabytes(_at(line, batch))} of {gigabytes(left)}")
     task.passes = dataclasses.replace(task.passes, **found)
+    return reasons
+
+
+def fit_on_ranks(task: Task, ranks: Ranks, fit: Callable[[], list[str]]) -> list[str]:
+    """The same of a run on many ranks, which all call this: the batches that fit on each of them.
+
+    Args:
+        fit: `fit_passes` of this rank.
+
+    Raises:
+        MemoryError: on every rank, where it is raised on one.
+    """
+    problem, reasons = None, []
+    try:
+        reasons = fit()
+    except MemoryError as error:
+        problem = str(error)
+    ranks.all_or_none(problem)
+    every = ranks.gather_json([task.passes.probe_batch, task.passes.gradient_batch])
+    probe, gradient = (min(batches) for batches in zip(*every, strict=True))
+    task.passes = dataclasses.replace(task.passes, probe_batch=probe, gradient_batch=gradient)
     return reasons
 
 

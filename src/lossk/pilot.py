@@ -43,6 +43,7 @@ class Pilot:
     drawn_localization: float | None = None  # theirs
     drawn_times: int = 0  # draws at which it was measured
     drawn_stably: bool = True  # False: so steep for its step that this may have driven the draws there
+    effective_dimension: float | None = None  # in how many directions the data beat the pull at w*
     drawn_variance: float | None = None  # lambda_max(Cov g) likewise
 
     @property

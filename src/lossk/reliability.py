@@ -6,6 +6,7 @@ import itertools
 import math
 from collections.abc import Iterator
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -42,17 +43,33 @@ def reliability(losses: Tensor) -> tuple[float | None, float | None]:
 
 
 def size_error(losses: Tensor) -> float | None:
-    """The relative standard error of the sum of all variances, from the spread of the chains; None with fewer than 2.
+    """The relative standard error of the sum of all variances; None where it is unknown.
+
+    The larger of what the spread of the chains says, which sees slow components, and what the draws do: few chains say
+    their spread badly (of four it is off by half).
 
     Args:
         losses: [C, T, w], of some samples.
     """
-    if len(losses) < 2 or losses.shape[1] < 2:
+    if losses.shape[1] < 4:
         return None
-    totals = losses.double().var(dim=1).sum(dim=1)  # [C]
+    chains = losses.double()
+    squares = (chains - chains.mean(dim=1, keepdim=True)).square().sum(dim=2)  # [C, T]
+    totals = squares.mean(dim=1)  # [C]
     if not (bool(torch.isfinite(totals).all()) and float(totals.mean()) > 0):
         return None
-    return float(totals.std() / totals.mean()) / len(totals) ** 0.5
+    between = float(totals.std()) / len(totals) ** 0.5 if len(totals) > 1 else 0.0
+    own = mean_error(squares.numpy())
+    return max(between, 0.0 if math.isnan(own) else own) / float(totals.mean())
+
+
+def mean_error(traces: np.ndarray) -> float:
+    """The Monte Carlo standard error of the mean of [C, T], by ArviZ; NaN where it is too short, or never varies."""
+    from arviz_stats.base import array_stats  # slow to import
+
+    if traces.shape[1] < 4 or not np.isfinite(traces).all() or np.ptp(traces) == 0:
+        return math.nan
+    return float(array_stats.mcse(traces[..., None], chain_axis=0, draw_axis=1, method="mean")[0])
 
 
 def times_as_many(found: float, wanted: float) -> float:

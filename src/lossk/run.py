@@ -7,6 +7,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,28 +25,26 @@ from lossk.data import Samples, Transform
 from lossk.device_plan import choose_overlap, choose_with_device, describe_room
 from lossk.device_room import measure_room, place_data
 from lossk.distributed import Ranks
-from lossk.errors import DivergedError
-from lossk.judging import foreseen_vectors, informed_pilot, plan_judging, working_bytes
+from lossk.effective_dimension import count_directions
+from lossk.judging import Working, foreseen_vectors, informed_pilot, plan_judging, working_bytes
 from lossk.layout import Layout, Size, choose_layout
 from lossk.losses import LossFunction, resolve_loss
 from lossk.memory import Budget
-from lossk.metric import describe_metric, fisher_scales
+from lossk.metric import describe_metric, set_metric
 from lossk.panel import Panel, chain_panels
-from lossk.pass_memory import fit_passes, pass_bytes
+from lossk.pass_memory import fit_on_ranks, fit_passes, pass_bytes
 from lossk.passes import Passes, resumed_passes
 from lossk.passes_pilot import Load, choose_passes, load_of
 from lossk.pilot import Pilot
 from lossk.plan import check_disk, check_traces, factor_layout, make_plan, trace_layout
 from lossk.probe import Probe, prepare_probe, rows_fingerprint, token_fingerprint
 from lossk.probe_sets import read_sources
-from lossk.samplers import Sampler, fit, fit_early, make_chain, with_shorter_step
+from lossk.samplers import Sampler, fit, fit_early, make_chain
 from lossk.sgld import SGLD
 from lossk.task import Task
 from lossk.timings import Progress, Timings, as_table
 from lossk.trace_watch import TraceWatch
 from lossk.witness import check_start
-
-MOST_RESTARTS = 6  # of an automatic run that explodes: the step is then a 64th of the pilot's
 
 
 @dataclass
@@ -156,7 +155,8 @@ class Run:
             budget.mark()
             probe, batch = self.probe.parts[0].samples, self._load(self.asked).minibatch
             vectors = foreseen_vectors(self.asked, self._passes_of(self.asked), self.num_chains, piloted=chosen is None)
-            self.passes_reasons += fit_passes(self.task, probe, self.train, batch, budget, vectors, given)
+            fit = partial(fit_passes, self.task, probe, self.train, batch, budget, vectors, given)
+            self.passes_reasons += fit() if ranks is None else fit_on_ranks(self.task, ranks, fit)
         plain = Arrangement.plain(self.task, self.probe, self.train)
         if chosen is not None:
             plain = dataclasses.replace(plain, passes=resumed_passes(passes, Passes(**chosen["passes"])))
@@ -214,7 +214,8 @@ class Run:
             ranks: of the run, which all call this: they share the passes over all training samples, to the same bits.
                 Rank 0 has the pilot, or knows what was `chosen`; its choices are everyone's.
         """
-        self._set_metric(chosen, ranks)
+        with self.timings.measure("fit"):
+            self.scales = set_metric(self.asked, self.task, self.train, chosen, ranks)
         self.anchor_losses, self.pass_seconds = evaluate_anchor(self.task, self.train, self.timings, ranks)
         with self.timings.measure("fit"):
             early = fit_early(self.sampler, self.task, self.train, ranks)
@@ -228,18 +229,6 @@ class Run:
                 self._choose(choices, bar)
         with self.timings.measure("fit"):
             self.fitted = fit(self.sampler, self.task, self.train, seed=self.seed, early=early, ranks=ranks)
-
-    def _set_metric(self, chosen: dict[str, Any] | None, ranks: Ranks | None) -> None:
-        """Have the chains move in the coordinates of the sampler's metric."""
-        if getattr(self.asked, "metric", None) is None:
-            return
-
-        def measured() -> dict[str, float]:
-            return fisher_scales(self.task, self.train) if chosen is None else chosen["scales"]
-
-        with self.timings.measure("fit"):
-            self.scales = measured() if ranks is None else ranks.decide(measured)
-        self.task.rescale([self.scales[name] for name in self.task.names])
 
     def _chosen_here(self, chosen: dict[str, Any] | None, bar: Progress | None) -> dict[str, Any]:
         self._choose(chosen, bar)
@@ -260,20 +249,10 @@ class Run:
                 run_passes=self._passes_of(self.asked),
                 bar=bar,
             )
-        if self.scales is not None:
-            self.reasons.append(describe_metric(self.scales))
-
-    def begin_again(self, error: DivergedError) -> str | None:
-        """Half the step of an automatic run that exploded; says so, or None where nothing is to be chosen."""
-        before = sum(reason.startswith("restart") for reason in self.reasons)
-        shorter = with_shorter_step(self.asked, self.sampler) if before < MOST_RESTARTS else None
-        if shorter is None:
-            return None
-        said = f"restart {before + 1} = half the step, twice the steps: {str(error).split(';')[0]}"
-        self.sampler, self.reasons = shorter, [*self.reasons, said]
-        self.watch = TraceWatch(self.num_chains, self.num_draws, len(self.probe))
-        self.task.reset()
-        return said
+            self.pilot, beaten = count_directions(
+                self.pilot, self.sampler, self.task, self.train, self._passes_of(self.sampler)
+            )
+        self.reasons += [*describe_metric(self.scales), *beaten]
 
     def announce(self, bar: Progress) -> None:
         """Say what was chosen."""
@@ -312,11 +291,7 @@ class Run:
             StoreError: it needs more than the disk has.
         """
         step_seconds, taken = self.time_a_step(), budget.taken()
-        batch, judged = self._load(self.asked).minibatch, self._around(Timings()).judging.samples > 0
-        passes = pass_bytes(self.task, self.probe.parts[0].samples, self.train, batch)
-        working = working_bytes(
-            self.task, passes, self.asked, self.sampler, budget, taken, judged=judged, piloted=saved is None
-        )
+        working = self.working(budget, taken, piloted=saved is None)
         stack, weights = self.task.stack_bytes(panel), self.task.num_weights
         size = Size(len(self.probe), tile, panel, self.num_chains, self.num_draws, dtype, weights, stack, working.run)
         cuda = self.task.device.type == "cuda"
@@ -336,6 +311,7 @@ class Run:
             self.passes_reasons.append(why)
             bar.say(f"device: {why}")
         layout = dataclasses.replace(layout, reached_bytes=working.pilot)
+        budget.plan(layout.peak_bytes)
         plan = make_plan(
             layout,
             size,
@@ -351,6 +327,12 @@ class Run:
         if out is not None and not out.exists():
             check_disk(plan, out)
         return layout
+
+    def working(self, budget: Budget, taken: int, *, piloted: bool) -> Working:
+        """What passes and vectors take; `piloted`: a pilot went before."""
+        batch, judged = self._load(self.asked).minibatch, self._around(Timings()).judging.samples > 0
+        passes = pass_bytes(self.task, self.probe.parts[0].samples, self.train, batch)
+        return working_bytes(self.task, passes, self.asked, self.sampler, budget, taken, judged=judged, piloted=piloted)
 
     def _around(self, timings: Timings) -> Surroundings:
         return Surroundings(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -45,20 +44,6 @@ def check_sampler(sampler: Any, num_draws: int) -> Sampler:
             f"got {sampler.steps(num_draws)}"
         )
     return sampler
-
-
-def with_shorter_step(asked: Sampler, resolved: Sampler) -> Sampler | None:
-    """Half the step, and twice the steps that were chosen; None where the step was not to be chosen."""
-    if not isinstance(resolved, SGLD | BAOAB) or not isinstance(asked, SGLD | BAOAB):
-        return None
-    step = "lr" if isinstance(resolved, SGLD) else "step_size"
-    if getattr(asked, step) != "auto":
-        return None
-    changed: dict[str, Any] = {step: getattr(resolved, step) / 2}
-    for steps in ("num_burnin_steps", "num_steps_bw_draws"):
-        if getattr(asked, steps) == "auto":
-            changed[steps] = 2 * getattr(resolved, steps)
-    return dataclasses.replace(resolved, **changed)
 
 
 def kind_of(sampler: Sampler) -> str:

@@ -15,6 +15,8 @@ from lossk.curvature import GLANCE, Sample, control_variance, gradient_variance,
 from lossk.force import MinibatchForce
 from lossk.settings import SteppingSettings, minibatch_of
 
+ROUNDING = 1e-4  # of a training loss in float32, relative
+
 
 class SteppingChain(Chain):
     """A chain of resolved settings, whose every gradient is that of a minibatch.
@@ -52,7 +54,7 @@ class SteppingChain(Chain):
             loss, excess = self.force.gradient(minibatch, correction)
         if not (math.isfinite(loss) and loss < self.limit):
             raise self.diverged(f"minibatch loss {loss:.4g} (limit {self.limit:.4g})")
-        if not self.force.draws_minibatches and excess > self.highest:
+        if not self.force.draws_minibatches and excess > self.highest + ROUNDING * (1 + abs(loss)):
             raise self.diverged(f"the training loss has risen by {excess:.4g} (limit {self.highest:.4g})")
         return excess
 

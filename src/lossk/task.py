@@ -38,8 +38,8 @@ class Task:
     appear once. Whatever the model's dtype, the chain's weights are a float32 master copy. On leaving, by whatever
     way, the model gets back its own tensors, modes, flags and gradients, bit for bit.
 
-    After `rescale` a chain moves in coordinates u of its own, and the model's weights are w = w* + D (u - u*), D a
-    constant of each parameter: `flat` and `anchor` are then u and u*, and gradients are D times those of w.
+    After `rescale` a chain moves in coordinates u, and the model's weights are w = w* + D (u - u*), D a constant of
+    each parameter: `flat` and `anchor` are then u and u*, and gradients are D times those of w.
 
     Attributes:
         flat: [P] float32, the sampled weights w; or u.
@@ -187,7 +187,6 @@ class Task:
         self.reset()
 
     def _split(self, flat: Tensor) -> list[Tensor]:
-        """Views of a vector [P], one per sampled parameter."""
         return list(flat.split([parameter.numel() for parameter in self.sampled]))
 
     def _move(self) -> None:
@@ -373,7 +372,7 @@ class Task:
         return total / len(index), torch.cat(used)
 
     def gradient_parts(self, index: Tensor) -> Sequence[Tensor]:
-        """A minibatch as its gradient takes it: so many samples a pass."""
+        """A minibatch as its gradient takes it."""
         return index.split(fitting_batch(self.passes.gradient_batch, self.loss.positions))
 
     def in_one_pass(self, index: Tensor) -> bool:

@@ -26,8 +26,8 @@ import torch
 from torch import Tensor
 
 from lossk.blocks import Moments, TileBlocks, tile_spans
-from lossk.chunks import Chunks
-from lossk.disk import Digest, forget, sync, sync_tree
+from lossk.chunks import CRC_BYTES, Chunks
+from lossk.disk import Digest, digest, forget, read_buffer, sync, sync_tree
 from lossk.errors import StoreError
 from lossk.layout import Layout
 from lossk.manifest import digest_of_chunk
@@ -155,8 +155,12 @@ def _zeros(a: int, b: int, buffer: Tensor) -> Tensor:
     return buffer[: a * b].view(a, b).zero_()
 
 
-def committed_tiles(store: Path) -> dict[Key, Digest | None]:
-    """The tiles that are durable, by the log of a process alone and those of ranks, with what each was (if known)."""
+def committed_tiles(store: Path, *, whole: bool = True) -> dict[Key, Digest | None]:
+    """The tiles that are durable, by the log of a process alone and those of ranks, with what each was (if known).
+
+    Args:
+        whole: read each of them; else only its end, where another process has read them all just now.
+    """
     found: dict[Key, Digest | None] = {}
     for log in sorted(store.glob("tiles*.jsonl")):
         for number, line in enumerate(read_log(log, sealed=False)[0], 1):
@@ -165,12 +169,24 @@ def committed_tiles(store: Path) -> dict[Key, Digest | None]:
                 found[int(i), int(j)] = None if written is None else (int(written[0]), int(written[1]))
             except (KeyError, TypeError, ValueError, IndexError) as error:
                 raise StoreError(f"{log.name} of {str(store)!r}, line {number}, names no tile") from error
-    return {key: written for key, written in found.items() if _is_there(chunk_path(store, key), written)}
+    is_there = _is_whole if whole else _ends_as_written
+    return {key: written for key, written in found.items() if is_there(chunk_path(store, key), written)}
 
 
-def _is_there(file: Path, written: Digest | None) -> bool:
-    """Whether a tile need not be made again; what lies in the middle of it is checked when it is read."""
+def _ends_as_written(file: Path, written: Digest | None) -> bool:
     return file.exists() and (written is None or digest_of_chunk(file) == written)
+
+
+def _is_whole(file: Path, written: Digest | None) -> bool:
+    """Whether a tile need not be made again: every byte of it is what was written."""
+    if not _ends_as_written(file, written):
+        return False
+    try:
+        content = memoryview(read_buffer(file, file.stat().st_size))
+    except StoreError:  # a disk that cannot read it
+        return False
+    found, end = digest(content[:-CRC_BYTES]), int.from_bytes(content[-CRC_BYTES:], "little")
+    return found[0] > 0 and found[1] == end and written in (None, found)
 
 
 def _line(key: Key, written: Digest | None) -> dict[str, Any]:
@@ -200,8 +216,9 @@ class TileWriter:
     """
 
     def __init__(self, store: Path, num_samples: int, side: int, dtype: str, name: str = DONE) -> None:
-        self.done = prepare_tiles(store, num_samples, side, dtype) if name == DONE else committed_tiles(store)
-        own = [_line(key, self.done[key]) for key in sorted(self.done)] if name == DONE else []
+        alone = name == DONE
+        self.done = prepare_tiles(store, num_samples, side, dtype) if alone else committed_tiles(store, whole=False)
+        own = [_line(key, self.done[key]) for key in sorted(self.done)] if alone else []
         self._log = LineLog.after(store / name, own)
         self._array = Chunks.open(store, "tiles")
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="lossk-tiles")

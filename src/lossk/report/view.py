@@ -14,7 +14,7 @@ from lossk.report.findings import EIGENROWS, HEAVY, Findings
 from lossk.report.payload import shorten, traces_of, unit_of
 from lossk.report.samples import Samples, thumbnails
 from lossk.report.sprites import Sprites, thumbnail_uri
-from lossk.verdict import ESS_LIMIT, RHAT_LIMIT, STABILITY_LIMIT
+from lossk.verdict import BIAS_LIMIT, ESS_LIMIT, RELIABLE, RHAT_LIMIT, SIZE_LIMIT, STABILITY_LIMIT
 
 CARD = 56  # CSS pixels of a card's image, its longer side
 STAGES = ("pilot", "prefix", "anchor", "fit", "gradient", "step", "probe", "update", "tiles", "store", "wait")
@@ -96,7 +96,10 @@ def facts(kernel: LossKernel, found: Findings) -> list[dict[str, str]]:
     if d is not None:
         out.append(_fact("R-hat", number(d.rhat), f"mean loss; at most {RHAT_LIMIT}"))
         out.append(_fact("effective draws", number(d.sample_ess, 0), f"median sample; at least {ESS_LIMIT:.0f}"))
-        if d.llc is not None:
+        if d.reliability is not None:
+            note = f"R's correlation with another such run's; K's is {number(d.reliability_kernel, 2)}"
+            out.append(_fact("reliability", number(d.reliability, 2), f"{note}; at least {RELIABLE}"))
+        if d.llc is not None and not d.no_minimum:
             out.append(_fact("LLC", f"{number(d.llc, 1)} ± {number(d.llc_se, 1)}", "local learning coefficient"))
         out.append(_fact("noise floor", f"R = {number(d.noise_floor, 2)}", "what chance alone would show"))
     share, k = found.near.share, found.near.index.shape[1]
@@ -218,23 +221,38 @@ def _diagnostics(d: Diagnostics | None) -> dict[str, Any] | None:
         ("R-hat, median sample", number(d.sample_rhat), "over up to 256 samples"),
         ("ESS, mean loss", number(d.ess, 0), f"bulk effective draws; at least {ESS_LIMIT:.0f}"),
         ("ESS, median sample", number(d.sample_ess, 0), "over the same samples"),
-        ("LLC", f"{number(d.llc, 2)} ± {number(d.llc_se, 2)}", "n_beta (E[L_n] − L_n(w*)), with its standard error"),
+        ("reliability of R", number(d.reliability), f"correlation with another such run's; at least {RELIABLE}"),
+        ("reliability of K", number(d.reliability_kernel), f"the same; at least {RELIABLE}"),
+        ("size error", number(d.size_error), f"of the total variance, relative standard error; at most {SIZE_LIMIT}"),
+        _llc_row(d),
         ("acceptance", number(d.acceptance), "of a Metropolis test, mean over draws"),
         ("distance |w − w*|", number(d.distance), "mean over draws"),
         (
             "gradient noise ratio",
             number(d.gradient_noise_ratio),
-            "minibatch over injected, worst direction; below 1",
+            "minibatch over injected, worst direction",
         ),
+        ("foreseen bias", number(d.foreseen_bias), f"of a variance, step and minibatch noise; at most {BIAS_LIMIT}"),
         ("discretisation", number(d.discretisation), "excess variance of the stiffest direction, relative"),
-        ("step", number(d.stability), f"of the longest that is stable, stiffest direction; at most {STABILITY_LIMIT}"),
+        (
+            "step",
+            number(d.stability),
+            f"of the longest stable at the steepest of 1,000 draws; at most {STABILITY_LIMIT:.0f}",
+        ),
         ("burn-in completeness", number(d.burnin_completeness), "share of a flat direction's stationary variance"),
+        ("growth", number(d.growth, 2), "of |w − w*|², first third to last, relative"),
         ("drift", number(d.drift, 2), "of the mean loss, first third to last, standard deviations"),
         ("noise floor", number(d.noise_floor), "correlation that chance alone reaches, median row"),
         ("dead share", number(d.dead_share), "samples whose loss never varied"),
     ]
     known = [row for row in rows if not row[1].startswith("unknown")]
     return {"title": "Diagnostics", "heads": ("", "value", "what it is"), "rows": known}
+
+
+def _llc_row(d: Diagnostics) -> tuple[str, str, str]:
+    if d.no_minimum:
+        return "LLC", "none", f"w* is no minimum at this scale: n_beta times the rise is {number(d.llc, 2)}"
+    return "LLC", f"{number(d.llc, 2)} ± {number(d.llc_se, 2)}", "n_beta (E[L_n] − L_n(w*)), with its standard error"
 
 
 def _sampler(kernel: LossKernel) -> dict[str, Any] | None:
