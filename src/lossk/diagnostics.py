@@ -33,8 +33,8 @@ OVER_CHAINS = ("functional_variance", "singular_fluctuation", "waic", "wbic")  #
 class Diagnostics:
     """Numbers about a run; None where they cannot be known (a single chain, traces from elsewhere).
 
-    Errors of V, nu, WAIC and WBIC are the spread of the chains over sqrt(C): `interval` reads them with Student's
-    t of C - 1 degrees of freedom (4 chains: +- 3.18 of them cover 95 %).
+    Errors of V, nu, WAIC and WBIC are the spread of the chains over sqrt(C), with the bias of few draws: `interval`
+    reads them with Student's t of C - 1 degrees of freedom (4 chains: +- 3.18 of them cover 95 %).
     """
 
     rhat: float | None  # rank-normalised split R-hat of the mean probe loss (Vehtari et al. 2021), by ArviZ

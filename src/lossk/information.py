@@ -49,19 +49,26 @@ class Criteria:
     mean_loss: Tensor  # [C] float64, L_n averaged over draws, nats
     num_train: int
     n_beta: float
+    num_draws: int | None = None  # of a chain; None: biases of few draws are not known
+    lost: float = 0.0  # sum over samples of what centring by chain takes away of Var(loss), nats^2
 
     @property
     def functional_variance(self) -> Estimate:
-        return _over_chains(self.chain_variance)
+        return _over_chains(self.chain_variance, self.lost)
 
     @property
     def singular_fluctuation(self) -> Estimate:
-        return _over_chains(self.chain_variance * self.n_beta / (2 * self.num_train))
+        share = self.n_beta / (2 * self.num_train)
+        return _over_chains(self.chain_variance * share, self.lost * share)
 
     @property
     def waic(self) -> Estimate:
         beta = self.n_beta / self.num_train
-        return _over_chains((beta * self.chain_variance - self.chain_log_likelihood) / self.num_train)
+        of_mean = 0.0 if self.num_draws is None else self.lost + float(self.chain_variance.mean()) / self.num_draws
+        bias = of_mean / 2 - beta * self.lost  # log E[exp(-loss)] of few draws is low by half the variance of the mean
+        return _over_chains(
+            (beta * self.chain_variance - self.chain_log_likelihood) / self.num_train, bias / self.num_train
+        )
 
     @property
     def wbic(self) -> Estimate | None:
@@ -71,9 +78,17 @@ class Criteria:
         return _over_chains(self.mean_loss * self.num_train)
 
 
-def _over_chains(values: Tensor) -> Estimate:
+def lost_variance(chain_mean: Tensor, variance: Tensor, num_draws: int) -> float:
+    """What centring by chain takes away of the sum of variances, from the chain means [C, N]; 0 of one chain."""
+    if len(chain_mean) < 2:
+        return 0.0
+    return max(float((chain_mean.var(dim=0) - variance / num_draws).sum()), 0.0)
+
+
+def _over_chains(values: Tensor, bias: float = 0.0) -> Estimate:
+    """The spread of the chains over sqrt(C), and the bias foreseen."""
     count = len(values)
-    se = float(values.std()) / count**0.5 if count > 1 else math.nan
+    se = math.hypot(float(values.std()) / count**0.5, bias) if count > 1 else math.nan
     return Estimate(float(values.mean()), se)
 
 
