@@ -154,6 +154,13 @@ def test_a_command_says_it_in_a_line(monkeypatch: pytest.MonkeyPatch, capsys: py
     assert said.count("\n") == 1
 
 
+def test_it_is_said_once() -> None:
+    """A command has a run in it."""
+    with pytest.raises(MemoryError, match=r"^memory ran out: \[enforce") as caught, shortage_named(), shortage_named():
+        WAYS["torch"][0]()
+    assert str(caught.value).count("ran out") == 1
+
+
 def test_under_a_ulimit(tmp_path: Path) -> None:
     """A real limit, which others' memory reaches once the run is planned."""
     program = (

@@ -67,7 +67,7 @@ class Regression:
             num_steps_bw_draws=1, control_variate=False, integrator="leimkuhler-matthews", **more,
         )  # fmt: skip
 
-    def variances(self, sampler: lossk.SGLD, chains: int = 3, steps: int = 1200) -> tuple[Array, Array]:
+    def variances(self, sampler: lossk.SGLD, chains: int = 4, steps: int = 1500) -> tuple[Array, Array]:
         """Variance times curvature of each mode, and its standard error by chains and copies."""
         found = covariances(self.model(), (float32(self.x), float32(self.y)), half_squares, sampler, chains, steps)
         blocks = np.stack([c[3 * k : 3 * k + 3, 3 * k : 3 * k + 3] for c in found for k in range(COPIES)])

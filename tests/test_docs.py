@@ -19,6 +19,7 @@ PAGES = (
     "index.md",
     "data.md",
     "probe.md",
+    "localization.md",
     "reading.md",
     "analysis.md",
     "attribution.md",

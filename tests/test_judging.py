@@ -103,25 +103,28 @@ def known_pilot(**changes: Any) -> pilot.Pilot:
 
 def test_every_draw_counts_alike() -> None:
     nan = math.nan
+    unseen = torch.full((3, 4), nan)
     told = {"curvature": torch.tensor([4.0, nan, 6.0]), "variance": torch.tensor([3.0, nan, 9.0])}
-    plain = known_pilot().informed(**told, localization=7.0, controlled=False)
+    plain = known_pilot().informed(**told, glances=unseen, localization=7.0, controlled=False)
     assert (plain.drawn_curvature, plain.drawn_variance, plain.drawn_times) == (5.0, 6.0, 2)
-    assert plain.steepest(7.0) == 5.0
+    assert plain.typical(7.0) == 5.0
     assert plain.loudest(7.0) == 6.0
     assert plain.control_variance is None
     # A trial at localization 14 found 10 at three draws: at 7, 1 + 9 * 2 = 19; of the variance, at one: 2 + 1 * 2 = 4.
     trial = {"drawn_curvature": 10.0, "drawn_localization": 14.0, "drawn_times": 3, "drawn_variance": 3.0}
-    both = known_pilot(**trial).informed(**told, localization=7.0, controlled=False)
-    assert both.steepest(7.0) == pytest.approx((3 * 19.0 + 10.0) / 5)
+    both = known_pilot(**trial).informed(**told, glances=unseen, localization=7.0, controlled=False)
+    assert both.typical(7.0) == pytest.approx((3 * 19.0 + 10.0) / 5)
     assert both.loudest(7.0) == pytest.approx((4.0 + 12.0) / 3)
     # With a control variate, of which the trial found 1 there, 2 are left at 7.
     left = {**trial, "control_variance": 1.0, "control_localization": 14.0}
-    controlled = known_pilot(**left).informed(**told, localization=7.0, controlled=True)
+    controlled = known_pilot(**left).informed(**told, glances=unseen, localization=7.0, controlled=True)
     assert controlled.control_variance == pytest.approx((2.0 + 12.0) / 3)
     assert controlled.loudest(7.0) == pytest.approx(4.0)
     silent = torch.full((3,), nan)
-    assert known_pilot(**trial).informed(silent, silent, localization=7.0, controlled=False) == known_pilot(**trial)
-    full = known_pilot().informed(told["curvature"], silent, localization=7.0, controlled=False)
+    assert known_pilot(**trial).informed(silent, silent, unseen, localization=7.0, controlled=False) == known_pilot(
+        **trial
+    )
+    full = known_pilot().informed(told["curvature"], silent, unseen, localization=7.0, controlled=False)
     assert full.drawn_variance is None
     assert full.loudest(7.0) == 2.0
 

@@ -30,6 +30,10 @@ WORDLESS = "failed: memoryerror"  # the end of what is told of a worker's
 OTHERWISE = ("static tls",)  # of a library that cannot be loaded
 
 
+class ShortageError(MemoryError):
+    """Memory was refused; the message has the sizes."""
+
+
 @contextmanager
 def shortage_named(budget: Budget | None = None) -> Iterator[None]:
     """Say in an error of memory that was refused what the call had planned, and what is free.
@@ -42,12 +46,12 @@ def shortage_named(budget: Budget | None = None) -> Iterator[None]:
     try:
         yield
     except (RuntimeError, MemoryError, OSError) as error:
-        if isinstance(error, LosskError | torch.OutOfMemoryError):
+        if isinstance(error, LosskError | ShortageError | torch.OutOfMemoryError):
             raise
         found = next((each for each in _causes(error) if _is_shortage(each)), None)
         if found is None:
             raise
-        raise MemoryError(_in_words(error, found, budget)) from error
+        raise ShortageError(_in_words(error, found, budget)) from error
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:

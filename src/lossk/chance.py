@@ -55,7 +55,7 @@ class RowLaws:
     def floor(self) -> Tensor:
         """[r] float32: where one unrelated sample is expected above."""
         g = self.tails.quantile(self.which, 1.0 / max(self.others, 2))
-        return torch.from_numpy(np.sqrt(-np.expm1(-2.0 * g / self.freedom))).float()
+        return torch.from_numpy(np.sqrt(-np.expm1(-2.0 * g / self.freedom))).float().nan_to_num(1.0)  # of a dead row
 
     def share_above(self, size: Tensor, index: Tensor) -> Tensor:
         """The share of unrelated samples above each size [r, k]: float64. `index` [r, k] are those of that size."""

@@ -215,7 +215,7 @@ def diagnose(
             discretisation = pilot.discretisation(sampler)
             stability = pilot.stability_share(sampler) if sampler.averaged else None
     growth, growth_z = (None, None) if distance is None else _growth(distance.double().square())
-    of_r, of_k = reliability(watched)
+    of_r, of_k = reliability(few)
     numbers: dict[str, Any] = {
         "functional_variance": None if criteria is None else criteria.functional_variance,
         "singular_fluctuation": None if criteria is None else criteria.singular_fluctuation,
@@ -243,7 +243,7 @@ def diagnose(
         "drift_z": drift_z,
         "reliability": of_r,
         "reliability_kernel": of_k,
-        "size_error": size_error(watched),
+        "size_error": size_error(few),
         "growth": growth,
         "growth_z": growth_z,
         "rise": _mean(excess),

@@ -33,7 +33,7 @@ def reliability(losses: Tensor) -> tuple[float | None, float | None]:
         return None, None
     deviations = chains[:, :, alive] - chains[:, :, alive].mean(dim=1, keepdim=True)
     kernels = torch.einsum("cti,ctj->cij", deviations, deviations) / (chains.shape[1] - 1)  # [C, w, w]
-    pairs = tuple(torch.triu_indices(kernels.shape[1], kernels.shape[1], offset=1))
+    pairs = tuple(torch.triu_indices(kernels.shape[1], kernels.shape[1], offset=1, device="cpu"))
     of_r, of_k = [], []
     for half in _halves(len(kernels)):
         one, other = (kernels[list(part)].mean(dim=0) for part in half)
