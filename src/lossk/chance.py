@@ -37,7 +37,7 @@ MOST_PAIRINGS = 9  # null correlations of each of these rows and partners, at mo
 LEAST_SAMPLES, LEAST_DRAWS = 16, 4  # fewer live samples, or draws of a chain, have no law of their own
 ALIKE = 96  # rows that share a tail, at least
 MOST_TAILS = 10
-GROUP = 4096  # rows whose size and kurtosis are measured at a time
+GROUP = 256  # rows whose nulls are formed at a time: 10 MB of them
 SEED = 20
 
 Pairing = tuple[tuple[int, ...], int]  # chain c meets chain order[c], whose draws are turned around by so many
@@ -164,9 +164,15 @@ class _RowsOwn:
         self._partners = self._take(partners)
         size, kurtosis = self._measure(reference)
         self._middle, self._edges = (np.median(size), np.median(kurtosis)), _edges(kurtosis)
-        nulls = null_correlations(traces, self._take(against), pairings, self._chains)
-        g = coordinate(-nulls if anti else nulls, size[:, None, None])
-        self.tails = Tails.of(g, np.searchsorted(self._edges, kurtosis, side="right"))
+        which = np.searchsorted(self._edges, kurtosis, side="right")
+        others = self._take(against)
+
+        def drawn(law: int) -> np.ndarray:
+            rows = _rows_of(which, law)
+            nulls = null_correlations(traces[:, torch.from_numpy(rows)], others, pairings, self._chains)
+            return coordinate(-nulls if anti else nulls, size[rows, None, None])
+
+        self.tails = Tails.of(drawn(law) for law in range(len(self._edges) + 1))
 
     def _take(self, index: Tensor) -> Tensor:
         return _unit(self._blocks.take(index))
@@ -203,8 +209,12 @@ class _Carried:
         bins = np.searchsorted(self._edges, lag1, side="right")
         sizes = [_size(nulls[bins == b].reshape(1, -1, 1), anti)[0][0] for b in range(len(self._edges) + 1)]
         self._freedom = np.array(sizes)  # of each tail
-        g = coordinate(-nulls if anti else nulls, self._freedom[bins][:, None, None])
-        self.tails = Tails.of(g, bins)
+
+        def drawn(law: int) -> np.ndarray:
+            rows = _rows_of(bins, law)
+            return coordinate(-nulls[rows] if anti else nulls[rows], self._freedom[bins][rows, None, None])
+
+        self.tails = Tails.of(drawn(law) for law in range(len(self._edges) + 1))
 
     def traits(self, rows: Tensor) -> tuple[np.ndarray, np.ndarray]:
         which = np.searchsorted(self._edges, self._lag1[rows].numpy(), side="right")
@@ -270,7 +280,7 @@ def _some(rng: np.random.Generator, index: Tensor, most: int) -> Tensor:
 
 
 def _unit(traces: Tensor) -> Tensor:
-    return traces / traces.double().square().sum(dim=0).sqrt().clamp(min=1e-300).float()
+    return traces / torch.linalg.vector_norm(traces, dim=0, dtype=torch.float64).clamp(min=1e-300).float()
 
 
 def _size(nulls: np.ndarray, anti: bool) -> tuple[np.ndarray, np.ndarray]:
@@ -285,6 +295,12 @@ def _size(nulls: np.ndarray, anti: bool) -> tuple[np.ndarray, np.ndarray]:
     kurtosis = np.square(square).sum(axis=1) / count / np.square(second)
     freedom = np.maximum(1.0 / second - 2.0, 1.0)
     return np.exp2(np.round(np.log2(freedom) * 64) / 64), kurtosis
+
+
+def _rows_of(which: np.ndarray, law: int) -> np.ndarray:
+    """The rows of a law; of one without rows, as many of all as a law has."""
+    rows = np.flatnonzero(which == law)
+    return rows if len(rows) else np.arange(len(which))[:: -(-len(which) // (2 * ALIKE))]
 
 
 def _edges(values: np.ndarray) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -28,9 +29,9 @@ class Tails:
     shape: np.ndarray  # [laws], 0 to 0.5
 
     @classmethod
-    def of(cls, g: np.ndarray, which: np.ndarray) -> Tails:
-        """Of draws [r, ...] of rows whose law is which [r]; a law without rows takes all rows' draws."""
-        laws = [_fit(g[which == law] if (which == law).any() else g) for law in range(int(which.max()) + 1)]
+    def of(cls, drawn: Iterable[np.ndarray]) -> Tails:
+        """Of the draws of each law, one law after the other."""
+        laws = [_fit(g) for g in drawn]
         level, log_share, scale, shape = (np.stack([law[i] for law in laws]) for i in range(4))
         return cls(level, log_share, scale, shape)
 
