@@ -65,8 +65,11 @@ class Tails:
 
 def coordinate(correlation: np.ndarray, freedom: np.ndarray) -> np.ndarray:
     """g = -(D - 2) / 2 log(1 - R^2), 0 for R below 0: for normal losses about -log of the share above R."""
-    r = np.maximum(correlation, 0.0)
-    return -0.5 * freedom * np.log(np.maximum(1.0 - np.square(r), 1e-12))
+    g = np.maximum(correlation, 0.0, dtype=np.float64)
+    np.square(g, out=g)
+    np.subtract(1.0, g, out=g)
+    np.log(np.maximum(g, 1e-12, out=g), out=g)
+    return np.multiply(g, -0.5 * np.asarray(freedom), out=g)
 
 
 def _fit(g: np.ndarray) -> tuple[np.ndarray, np.ndarray, float, float]:

@@ -14,7 +14,7 @@ from lossk.layout import BYTES, Layout, Size, log_columns, panel_bytes, weight_b
 from lossk.probe import Probe
 from lossk.running import STRIPE
 from lossk.trace_factor import making_bytes
-from lossk.watched import watched_bytes
+from lossk.watched import WATCHED, watched_bytes
 
 
 @dataclass(frozen=True)
@@ -98,6 +98,8 @@ def trace_layout(size: Size, taken: int) -> Layout:
     making = making_bytes(size.num_samples, size.num_chains, size.num_draws)
     # Traces that the diagnostics watch, and losses that they average in float64.
     kept = 3 * watched_bytes(size.num_samples, size.draws) + 8 * max(BLOCK, size.num_samples)
+    few = min(size.num_samples, WATCHED)
+    kept += 36 * few * few + 216 * min(few, 128) * few  # of chance: nulls in float32, those of a law in float64
     panel = max(4 * (size.panel + 1) * size.num_samples, making) + kept
     return Layout("traces", 4 * size.draws * size.num_samples, panel, weight_bytes(size), taken)
 
