@@ -211,3 +211,14 @@ def test_errors_of_criteria_hold_the_bias_of_few_draws() -> None:
     truth = (50 / 300 * 300 + 3 * 300 - 0.5 * 300) / 300  # beta V / n - mean log E[exp(-loss)], losses N(3, 1)
     low, high = criteria.waic.interval(freedom=2)
     assert low < truth < high
+
+
+def test_errors_of_variances_hold_what_centring_takes_away() -> None:
+    """AR(.9) in 100 draws a chain: K_ii is low by 17 %, and its intervals hold the truth all the same. A share of 180
+    is known to 2 %."""
+    kernels = [factor_of(traces(seed, 60, (0.9,), lambda z: z, 4, 100)) for seed in range(3)]
+    errors = torch.cat([kernel.standard_error(method="products").diagonal() for kernel in kernels]).double()
+    values = torch.cat([kernel.variance for kernel in kernels])
+    assert 0.1 < 1 - float(values.mean()) < 0.25
+    share = float(((values - 1).abs() <= 1.96 * errors).double().mean())
+    assert 0.88 < share < 0.99, share
