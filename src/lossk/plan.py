@@ -97,7 +97,7 @@ def trace_layout(size: Size, taken: int) -> Layout:
     """The traces themselves, held in memory, where a cross kernel makes its factor of them."""
     making = making_bytes(size.num_samples, size.num_chains, size.num_draws)
     # Traces that the diagnostics watch, and losses that they average in float64.
-    kept = 3 * watched_bytes(size.num_samples, size.draws) + 8 * max(BLOCK, size.num_samples)
+    kept = 7 * watched_bytes(size.num_samples, size.draws) + 8 * max(BLOCK, size.num_samples)
     few = min(size.num_samples, WATCHED)
     kept += 36 * few * few + 216 * min(few, 128) * few  # of chance: nulls in float32, those of a law in float64
     panel = max(4 * (size.panel + 1) * size.num_samples, making) + kept

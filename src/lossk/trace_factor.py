@@ -49,7 +49,6 @@ def stripe_of(num_samples: int, num_chains: int) -> int:
 
 
 DIAGNOSING = 2**21  # bytes that diagnosing takes beside the watched traces: kernels of 64 of them, chance
-COPIES = 5  # of the watched traces, at the most: as they are, centred in float64, in float32, of unit size
 
 
 def making_bytes(num_samples: int, num_chains: int, num_draws: int) -> int:
@@ -58,4 +57,4 @@ def making_bytes(num_samples: int, num_chains: int, num_draws: int) -> int:
     deviations = (4 * num_chains + 40) * num_draws * stripe
     moments = 8 * (num_chains + 12) * num_samples + 8 * (2 * num_chains + 8) * stripe
     watched = watched_bytes(num_samples, num_chains * num_draws)  # of the diagnostics
-    return deviations + moments + COPIES * watched + DIAGNOSING
+    return deviations + moments + watched + DIAGNOSING
