@@ -208,6 +208,32 @@ def test_gradients_losses_and_curvature_are_those_of_the_coordinates(moved: Any)
     assert float((found - along).norm()) < 0.02 * float(along.norm())
 
 
+class Shared(nn.Module):
+    """Autograd gives `a` and `b` one gradient in the same memory, and `c` one number in the memory of four."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = (nn.Parameter(torch.ones(count)) for count in (3, 3, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x @ (self.a + self.b) + self.c.sum())[:, None]
+
+
+@pytest.mark.parametrize("batch", [3, 10])
+def test_gradients_that_share_memory_are_scaled_once(batch: int) -> None:
+    generator = torch.Generator().manual_seed(2)
+    samples = read_samples((torch.randn(10, 3, generator=generator), torch.randn(10, 1, generator=generator)))
+    task, every = Task(Shared(), resolve_loss("mse")), torch.arange(10)
+    task.passes = lossk.Passes(gradient_batch=batch)
+    with task:
+        task.gradient(samples, every)
+        plain = task.grad.clone()
+        task.rescale([2.0, 3.0, 5.0])
+        task.gradient(samples, every)
+        expected = plain * torch.tensor([2.0] * 3 + [3.0] * 3 + [5.0] * 4)
+        torch.testing.assert_close(task.grad, expected, rtol=1e-5, atol=1e-6)
+
+
 def test_distance_is_that_of_the_weights(moved: Any) -> None:
     task, _, spread = moved
     expected = float((spread.double() * (task.flat - task.anchor).double()).norm())

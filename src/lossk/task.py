@@ -383,8 +383,8 @@ class Task:
         """Write the gradient of a scalar, or of slopes . value, into `grad`, or add it there."""
         found = torch.autograd.grad(value, self.sampled, slopes, allow_unused=True, materialize_grads=True)
         gradients = [dense(part) for part in found]
-        if self.scales is not None:
-            torch._foreach_mul_(gradients, list(self.scales))
+        if self.scales is not None:  # not in place: two parameters may have been given one and the same memory
+            gradients = list(torch._foreach_mul(gradients, list(self.scales)))
         # One pass over the weights: .grad, which autograd adds to, would have to be zeroed, read and written.
         write = torch._foreach_add_ if add else torch._foreach_copy_
         write(self._parts, gradients)
