@@ -205,7 +205,7 @@ def section(rows: list[dict[str, Any]]) -> str:
         values = [cells.get((problem, *kind)) for kind in kinds]
         lines.append(f"| {problem} | " + " | ".join("" if v is None else f"{100 * v:.0f}" for v in values) + " |")
     return (
-        "Coverage in per cent of nominal 95 % intervals: +- 1.96 errors, of \"chains\" +- 3.18 (Student's t with 3 "
+        'Coverage in per cent of nominal 95 % intervals: +- 1.96 errors, of "chains" +- 3.18 (Student\'s t with 3 '
         f"degrees of freedom); {CHAINS} chains of {DRAWS} draws.\n\n" + "\n".join(lines)
     )
 

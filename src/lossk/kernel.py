@@ -68,6 +68,7 @@ class LossKernel(AsArray):
         self.meta = {} if meta is None else check_mapping("meta", meta)
         self.diagnostics: Diagnostics | None = check_diagnostics(diagnostics)
         self._tokens, self._sets = check_tokens(tokens, blocks.num_samples), check_sets(sets, blocks.num_samples)
+        check_instance("watched", watched, Watched, optional=True)
         self._beside, self._chance = watched, Chance(blocks, moments, self._watched)
         self._std_over_scale = (moments.variance.sqrt() / moments.scale).float()  # [N], 0 for a dead sample
         self._gain = torch.where(self._std_over_scale > 0, 1.0 / self._std_over_scale, 0.0)  # [N]

@@ -180,6 +180,7 @@ def _append(w: World, losses: Any) -> None:
 def _kernel(table: Table, w: World) -> None:
     from lossk.blocks import Moments
     from lossk.diagnostics import Diagnostics
+    from lossk.watched import Watched
 
     span = {"rows": r.rows, "columns": r.rows}
     table.add(
@@ -192,6 +193,7 @@ def _kernel(table: Table, w: World) -> None:
             "diagnostics": r.optional(r.instance(Diagnostics)),
             "tokens": TOKENS,
             "sets": r.optional(SPANS),
+            "watched": r.optional(r.instance(Watched)),
         },
     )
     table.add("lossk.LossKernel.from_traces", {"traces": w.traces},
