@@ -18,7 +18,6 @@ from lossk.disk import full_disk_named
 from lossk.distributed import joined
 from lossk.distributed_build import build_on_ranks
 from lossk.distributed_traces import sample_on_ranks
-from lossk.errors import DivergedError
 from lossk.factor_pass import HeldFactor, LoggedFactor
 from lossk.host_tiles import HostTiles
 from lossk.kernel import LossKernel
@@ -27,7 +26,7 @@ from lossk.losses import LossFunction
 from lossk.memory import Budget
 from lossk.panel import choose_panel
 from lossk.passes import Passes, check_passes
-from lossk.restart import begin_again
+from lossk.restart import until_it_lasts
 from lossk.run import Run
 from lossk.run_diagnostics import diagnose_run
 from lossk.runlog import RunLog
@@ -199,16 +198,15 @@ def build_kernel(
                     columns = log_columns(len(run.probe), tile) if read_back else None
                     with run.timings.measure("store"):
                         log = RunLog.create(path, request, {**record.chosen(run), "layout": layout.to_dict()}, columns)
-                while True:
-                    try:
-                        return _accumulate(run, request, log, layout, budget, bar)
-                    except DivergedError as error:
-                        said = begin_again(run, error)
-                        if said is None:
-                            raise
-                    bar.say(said)
+
+                def attempt() -> LossKernel:
+                    return _accumulate(run, request, log, layout, budget, bar)
+
+                def forget() -> None:
                     if log is not None:
                         log.restart(request, {**record.chosen(run), "layout": layout.to_dict()})
+
+                return until_it_lasts(run, bar, attempt, forget)
         finally:
             if log is not None:
                 log.close()
@@ -273,25 +271,13 @@ def sample_losses(
             run.announce(bar)
             with run.timings.measure("plan"):
                 run.plan(bar, budget, tile=4096, panel=panel, dtype="float32", form="traces")
-            while True:
-                try:
-                    losses = _traces(run, panel, bar)
-                    break
-                except DivergedError as error:
-                    said = begin_again(run, error)
-                    if said is None:
-                        raise
-                bar.say(said)
+
+            def attempt() -> torch.Tensor:
+                panels = run.panels(panel, bar, dict.fromkeys(range(num_chains)))
+                return record.losses(run, (part.on_host() for part in panels))
+
+            losses = until_it_lasts(run, bar, attempt)
         return record.traces(run, losses, record.meta(run, record.request(run)))
-
-
-def _traces(run: Run, panel: int, bar: Progress) -> torch.Tensor:
-    """[C, T, N] float32, nats."""
-    losses = torch.empty(run.num_chains, run.num_draws, len(run.probe), dtype=torch.float32, device="cpu")
-    for part in (each.on_host() for each in run.panels(panel, bar, dict.fromkeys(range(run.num_chains)))):
-        losses[part.chain, part.first_draw : part.first_draw + len(part.losses)] = part.losses
-        run.watch.note(part.losses, part.draws)
-    return losses
 
 
 def _accumulate(
