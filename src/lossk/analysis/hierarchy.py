@@ -15,11 +15,11 @@ from lossk.analysis.inputs import check_classes, check_names, check_seed, check_
 from lossk.analysis.pairs import Kernel, KernelPairs, Pairs, as_pairs, blocks, spans_of
 from lossk.chains import has_chains, leave_one_chain_out
 from lossk.checks import check_choice, check_flag, check_integer
+from lossk.read_memory import MOST_GROUPS, check_class_means
 from lossk.records import check_record
 
 METHODS = ("average", "complete", "single", "weighted", "centroid", "median", "ward")  # of SciPy's linkage
 MOST_BOOTSTRAP = 10**5  # replicates, each [C, C] float64
-MOST_GROUPS = 1000  # of images, in all classes together: their sums are [groups, groups] float64
 
 
 @dataclass(frozen=True)
@@ -85,11 +85,13 @@ def class_similarity(
 
     Raises:
         ValueError: labels of another length or out of range.
+        MemoryError: more than the memory now available.
     """
     num_bootstrap, seed = check_integer("num_bootstrap", num_bootstrap, 0, MOST_BOOTSTRAP), check_seed(seed)
     class_names, progress = check_names("class_names", class_names), check_flag("progress", progress)
     pairs, count = as_pairs("source", source), len(class_names)
     labels = check_classes(labels, pairs.num_samples, count, "source")
+    check_class_means(pairs.num_samples, pairs.side, count, num_bootstrap)
     live = labels.masked_fill(pairs.dead, -1)
     group, per_class = _grouped(live, count, seed)
     signed, absolute = pair_sums(pairs, group, count * per_class, progress=progress)
