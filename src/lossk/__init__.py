@@ -8,6 +8,7 @@ from lossk.baoab import BAOAB
 from lossk.build import build_kernel, sample_losses
 from lossk.cross import CrossKernel, cross_kernel
 from lossk.errors import BackendError, DistributedError, DivergedError, LosskError, StoreError
+from lossk.from_store import open_kernel as open  # noqa: F401 - `lossk.open`, see below
 from lossk.gaussian import Gaussian
 from lossk.hmc import HMC
 from lossk.kernel import LossKernel
@@ -17,7 +18,6 @@ from lossk.passes import Passes
 from lossk.predicted import predicted_labels
 from lossk.probe_sets import ProbeSets
 from lossk.sgld import SGLD
-from lossk.store import open_kernel as open  # noqa: F401 - `lossk.open`, see below
 from lossk.trace_writer import TraceWriter
 from lossk.traces import LossTraces
 
