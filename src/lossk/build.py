@@ -198,14 +198,16 @@ def build_kernel(
                     read_back = layout.tiles in ("store", "factor")
                     columns = log_columns(len(run.probe), tile) if read_back else None
                     with run.timings.measure("store"):
-                        log = RunLog.create(path, request, {**record.chosen(run), "layout": layout.to_dict()}, columns)
+                        log = RunLog.create(
+                            path, request, {**run.choices.to_dict(), "layout": layout.to_dict()}, columns
+                        )
 
                 def attempt() -> LossKernel:
                     return _accumulate(run, request, log, layout, budget, bar)
 
                 def forget() -> None:
                     if log is not None:
-                        log.restart(request, {**record.chosen(run), "layout": layout.to_dict()})
+                        log.restart(request, {**run.choices.to_dict(), "layout": layout.to_dict()})
 
                 return until_it_lasts(run, bar, attempt, forget)
         finally:

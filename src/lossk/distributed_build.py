@@ -106,7 +106,7 @@ def build_on_ranks(
             def forget() -> None:
                 nonlocal log
                 if log is not None and path is not None:
-                    log = _restart(ranks, log, path, request, {**chosen, **record.chosen(run)})
+                    log = _restart(ranks, log, path, request, {**chosen, **run.choices.to_dict()})
 
             return until_it_lasts(run, bar, attempt, forget)
     finally:
