@@ -10,9 +10,8 @@ from lossk.available import gigabytes
 from lossk.centring import BLOCK
 from lossk.data import Samples
 from lossk.errors import StoreError
-from lossk.layout import BYTES, Layout, Size, log_columns, panel_bytes, weight_bytes
+from lossk.layout import BYTES, STRIPE, Layout, Size, log_columns, panel_bytes, weight_bytes
 from lossk.probe import Probe
-from lossk.running import STRIPE
 from lossk.timings import duration
 from lossk.trace_factor import making_bytes
 from lossk.watched import WATCHED, watched_bytes
