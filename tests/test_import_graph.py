@@ -113,3 +113,8 @@ def test_other_names_are_not() -> None:
 def test_all_is_what_can_be_imported() -> None:
     names = {name for names in lossk.MODULES.values() for name in names}
     assert names == {*lossk.__all__, "open_kernel"}
+
+
+def test_names_to_complete_are_the_public_ones() -> None:
+    """After a sampler and a store have been used, too: modules that these import are not offered."""
+    assert set(dir(lossk)) == {*lossk.__all__, *lossk.PACKAGES, "open", "__version__"}

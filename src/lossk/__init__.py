@@ -88,4 +88,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__, *PACKAGES, "open"})
+    return sorted({*__all__, *PACKAGES, "open", "__version__"})
