@@ -31,7 +31,7 @@ fuzz: $(READY)  ## bad values for every public argument, option and config key: 
 
 # compute-sanitizer sees every launch; Triton's cache is warm by then, so that it checks kernels and not compilers.
 test-gpu: $(READY)  ## the Triton kernels' tests on a GPU, then compute-sanitizer over the self-tests if it is installed
-	TRITON_INTERPRET=0 $(BIN)/python -m pytest tests/test_triton_*.py tests/test_device_tiles.py
+	TRITON_INTERPRET=0 $(BIN)/python -m pytest tests/test_triton_*.py tests/test_device_tiles.py tests/test_cuda.py
 	TRITON_INTERPRET=0 $(BIN)/lossk doctor
 	@if command -v compute-sanitizer >/dev/null; then \
 		for tool in memcheck racecheck initcheck; do \
