@@ -67,6 +67,9 @@ def compile_case(case: Case) -> Resources:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
+    from lossk.ops.triton_kernels import find_kernels
+
+    find_kernels()
     from lossk.kernels.launch import COMPILED_AS
 
     module, index, architecture = case
@@ -102,6 +105,9 @@ def cases() -> list[Case]:
     """Every configuration for every architecture."""
     import importlib
 
+    from lossk.ops.triton_kernels import find_kernels
+
+    find_kernels()
     counts = {module: len(importlib.import_module(f"lossk.kernels.{module}").configs()) for module in MODULES}
     return [(module, i, arch) for module, count in counts.items() for i in range(count) for arch in SHARED]
 

@@ -25,6 +25,7 @@ from lossk.kernel import LossKernel
 from lossk.layout import TILES_IN_MEMORY, Layout, log_columns
 from lossk.losses import LossFunction
 from lossk.memory import Budget
+from lossk.optional import check_run
 from lossk.panel import choose_panel
 from lossk.passes import Passes, check_passes
 from lossk.restart import begin_again
@@ -152,6 +153,7 @@ def build_kernel(
     precision, seed, path, resume = (plain[key] for key in ("precision", "seed", "out", "resume"))
     progress, distributed = plain["progress"], plain["distributed"]
     passes, sampler = check_passes(passes), check_sampler(sampler, num_draws)
+    check_run(stored=path is not None)
     budget = Budget.now(plain["memory"])
     if resume and out is None:
         raise ValueError("resume=True needs out=, the store to continue, got None")
