@@ -30,7 +30,7 @@ from lossk.disk import (
     write_file,
 )
 from lossk.errors import StoreError
-from lossk.optional import STORE, require
+from lossk.optional import require
 
 At = tuple[int, ...]
 Region = tuple[slice, ...]
@@ -49,7 +49,7 @@ CODECS = {"endian": "little"}
 
 def _blosc() -> Any:
     """The codec, whose library is a store's alone: not loaded when lossk is imported."""
-    return require("numcodecs.blosc", None, "a store", package=STORE["numcodecs"]).Blosc
+    return require("numcodecs.blosc", None, "a store").Blosc
 
 
 @dataclass(frozen=True)

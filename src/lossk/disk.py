@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from lossk.errors import StoreError
-from lossk.optional import STORE, require
+from lossk.optional import require
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
@@ -235,7 +235,7 @@ def read_buffer(path: Path, most: int) -> bytearray:
 
 def extend_crc(value: int, content: bytes | np.ndarray) -> int:
     """CRC-32C of what `value` is that of, and then `content`."""
-    module = require("google_crc32c", None, "a store", package=STORE["google_crc32c"])  # a store's alone: not at import
+    module = require("google_crc32c", None, "a store", package="google-crc32c")  # a store's alone: not at import
     return int(module.extend(value, content))
 
 

@@ -12,7 +12,6 @@ from typing import Any
 
 from lossk.errors import MissingPackageError
 
-ARVIZ, ARVIZ_PACKAGE = "arviz_stats", "arviz-stats"
 STORE = {"numcodecs": "numcodecs", "google_crc32c": "google-crc32c"}  # modules and their packages
 
 
@@ -44,7 +43,7 @@ def check_run(*, stored: bool) -> None:
     Raises:
         MissingPackageError: naming what is not installed.
     """
-    check_installed(ARVIZ, None, "the diagnosis of a run", package=ARVIZ_PACKAGE)
+    check_installed("arviz_stats", None, "the diagnosis of a run", package="arviz-stats")
     for module, package in STORE.items() if stored else ():
         check_installed(module, None, "a store", package=package)
 
