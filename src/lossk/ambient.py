@@ -1,4 +1,4 @@
-"""What the caller's surroundings may not change: numbers are the same within autocast and inference mode."""
+"""What the caller's surroundings may not change: numbers are the same within autocast, inference mode and TF32."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+
+from lossk.float32 import float32_products
 
 
 @contextmanager
@@ -24,6 +26,6 @@ def without_autocast() -> Iterator[None]:
 
 @contextmanager
 def usual_modes() -> Iterator[None]:
-    """No autocast, and gradients can be taken, within a caller's `no_grad` or `inference_mode` too."""
-    with without_autocast(), torch.inference_mode(False), torch.enable_grad():
+    """No autocast, no TF32, and gradients can be taken, within a caller's `no_grad` or `inference_mode` too."""
+    with without_autocast(), float32_products(), torch.inference_mode(False), torch.enable_grad():
         yield

@@ -107,7 +107,8 @@ def build_kernel(
         backend: of the ops: "torch", "cpp" (CPU), "triton" (CUDA), each explicit one or an error; "auto" takes what
             passes its self-test here: on a CUDA device the Triton kernels, on a CPU the C++ ones. `meta["ops"]` says.
         device: where to run; None is the model's own. The model is back on its own device afterwards.
-        precision: of the forward pass: None (float32), "bf16", "fp16" or (CUDA) "tf32". Weights stay float32.
+        precision: of the forward pass: None (float32, also where torch's flags, one by default, would have TF32), "bf16",
+            "fp16" or (CUDA) "tf32". Weights stay float32.
         passes: how forward and backward passes are run; None has a pilot choose (it is printed, and kept in `meta`), or
             in a run of some seconds takes `Passes()`.
         seed: of noise and minibatches, from 0 to 2^32 - 1. The same seed and passes give the same kernel bitwise.

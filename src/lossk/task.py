@@ -17,6 +17,7 @@ from lossk.ambient import usual_modes
 from lossk.checks import check_choice
 from lossk.data import Samples, map_tensors
 from lossk.device import pinned
+from lossk.float32 import float32_products
 from lossk.fold import fold_norms
 from lossk.head import FusedHead, heads_at_a_time
 from lossk.losses import Loss, Weights
@@ -258,12 +259,8 @@ class Task:
             with torch.autocast(self.device.type, dtype):
                 yield
         elif self.precision == "tf32":
-            before = torch.get_float32_matmul_precision()
-            torch.set_float32_matmul_precision("high")
-            try:
+            with float32_products(tf32=True):
                 yield
-            finally:
-                torch.set_float32_matmul_precision(before)
         else:
             yield
 
