@@ -103,15 +103,16 @@ def build_kernel(
             is what is free. The plan is printed before work starts. Tiles are held in memory if they fit; if not, and
             `out` is given, they are made in that store at the end, from the log of the draws, within rounding the same.
         out: path of a `.lossk` store to write; None keeps the kernel in memory only.
-        resume: continue an interrupted run in `out`, to the bitwise same result.
+        resume: continue an interrupted run in `out`, to the result of a run that was not (bitwise, or as `seed` says).
         backend: of the ops: "torch", "cpp" (CPU), "triton" (CUDA), each explicit one or an error; "auto" takes what
             passes its self-test here: on a CUDA device the Triton kernels, on a CPU the C++ ones. `meta["ops"]` says.
         device: where to run; None is the model's own. The model is back on its own device afterwards.
-        precision: of the forward pass: None (float32, also where torch's flags, one by default, would have TF32), "bf16",
-            "fp16" or (CUDA) "tf32". Weights stay float32.
+        precision: of the forward pass: None (float32, though torch's flags may allow TF32), "bf16", "fp16" or (CUDA)
+            "tf32". Weights stay float32.
         passes: how forward and backward passes are run; None has a pilot choose (it is printed, and kept in `meta`), or
             in a run of some seconds takes `Passes()`.
-        seed: of noise and minibatches, from 0 to 2^32 - 1. The same seed and passes give the same kernel bitwise.
+        seed: of noise and minibatches, from 0 to 2^32 - 1. The same seed and passes give the same kernel bitwise
+            (on a CUDA device within rounding, unless torch's deterministic algorithms are on; `meta["repeats"]` says).
         progress: print choices and cost, and show a progress bar, on stderr.
         distributed: None spreads the run over the processes of torchrun, or of a process group that is there: every one
             of them must then make this call, with the same arguments. False keeps to this process; True insists.

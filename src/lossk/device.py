@@ -27,6 +27,16 @@ def free_bytes(device: torch.device) -> int:
     return torch.cuda.mem_get_info(device)[0] + kept
 
 
+def repeats(device: torch.device) -> str:
+    """What a run repeats to with the same settings, machine and versions: "bitwise", or "within rounding".
+
+    On a CUDA device torch's own passes add up some gradients (of convolutions, embeddings, scatters) in any order,
+    unless `torch.use_deterministic_algorithms(True)` is set, which has them raise where there is no other way.
+    """
+    strict = torch.are_deterministic_algorithms_enabled() and not torch.is_deterministic_algorithms_warn_only_enabled()
+    return "bitwise" if device.type == "cpu" or strict else "within rounding"
+
+
 def settle(device: torch.device) -> None:
     """Wait until all work on `device` is done, so that a clock can be read."""
     if device.type == "cuda":

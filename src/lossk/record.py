@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from lossk import provenance
+from lossk.device import repeats
 from lossk.samplers import kind_of
 from lossk.traces import LossTraces
 from lossk.witness import WITNESS
@@ -63,6 +64,7 @@ def meta(run: Run, request: dict[str, Any]) -> dict[str, Any]:
         "pilot": None if pilot is None else pilot.to_dict(),
         "backend": run.backend,
         "ops": run.ops,
+        "repeats": repeats(run.task.device),
         "anchor_loss": float(run.anchor_losses.mean()),
         "timings": {**seconds, "total": round(time.perf_counter() - run.started, 4)},
         "peak_rss_bytes": provenance.peak_rss_bytes(),
