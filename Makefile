@@ -8,7 +8,7 @@ OUT ?= out
 READY := $(VENV)/.ready
 SOURCES := pyproject.toml CMakeLists.txt constraints.txt $(wildcard csrc/*)
 
-.PHONY: demo fashion test test-slow test-gpu aot aot-with lint bench docs test-kills fuzz test-peers test-network doctor clean
+.PHONY: demo fashion test test-slow test-gpu first-gpu aot aot-with lint bench docs test-kills fuzz test-peers test-network doctor clean
 
 demo: $(READY)  ## the loss kernel of a network trained on real digits
 	$(BIN)/lossk demo --out $(OUT) --overwrite
@@ -39,6 +39,9 @@ test-gpu: $(READY)  ## the Triton kernels' tests on a GPU, then compute-sanitize
 				$(BIN)/lossk doctor || exit 9; \
 		done; \
 	else echo "compute-sanitizer is not installed: not run"; fi
+
+first-gpu:  ## the first minutes on a GPU, from a source folder where nothing was built: everything into OUT=
+	python3 -m bench.first_gpu --out $(OUT)
 
 # Each peer has an environment of its own, with its own versions of what it shares with lossk.
 PEERS := devinterp1 devinterp2 others

@@ -4,10 +4,10 @@
 
 The limits are measured, not read from a data sheet: bandwidth by copying 1 GiB, FLOP rate by torch.mm of 8192 x 8192 in
 the case's precision. A case's limit is its bytes at the copy rate or its flops at its precision's rate, whichever takes
-longer, so a rank-k update of few rows is held to the memory it moves. Times are medians with 20/80 percentiles, after warm-up, of
-calls that are repeated until launching them is a small part. A contender that fails is recorded with its error, ours
-too, and the record is written after every case. Then a kernel of 50,000 synthetic images
-under a network of GoogLeNet's size, split into forward, gradient, step and update, with what 1,000 draws would take.
+longer, so a rank-k update of few rows is held to the memory it moves. Times are medians with 20/80 percentiles, after
+warm-up, of calls that are repeated until launching them is a small part. A contender that fails is recorded with its
+error, ours too, and the record is written after every case. Then a kernel of 50,000 synthetic images under a network of
+GoogLeNet's size, split into forward, gradient, step and update, with what 1,000 draws would take.
 Peers (quack-kernels, liger-kernel, cut-cross-entropy) take part where they are installed. Targets are printed as met or
 missed. Where there is no GPU it refuses; `--tiny` runs everything in Triton's interpreter at sizes that say nothing of
 speed, so that this file cannot rot.

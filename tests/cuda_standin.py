@@ -65,7 +65,7 @@ class Event:
     def synchronize(self) -> None: ...
 
     def elapsed_time(self, end: Event) -> float:
-        return 1.0  # ms
+        return 1e3  # ms: long enough that nothing is repeated to be timed
 
 
 class Autocast(torch.autocast):
@@ -219,7 +219,7 @@ class StandIn(TorchFunctionMode):
                 device, each = (CUDA if self.on(each) else CPU), each.dtype
             if isinstance(each, str | torch.device | int) and not isinstance(each, bool):
                 device = each
-            elif each is not None:
+            elif not isinstance(each, bool | None):  # of `to(device, dtype, non_blocking)`
                 rest.append(each)
         out = tensor
         if rest or any(value is not None for value in options.values()):
