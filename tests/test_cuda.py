@@ -149,6 +149,17 @@ def test_little_memory(problem: Problem, free: int) -> None:
         assert found.meta["memory"]["tiles"] == "memory"
 
 
+def test_streamed_data_are_copied_on_one_stream() -> None:
+    made = []
+    for draws in (2, 6):
+        model, data, own = classification()
+        with StandIn(600):
+            kernel = lossk.build_kernel(model, data, device="cuda", **settings_of(own | {"num_draws": draws}))
+            made.append(Stream.made)
+        assert any("streamed" in line for line in kernel.meta["passes_reasons"])
+    assert made[0] == made[1] <= 6  # of copies one; of each chain's probe; of the tiles; the current one
+
+
 @pytest.mark.parametrize(
     "sampler", [lossk.SGLD(), lossk.BAOAB(), lossk.Laplace(), lossk.SGLD(localization="fisher")], ids=repr
 )

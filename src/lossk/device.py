@@ -91,9 +91,14 @@ def ahead(
     move: Callable[[Item], Moved],
     tensors: Callable[[Moved], Iterable[Tensor]],
     device: torch.device,
+    side: SideStream | None = None,
 ) -> Iterator[Moved]:
-    """`move` of each item in order, the next one on its way to `device` while the caller computes on this one."""
-    side = SideStream(device)
+    """`move` of each item in order, the next one on its way to `device` while the caller computes on this one.
+
+    Args:
+        side: the stream of the moves; None is one of its own, which costs a pool of memory of its own too.
+    """
+    side = side or SideStream(device)
     waiting: list[Moved] = []
     for item in items:
         with side.after():
