@@ -37,6 +37,21 @@ def repeats(device: torch.device) -> str:
     return "bitwise" if device.type == "cpu" or strict else "within rounding"
 
 
+def make_current(device: torch.device, before: int | None = None) -> int | None:
+    """Have pinning, streams and NCCL of this process use its own CUDA device, not the first one of the machine.
+
+    Returns:
+        The device that was current, to be made current again: `before` if given; None where CUDA was not in use yet,
+        for going back would take memory on a device that this process never used.
+    """
+    if device.type != "cuda" or device.index is None:
+        return before
+    if before is None and torch.cuda.is_initialized():
+        before = torch.cuda.current_device()
+    torch.cuda.set_device(device)
+    return before
+
+
 def settle(device: torch.device) -> None:
     """Wait until all work on `device` is done, so that a clock can be read."""
     if device.type == "cuda":
