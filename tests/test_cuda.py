@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 import lossk
 from lossk.analysis import baselines
-from lossk.analysis.influence_functions import damped_influence, projected_influence
+from lossk.analysis.influence_functions import damped_influence
 from lossk.ops.triton_kernels import OPS
 
 REAL = os.environ["TRITON_INTERPRET"] == "0"
@@ -198,7 +198,6 @@ def test_traces_rectangles_sets_and_baselines() -> None:
         together = lossk.build_kernel(model, sets, train=data, device="cuda", **settings_of({})).to_numpy()
         model.cuda()
         similar = baselines.gradient_cosine(model, data).features
-        projected_influence(model, data, train=data, dimensions=8)
         baselines.penultimate_features(model, data)
         baselines.gradient_norms(model, data)
         baselines.confusion(model, data)
