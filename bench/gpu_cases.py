@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from lossk.float32 import float32_products
 from lossk.ops.head_loss import head_loss
 from lossk.ops.rank_update import rank_update_triangle
 from lossk.ops.sample_loss import sample_loss
@@ -48,7 +49,7 @@ class Case:
     run: Callable[[], object]
     bytes: float = 0.0
     flops: float = 0.0
-    precision: str = "bf16"  # of the products, so of the GEMM whose rate is the limit
+    precision: str = "bf16"  # of the products, so of the GEMM whose rate is one limit; the copy rate is the other
 
 
 def installed(peer: str) -> bool:
@@ -119,21 +120,37 @@ def panel_cases(sizes: Sizes, device: torch.device) -> Iterator[Case]:
 
 
 def update_cases(sizes: Sizes, device: torch.device) -> Iterator[Case]:
-    """The rank-k update of a whole triangle; torch.mm in the same precision writes the whole square."""
-    matrix = torch.zeros(sizes.samples, sizes.samples, device=device)
+    """The rank-k update of a whole triangle of float32; torch's peer adds to the whole square, as an update must."""
+    matrix = torch.rand(sizes.samples, sizes.samples, device=device)
     for precision in sizes.precisions:
         for k in sizes.ranks:
             dtype = HALF if precision == "bf16" else torch.float32
             panel = torch.randn(k, sizes.samples, device=device, dtype=dtype)
-            op, flops = f"rank_update, {precision}, k = {k:,}", float(sizes.samples) ** 2 * k
-            yield Case(op, "lossk", _update(matrix, panel, precision), flops=flops, precision=precision)
-            yield Case(op, "torch.mm", _bound(lambda x: torch.mm(x.T, x), panel), flops=2 * flops, precision=precision)
+            op, square = f"rank_update, {precision}, k = {k:,}", float(sizes.samples) ** 2
+            rows = float(panel.numel() * panel.element_size())
+            # Half of the square is read and written, 4 bytes an entry each; k rows are read once at least.
+            half: dict[str, Any] = {"bytes": 4 * square + rows, "flops": square * k, "precision": precision}
+            whole: dict[str, Any] = {"bytes": 8 * square + rows, "flops": 2 * square * k, "precision": precision}
+            yield Case(op, "lossk", _update(matrix, panel, precision), **half)
+            yield Case(op, "torch.addmm_", _add(matrix, panel, precision), **whole)
             if precision == "bf16" and installed("quack"):
-                yield Case(op, "quack-kernels", _quack(panel), flops=flops)
+                yield Case(op, "quack-kernels", _quack(panel), **half)
 
 
 def _update(matrix: Tensor, panel: Tensor, precision: str) -> Callable[[], object]:
     return lambda: rank_update_triangle(matrix, panel, backend="triton", precision=precision)
+
+
+def _add(matrix: Tensor, panel: Tensor, precision: str) -> Callable[[], object]:
+    """matrix += panel' panel by torch: float32 in one call, halves as their product and a sum in float32."""
+    if precision == "bf16":
+        return lambda: matrix.add_(panel.T @ panel)
+
+    def add() -> None:
+        with float32_products(tf32=precision == "tf32"):
+            matrix.addmm_(panel.T, panel)
+
+    return add
 
 
 def _quack(panel: Tensor) -> Callable[[], object]:
@@ -157,7 +174,7 @@ def neighbour_cases(sizes: Sizes, device: torch.device) -> Iterator[Case]:
 def step_cases(sizes: Sizes, device: torch.device) -> Iterator[Case]:
     """The SGLD step, and the same memory traffic without the noise."""
     for count in sizes.parameters:
-        w, grad, anchor = (torch.zeros(count, device=device) for _ in range(3))
+        w, grad, anchor = (torch.randn(count, device=device) for _ in range(3))
 
         def step(w: Tensor = w, grad: Tensor = grad, anchor: Tensor = anchor) -> None:
             physics = {"lr": 1e-6, "n_beta": 100.0, "localization": 10.0}

@@ -28,7 +28,7 @@ def corner(t):
 @triton.jit
 def triangle_block(t, blocks, GROUP: tl.constexpr):
     """(row, column), row <= column, of block t < blocks (blocks + 1) / 2; int32, so fewer than 2^28 blocks."""
-    t = tl.to_tensor(t)  # a loop's counter is a plain int in the interpreter
+    t = tl.full([], 0, tl.int32) + t  # a loop's counter is a plain int in the interpreter
     _, column = corner(t)
     first = column // GROUP * GROUP
     width = tl.minimum(GROUP, blocks - first)
@@ -41,7 +41,7 @@ def triangle_block(t, blocks, GROUP: tl.constexpr):
 @triton.jit
 def rectangle_block(t, rows, columns, GROUP: tl.constexpr):
     """(row, column) of block t < rows columns, GROUP columns at a time."""
-    t = tl.to_tensor(t)
+    t = tl.full([], 0, tl.int32) + t
     first = t // (rows * GROUP) * GROUP
     width = tl.minimum(GROUP, columns - first)
     inside = t - first * rows

@@ -83,6 +83,7 @@ def describe_process() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "deterministic": torch.are_deterministic_algorithms_enabled(),
         "matmul": torch.get_float32_matmul_precision(),
+        "tf32 of convolutions": torch.backends.cudnn.allow_tf32,
     }
 
 

@@ -1,4 +1,4 @@
-"""What the caller's surroundings may not change: numbers are the same within autocast and inference mode."""
+"""What the caller's surroundings may not change: numbers are the same in autocast, inference mode and TF32."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+
+from lossk.float32 import float32_products
 
 
 @contextmanager
@@ -23,7 +25,21 @@ def without_autocast() -> Iterator[None]:
 
 
 @contextmanager
+def without_trials() -> Iterator[None]:
+    """Where the caller has asked torch for deterministic algorithms, cuDNN does not choose among them by the clock."""
+    before = torch.backends.cudnn.benchmark
+    if not torch.are_deterministic_algorithms_enabled():
+        yield
+        return
+    torch.backends.cudnn.benchmark = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before
+
+
+@contextmanager
 def usual_modes() -> Iterator[None]:
-    """No autocast, and gradients can be taken, within a caller's `no_grad` or `inference_mode` too."""
-    with without_autocast(), torch.inference_mode(False), torch.enable_grad():
+    """No autocast, no TF32, and gradients can be taken, within a caller's `no_grad` or `inference_mode` too."""
+    with without_autocast(), float32_products(), without_trials(), torch.inference_mode(False), torch.enable_grad():
         yield

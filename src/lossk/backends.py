@@ -37,7 +37,16 @@ def choose_ops(backend: str, device: torch.device) -> Chosen:
         return _by_self_test(device)
     if chosen == "cpp":
         return Chosen(chosen, {op: "cpp" if op in COMPILED else "torch" for op in OPS})
-    return Chosen(chosen, dict.fromkeys(OPS, chosen))
+    return Chosen(
+        chosen, dict.fromkeys(OPS, chosen), _not_compiled() if backend == "auto" and device.type == "cpu" else ()
+    )
+
+
+def _not_compiled() -> tuple[str, ...]:
+    """Why "auto" is the reference on a CPU: it can be many times slower, so it is said."""
+    from lossk.ops.extension import status
+
+    return (f"ops = torch: {status().reason}",)
 
 
 def _by_self_test(device: torch.device) -> Chosen:

@@ -26,6 +26,7 @@ from lossk.kernel import LossKernel
 from lossk.layout import TILES_IN_MEMORY, Layout, log_columns
 from lossk.losses import LossFunction
 from lossk.memory import Budget
+from lossk.optional import check_run
 from lossk.panel import choose_panel
 from lossk.passes import Passes, check_passes
 from lossk.restart import until_it_lasts
@@ -106,14 +107,16 @@ def build_kernel(
             is what is free. The plan is printed before work starts. Tiles are held in memory if they fit; if not, and
             `out` is given, they are made in that store at the end, from the log of the draws, within rounding the same.
         out: path of a `.lossk` store to write; None keeps the kernel in memory only.
-        resume: continue an interrupted run in `out`, to the bitwise same result.
+        resume: continue an interrupted run in `out`, to the result of a run that was not (bitwise, or as `seed` says).
         backend: of the ops: "torch", "cpp" (CPU), "triton" (CUDA), each explicit one or an error; "auto" takes what
             passes its self-test here: on a CUDA device the Triton kernels, on a CPU the C++ ones. `meta["ops"]` says.
         device: where to run; None is the model's own. The model is back on its own device afterwards.
-        precision: of the forward pass: None (float32), "bf16", "fp16" or (CUDA) "tf32". Weights stay float32.
+        precision: of the forward pass: None (float32, though torch's flags may allow TF32), "bf16", "fp16" or (CUDA)
+            "tf32". Weights stay float32.
         passes: how forward and backward passes are run; None has a pilot choose (it is printed, and kept in `meta`), or
             in a run of some seconds takes `Passes()`.
-        seed: of noise and minibatches, from 0 to 2^32 - 1. The same seed and passes give the same kernel bitwise.
+        seed: of noise and minibatches, from 0 to 2^32 - 1. The same seed and passes give the same kernel bitwise
+            (on a CUDA device within rounding, unless torch's deterministic algorithms are on; `meta["repeats"]` says).
         progress: print choices and cost, and show a progress bar, on stderr.
         distributed: None spreads the run over the processes of torchrun, or of a process group that is there: every one
             of them must then make this call, with the same arguments. False keeps to this process; True insists.
@@ -156,6 +159,7 @@ def build_kernel(
     precision, seed, path, resume = (plain[key] for key in ("precision", "seed", "out", "resume"))
     progress, distributed = plain["progress"], plain["distributed"]
     passes, sampler = check_passes(passes), check_sampler(sampler, num_draws, params)
+    check_run(stored=path is not None)
     budget = Budget.now(plain["memory"])
     if resume and out is None:
         raise ValueError("resume=True needs out=, the store to continue, got None")

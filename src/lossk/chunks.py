@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 import psutil
-from numcodecs.blosc import Blosc
 
 from lossk.disk import (
     Bytes,
@@ -31,6 +30,7 @@ from lossk.disk import (
     write_file,
 )
 from lossk.errors import StoreError
+from lossk.optional import require
 
 At = tuple[int, ...]
 Region = tuple[slice, ...]
@@ -45,6 +45,11 @@ HEADER_BYTES = 16  # of a Blosc buffer, which says what it holds
 BLOSC_BYTES = 2**31 - 1  # the most that one holds
 SPEC_BYTES = 2**16  # the largest description of an array
 CODECS = {"endian": "little"}
+
+
+def _blosc() -> Any:
+    """The codec, whose library is a store's alone: not loaded when lossk is imported."""
+    return require("numcodecs.blosc", None, "a store").Blosc
 
 
 @dataclass(frozen=True)
@@ -231,7 +236,7 @@ class Chunks:
         values = np.ascontiguousarray(values, dtype=np.dtype(spec.dtype).newbyteorder("<"))
         content: Bytes = values.data.cast("B")
         if spec.compressed:
-            content = Blosc(cname=CNAME, clevel=CLEVEL, shuffle=Blosc.BITSHUFFLE).encode(values)
+            content = _blosc()(cname=CNAME, clevel=CLEVEL, shuffle=_blosc().BITSHUFFLE).encode(values)
         return content, digest(content)[1].to_bytes(CRC_BYTES, "little")
 
     def digest(self, values: np.ndarray) -> Digest:
@@ -276,7 +281,7 @@ class Chunks:
             raise ChunkError(file, f"it holds {held} bytes of numbers, the array's chunks have {size}")
         _require_memory(file, size)
         try:
-            return Blosc().decode(content, np.empty(size, dtype=np.uint8))
+            return _blosc()().decode(content, np.empty(size, dtype=np.uint8))
         except (RuntimeError, ValueError) as error:
             raise ChunkError(file, str(error)) from error
 

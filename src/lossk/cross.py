@@ -19,6 +19,7 @@ from lossk.diagnostics import Diagnostics
 from lossk.indexing import resolve, rows_and_columns
 from lossk.kernel import LossKernel
 from lossk.losses import LossFunction
+from lossk.optional import check_run
 from lossk.passes import Passes
 from lossk.probe_sets import ProbeSets
 from lossk.reading import check_source, read_samples
@@ -76,6 +77,7 @@ def cross_kernel(
         BackendError: an explicit backend cannot run here.
     """
     centering = check_choice("centering", centering, CENTERINGS)
+    check_run(stored=False)
     for name, data in (("train", train), ("query", query)):
         if data is None or isinstance(data, ProbeSets):
             kind = type(data).__name__

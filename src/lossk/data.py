@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lossk.device import ahead
+from lossk.device import SideStream, ahead
 
 FEW = 8  # samples that a check looks at
 HALVES = (torch.float16, torch.bfloat16)
@@ -36,6 +36,7 @@ class Samples:
     num_samples: int
     transform: Transform | None = None
     device: torch.device | None = None  # where batches are wanted, if the data are not held there
+    side: SideStream | None = field(default=None, repr=False, compare=False)  # on which they are copied there
     copied: bool = True  # a batch is a copy, never a view: what it is given to may write into it
     _views: dict[int, list[tuple[int, Any]]] = field(default_factory=dict, init=False, repr=False, compare=False)
 
@@ -60,7 +61,9 @@ class Samples:
         """
         starts = range(0, len(self), size)
         if self.device is not None:
-            yield from ahead(starts, lambda start: (start, self[start : start + size]), _tensors_of, self.device)
+            yield from ahead(
+                starts, lambda start: (start, self[start : start + size]), _tensors_of, self.device, self.side
+            )
             return
         if self.copied or self.transform is not None or any(t.dtype in HALVES for t in leaves(self.tree)):
             yield from ((start, self[start : start + size]) for start in starts)

@@ -27,6 +27,31 @@ def free_bytes(device: torch.device) -> int:
     return torch.cuda.mem_get_info(device)[0] + kept
 
 
+def repeats(device: torch.device) -> str:
+    """What a run repeats to with the same settings, machine and versions: "bitwise", or "within rounding".
+
+    On a CUDA device torch's own passes add up some gradients (of convolutions, embeddings, scatters) in any order,
+    unless `torch.use_deterministic_algorithms(True)` is set, which has them raise where there is no other way.
+    """
+    strict = torch.are_deterministic_algorithms_enabled() and not torch.is_deterministic_algorithms_warn_only_enabled()
+    return "bitwise" if device.type == "cpu" or strict else "within rounding"
+
+
+def make_current(device: torch.device, before: int | None = None) -> int | None:
+    """Have pinning, streams and NCCL of this process use its own CUDA device, not the first one of the machine.
+
+    Returns:
+        The device that was current, to be made current again: `before` if given; None where CUDA was not in use yet,
+        for going back would take memory on a device that this process never used.
+    """
+    if device.type != "cuda" or device.index is None:
+        return before
+    if before is None and torch.cuda.is_initialized():
+        before = torch.cuda.current_device()
+    torch.cuda.set_device(device)
+    return before
+
+
 def settle(device: torch.device) -> None:
     """Wait until all work on `device` is done, so that a clock can be read."""
     if device.type == "cuda":
@@ -81,9 +106,14 @@ def ahead(
     move: Callable[[Item], Moved],
     tensors: Callable[[Moved], Iterable[Tensor]],
     device: torch.device,
+    side: SideStream | None = None,
 ) -> Iterator[Moved]:
-    """`move` of each item in order, the next one on its way to `device` while the caller computes on this one."""
-    side = SideStream(device)
+    """`move` of each item in order, the next one on its way to `device` while the caller computes on this one.
+
+    Args:
+        side: the stream of the moves; None is one of its own, which costs a pool of memory of its own too.
+    """
+    side = side or SideStream(device)
     waiting: list[Moved] = []
     for item in items:
         with side.after():

@@ -8,7 +8,7 @@ import torch
 
 from lossk.available import gigabytes
 from lossk.data import Samples
-from lossk.device import free_bytes, peak_bytes
+from lossk.device import free_bytes, peak_bytes, repeats
 from lossk.device_plan import Room, data_fits
 from lossk.task import Task
 
@@ -20,7 +20,9 @@ def place_data(task: Task, every: Sequence[Samples]) -> list[str]:
     size = sum(samples.nbytes for samples in {id(each): each for each in every}.values())
     task.streams = not data_fits(free_bytes(task.device), size, task.num_weights)
     where = "in pinned host memory, streamed" if task.streams else "resident on the device"
-    return [f"data = {where}: {gigabytes(size)} in their own dtypes"]
+    how = repeats(task.device)
+    why = "as torch.use_deterministic_algorithms has it" if how == "bitwise" else "gradients add up in any order here"
+    return [f"data = {where}: {gigabytes(size)} in their own dtypes", f"repeats = {how}: {why}"]
 
 
 def measure_room(task: Task, probe: Samples, train: Samples) -> Room:

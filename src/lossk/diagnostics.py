@@ -15,6 +15,7 @@ from torch import Tensor
 from lossk.centring import never_varies, row_means
 from lossk.checks import check_choice
 from lossk.information import Criteria, Estimate, mean_over_draws
+from lossk.optional import require
 from lossk.reliability import mean_error, reliability, size_error
 from lossk.verdict import below_minimum, judge
 from lossk.watched import watched_samples
@@ -263,7 +264,7 @@ def diagnose(
 def _rhat_ess(traces: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """R-hat and bulk ESS of each of the last axis of [C, T, w], by ArviZ; traces that are constant or not finite, or
     too short for either, are left out."""
-    from arviz_stats.base import array_stats  # slow to import
+    array_stats = require("arviz_stats.base", None, "a diagnosis", package="arviz-stats").array_stats  # slow to import
 
     if traces.shape[1] < 4:
         return np.empty(0), np.empty(0)

@@ -16,10 +16,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import google_crc32c
 import numpy as np
 
 from lossk.errors import StoreError
+from lossk.optional import require
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
@@ -233,12 +233,18 @@ def read_buffer(path: Path, most: int) -> bytearray:
         raise StoreError(f"{str(path)!r} cannot be read: {error.strerror or error}") from error
 
 
+def extend_crc(value: int, content: bytes | np.ndarray) -> int:
+    """CRC-32C of what `value` is that of, and then `content`."""
+    module = require("google_crc32c", None, "a store", package="google-crc32c")  # a store's alone: not at import
+    return int(module.extend(value, content))
+
+
 def digest(*content: Bytes) -> Digest:
     """Of what a file holds."""
     value = 0
     for part in content:
         if len(part):  # what is read-only and has no bytes of its own, the function takes as an array only
-            value = google_crc32c.extend(value, np.frombuffer(part, dtype=np.uint8))
+            value = extend_crc(value, np.frombuffer(part, dtype=np.uint8))
     return sum(len(part) for part in content), value
 
 

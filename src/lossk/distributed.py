@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lossk.device import make_current
 from lossk.errors import DistributedError
 from lossk.roll_call import Wait, describe_gone, meet, roll_call, telling
 from lossk.timings import Timings
@@ -45,6 +46,7 @@ class Ranks:
         self.peers: list[dict[str, Any]] = [{}] * self.size
         self.timings = Timings()  # of the run, once there is one
         self.panel_group, self.device = group, torch.device("cpu")  # of panels
+        self._current: int | None = None  # the CUDA device that was current before
         me = {"host": socket.gethostname(), "pid": os.getpid()}
         self.peers = self.gather_json(me)
         here = [rank for rank, peer in enumerate(self.peers) if peer["host"] == me["host"]]
@@ -58,11 +60,20 @@ class Ranks:
 
     def own_device(self, device: str | torch.device | None) -> str | torch.device | None:
         """A rank's own GPU where "cuda" was asked for without an index; whatever else was asked for, as it is."""
-        return torch.device("cuda", self.local_rank) if str(device) == "cuda" else device
+        own = torch.device("cuda", self.local_rank) if str(device) == "cuda" else device
+        if own is not None:
+            self._current = make_current(torch.device(own), self._current)
+        return own
+
+    def leave_device(self) -> None:
+        """Give the caller's current CUDA device back."""
+        if self._current is not None:
+            torch.cuda.set_device(self._current)
 
     def use_device(self, device: torch.device) -> None:
         """Have panels travel between CUDA devices by NCCL, where the chains run on one. Called by every rank."""
         if device.type == "cuda":
+            self._current = make_current(device, self._current)
             self.device = device
             self.panel_group = dist.new_group(backend="nccl", timeout=TIMEOUT)
 
@@ -219,7 +230,11 @@ def joined(distributed: bool | None) -> Iterator[Ranks | None]:
     own, called = not dist.is_initialized(), time.perf_counter()
     group = _form_group(own)
     try:
-        yield Ranks(group, called)
+        ranks = Ranks(group, called)
+        try:
+            yield ranks
+        finally:
+            ranks.leave_device()
     finally:
         dist.destroy_process_group(None if own else group)  # a rank that leaves early is seen by the others at once
 

@@ -19,8 +19,9 @@ UPDATE_PRECISIONS = ("fp32", "tf32x3", "tf32", "fp16", "bf16")
 class Passes:
     """Settings of the passes; what a pilot chooses where none are given (`build_kernel(passes=None)`).
 
-    Runs of one seed with the same settings, machine and backend repeat bitwise. `memory_format` also decides which
-    weight receives which random number: two formats are two realisations of the same chain.
+    Runs of one seed with the same settings, machine and backend repeat bitwise; on a CUDA device within rounding, and
+    bitwise under `torch.use_deterministic_algorithms(True)` (`kernel.meta["repeats"]`). `memory_format` also decides
+    which weight receives which random number: two formats are two realisations of the same chain.
 
     Args:
         probe_batch: samples per forward pass of the probe.
@@ -37,7 +38,7 @@ class Passes:
             without logits; if nothing but that layer is sampled, those of several draws at once. "auto" does so with
             backend "triton"; True also with the others, in chunks. `kernel.meta["passes"]` says what was done.
         overlap: evaluate the probe at a copy of the weights while the chain's next steps go on, on a CUDA stream of its
-            own; the same numbers to the bit. "auto" does so on a CUDA device that has the memory for it. Not with
+            own; the same numbers. "auto" does so on a CUDA device that has the memory for it. Not with
             "graphs", which replay in memory of their own.
         update_precision: of the products in the rank-k update with backend "triton"; sums are float32. It puts an entry
             of K off by at most 2^-20 of sqrt(K_ii K_jj) with "tf32x3" (2^-23 with "fp32"), 2^-10 with "tf32" or "fp16",

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lossk import provenance
+from lossk.device import repeats
 from lossk.samplers import kind_of
 from lossk.traces import LossTraces
 from lossk.witness import WITNESS
@@ -56,6 +57,7 @@ def meta(run: Run, request: dict[str, Any]) -> dict[str, Any]:
         "pilot": choices["pilot"],
         "backend": run.backend,
         "ops": run.ops,
+        "repeats": repeats(run.task.device),
         "anchor_loss": choices["anchor_loss"],
         "timings": {**seconds, "total": round(time.perf_counter() - run.started, 4)},
         "peak_rss_bytes": provenance.peak_rss_bytes(),

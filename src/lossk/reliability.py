@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lossk.optional import require
+
 SPLITS = 10  # of the chains into halves, at most
 
 
@@ -65,7 +67,7 @@ def size_error(losses: Tensor) -> float | None:
 
 def mean_error(traces: np.ndarray) -> float:
     """The Monte Carlo standard error of the mean of [C, T], by ArviZ; NaN where it is too short, or never varies."""
-    from arviz_stats.base import array_stats  # slow to import
+    array_stats = require("arviz_stats.base", None, "a diagnosis", package="arviz-stats").array_stats  # slow to import
 
     if traces.shape[1] < 4 or not np.isfinite(traces).all() or np.ptp(traces) == 0:
         return math.nan

@@ -12,9 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import google_crc32c
-
-from lossk.disk import JSON_BYTES, append_file, digest, parse_json, read_file, replace_file, to_json
+from lossk.disk import JSON_BYTES, append_file, digest, extend_crc, parse_json, read_file, replace_file, to_json
 from lossk.errors import StoreError
 
 LINE = re.compile(rb', "crc32c": "([0-9a-f]{8})"\}\Z')
@@ -90,7 +88,7 @@ class LineLog:
         text = b""
         for line in lines:
             body = json.dumps(line).encode().removesuffix(b"}")
-            self._last = google_crc32c.extend(self._last, body)
+            self._last = extend_crc(self._last, body)
             text += body + b', "crc32c": "%08x"}\n' % self._last
         return text
 
@@ -119,7 +117,7 @@ def read_log(path: Path, *, sealed: bool) -> tuple[list[dict[str, Any]], str | N
             body = line if end is None else line[: end.start()]
             if sealed and end is None:
                 raise StoreError(f"{what} is damaged: its checksum is missing")
-            if end is not None and google_crc32c.extend(last, body) != int(end[1], 16):
+            if end is not None and extend_crc(last, body) != int(end[1], 16):
                 raise StoreError(f"{what} is damaged, or not the one that was written there")
             plain = parse_json(line, what)
         except StoreError as error:

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from lossk.ambient import usual_modes
 from lossk.checks import check_choice
 from lossk.data import Samples, map_tensors
-from lossk.device import pinned
+from lossk.device import SideStream, pinned
+from lossk.float32 import float32_products
 from lossk.fold import fold_norms
 from lossk.head import FusedHead, heads_at_a_time
 from lossk.losses import Loss, Weights
@@ -85,6 +86,7 @@ class Task:
         self.precision = precision
         self.passes = Passes()
         self.suffix: nn.Module | None = None  # what the passes run in the model's place, on activations at a cut
+        self._copies: SideStream | None = None  # of all streamed data
         self.streams = False  # data stay in pinned host memory, and batches come to the device one by one
         self.head: FusedHead | None = None  # what forms the losses of the probe without logits, if anything
         self._has_convolutions = any(isinstance(module, nn.Conv2d) for module in model.modules())
@@ -225,7 +227,9 @@ class Task:
             return self.lay_out(tensor.to(self.device, dtype))
 
         device = self.device if self.streams else None
-        return dataclasses.replace(samples, tree=map_tensors(placed, samples.tree), device=device)
+        if self.streams and self._copies is None:
+            self._copies = SideStream(self.device)
+        return dataclasses.replace(samples, tree=map_tensors(placed, samples.tree), device=device, side=self._copies)
 
     def lay_out(self, tensor: Tensor) -> Tensor:
         """A tensor in the memory format the passes run fastest in; values and shape stay."""
@@ -258,12 +262,8 @@ class Task:
             with torch.autocast(self.device.type, dtype):
                 yield
         elif self.precision == "tf32":
-            before = torch.get_float32_matmul_precision()
-            torch.set_float32_matmul_precision("high")
-            try:
+            with float32_products(tf32=True):
                 yield
-            finally:
-                torch.set_float32_matmul_precision(before)
         else:
             yield
 

@@ -27,6 +27,7 @@ from lossk.contents import Contents
 from lossk.diagnostics import Diagnostics, diagnose
 from lossk.disk import Digest, sync_tree
 from lossk.neighbors import median_noise_floor
+from lossk.optional import check_run
 from lossk.settings import check_n_beta, check_settings
 from lossk.store import write_contents
 from lossk.stored_factor import StoredFactor
@@ -84,6 +85,7 @@ class TraceWriter:
         meta: dict[str, Any] | None = None,
     ) -> None:
         where = check_path("path", path)
+        check_run(stored=True)
         plain = check_settings(num_chains=num_chains, num_draws=num_draws, centering=centering)
         num_chains, num_draws, centering = plain["num_chains"], plain["num_draws"], plain["centering"]
         num_samples = check_integer("num_samples", num_samples, 1)

@@ -151,7 +151,7 @@ def run_trial(
             so_far = shown(recent, whole=False, cut=True)
             if not of_use(so_far):
                 return so_far
-    traces = torch.stack(rows)
+    traces = torch.stack(rows).cpu()  # [T, w] float64, read by NumPy below
     if not torch.isfinite(traces).all():
         raise chain.diverged("a training sample has a loss that is not finite")
     drift, drifting = _drift(traces)

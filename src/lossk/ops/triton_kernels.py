@@ -9,7 +9,11 @@ from __future__ import annotations
 
 import functools
 import importlib
+import importlib.util
+import re
+import sys
 from dataclasses import dataclass
+from pathlib import Path
 from types import ModuleType
 
 import torch
@@ -20,6 +24,7 @@ from lossk.operands import check_word
 from lossk.records import check_record
 
 OPS = ("head_loss", "rank_update", "sample_loss", "sgld_step", "top_correlations")
+OLDEST, NEWEST = (3, 4), (3, 9)  # versions of Triton: every kernel compiles under both, and was tried under no others
 
 
 @dataclass(frozen=True)
@@ -32,6 +37,21 @@ class KernelStatus:
 
     def __post_init__(self) -> None:
         check_record(self)
+
+
+def find_kernels() -> None:
+    """Have `lossk.kernels` import from a source folder that was never built, where it lies beside `src/`."""
+    if importlib.util.find_spec("lossk.kernels") is not None:
+        return
+    folder = Path(__file__).resolve().parents[3] / "kernels"
+    spec = importlib.util.spec_from_file_location(
+        "lossk.kernels", folder / "__init__.py", submodule_search_locations=[str(folder)]
+    )
+    if spec is None or spec.loader is None or not folder.is_dir():
+        raise ImportError(f"lossk.kernels is neither installed nor at {str(folder)!r}")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["lossk.kernels"] = module
+    spec.loader.exec_module(module)
 
 
 def status(op: str, device: torch.device) -> KernelStatus:
@@ -63,6 +83,20 @@ def refusal(device: torch.device) -> str:
     return ""
 
 
+def outside(version: str) -> str:
+    """What a version of Triton is that lies outside `OLDEST` to `NEWEST`, in words; "" for one within."""
+    found = tuple(int(part) for part in re.findall(r"\d+", version)[:2])
+    if found < OLDEST:
+        return f"Triton {version} is older than {_dotted(OLDEST)}, the oldest that the kernels compile under"
+    if found > NEWEST:
+        return f"Triton {version} is newer than {_dotted(NEWEST)}, the newest that the kernels were tried under"
+    return ""
+
+
+def _dotted(version: tuple[int, int]) -> str:
+    return f"{version[0]}.{version[1]}"
+
+
 def _check_call(op: str, device: torch.device) -> None:
     check_word("op", op, OPS)
     check_instance("device", device, torch.device)
@@ -70,6 +104,9 @@ def _check_call(op: str, device: torch.device) -> None:
 
 def _load(op: str, device: torch.device) -> tuple[KernelStatus, ModuleType | None]:
     try:
+        version = importlib.import_module("triton").__version__
+        if outside(version).startswith(f"Triton {version} is older"):
+            return KernelStatus(False, f'{outside(version)}: pip install "lossk[triton]"', False), None
         from triton import knobs
     except ImportError as error:
         return KernelStatus(False, f"triton does not import ({error})", False), None
@@ -86,10 +123,12 @@ def _load(op: str, device: torch.device) -> tuple[KernelStatus, ModuleType | Non
 @functools.cache
 def _tested(op: str, device: torch.device, interpreted: bool) -> tuple[KernelStatus, ModuleType | None]:
     try:
+        find_kernels()
         module = importlib.import_module(f"lossk.kernels.{op}")
         problem = importlib.import_module(f"lossk.ops.{op}").self_test(module, device)
     except Exception as error:  # whatever a compiler or a driver does, the reference still runs
         problem = f"{type(error).__name__}: {error}"
     if problem:
+        problem = "; ".join(filter(None, (problem, outside(importlib.import_module("triton").__version__))))
         return KernelStatus(False, f"the {op} kernel fails its self-test ({problem})", interpreted), None
     return KernelStatus(True, "", interpreted), module
