@@ -132,7 +132,7 @@ def update_cases(sizes: Sizes, device: torch.device) -> Iterator[Case]:
             half: dict[str, Any] = {"bytes": 4 * square + rows, "flops": square * k, "precision": precision}
             whole: dict[str, Any] = {"bytes": 8 * square + rows, "flops": 2 * square * k, "precision": precision}
             yield Case(op, "lossk", _update(matrix, panel, precision), **half)
-            yield Case(op, "torch.addmm_", _add(matrix, panel, precision), **whole)
+            yield Case(op, PRODUCT if precision == "bf16" else ADDMM, _add(matrix, panel, precision), **whole)
             if precision == "bf16" and installed("quack"):
                 yield Case(op, "quack-kernels", _quack(panel), **half)
 
