@@ -78,8 +78,8 @@ def section(record: Row) -> str:
             "true trace K, ratio"]  # fmt: skip
     return (
         "## The law over seeds\n\n`localization='auto'` over seeds, and with batches of 4, 32 and 256 samples at "
-        "seed 0. The last column: the true trace K at the least localization over that at the largest, which no error bar of "
-        "one run tells.\n\n" + table(head, lines)
+        "seed 0. The last column: the true trace K at the least localization over that at the largest, which no error "
+        "bar of one run tells.\n\n" + table(head, lines)
     )
 
 

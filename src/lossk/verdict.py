@@ -132,8 +132,8 @@ RULES = (
     Rule(
         "not determined",
         lambda n: n.unevenness > UNEVEN and n.size_error > UNEVEN_LIMIT,
-        "the losses' total variance is known to {n.size_error:.1%} (limit {UNEVEN_LIMIT:.0%} where rare draws carry it: the "
-        "steepest of a thousand has {n.unevenness:.1f} times the mean curvature); draw {n.more_for_size} as many",
+        "the losses' total variance is known to {n.size_error:.1%} (limit {UNEVEN_LIMIT:.0%} if rare draws carry it: "
+        "the steepest of a thousand has {n.unevenness:.1f} times the mean curvature); draw {n.more_for_size} as many",
     ),
     Rule(
         "not determined",
