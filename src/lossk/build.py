@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,7 @@ def build_kernel(
     loss: str | LossFunction = "cross_entropy",
     transform: Transform | None = None,
     sampler: Sampler | None = None,
+    params: Sequence[str] | None = None,
     num_chains: int = 4,
     num_draws: int = 200,
     tile: int = 4096,
@@ -88,6 +90,8 @@ def build_kernel(
             by sample. Half-precision inputs are kept as they are too, and widened to float32 batch by batch.
         sampler: SGLD settings; None is `SGLD()`, which chooses everything by a pilot and says why. Or, as a control,
             `Gaussian(sigma=)`: independent draws without gradients.
+        params: name patterns of the weights that are sampled, `["layer4.*", "fc.*"]`; None is the sampler's own, or
+            all. Short for the sampler's `params=`.
         num_chains: independent chains from the trained weights.
         num_draws: draws per chain, at least 2.
         tile: side of a kernel tile in samples, a multiple of 16.
@@ -150,7 +154,7 @@ def build_kernel(
     dtype, centering, form, backend = (plain[key] for key in ("dtype", "centering", "form", "backend"))
     precision, seed, path, resume = (plain[key] for key in ("precision", "seed", "out", "resume"))
     progress, distributed = plain["progress"], plain["distributed"]
-    passes, sampler = check_passes(passes), check_sampler(sampler, num_draws)
+    passes, sampler = check_passes(passes), check_sampler(sampler, num_draws, params)
     budget = Budget.now(plain["memory"])
     if resume and out is None:
         raise ValueError("resume=True needs out=, the store to continue, got None")
@@ -221,6 +225,7 @@ def sample_losses(
     loss: str | LossFunction = "cross_entropy",
     transform: Transform | None = None,
     sampler: Sampler | None = None,
+    params: Sequence[str] | None = None,
     num_chains: int = 4,
     num_draws: int = 200,
     backend: str = "auto",
@@ -249,7 +254,7 @@ def sample_losses(
     num_chains, num_draws, backend = (plain[key] for key in ("num_chains", "num_draws", "backend"))
     precision, seed, progress = (plain[key] for key in ("precision", "seed", "progress"))
     distributed = plain["distributed"]
-    passes, sampler = check_passes(passes), check_sampler(sampler, num_draws)
+    passes, sampler = check_passes(passes), check_sampler(sampler, num_draws, params)
     budget = Budget.now(None)
     with (
         joined(distributed) as ranks,

@@ -227,6 +227,7 @@ def _diagnostics(d: Diagnostics | None) -> dict[str, Any] | None:
         _llc_row(d),
         ("acceptance", number(d.acceptance), "of a Metropolis test, mean over draws"),
         ("distance |w − w*|", number(d.distance), "mean over draws"),
+        ("effective dimension", number(d.effective_dimension), "directions at w* in which the data beat the pull"),
         (
             "gradient noise ratio",
             number(d.gradient_noise_ratio),
