@@ -73,11 +73,11 @@ def measure(case: str, chains: int, draws: int, seed: int) -> dict[str, Array]:
     """By way: unrelated ones above the floor and below each level, over the promised; the related ones' share found."""
     losses, related = losses_of(case, np.random.default_rng([seed, chains, draws]), chains, draws)
     kernel = lossk.LossKernel.from_traces(lossk.LossTraces(torch.from_numpy(losses)))
-    moments, rows = kernel._moments, torch.arange(N)
+    moments, rows = kernel.contents.moments, torch.arange(N)
     r = torch.from_numpy(kernel.to_numpy(correlation=True)).clamp(max=1 - 1e-7)
     laws: dict[str, RowLaws | LagLaws] = {
         "formula": LagLaws(moments, rows, moments.variance > 0, N),
-        "rows": Chance(kernel._blocks, moments, kernel._watched).of(rows),
+        "rows": Chance(kernel.contents.blocks, moments, kernel._watched).of(rows),
         "watched": Chance(None, moments, kernel._watched).of(rows),
     }
     real, promised = related & ~np.eye(N, dtype=bool), (~related).sum() / (N - 1)

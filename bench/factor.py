@@ -74,7 +74,7 @@ def measure(size: Size, folder: Path) -> Found:
     some, others = (np.sort(rng.choice(size.num_samples, min(size.side, size.num_samples), False)) for _ in range(2))
     near = slice(0, min(size.side, size.num_samples))
     rows = rng.choice(size.num_samples, min(size.num_rows, size.num_samples), False)
-    timed("read", lambda: [None for _ in kernel._blocks.stripes()])  # type: ignore[attr-defined]
+    timed("read", lambda: [None for _ in kernel.contents.blocks.stripes()])  # type: ignore[attr-defined]
     timed("near block", lambda: kernel[near, near])
     timed("far block", lambda: kernel.correlation(some, others))
     timed("matvec", lambda: kernel.matvec(np.ones(size.num_samples)))

@@ -47,7 +47,13 @@ class Case:
 
 def everything(kernel: lossk.LossKernel) -> list[np.ndarray]:
     """All that can be read of it."""
-    moments = [kernel.variance, kernel.mean_loss, kernel.lag1, kernel._moments.scale, kernel._moments.chain_mean]
+    moments = [
+        kernel.variance,
+        kernel.mean_loss,
+        kernel.lag1,
+        kernel.contents.moments.scale,
+        kernel.contents.moments.chain_mean,
+    ]
     tokens = [] if kernel.tokens is None else [kernel.tokens]
     kept = kernel._watched()
     watched = [] if kept is None else [kept.index, kept.losses]

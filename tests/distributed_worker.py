@@ -207,7 +207,7 @@ def run(scenario: str, folder: Path, rank: int) -> Any:
         return numbers(build(network(), data(), out=path, form="factor", **settings(**changes)))
     if scenario == "heldfactor":  # on every rank
         kernel = build(network(), data(), form="factor", **settings())
-        torch.save(kernel._blocks.factor, folder / f"heldfactor-{rank}.pt")
+        torch.save(kernel.contents.blocks.factor, folder / f"heldfactor-{rank}.pt")
         return numbers(kernel)
     if scenario == "traces":
         asked = {key: value for key, value in settings().items() if key not in ("tile", "panel")}

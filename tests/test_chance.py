@@ -26,9 +26,9 @@ def kernel_of(losses: np.ndarray) -> lossk.LossKernel:
 
 
 def as_tiles(kernel: lossk.LossKernel, *, watched: bool = True) -> lossk.LossKernel:
-    whole = {(0, 0): kernel._blocks.gather(torch.arange(len(kernel)), torch.arange(len(kernel)))}
+    whole = {(0, 0): kernel.contents.blocks.gather(torch.arange(len(kernel)), torch.arange(len(kernel)))}
     beside = kernel._watched() if watched else None
-    return lossk.LossKernel(TileBlocks(len(kernel), len(kernel), whole), kernel._moments, watched=beside)
+    return lossk.LossKernel(TileBlocks(len(kernel), len(kernel), whole), kernel.contents.moments, watched=beside)
 
 
 @pytest.mark.parametrize(
@@ -109,7 +109,7 @@ def test_too_few_draws_or_samples_keep_the_formula() -> None:
         kernel = kernel_of(rng.standard_normal(shape))
         assert kernel._chance.method == "lag1"
         assert kernel.neighbors(1).noise_floor.isfinite().all()
-    assert Chance(None, kernel._moments, lambda: None).method == "lag1"
+    assert Chance(None, kernel.contents.moments, lambda: None).method == "lag1"
 
 
 def test_diagnostics_state_the_calibrated_floor() -> None:

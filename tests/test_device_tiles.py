@@ -90,7 +90,7 @@ def test_tiles_in_host_memory_by_the_kernel(triton_device: torch.device) -> None
     options = settings("pooled", backend="triton", precision="bf16", device=triton_device)
     kernel = fill(HostTiles(N, 16, waiting=6, **options), traces)
     assert_near(kernel, traces, "pooled", UNIT["bf16"])
-    assert kernel._blocks.device.type == "cpu"
+    assert kernel.contents.blocks.device.type == "cpu"
 
 
 def test_with_all_rows_waiting_tiles_make_one_journey(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -95,7 +95,7 @@ def close(a: lossk.LossKernel, b: lossk.LossKernel) -> None:
     sd = b.variance.sqrt().numpy()
     bound = 2 * (b.num_chains * b.num_draws + 12) * oracles.UNIT32 * np.outer(sd, sd)
     if b.dtype == "float16":
-        scale = b._moments.scale.numpy()
+        scale = b.contents.moments.scale.numpy()
         bound = bound + 2.0**-10 * np.abs(b.to_numpy()) + 2.0**-24 * np.outer(scale, scale)
     assert a.dtype == b.dtype
     assert np.all(np.abs(a.to_numpy().astype(np.float64) - b.to_numpy()) <= bound)
@@ -163,7 +163,9 @@ def test_a_factor_in_memory_is_on_every_rank(two: Path) -> None:
     assert first == second
     assert first["variance"] == expected.variance.tolist()
     for rank in (0, 1):
-        assert torch.equal(torch.load(two / f"heldfactor-{rank}.pt", weights_only=True), expected._blocks.factor)
+        assert torch.equal(
+            torch.load(two / f"heldfactor-{rank}.pt", weights_only=True), expected.contents.blocks.factor
+        )
 
 
 def test_traces_are_on_every_rank(two: Path) -> None:

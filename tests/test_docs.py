@@ -17,6 +17,10 @@ DOCS = Path(__file__).parent.parent / "docs"
 FENCE = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 PAGES = (
     "index.md",
+    "start.md",
+    "settings.md",
+    "large.md",
+    "language.md",
     "data.md",
     "probe.md",
     "localization.md",
@@ -30,8 +34,9 @@ PAGES = (
     "factor.md",
 )
 ELSEWHERE = {
-    "gpu.md": ('device="cuda"', 'device="cpu"')
-}  # what these pages say of a machine that tests cannot count on
+    "gpu.md": ('device="cuda"', 'device="cpu"'),  # tests cannot count on a GPU
+    "start.md": ("(model, loader)", "(model, loader, num_draws=20)"),  # the page's own run takes 14 s
+}
 CLASSES = ("Bag", "Shirt", "Sneaker")
 
 

@@ -149,7 +149,7 @@ def test_tiles_of_few_draws_give_finite_errors(watched: int) -> None:
 
     losses = traces(2, 20, (0.0,), lambda z: z, 2, 3)
     losses[:, :, 0] = 0.5
-    moments = tiles_of(losses)._moments
+    moments = tiles_of(losses).contents.moments
     fitted = watched_errors(Watched(torch.arange(watched), losses[:, :, :watched]), moments)
     i = torch.arange(20)
     for error in (fitted.covariance_error, fitted.correlation_error):

@@ -51,7 +51,7 @@ def test_equals_the_losses_covariance(
         found = verify_store(out)
         assert found.problems == []
         np.testing.assert_array_equal(lossk.open(out).to_numpy(), kernel.to_numpy())
-        assert lossk.open(out)._blocks.tile == 16
+        assert lossk.open(out).contents.blocks.tile == 16
 
 
 def test_memory_and_store_hold_the_same_bits(build: Build, problem: Any, tmp_path: Path) -> None:
@@ -60,10 +60,12 @@ def test_memory_and_store_hold_the_same_bits(build: Build, problem: Any, tmp_pat
     build(problem.model(), problem.data, form="factor", out=tmp_path / "k.lossk", panel=2)
     stored = zarr.open_array(str(tmp_path / "k.lossk" / "factor"), mode="r")[...]
     again = build(problem.model(), problem.data, form="factor", panel=2)
-    np.testing.assert_array_equal(stored, again._blocks.factor.numpy())
+    np.testing.assert_array_equal(stored, again.contents.blocks.factor.numpy())
     tiles = build(problem.model(), problem.data)
     for name in ("mean", "variance", "scale", "chain_mean", "lag1"):
-        np.testing.assert_array_equal(getattr(held._moments, name), getattr(tiles._moments, name), err_msg=name)
+        np.testing.assert_array_equal(
+            getattr(held.contents.moments, name), getattr(tiles.contents.moments, name), err_msg=name
+        )
     assert str(held.diagnostics) == str(tiles.diagnostics)
 
 

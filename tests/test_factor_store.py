@@ -158,7 +158,7 @@ def test_in_memory_and_on_disk_agree(tmp_path: Path) -> None:
     traces = lossk.LossTraces(losses, tokens=tokens, sets=sets, excess=excess, n_beta=3.0, meta={"made": "here"})
     traces.save(tmp_path / "t.lossk", dtype="float32")
     mine, theirs = lossk.open(tmp_path / "t.lossk"), lossk.LossKernel.from_traces(traces)
-    assert isinstance(mine._blocks, StoredFactor)
+    assert isinstance(mine.contents.blocks, StoredFactor)
     np.testing.assert_array_equal(mine[:], theirs[:])
     np.testing.assert_array_equal(mine.tokens, tokens)
     np.testing.assert_array_equal(mine.standard_error(method="chains"), theirs.standard_error(method="chains"))

@@ -47,7 +47,7 @@ def test_regression_has_its_closed_form() -> None:
     assert np.abs(upper_z(truth)).max() < 4.5
     assert 0.5 < np.sqrt((upper_z(truth) ** 2).mean()) < 1.7
     assert np.abs(upper_z(1.21 * truth)).max() > 4.5
-    assert abs(float(kernel._moments.lag1.mean())) < 0.05, "draws must be independent"
+    assert abs(float(kernel.contents.moments.lag1.mean())) < 0.05, "draws must be independent"
     assert kernel.diagnostics.llc is None
 
 

@@ -82,10 +82,12 @@ def in_memory(
 def assert_close(out: LossKernel, held: LossKernel) -> None:
     """The bound above; symmetric; the same moments to the bit."""
     for name in ("mean", "variance", "scale", "chain_mean", "lag1"):
-        np.testing.assert_array_equal(getattr(out._moments, name), getattr(held._moments, name), err_msg=name)
-    a, b = (k._blocks.gather(*[torch.arange(k.num_samples)] * 2).double().numpy() for k in (out, held))
+        np.testing.assert_array_equal(
+            getattr(out.contents.moments, name), getattr(held.contents.moments, name), err_msg=name
+        )
+    a, b = (k.contents.blocks.gather(*[torch.arange(k.num_samples)] * 2).double().numpy() for k in (out, held))
     np.testing.assert_array_equal(a, a.T)
-    sd = (held.variance.sqrt() / held._moments.scale).numpy()
+    sd = (held.variance.sqrt() / held.contents.moments.scale).numpy()
     draws = held.num_chains * held.num_draws
     bound = 2 * (draws + 12) * oracles.UNIT32 * np.outer(sd, sd)
     if held.dtype == "float16":
@@ -136,7 +138,10 @@ def test_super_panels_and_stripes(centering: str, tmp_path: Path) -> None:
     one = make(losses, tmp_path / "1", 16, centering=centering)[0]
     for stripes in (2, 3, 4):
         other = make(losses, tmp_path / f"s{stripes}", 16, centering=centering, stripes=stripes)[0]
-        assert all(torch.equal(one._blocks.tiles[key], other._blocks.tiles[key]) for key in one._blocks.tiles)
+        assert all(
+            torch.equal(one.contents.blocks.tiles[key], other.contents.blocks.tiles[key])
+            for key in one.contents.blocks.tiles
+        )
     for super_panel in (4, 9, 45):
         assert_close(
             make(losses, tmp_path / f"d{super_panel}", 16, centering=centering, super_panel=super_panel)[0], held
@@ -284,7 +289,7 @@ def test_chunks_are_compressed_checked_and_only_upper(
 def test_the_cache_of_read_tiles_is_bounded(tmp_path: Path) -> None:
     """Room for two of six tiles: the one used least lately goes; at least one is kept whatever the bound."""
     losses = near_two(np.random.default_rng(1), (2, 5, 48)).astype(np.float32)
-    expected = dict(make(losses, tmp_path / "k", 16)[0]._blocks.tiles.items())
+    expected = dict(make(losses, tmp_path / "k", 16)[0].contents.blocks.tiles.items())
     tiles = StoredTiles(tmp_path / "k", 16, cache_bytes=2 * 16 * 16 * 4)
     for key in [(0, 0), (0, 1), (0, 0), (2, 2)]:
         assert torch.equal(tiles[key], expected[key])

@@ -42,10 +42,10 @@ def kernels() -> dict[str, LossKernel]:
     generator = torch.Generator(device="cpu").manual_seed(5)
     traces = lossk.LossTraces(torch.rand(2, 30, N, generator=generator, dtype=torch.float32, device="cpu"))
     factor = LossKernel.from_traces(traces)
-    spans, blocks = tile_spans(N, TILE), factor._blocks
+    spans, blocks = tile_spans(N, TILE), factor.contents.blocks
     index = [torch.arange(span.start, span.stop, device="cpu") for span in spans]
     tiles = {(i, j): blocks.gather(index[i], index[j]) for i in range(len(spans)) for j in range(i, len(spans))}
-    return {"factor": factor, "tiles": LossKernel(TileBlocks(N, TILE, tiles), factor._moments)}
+    return {"factor": factor, "tiles": LossKernel(TileBlocks(N, TILE, tiles), factor.contents.moments)}
 
 
 @pytest.mark.parametrize("form", ["factor", "tiles"])

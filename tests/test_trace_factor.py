@@ -24,8 +24,8 @@ def test_the_same_factor_where_it_takes_the_place_of_the_traces(samples: int, ce
     beside, taken = traces(3, 8, samples), traces(3, 8, samples)
     apart = LossKernel.from_traces(beside, centering=centering)
     inside = LossKernel._of_traces(taken, centering, overwrite=True)
-    assert torch.equal(inside._blocks.factor, apart._blocks.factor)  # type: ignore[attr-defined]
-    assert inside._blocks.factor.data_ptr() == taken.losses.data_ptr()  # type: ignore[attr-defined]
+    assert torch.equal(inside.contents.blocks.factor, apart.contents.blocks.factor)  # type: ignore[attr-defined]
+    assert inside.contents.blocks.factor.data_ptr() == taken.losses.data_ptr()  # type: ignore[attr-defined]
     assert torch.equal(inside.variance, apart.variance)
     assert str(inside.diagnostics) == str(apart.diagnostics)
     assert torch.equal(beside.losses, traces(3, 8, samples).losses)

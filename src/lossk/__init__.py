@@ -4,22 +4,28 @@ kernel = lossk.build_kernel(model, loader)
 index, correlation, noise_floor = kernel.neighbors(k=10)
 """
 
-from lossk.baoab import BAOAB
-from lossk.build import build_kernel, sample_losses
-from lossk.cross import CrossKernel, cross_kernel
-from lossk.errors import BackendError, DistributedError, DivergedError, LosskError, StoreError
-from lossk.gaussian import Gaussian
-from lossk.hmc import HMC
-from lossk.kernel import LossKernel
-from lossk.laplace import Laplace
-from lossk.neighbors import Neighbors
-from lossk.passes import Passes
-from lossk.predicted import predicted_labels
-from lossk.probe_sets import ProbeSets
-from lossk.sgld import SGLD
-from lossk.store import open_kernel as open  # noqa: F401 - `lossk.open`, see below
-from lossk.trace_writer import TraceWriter
-from lossk.traces import LossTraces
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lossk.baoab import BAOAB
+    from lossk.build import build_kernel, sample_losses
+    from lossk.cross import CrossKernel, cross_kernel
+    from lossk.errors import BackendError, DistributedError, DivergedError, LosskError, StoreError
+    from lossk.from_store import open_kernel as open  # noqa: F401 - `lossk.open`, see below
+    from lossk.gaussian import Gaussian
+    from lossk.hmc import HMC
+    from lossk.kernel import LossKernel
+    from lossk.laplace import Laplace
+    from lossk.neighbors import Neighbors
+    from lossk.passes import Passes
+    from lossk.predicted import predicted_labels
+    from lossk.probe_sets import ProbeSets
+    from lossk.sgld import SGLD
+    from lossk.trace_writer import TraceWriter
+    from lossk.traces import LossTraces
 
 __version__ = "0.1.0"
 
@@ -47,3 +53,39 @@ __all__ = [
     "predicted_labels",
     "sample_losses",
 ]
+
+# Names are imported when they are asked for: who reads a kernel needs no sampler.
+MODULES = {
+    "lossk.baoab": ("BAOAB",),
+    "lossk.build": ("build_kernel", "sample_losses"),
+    "lossk.cross": ("CrossKernel", "cross_kernel"),
+    "lossk.errors": ("BackendError", "DistributedError", "DivergedError", "LosskError", "StoreError"),
+    "lossk.from_store": ("open_kernel",),
+    "lossk.gaussian": ("Gaussian",),
+    "lossk.hmc": ("HMC",),
+    "lossk.kernel": ("LossKernel",),
+    "lossk.laplace": ("Laplace",),
+    "lossk.neighbors": ("Neighbors",),
+    "lossk.passes": ("Passes",),
+    "lossk.predicted": ("predicted_labels",),
+    "lossk.probe_sets": ("ProbeSets",),
+    "lossk.sgld": ("SGLD",),
+    "lossk.trace_writer": ("TraceWriter",),
+    "lossk.traces": ("LossTraces",),
+}
+WHERE = {name: module for module, names in MODULES.items() for name in names}
+PACKAGES = ("analysis", "interop", "kernels", "ops", "recipes", "report")
+
+
+def __getattr__(name: str) -> Any:
+    if name in PACKAGES:
+        return importlib.import_module(f"lossk.{name}")
+    inside = "open_kernel" if name == "open" else name
+    if inside not in WHERE or name == "open_kernel":
+        raise AttributeError(f"module 'lossk' has no attribute {name!r}")
+    found = globals()[name] = getattr(importlib.import_module(WHERE[inside]), inside)
+    return found
+
+
+def __dir__() -> list[str]:
+    return sorted({*__all__, *PACKAGES, "open", "__version__"})

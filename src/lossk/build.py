@@ -20,6 +20,7 @@ from lossk.distributed import joined
 from lossk.distributed_build import build_on_ranks
 from lossk.distributed_traces import sample_on_ranks
 from lossk.factor_pass import HeldFactor, LoggedFactor
+from lossk.from_store import kernel_of
 from lossk.host_tiles import HostTiles
 from lossk.kernel import LossKernel
 from lossk.layout import TILES_IN_MEMORY, Layout, log_columns
@@ -183,7 +184,7 @@ def build_kernel(
             finished = open_finished(path, request)
             if finished is not None:
                 bar.say(f"{path} is already complete")
-                return finished
+                return kernel_of(finished)
         # A new store is made only once the pilot and the memory plan have passed: a refused run leaves nothing behind.
         log = RunLog.open(path, request) if path is not None and path.exists() else None
         try:
@@ -201,14 +202,16 @@ def build_kernel(
                     read_back = layout.tiles in ("store", "factor")
                     columns = log_columns(len(run.probe), tile) if read_back else None
                     with run.timings.measure("store"):
-                        log = RunLog.create(path, request, {**record.chosen(run), "layout": layout.to_dict()}, columns)
+                        log = RunLog.create(
+                            path, request, {**run.choices.to_dict(), "layout": layout.to_dict()}, columns
+                        )
 
                 def attempt() -> LossKernel:
                     return _accumulate(run, request, log, layout, budget, bar)
 
                 def forget() -> None:
                     if log is not None:
-                        log.restart(request, {**record.chosen(run), "layout": layout.to_dict()})
+                        log.restart(request, {**run.choices.to_dict(), "layout": layout.to_dict()})
 
                 return until_it_lasts(run, bar, attempt, forget)
         finally:
@@ -320,7 +323,7 @@ def _accumulate(
     )  # fmt: skip
     kernel.meta = {**record.meta(run, request), "memory": {**layout.to_dict(), "planned_peak_bytes": layout.peak_bytes}}
     if log is not None:
-        log.finish(kernel, with_tiles=layout.tiles not in ("store", "factor"))
+        log.finish(kernel.contents, with_tiles=layout.tiles not in ("store", "factor"))
     return kernel
 
 

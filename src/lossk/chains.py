@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from lossk.blocks import FactorBlocks
-
-if TYPE_CHECKING:
-    from lossk.kernel import LossKernel
+from lossk.kernel import LossKernel
 
 
 class SomeDraws(FactorBlocks):
@@ -56,9 +53,7 @@ def leave_one_chain_out(kernel: LossKernel) -> Iterator[LossKernel]:
 
 
 def _without(kernel: LossKernel, chain: int) -> LossKernel:
-    from lossk.kernel import LossKernel
-
-    whole, moments = kernel._blocks, kernel._moments
+    whole, moments = kernel.contents.blocks, kernel.contents.moments
     assert isinstance(whole, FactorBlocks)
     others = [c for c in range(kernel.num_chains) if c != chain]
     rows = torch.arange(whole.num_rows, device="cpu").reshape(kernel.num_chains, -1)[others].reshape(-1)

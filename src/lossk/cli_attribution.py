@@ -14,8 +14,8 @@ from lossk.checks import shown
 from lossk.cli_options import file_path, folder, whole
 from lossk.cross import CrossKernel
 from lossk.errors import LosskError
+from lossk.from_store import open_kernel
 from lossk.kernel import LossKernel
-from lossk.store import open_kernel
 
 SUFFIXES = (".csv", ".parquet")
 SHOWN = 5  # queries that are printed

@@ -14,8 +14,8 @@ from lossk.analysis.tables import PICTURES, TABLES, check_outputs, write_table
 from lossk.checks import check_integer
 from lossk.class_labels import read_labels, read_taxonomy
 from lossk.cli_options import file_path, folder, named, real, whole
+from lossk.from_store import open_kernel
 from lossk.indexing import resolve
-from lossk.store import open_kernel
 
 LABELS = "one class per line, number or name (a .npy file of numbers too), or 'config': of the store's own config"
 TRUST = "with --labels config: let the YAML beside the store name code other than the packaged recipes, and run it"

@@ -13,8 +13,8 @@ from lossk.checks import check_path
 from lossk.cli_options import file_path, folder, named
 from lossk.commits import progress_of
 from lossk.errors import StoreError
+from lossk.from_store import open_kernel
 from lossk.manifest import is_complete
-from lossk.store import open_kernel
 
 
 def add_commands(commands: Any) -> None:

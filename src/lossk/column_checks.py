@@ -2,24 +2,18 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lossk.checks import check_instance, check_mapping, check_tensor, plain_scalar, shown
-
-if TYPE_CHECKING:
-    from lossk.diagnostics import Diagnostics
+from lossk.diagnostics import Diagnostics
 
 
 def check_diagnostics(diagnostics: Any) -> Diagnostics | None:
     """Those of a run, or None."""
-    if diagnostics is not None:
-        from lossk.diagnostics import Diagnostics  # which samplers are behind: none is needed to read a kernel
-
-        check_instance("diagnostics", diagnostics, Diagnostics)
-    return diagnostics
+    return None if diagnostics is None else check_instance("diagnostics", diagnostics, Diagnostics)
 
 
 def check_excess(excess: Any, num_chains: int, num_draws: int) -> Tensor | None:

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NoReturn
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NoReturn
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from lossk.available import available_bytes
 from lossk.blocks import tile_spans
-from lossk.read_memory import check_dense
 
-if TYPE_CHECKING:
-    from lossk.kernel import LossKernel
-
+ROWS_AT_A_TIME = 1024  # of a tile, in float64 products
+Tiles = Iterator[tuple[int, int, Tensor]]  # (i, j, [a, b] float32) of the upper triangle, i <= j
 Put = Callable[[slice, slice, np.ndarray], None]  # rows, columns, [a, b] float32
 FREE_SHARE = 0.9  # of the free memory, that a whole matrix may take
 
@@ -66,28 +67,51 @@ def refuse_too_large(rows: int, columns: int, instead: str) -> None:
         )
 
 
-def write_dense(kernel: LossKernel, put: Put, *, correlation: bool) -> None:
+@dataclass(frozen=True)
+class Whole:
+    """A symmetric matrix [N, N] as it is made, a tile of its upper triangle at a time."""
+
+    tiles: Tiles
+    diagonal: Tensor  # [N] float32, which takes the place of the tiles' own
+    tile: int  # side
+
+    def __len__(self) -> int:
+        return len(self.diagonal)
+
+
+def write_dense(whole: Whole, put: Put) -> None:
     """Put every tile of the upper triangle in its place, and transposed in the other."""
-    spans = tile_spans(kernel.num_samples, kernel.tile)
-    tiles = kernel.correlation_tiles() if correlation else kernel.tiles()
-    for i, j, tile in tiles:
+    spans = tile_spans(len(whole), whole.tile)
+    for i, j, tile in whole.tiles:
         values = tile.numpy()
         if i == j:
-            np.fill_diagonal(values, 1.0 if correlation else kernel.variance[spans[i]].float().numpy())
+            np.fill_diagonal(values, whole.diagonal[spans[i]].numpy())
         put(spans[i], spans[j], values)
         if i != j:
             put(spans[j], spans[i], values.T)
 
 
-def dense(kernel: LossKernel, *, correlation: bool) -> np.ndarray:
+def dense(whole: Whole) -> np.ndarray:
     """The whole matrix in memory: [N, N] float32."""
-    n = kernel.num_samples
-    refuse_too_large(n, n, "read blocks (kernel[rows, columns]) or iterate kernel.tiles()")
-    check_dense(kernel._blocks)
+    n = len(whole)
     out = np.empty((n, n), dtype=np.float32)
 
     def put(rows: slice, columns: slice, tile: np.ndarray) -> None:
         out[rows, columns] = tile
 
-    write_dense(kernel, put, correlation=correlation)
+    write_dense(whole, put)
+    return out
+
+
+def times(tiles: Tiles, spans: Sequence[slice], v: Tensor) -> Tensor:
+    """The matrix times v [N, m] float64, a tile at a time."""
+    out = torch.zeros_like(v)
+    for i, j, tile in tiles:
+        rows, columns = spans[i], spans[j]
+        for start in range(0, len(tile), ROWS_AT_A_TIME):
+            part = tile[start : start + ROWS_AT_A_TIME].double()
+            here = slice(rows.start + start, rows.start + start + len(part))
+            out[here] += part @ v[columns]
+            if i != j:
+                out[columns] += part.T @ v[here]
     return out

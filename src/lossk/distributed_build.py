@@ -21,6 +21,7 @@ from lossk.distributed_run import Work, chosen_by_first, meta, rounds, start_clo
 from lossk.errors import DistributedError
 from lossk.exchange import Received
 from lossk.factor_pass import HeldFactor, LoggedFactor, create_factor
+from lossk.from_store import open_kernel
 from lossk.kernel import LossKernel
 from lossk.layout import log_columns
 from lossk.memory import Budget
@@ -31,7 +32,7 @@ from lossk.restart import until_it_lasts
 from lossk.run import Run
 from lossk.run_diagnostics import diagnose_run
 from lossk.runlog import RunLog, commit_of
-from lossk.store import open_finished, open_kernel, saved_panel
+from lossk.store import open_finished, saved_panel
 from lossk.stored_tiles import CACHE_BYTES, StoredTiles, create_tiles
 from lossk.tile_pass import OutOfCore, Share, prepare_tiles
 from lossk.tiles import DTYPES, TileAccumulator
@@ -105,7 +106,7 @@ def build_on_ranks(
             def forget() -> None:
                 nonlocal log
                 if log is not None and path is not None:
-                    log = _restart(ranks, log, path, request, {**chosen, **record.chosen(run)})
+                    log = _restart(ranks, log, path, request, {**chosen, **run.choices.to_dict()})
 
             return until_it_lasts(run, bar, attempt, forget)
     finally:
@@ -226,7 +227,7 @@ def _finish(work: Work, sums: Sums) -> LossKernel:
     else:
         ranks.barrier()
     if ranks.first:
-        log.finish(_kernel(work, blocks, moments, sums), with_tiles=False)
+        log.finish(_kernel(work, blocks, moments, sums).contents, with_tiles=False)
     ranks.barrier()
     return open_kernel(log.path)
 

@@ -105,7 +105,7 @@ def chosen_by_first(
         layout = Layout(**planned["layout"])
         budget.plan(layout.peak_bytes)
         ranks.all_or_none(_too_large(ranks, request, layout, budget, path))
-        yield {**record.chosen(run), "layout": layout.to_dict(), "mesh": planned["mesh"]}, layout
+        yield {**run.choices.to_dict(), "layout": layout.to_dict(), "mesh": planned["mesh"]}, layout
 
 
 def _mesh(run: Run, ranks: Ranks, log: RunLog | None, step_seconds: float) -> Mesh:

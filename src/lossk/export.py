@@ -5,50 +5,48 @@ from __future__ import annotations
 import os
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from lossk.chunks import ArraySpec, Chunks
-from lossk.dense import write_dense
+from lossk.contents import Contents
+from lossk.dense import Whole, write_dense
 from lossk.disk import naming, sync_tree
 from lossk.manifest import describe_group, write_array
 from lossk.swap import Parts, in_one_step
 
-if TYPE_CHECKING:
-    from lossk.kernel import LossKernel
 
-
-def write_zarr(kernel: LossKernel, path: Path, *, correlation: bool) -> None:
+def write_zarr(contents: Contents, whole: Whole, path: Path, *, correlation: bool) -> None:
     """Write a Zarr v3 group of `covariance` (or `correlation`) [N, N] float32, one chunk per tile, and [N] float64
     `variance` and `mean_loss`: dimensions "row" and "column", a checksum per chunk."""
-    refuse_too_large(kernel.num_samples, path)
+    refuse_too_large(len(whole), path)
     name = "correlation" if correlation else "covariance"
     with in_one_step(path) as parts:
-        n, side = kernel.num_samples, kernel.tile
+        n, side, moments = len(whole), whole.tile, contents.moments
         units = {"units": "1" if correlation else "nats^2"}
         spec = ArraySpec.of((n, n), "float32", ("row", "column"), (side, side), attributes=units)
         matrix = Chunks.create(parts, name, spec)
-        for label, values in (("variance", kernel.variance), ("mean_loss", kernel.mean_loss)):
+        for label, values in (("variance", moments.variance), ("mean_loss", moments.mean)):
             write_array(parts, label, values.numpy(), ArraySpec.of((n,), "float64", ("row",), (2**20,)))
 
         def put(rows: slice, columns: slice, tile: np.ndarray) -> None:
             matrix.write((rows.start // side, columns.start // side), tile, durable=False)
 
-        write_dense(kernel, put, correlation=correlation)
-        describe_group(parts, [name, "variance", "mean_loss"], attributes=attributes(kernel))
+        write_dense(whole, put)
+        describe_group(parts, [name, "variance", "mean_loss"], attributes=attributes(contents))
         sync_tree(parts)
 
 
-def write_npy(kernel: LossKernel, path: Path, *, correlation: bool) -> np.memmap:
+def write_npy(whole: Whole, path: Path) -> np.memmap:
     """Write an .npy file [N, N] float32, and open it as a read-only memory map.
 
     Written by position, not through the map: pages of a map that are written count as the process's memory.
     """
     if os.path.lexists(path):
         raise FileExistsError(f"path {str(path)!r} exists; nothing is overwritten")
-    refuse_too_large(kernel.num_samples, path)
-    n, parts = kernel.num_samples, Parts(path, folder=False)
+    refuse_too_large(len(whole), path)
+    n, parts = len(whole), Parts(path, folder=False)
     try:
         with naming(path), parts.path.open("wb") as file:
             np.lib.format.write_array_header_1_0(file, {"descr": "<f4", "fortran_order": False, "shape": (n, n)})
@@ -60,7 +58,7 @@ def write_npy(kernel: LossKernel, path: Path, *, correlation: bool) -> np.memmap
                 for row, line in zip(range(rows.start, rows.stop), np.ascontiguousarray(tile, "<f4"), strict=True):
                     _write_all(file.fileno(), line.tobytes(), start + 4 * (n * row + columns.start))
 
-            write_dense(kernel, put, correlation=correlation)
+            write_dense(whole, put)
             os.fsync(file.fileno())
         parts.place()
     finally:
@@ -81,14 +79,14 @@ def refuse_too_large(num_samples: int, path: Path) -> None:
         )
 
 
-def attributes(kernel: LossKernel) -> dict[str, Any]:
+def attributes(contents: Contents) -> dict[str, Any]:
     """What the matrix is of."""
     return {
-        "num_chains": kernel.num_chains,
-        "num_draws": kernel.num_draws,
-        "centering": kernel.centering,
+        "num_chains": contents.moments.num_chains,
+        "num_draws": contents.moments.num_draws,
+        "centering": contents.moments.centering,
         "made_by": "lossk",
-        "sets": {name: [rows.start, rows.stop] for name, rows in kernel.sets.items()},
+        "sets": {name: [rows.start, rows.stop] for name, rows in contents.sets.items()},
     }
 
 

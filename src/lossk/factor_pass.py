@@ -13,8 +13,9 @@ from torch import Tensor
 from lossk.blocks import FactorBlocks, Moments, tile_spans
 from lossk.chunks import ArraySpec, Chunks
 from lossk.disk import sync, sync_tree
+from lossk.layout import STRIPE
 from lossk.runlog import RunLog
-from lossk.running import STRIPE, MomentsFirst
+from lossk.running import MomentsFirst
 from lossk.stored_factor import StoredFactor
 from lossk.tiles import DTYPES
 

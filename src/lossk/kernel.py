@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,22 +24,22 @@ from lossk.checks import (
     wrong_kind,
 )
 from lossk.column_checks import check_diagnostics, check_sets, check_tokens
-from lossk.dense import AsArray, dense
+from lossk.contents import Contents
+from lossk.dense import AsArray, Whole, dense, refuse_too_large, times
+from lossk.diagnostics import Diagnostics
+from lossk.export import write_npy, write_zarr
 from lossk.indexing import resolve, rows_and_columns
 from lossk.neighbors import Neighbors, device_for_neighbors, nearest, nearest_of_rows, nearest_on_device
 from lossk.ops.top_correlations import BACKENDS
-from lossk.read_memory import check_block, check_eigenpairs, check_matvec, check_neighbors
+from lossk.read_memory import check_block, check_dense, check_eigenpairs, check_matvec, check_neighbors
 from lossk.settings import CENTERINGS
 from lossk.spectrum import leading, way_of
 from lossk.standard_error import METHODS, from_draws, from_moments, method_for
+from lossk.store import save_contents
+from lossk.trace_factor import factor_of
+from lossk.traces import LossTraces
 from lossk.watched import Watched, watched_in
 from lossk.watched_errors import WatchedErrors, watched_errors
-
-if TYPE_CHECKING:
-    from lossk.diagnostics import Diagnostics
-    from lossk.traces import LossTraces
-
-ROWS_AT_A_TIME = 1024  # of a tile, in float64 products
 
 
 class LossKernel(AsArray):
@@ -86,13 +86,23 @@ class LossKernel(AsArray):
     @classmethod
     def _of_traces(cls, traces: LossTraces, centering: str, *, overwrite: bool = False) -> LossKernel:
         """The same; with `overwrite` in the memory of the traces, whose losses are then lost."""
-        from lossk.trace_factor import factor_of
-        from lossk.traces import LossTraces
-
         check_instance("traces", traces, LossTraces)
         centering = check_choice("centering", centering, CENTERINGS)
         blocks, moments, diagnostics = factor_of(traces, centering, overwrite=overwrite)
         return cls(blocks, moments, meta=traces.meta, diagnostics=diagnostics, tokens=traces.tokens, sets=traces.sets)
+
+    @property
+    def contents(self) -> Contents:
+        """What it consists of, as data: all that a store keeps of it."""
+        return Contents(
+            blocks=self._blocks,
+            moments=self._moments,
+            meta=self.meta,
+            diagnostics=self.diagnostics,
+            tokens=self._tokens,
+            sets=self._sets,
+            watched=self._beside,
+        )
 
     # -- what it is -------------------------------------------------------------------------------------------------
 
@@ -281,16 +291,8 @@ class LossKernel(AsArray):
     def _scaled_matmul(self, v: Tensor) -> Tensor:
         if isinstance(self._blocks, FactorBlocks):
             return self._blocks.matmul(v)
-        out, spans = torch.zeros_like(v), self._spans()
-        for i, j in upper_triangle(len(spans)):
-            rows, columns, tile = spans[i], spans[j], self._scaled_tile(i, j)
-            for start in range(0, len(tile), ROWS_AT_A_TIME):
-                part = tile[start : start + ROWS_AT_A_TIME].double()
-                here = slice(rows.start + start, rows.start + start + len(part))
-                out[here] += part @ v[columns]
-                if i != j:
-                    out[columns] += part.T @ v[here]
-        return out
+        spans = self._spans()
+        return times(((i, j, self._scaled_tile(i, j)) for i, j in upper_triangle(len(spans))), spans, v)
 
     def eigsh(self, k: int = 6) -> tuple[Tensor, Tensor]:
         """The k largest eigenvalues [k], descending, and their eigenvectors [N, k]: float64, nats^2.
@@ -352,7 +354,10 @@ class LossKernel(AsArray):
         Raises:
             MemoryError: the matrix needs more than the memory now available.
         """
-        return dense(self, correlation=check_flag("correlation", correlation))
+        correlation, n = check_flag("correlation", correlation), self.num_samples
+        refuse_too_large(n, n, "read blocks (kernel[rows, columns]) or iterate kernel.tiles()")
+        check_dense(self._blocks)
+        return dense(self._whole(correlation))
 
     def to_zarr(self, path: str | Path, *, correlation: bool = False) -> None:
         """Write the whole matrix as a Zarr v3 group, which xarray and dask open: `covariance` [N, N] float32, nats^2
@@ -364,18 +369,20 @@ class LossKernel(AsArray):
             FileExistsError: `path` exists.
             OSError: the matrix does not fit onto the disk.
         """
-        from lossk.export import write_zarr
-
-        write_zarr(self, check_path("path", path), correlation=check_flag("correlation", correlation))
+        path, correlation = check_path("path", path), check_flag("correlation", correlation)
+        write_zarr(self.contents, self._whole(correlation), path, correlation=correlation)
 
     def to_memmap(self, path: str | Path, *, correlation: bool = False) -> np.memmap:
         """Write the whole matrix [N, N] float32 as an .npy file; returns it as a read-only memory map.
 
         Streams and raises as `to_zarr` does.
         """
-        from lossk.export import write_npy
+        path, correlation = check_path("path", path), check_flag("correlation", correlation)
+        return write_npy(self._whole(correlation), path)
 
-        return write_npy(self, check_path("path", path), correlation=check_flag("correlation", correlation))
+    def _whole(self, correlation: bool) -> Whole:
+        diagonal = torch.ones_like(self._gain) if correlation else self.variance.float()
+        return Whole(self.correlation_tiles() if correlation else self.tiles(), diagonal, self.tile)
 
     def correlation_tiles(self) -> Iterator[tuple[int, int, Tensor]]:
         """Iterate (i, j, correlation tile [a, b] float32) over the upper triangle, i <= j, as `tiles` does; the
@@ -388,6 +395,4 @@ class LossKernel(AsArray):
 
     def save(self, path: str | Path, overwrite: bool = False) -> None:
         """Write a `.lossk` store, which `lossk.open` reads. An existing path is refused unless `overwrite`."""
-        from lossk.store import save_kernel
-
-        save_kernel(self, check_path("path", path), overwrite=check_flag("overwrite", overwrite))
+        save_contents(self.contents, check_path("path", path), overwrite=check_flag("overwrite", overwrite))

@@ -15,6 +15,7 @@ TILES_IN_MEMORY = {"tiles": "memory", "super_panel": 0}
 PLACES = {"memory": "memory", "store": "the store", "device": "the device's memory"}
 SLACK = 4_000_000  # Python objects, threads, and the small arrays of the diagnostics
 PLANNED = 4  # vectors of all weights: w, w* and the gradient, taken before a run is planned, and one of the sampler's
+STRIPE = 4096  # columns that statistics take in at a time, which bounds their float64 temporaries
 LOG_COLUMNS = 1024  # least width of a chunk of the log where tiles are made from it: narrower ones are too many files
 
 

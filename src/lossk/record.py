@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -40,34 +41,22 @@ def request(run: Run) -> dict[str, Any]:
     }
 
 
-def chosen(run: Run) -> dict[str, Any]:
-    """What `tune` chose, to be saved: a resumed run must not choose anew."""
-    pilot = None if run.pilot is None else run.pilot.to_dict()
-    return {
-        "pilot": pilot,
-        "sampler": run.sampler.to_dict(),
-        "reasons": run.reasons,
-        "passes": run.task.passes.to_dict(),
-        "anchor_loss": float(run.anchor_losses.mean()),
-        **_scales(run),
-    }
-
-
 def meta(run: Run, request: dict[str, Any]) -> dict[str, Any]:
     """What is kept beside the numbers."""
-    pilot = run.informed_pilot
+    choices = replace(run.choices, pilot=run.informed_pilot).to_dict()
+    scales = {"scales": choices["scales"]} if "scales" in choices else {}
     seconds = {stage: round(value, 4) for stage, value in run.timings.seconds.items()}
     return {
         "config": request,
-        "sampler": run.sampler.to_dict(),
-        "reasons": run.reasons,
-        **_scales(run),
-        "passes": run.task.passes.to_dict(),
+        "sampler": choices["sampler"],
+        "reasons": choices["reasons"],
+        **scales,
+        "passes": choices["passes"],
         "passes_reasons": run.passes_reasons,
-        "pilot": None if pilot is None else pilot.to_dict(),
+        "pilot": choices["pilot"],
         "backend": run.backend,
         "ops": run.ops,
-        "anchor_loss": float(run.anchor_losses.mean()),
+        "anchor_loss": choices["anchor_loss"],
         "timings": {**seconds, "total": round(time.perf_counter() - run.started, 4)},
         "peak_rss_bytes": provenance.peak_rss_bytes(),
         "versions": provenance.versions(),
@@ -76,11 +65,6 @@ def meta(run: Run, request: dict[str, Any]) -> dict[str, Any]:
         "mean_loss_trace": run.watch.mean_loss.tolist(),
         "excess_trace": run.watch.excess.tolist(),
     }
-
-
-def _scales(run: Run) -> dict[str, Any]:
-    """D of each parameter, where the sampler has a metric: the law is not known without it."""
-    return {} if run.scales is None else {"scales": run.scales}
 
 
 def losses(run: Run, parts: Iterable[Panel | Received]) -> Tensor:

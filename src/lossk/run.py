@@ -14,12 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lossk import provenance, record
+from lossk import provenance
 from lossk.agreement import witness_of
 from lossk.anchor import evaluate_anchor
 from lossk.arrangement import Arrangement, cut, settle
 from lossk.backends import choose_ops
 from lossk.chain import Chain, ChainState, Surroundings, time_a_step
+from lossk.choices import Choices
 from lossk.choose import choose
 from lossk.data import Samples, Transform
 from lossk.device_plan import choose_overlap, choose_with_device, describe_room
@@ -232,7 +233,19 @@ class Run:
 
     def _chosen_here(self, chosen: dict[str, Any] | None, bar: Progress | None) -> dict[str, Any]:
         self._choose(chosen, bar)
-        return record.chosen(self)
+        return self.choices.to_dict()
+
+    @property
+    def choices(self) -> Choices:
+        """What was chosen up to now."""
+        return Choices(
+            pilot=self.pilot,
+            sampler=self.sampler,
+            reasons=self.reasons,
+            passes=self.task.passes,
+            anchor_loss=float(self.anchor_losses.mean()),
+            scales=self.scales,
+        )
 
     def _choose(self, chosen: dict[str, Any] | None, bar: Progress | None) -> None:
         if chosen is not None:

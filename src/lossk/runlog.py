@@ -17,14 +17,14 @@ from torch import Tensor
 from lossk.chain import ChainState, Draw, numbers_of
 from lossk.chunks import ArraySpec, At, ChunkError, Chunks
 from lossk.commits import COMMITS, CUT_OFF, DRAWS, clear_cut_off, clear_transient, read_commits
+from lossk.contents import Contents
 from lossk.disk import Digest, digest, read_file, remove, replace_file, sync_tree
 from lossk.errors import StoreError
-from lossk.kernel import LossKernel
 from lossk.locks import LOCK, Lock
 from lossk.manifest import describe_group, digest_of, is_complete
 from lossk.panel import Panel
 from lossk.sealed import MARK, LineLog, read_sealed, write_sealed
-from lossk.store import refuse_other_run, write_kernel
+from lossk.store import refuse_other_run, write_contents
 from lossk.swap import Parts
 
 BEFORE_CONFIG = ("zarr.json", "losses", ".lock", *CUT_OFF)  # what an earlier version's run, killed at its start, leaves
@@ -264,9 +264,9 @@ class RunLog:
             out[:, left - start : right - start] = values[:, left - span.start : right - span.start]
         return torch.from_numpy(out)
 
-    def finish(self, kernel: LossKernel, *, with_tiles: bool = True) -> None:
+    def finish(self, contents: Contents, *, with_tiles: bool = True) -> None:
         """Write the finished kernel into the store, then drop what only a resume needs."""
-        write_kernel(kernel, self.path, with_tiles=with_tiles, known=self.known)
+        write_contents(contents, self.path, with_tiles=with_tiles, known=self.known)
         clear_transient(self.path)
 
     def close(self) -> None:

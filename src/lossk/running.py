@@ -9,9 +9,8 @@ from torch import Tensor
 
 from lossk.blocks import Moments, power_of_two_near, tile_spans
 from lossk.centring import degrees_of_freedom
+from lossk.layout import STRIPE
 from lossk.panel import ChainStatistics, ChainTotals
-
-STRIPE = 4096  # columns taken in at a time, which bounds the float64 temporaries
 
 
 class RunningMoments:

@@ -30,10 +30,10 @@ from lossk.blocks import FactorBlocks, Moments, TileBlocks
 from lossk.checks import check_place
 from lossk.chunks import ArraySpec, Digests
 from lossk.commits import COMMITS, clear_transient, is_transient, progress_of
+from lossk.contents import Contents
 from lossk.description import CHUNK_SAMPLES, FORMAT, read_diagnostics
 from lossk.disk import Digest, sync_tree
 from lossk.errors import StoreError
-from lossk.kernel import LossKernel
 from lossk.locks import Lock
 from lossk.manifest import MANIFEST, MOMENTS, WATCHED_ARRAYS, finish_store, is_complete, write_array
 from lossk.opened import OpenStore, copy_store, identity
@@ -47,32 +47,32 @@ from lossk.witness import differences
 TRIES = 5  # to open a store that others replace meanwhile
 
 
-def save_kernel(kernel: LossKernel, path: Path, *, overwrite: bool = False) -> None:
-    """Write a finished kernel beside its final name and move it there in one step."""
+def save_contents(contents: Contents, path: Path, *, overwrite: bool = False) -> None:
+    """Write a finished kernel's parts beside its final name and move it there in one step."""
     if os.path.lexists(path) and not overwrite:
         raise FileExistsError(f"path {str(path)!r} exists; pass overwrite=True to replace it")
     with in_one_step(path, overwrite) as parts:
-        if isinstance(kernel._blocks, StoredFactor):  # a finished store is never changed: its copy is as good
-            copy_store(kernel._blocks.source(), parts)
+        if isinstance(contents.blocks, StoredFactor):  # a finished store is never changed: its copy is as good
+            copy_store(contents.blocks.source(), parts)
         else:
-            write_kernel(kernel, parts)
+            write_contents(contents, parts)
 
 
-def write_kernel(kernel: LossKernel, path: Path, *, with_tiles: bool = True, known: Digests | None = None) -> None:
+def write_contents(contents: Contents, path: Path, *, with_tiles: bool = True, known: Digests | None = None) -> None:
     """Write a kernel's arrays and description into a folder, durably, `complete` last.
 
     Args:
         with_tiles: False where its tiles, or its factor, are there already.
         known: the digests of files that are there already.
     """
-    moments, blocks = kernel._moments, kernel._blocks
+    moments, blocks = contents.moments, contents.blocks
     files: dict[str, Digest] = {}
     for name in MOMENTS:
         dimensions = ("chain", "sample") if name == "chain_mean" else ("sample",)
         files |= write_tensor(path, name, getattr(moments, name), dimensions)
-    if kernel.tokens is not None:
-        files |= write_tensor(path, "tokens", kernel.tokens, ("sample", "index"))
-    if kernel.form == "tiles" and (watched := kernel._watched()) is not None:
+    if contents.tokens is not None:
+        files |= write_tensor(path, "tokens", contents.tokens, ("sample", "index"))
+    if blocks.kind == "tiles" and (watched := contents.watched) is not None:
         files |= write_tensor(path, "watched", watched.index, ("watched",))
         files |= write_tensor(path, "watched_losses", watched.losses, ("chain", "draw", "watched"))
     if isinstance(blocks, FactorBlocks) and with_tiles:
@@ -83,7 +83,7 @@ def write_kernel(kernel: LossKernel, path: Path, *, with_tiles: bool = True, kno
         sync_tree(path / "tiles")
     saved = read_sealed(path / "config.json") if (path / "config.json").exists() else {}
     description = {
-        **kernel.meta.get("config", {}),
+        **contents.meta.get("config", {}),
         **saved,
         "num_samples": blocks.num_samples,
         "tile": saved.get("tile", blocks.tile),
@@ -93,22 +93,22 @@ def write_kernel(kernel: LossKernel, path: Path, *, with_tiles: bool = True, kno
         "freedom": getattr(blocks, "freedom", None),
         **({"factor_chunk": blocks.tile} if isinstance(blocks, StoredFactor) else {}),
     }
-    write_description(path, kernel, description)
+    write_description(path, contents, description)
     finish_store(path, {**(known or {}), **files})
 
 
-def write_description(path: Path, kernel: LossKernel, description: Mapping[str, Any]) -> None:
+def write_description(path: Path, contents: Contents, description: Mapping[str, Any]) -> None:
     """Write what a finished kernel is: `description`, and what is kept beside its numbers."""
-    sets = {name: [rows.start, rows.stop] for name, rows in kernel.sets.items()} or None
+    sets = {name: [rows.start, rows.stop] for name, rows in contents.sets.items()} or None
     content = {
         **description,
         "format": FORMAT,
         MARK: "crc32c",
-        "kind": kernel.form,
-        "dtype": kernel.dtype,
+        "kind": contents.blocks.kind,
+        "dtype": contents.dtype,
         "sets": sets,
-        "meta": kernel.meta,
-        "diagnostics": None if kernel.diagnostics is None else kernel.diagnostics.to_dict(),
+        "meta": contents.meta,
+        "diagnostics": None if contents.diagnostics is None else contents.diagnostics.to_dict(),
     }
     write_sealed(path / "config.json", content)
 
@@ -126,8 +126,8 @@ def write_tensor(path: Path, name: str, values: Tensor, dimensions: tuple[str, .
 # --- reading -------------------------------------------------------------------------------------------------------
 
 
-def open_kernel(path: str | Path) -> LossKernel:
-    """Open a `.lossk` store for reading; tiles, and traces written by `TraceWriter`, stay on disk until asked for.
+def read_contents(path: str | Path) -> Contents:
+    """What a finished store holds; tiles, and traces written by `TraceWriter`, stay on disk until asked for.
 
     Raises:
         StoreError: no store there, unfinished (with how far it got), damaged, or of a newer format.
@@ -151,7 +151,7 @@ def _identity(path: Path) -> Any:
         return None
 
 
-def _open(path: Path) -> LossKernel:
+def _open(path: Path) -> Contents:
     refuse_unfinished(path)
     store = OpenStore(path)
     config = store.config
@@ -169,9 +169,9 @@ def _open(path: Path) -> LossKernel:
     else:
         array = store.factor(moments.variance.numpy())
         blocks = FactorBlocks(torch.from_numpy(store.all_of(array)), config["freedom"], config["tile"])
-    return LossKernel(
-        blocks,
-        moments,
+    return Contents(
+        blocks=blocks,
+        moments=moments,
         meta=config["meta"],
         diagnostics=read_diagnostics(path, config),
         tokens=torch.from_numpy(store.read("tokens")) if "tokens" in store.specs else None,
@@ -207,8 +207,8 @@ def refuse_unfinished(path: Path) -> None:
     raise StoreError(f"{str(path)!r} is unfinished: {progress_of(path)}; continue it with resume=True")
 
 
-def open_finished(path: Path, request: Mapping[str, Any]) -> LossKernel | None:
-    """The kernel at `path` if that run is complete; None if it is not. What its end left behind is cleared away.
+def open_finished(path: Path, request: Mapping[str, Any]) -> Contents | None:
+    """What `path` holds if that run is complete; None if it is not. What its end left behind is cleared away.
 
     Raises:
         StoreError: complete, but of another request.
@@ -216,7 +216,7 @@ def open_finished(path: Path, request: Mapping[str, Any]) -> LossKernel | None:
     if not is_complete(path):
         return None
     refuse_other_run(path, read_sealed(path / "config.json"), request)
-    kernel = open_kernel(path)
+    contents = read_contents(path)
     if any(is_transient(entry.name) for entry in path.iterdir()):
         with suppress(StoreError):  # another process is at it, or nobody may
             lock = Lock(path)
@@ -224,7 +224,7 @@ def open_finished(path: Path, request: Mapping[str, Any]) -> LossKernel | None:
                 clear_transient(path)
             finally:
                 lock.release()
-    return kernel
+    return contents
 
 
 def saved_panel(path: Path | None) -> int | None:

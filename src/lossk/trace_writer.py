@@ -23,12 +23,12 @@ from lossk.centring import centre, degrees_of_freedom, empty_moments, note
 from lossk.checks import check_choice, check_integer, check_json, check_optional, check_path, check_tensor
 from lossk.chunks import ArraySpec, Chunks
 from lossk.column_checks import check_excess, check_sets, check_tokens
+from lossk.contents import Contents
 from lossk.diagnostics import Diagnostics, diagnose
 from lossk.disk import Digest, sync_tree
-from lossk.kernel import LossKernel
 from lossk.neighbors import median_noise_floor
 from lossk.settings import check_n_beta, check_settings
-from lossk.store import write_kernel
+from lossk.store import write_contents
 from lossk.stored_factor import StoredFactor
 from lossk.swap import in_one_step
 from lossk.watched import Watched, watched_samples
@@ -182,15 +182,15 @@ class TraceWriter:
 
     def _finish(self) -> None:
         sync_tree(self._parts)
-        kernel = LossKernel(
-            StoredFactor(self._factor, self._freedom, self._parts),
-            self._moments,
+        contents = Contents(
+            blocks=StoredFactor(self._factor, self._freedom, self._parts),
+            moments=self._moments,
             meta=self._meta,
             diagnostics=self._diagnose(),
             tokens=None if self._tokens is None else self._tokens.long(),
             sets=self._sets,
         )
-        write_kernel(kernel, self._parts, with_tiles=False, known=self._known)
+        write_contents(contents, self._parts, with_tiles=False, known=self._known)
 
     @property
     def _freedom(self) -> int:

@@ -14,6 +14,7 @@ from torch import Tensor
 from lossk.checks import check_mapping, check_tensor
 from lossk.column_checks import check_excess, check_sets, check_tokens
 from lossk.settings import check_n_beta
+from lossk.trace_writer import TraceWriter
 
 
 class LossTraces:
@@ -85,8 +86,6 @@ class LossTraces:
             centering: "chain" or "pooled", of the kernel.
             dtype: "float16" or "float32".
         """
-        from lossk.trace_writer import TraceWriter
-
         with TraceWriter(
             path,
             num_chains=self.num_chains,

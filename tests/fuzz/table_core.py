@@ -186,9 +186,9 @@ def _kernel(table: Table, w: World) -> None:
     span = {"rows": r.rows, "columns": r.rows}
     table.add(
         "lossk.LossKernel",
-        {"blocks": w.kernel._blocks, "moments": w.kernel._moments},
+        {"blocks": w.kernel.contents.blocks, "moments": w.kernel.contents.moments},
         {
-            "blocks": r.instance(type(w.kernel._blocks)),
+            "blocks": r.instance(type(w.kernel.contents.blocks)),
             "moments": r.instance(Moments),
             "meta": META,
             "diagnostics": r.optional(r.instance(Diagnostics)),

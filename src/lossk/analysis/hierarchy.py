@@ -15,6 +15,7 @@ from lossk.analysis.inputs import check_classes, check_names, check_seed, check_
 from lossk.analysis.pairs import Kernel, KernelPairs, Pairs, as_pairs, blocks, spans_of
 from lossk.chains import has_chains, leave_one_chain_out
 from lossk.checks import check_choice, check_flag, check_integer
+from lossk.kernel import LossKernel
 from lossk.read_memory import MOST_GROUPS, check_class_means
 from lossk.records import check_record
 
@@ -190,8 +191,6 @@ def _replicates(sums: Tensor, number: Tensor, draws: Tensor) -> Array:
 
 def _chains(source: object, live: Tensor, count: int, progress: bool) -> Array | None:
     """[chains, 2, C, C]: mean R and |R| with each chain left out."""
-    from lossk.kernel import LossKernel
-
     if not isinstance(source, LossKernel) or not has_chains(source):
         return None
     sizes = torch.bincount(live[live >= 0], minlength=count).double()

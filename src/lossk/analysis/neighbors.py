@@ -81,13 +81,13 @@ def significant_neighbors(
 
 def _standard_error(kernel: LossKernel, rows: Tensor, index: Tensor, size: Tensor) -> Tensor:
     """Of the correlations of rows [r] with their neighbours [r, k]: float32."""
-    method = method_for(kernel._blocks, watched=kernel._watched() is not None)
+    method = method_for(kernel.contents.blocks, watched=kernel._watched() is not None)
     if method == "products":
         none = torch.zeros(0, index.shape[1], dtype=torch.float32, device="cpu")
         pairs = zip(rows.tolist(), index, strict=True)
         return torch.cat([none, *(kernel.standard_error([i], to, correlation=True) for i, to in pairs)])
     fitted = kernel._fitted_errors if method == "watched" else None
-    return pair_errors(kernel._moments, fitted, rows.unsqueeze(1), index, size, correlation=True).float()
+    return pair_errors(kernel.contents.moments, fitted, rows.unsqueeze(1), index, size, correlation=True).float()
 
 
 def _false_shares(expected: np.ndarray) -> np.ndarray:

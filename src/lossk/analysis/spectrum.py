@@ -67,11 +67,11 @@ def spectrum(kernel: LossKernel, k: int = 20) -> Spectrum:
 
 def frobenius_squared(kernel: LossKernel) -> float:
     """|K|_F^2 in nats^4, the diagonal that of `kernel.variance`, without forming K."""
-    blocks = kernel._blocks
+    blocks, scale = kernel.contents.blocks, kernel.contents.moments.scale
     if isinstance(blocks, FactorBlocks) and blocks.num_rows <= min(kernel.num_samples, 8192):
         gram = torch.zeros(blocks.num_rows, blocks.num_rows, dtype=torch.float64, device="cpu")
         for span, stripe in blocks.stripes():
-            part = stripe.double().mul_(kernel._moments.scale[span])
+            part = stripe.double().mul_(scale[span])
             gram.addmm_(part, part.T)
         return float(gram.div_(blocks.freedom).square().sum())
     total = 0.0

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from lossk.available import available_bytes
+from lossk.from_store import open_kernel
 from lossk.kernel import LossKernel
 from lossk.opened import OpenStore
-from lossk.store import open_kernel
 from lossk.traces import LossTraces
 
 

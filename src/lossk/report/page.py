@@ -25,13 +25,13 @@ from typing import Any
 from lossk import provenance
 from lossk.checks import check_flag, check_integer, check_optional, check_path, check_text, shown
 from lossk.errors import LosskError
+from lossk.from_store import open_kernel
 from lossk.kernel import LossKernel
 from lossk.report.findings import STEPS, check_memory, check_size, find
 from lossk.report.payload import make_payload, to_json
 from lossk.report.samples import Samples, read_samples, samples_path
 from lossk.report.sprites import make_sprites
 from lossk.report.view import make_view
-from lossk.store import open_kernel
 
 PAGE = Path(__file__).parent / "page"
 SCRIPTS = ("data.js", "theme.js", "details.js", "points.js", "map.js", "matrix.js", "charts.js", "main.js")
