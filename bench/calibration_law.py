@@ -14,7 +14,7 @@ from lossk.recipes import digits
 
 NAMES = ("linear", "ill-scaled linear", "ReLU MLP", "logistic", "softmax", "singular", "memorised", "40 blocks",
          "digits")  # fmt: skip
-BATCHES = (4, 256)
+BATCHES = (4, 32, 256)
 Row = dict[str, Any]
 
 
@@ -68,18 +68,18 @@ def section(record: Row) -> str:
     for row in record["rows"]:
         laws = row["localization"]
         numbers = sorted(law for law in laws if isinstance(law, float))
-        batches = " / ".join(_shown(row["batches"][str(size)]) for size in BATCHES)
+        batches = " / ".join(_shown(law) for law in row["batches"].values())
         traces = row.get("traces")
         lines.append([row["problem"], f"{row['stiffest']:.3g}" if "stiffest" in row else "", f"{len(set(laws))}",
                       f"{_shown(numbers[0])} to {_shown(numbers[-1])}" if numbers else "",
                       f"{numbers[-1] / numbers[0]:.2f}" if numbers else "", f"{len(laws) - len(numbers)}", batches,
                       f"{max(traces) / min(traces):.2f}" if traces else ""])  # fmt: skip
-    head = ["network", "n_beta h_max at w\\*", "laws", "localization", "ratio", "no law", "batches of 4 / 256",
+    head = ["network", "n_beta h_max at w\\*", "laws", "localization", "ratio", "no law", "batches of 4 / 32 / 256",
             "true trace K, ratio"]  # fmt: skip
     return (
-        "## The law over seeds\n\n`localization='auto'` over seeds, and with batches of 4 and 256 samples at seed 0. "
-        "The last column: the true trace K at the least localization over that at the largest, which no error bar of "
-        "one run tells.\n\n" + table(head, lines)
+        "## The law over seeds\n\n`localization='auto'` over seeds, and with batches of 4, 32 and 256 samples at "
+        "seed 0. The last column: the true trace K at the least localization over that at the largest, which no error "
+        "bar of one run tells.\n\n" + table(head, lines)
     )
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from bench.gpu_targets import ADDMM, PRODUCT
 from lossk.float32 import float32_products
 from lossk.ops.head_loss import head_loss
 from lossk.ops.rank_update import rank_update_triangle

@@ -196,6 +196,33 @@ def test_a_trial_of_no_use_ends_after_its_burn_in() -> None:
     assert 0.5 < ended.curvature / kept.curvature < 2.0
 
 
+@pytest.mark.parametrize(("uneven", "times"), [(False, 1), (True, trial_chain.LONGER)])
+def test_a_trial_looks_longer_where_the_curvature_is_uneven(uneven: bool, times: int) -> None:
+    """L = (a^2 + b^2) / 20 [+ (a b)^2 / 2]; what is asked is kept within `most`."""
+    sampler = lossk.SGLD(
+        n_beta=2.0, localization=1.0, lr=0.1, batch_size=None, num_burnin_steps=10, num_steps_bw_draws=1,
+        integrator="leimkuhler-matthews", control_variate=False, noise_correction=False,
+    )  # fmt: skip
+
+    def loss(model: Any, batch: tuple[Tensor, Tensor]) -> Tensor:
+        return per_sample(0.5 * (0.1 * model.w.square() + (model.w.prod() ** 2 if uneven else 0.0)).sum(), batch)
+
+    train = read_samples(plain_data())
+    with Task(Weights(0.0, 0.0), resolve_loss(loss)) as task:
+        losses = torch.cat([task.losses(train[torch.arange(40)])]).double()
+        around = Surroundings(task, train, losses, 0, "torch", Timings(), {})
+        found = trial_chain.run_trial(sampler, around)
+        task.reset()
+        half = trial_chain.run_trial(sampler, around, most=found.steps // 2)
+    assert found.steps == 10 + times * trial_chain.steps_after_burnin(sampler)
+    assert found.whole
+    assert half.steps == found.steps // 2
+    assert half.whole == uneven
+    assert found.curvature is not None
+    assert found.steepest is not None
+    assert (found.steepest > 3 * found.curvature) == uneven
+
+
 def test_one_huge_curvature_meets_the_bias_budget() -> None:
     """L = (1e6 a^2 + b^2 + c^2) / 2: variances within the 5 % budget, 5 standard errors over chains beside it."""
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import lossk
 from lossk import verdict
+from lossk.bias import UNEVEN
 from lossk.diagnostics import Diagnostics
 
 Data = tuple[Tensor, Tensor]
@@ -24,7 +25,7 @@ FINE = {
     "rise": 0.1, "foreseen_bias": 0.04, "gradient_noise_ratio": 0.02, "discretisation": 0.1, "stability": 0.6,
     "burnin_completeness": 0.99, "growth": 0.05, "growth_z": 1.0, "drift": 0.2, "drift_z": 1.0, "reliability": 0.95,
     "reliability_kernel": 0.93, "size_error": 0.03, "noise_floor": 0.2, "dead_share": 0.0, "acceptance": 0.05,
-    "uninformed": 2.0,
+    "uninformed": 2.0, "unevenness": 1.2,
 }  # fmt: skip
 
 
@@ -54,6 +55,9 @@ FINE = {
         ({"reliability": -0.1}, "not determined", "draw more than 100 times as many"),
         ({"reliability_kernel": 0.5}, "not determined", "K would correlate 0.50"),
         ({"size_error": 0.2}, "not determined", "draw 4.0 times as many"),
+        ({"size_error": 0.1, "unevenness": 9.0}, "not determined", "9.0 times the mean curvature); draw 4.0 times"),
+        ({"size_error": 0.04, "unevenness": 9.0}, "good", ""),
+        ({"size_error": 0.08, "unevenness": 2.0}, "good", ""),
         ({"rhat": None}, "unchecked", "num_draws"),
         ({"sample_rhat": None}, "unchecked", "no watched sample"),
     ],
@@ -114,6 +118,13 @@ def saddle(seed: int) -> tuple[nn.Module, Data]:
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(60, 1, generator=generator)
     return Product(), (x, 2 * x.squeeze(1) + torch.randn(60, generator=generator))
+
+
+def singular(seed: int) -> tuple[nn.Module, Data]:
+    """Targets that x says nothing about: a = b = 0 is a minimum, and the curvature there is 0."""
+    generator = torch.Generator().manual_seed(seed)
+    x, y = torch.randn(60, generator=generator), torch.randn(60, generator=generator)
+    return Product(), (x.unsqueeze(1), y - (x @ y) / (x @ x) * x)
 
 
 def euler(**changes: Any) -> lossk.SGLD:
@@ -181,3 +192,16 @@ CLEAN = [
 def test_runs_without_fault_are_good(sampler: Any, seed: int) -> None:
     found = run(regression(seed), sampler, seed=seed)
     assert found.verdict == "good", str(found)
+
+
+def test_a_law_whose_rare_draws_are_steep_asks_for_twice_the_precision() -> None:
+    """At 400 draws the total variance of f = a b x is known to 9 % or worse; a linear model's would do at that."""
+    found = run(singular(0), lossk.SGLD())
+    assert found.unevenness is not None
+    assert found.unevenness > UNEVEN
+    assert found.size_error is not None
+    assert found.size_error > verdict.UNEVEN_LIMIT
+    assert found.verdict != "good", str(found)
+    even = run(regression(0), lossk.SGLD())
+    assert even.unevenness is not None
+    assert even.unevenness < 1.1

@@ -65,6 +65,7 @@ class Diagnostics:
     reliability: float | None = None  # of R: its correlation over pairs of samples with that of another such run
     reliability_kernel: float | None = None  # of K likewise
     size_error: float | None = None  # relative standard error of the total variance of the watched samples
+    unevenness: float | None = None  # of the curvature: at the steepest draw of a thousand, over its mean over draws
     growth: float | None = None  # of |w - w*|^2 from the first third of the draws to the last, relative
     growth_z: float | None = None  # the same in standard errors
     rise: float | None = None  # E[L_n(w)] - L_n(w*), of the training loss
@@ -247,7 +248,8 @@ def diagnose(
         "drift_z": drift_z,
         "reliability": of_r,
         "reliability_kernel": of_k,
-        "size_error": size_error(few),
+        "size_error": size_error(watched),
+        "unevenness": None if pilot is None else pilot.unevenness,
         "growth": growth,
         "growth_z": growth_z,
         "rise": _mean(excess),

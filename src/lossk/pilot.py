@@ -52,6 +52,13 @@ class Pilot:
         return max((self.drawn_curvature or 0.0) - self.curvature, 0.0)
 
     @property
+    def unevenness(self) -> float | None:
+        """How much larger the curvature is at the steepest draw of a thousand than at typical ones; None if unknown."""
+        if self.drawn_steepest is None or not (self.drawn_curvature or 0.0) > 0:
+            return None
+        return self.drawn_steepest / float(self.drawn_curvature or 1.0)
+
+    @property
     def loudening(self) -> float:
         """How much larger the gradient variance is at typical draws than at w*."""
         return max((self.drawn_variance or 0.0) - self.gradient_variance, 0.0)

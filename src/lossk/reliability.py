@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lossk.batch_means import spread_of_mean
 from lossk.optional import require
 
 SPLITS = 10  # of the chains into halves, at most
@@ -47,22 +48,25 @@ def reliability(losses: Tensor) -> tuple[float | None, float | None]:
 def size_error(losses: Tensor) -> float | None:
     """The relative standard error of the sum of all variances; None where it is unknown.
 
-    The larger of what the spread of the chains says, which sees slow components, and what the draws do: few chains say
-    their spread badly (of four it is off by half).
+    By batches of every length (`lossk.batch_means`), whole chains among them: slow components are seen there, and where
+    there are none the many short batches say it far better than a handful of chains (of four, the spread is off by
+    half).
 
     Args:
         losses: [C, T, w], of some samples.
     """
     if losses.shape[1] < 4:
         return None
-    chains = losses.double()
-    squares = (chains - chains.mean(dim=1, keepdim=True)).square().sum(dim=2)  # [C, T]
-    totals = squares.mean(dim=1)  # [C]
-    if not (bool(torch.isfinite(totals).all()) and float(totals.mean()) > 0):
+    squares = torch.stack([_squares(chain.double()) for chain in losses])  # [C, T]
+    total = float(squares.mean())
+    if not (math.isfinite(total) and total > 0):
         return None
-    between = float(totals.std()) / len(totals) ** 0.5 if len(totals) > 1 else 0.0
-    own = mean_error(squares.numpy())
-    return max(between, 0.0 if math.isnan(own) else own) / float(totals.mean())
+    return float(spread_of_mean(squares.unsqueeze(2)).variance) ** 0.5 / total
+
+
+def _squares(losses: Tensor) -> Tensor:
+    """[T] the sum over samples of squared distances from their means over the chain's draws, of [T, w]."""
+    return (losses - losses.mean(dim=0)).square().sum(dim=1)
 
 
 def mean_error(traces: np.ndarray) -> float:

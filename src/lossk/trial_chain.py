@@ -12,6 +12,7 @@ import torch
 from scipy.stats import norm, t
 from torch import Tensor
 
+from lossk.bias import UNEVEN
 from lossk.chain import Surroundings
 from lossk.curvature import GLANCE, PILOT_CHAIN, control_variance, gradient_variance, largest_curvature, steepness
 from lossk.sgld import SGLD, SGLDChain
@@ -20,6 +21,7 @@ from lossk.timings import Progress
 from lossk.watched import watched_samples
 
 MEMORIES = 10  # length of a trial after its burn-in, in decorrelation times of flat directions
+LONGER = 4  # times that, where the curvature is uneven: so few draws do not show how steep the steepest are
 LONGEST = 2000  # steps of a trial
 RECORDS = 200
 MEASURED = 3  # draws at which the curvature is measured, the first right after burn-in
@@ -110,7 +112,8 @@ def run_trial(
     after = int(min(wanted, most - burnin))
     every = max(1, -(-after // RECORDS))
     marks = {after * part // (MEASURED - 1) for part in range(MEASURED)}
-    glances = {after * part // (GLANCES - 1) for part in range(GLANCES)} | marks
+    last, longest = after, int(min(LONGER * wanted, most - burnin))
+    glances = {after * part // (GLANCES - 1) for part in range(LONGER * GLANCES)} | marks
     few = watched_samples(len(train)).split(fitting_batch(min(256, task.passes.probe_batch), task.loss.positions))
 
     def measure(what: Callable[..., float], **sample: Any) -> float:
@@ -135,7 +138,8 @@ def run_trial(
             curvature=curvature, steepest=steepest, measured=len(curvatures), variance=variance, noise=noise,
         )  # fmt: skip
 
-    for step in range(1, burnin + after + 1):
+    while len(excess) < burnin + last:
+        step = len(excess) + 1
         excess.append(chain.advance())
         bar.update()
         recent = sum(excess[-WINDOW:]) / min(len(excess), WINDOW)
@@ -151,6 +155,8 @@ def run_trial(
             so_far = shown(recent, whole=False, cut=True)
             if not of_use(so_far):
                 return so_far
+        if step == burnin + after and _uneven(glanced):
+            last = longest
     traces = torch.stack(rows).cpu()  # [T, w] float64, read by NumPy below
     if not torch.isfinite(traces).all():
         raise chain.diverged("a training sample has a loss that is not finite")
@@ -158,8 +164,17 @@ def run_trial(
     whole = after == wanted and burnin == int(sampler.num_burnin_steps)
     memory = Memory(tuple(autocorrelations(traces)), every)
     return dataclasses.replace(
-        shown(sum(excess[burnin:]) / after, whole=whole), memory=memory, drift=drift, drifting=drifting
+        shown(sum(excess[burnin:]) / last, whole=whole), memory=memory, drift=drift, drifting=drifting
     )
+
+
+def _uneven(glanced: dict[int, float]) -> bool:
+    """Whether rare draws are so steep that many must be looked at."""
+    return steepness(_values(glanced)) > UNEVEN
+
+
+def _values(glanced: dict[int, float]) -> Tensor:
+    return torch.tensor(list(glanced.values()), dtype=torch.float64, device="cpu")
 
 
 def _over_draws(measured: dict[int, float], glanced: dict[int, float]) -> tuple[float, float]:
@@ -168,7 +183,7 @@ def _over_draws(measured: dict[int, float], glanced: dict[int, float]) -> tuple[
     A glance is off by much the same factor everywhere, so what it says is how much the curvature varies.
     """
     mean = sum(measured.values()) / len(measured)
-    glances = torch.tensor(list(glanced.values()), dtype=torch.float64, device="cpu")
+    glances = _values(glanced)
     here = sum(glanced[step] for step in measured) / len(measured)
     if here > 0:
         mean *= float(glances.mean()) / here

@@ -240,6 +240,7 @@ def _diagnostics(d: Diagnostics | None) -> dict[str, Any] | None:
             number(d.stability),
             f"of the longest stable at the steepest of 1,000 draws; at most {STABILITY_LIMIT:.0f}",
         ),
+        ("unevenness", number(d.unevenness, 1), "curvature at the steepest of 1,000 draws over its mean"),
         ("burn-in completeness", number(d.burnin_completeness), "share of a flat direction's stationary variance"),
         ("growth", number(d.growth, 2), "of |w − w*|², first third to last, relative"),
         ("drift", number(d.drift, 2), "of the mean loss, first third to last, standard deviations"),
