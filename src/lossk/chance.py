@@ -167,12 +167,10 @@ class _RowsOwn:
         which = np.searchsorted(self._edges, kurtosis, side="right")
         others = self._take(against)
 
-        def drawn(law: int) -> np.ndarray:
-            rows = _rows_of(which, law)
-            nulls = null_correlations(traces[:, torch.from_numpy(rows)], others, pairings, self._chains)
-            return coordinate(-nulls if anti else nulls, size[rows, None, None])
+        def nulls_of(rows: np.ndarray) -> np.ndarray:
+            return null_correlations(traces[:, torch.from_numpy(rows)], others, pairings, self._chains)
 
-        self.tails = Tails.of(drawn(law) for law in range(len(self._edges) + 1))
+        self.tails = _tails(which, size, len(self._edges) + 1, nulls_of, anti)
 
     def _take(self, index: Tensor) -> Tensor:
         return _unit(self._blocks.take(index))
@@ -209,12 +207,7 @@ class _Carried:
         bins = np.searchsorted(self._edges, lag1, side="right")
         sizes = [_size(nulls[bins == b].reshape(1, -1, 1), anti)[0][0] for b in range(len(self._edges) + 1)]
         self._freedom = np.array(sizes)  # of each tail
-
-        def drawn(law: int) -> np.ndarray:
-            rows = _rows_of(bins, law)
-            return coordinate(-nulls[rows] if anti else nulls[rows], self._freedom[bins][rows, None, None])
-
-        self.tails = Tails.of(drawn(law) for law in range(len(self._edges) + 1))
+        self.tails = _tails(bins, self._freedom[bins], len(sizes), nulls.__getitem__, anti)
 
     def traits(self, rows: Tensor) -> tuple[np.ndarray, np.ndarray]:
         which = np.searchsorted(self._edges, self._lag1[rows].numpy(), side="right")
@@ -295,6 +288,25 @@ def _size(nulls: np.ndarray, anti: bool) -> tuple[np.ndarray, np.ndarray]:
     kurtosis = np.square(square).sum(axis=1) / count / np.square(second)
     freedom = np.maximum(1.0 / second - 2.0, 1.0)
     return np.exp2(np.round(np.log2(freedom) * 64) / 64), kurtosis
+
+
+def _tails(
+    which: np.ndarray, freedom: np.ndarray, laws: int, nulls_of: Callable[[np.ndarray], np.ndarray], anti: bool
+) -> Tails:
+    """A tail for each law, of the nulls of its rows.
+
+    Args:
+        which: [r] int, the law of each row.
+        freedom: [r] float64, of each row.
+        nulls_of: rows [s] -> their null correlations [s, p, m].
+    """
+
+    def drawn(law: int) -> np.ndarray:
+        rows = _rows_of(which, law)
+        nulls = nulls_of(rows)
+        return coordinate(-nulls if anti else nulls, freedom[rows, None, None])
+
+    return Tails.of(drawn(law) for law in range(laws))
 
 
 def _rows_of(which: np.ndarray, law: int) -> np.ndarray:
