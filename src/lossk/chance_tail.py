@@ -85,12 +85,7 @@ def _fit(g: np.ndarray) -> tuple[np.ndarray, np.ndarray, float, float]:
     scale, shape = _pareto(excess)
     shape += 1 / max(int((g > drawn[top]).reshape(len(g), -1).any(axis=1).sum()), 1)
     pad = LEVELS + 1 - len(ranks)
-    return (
-        np.pad(level, (pad, 0), mode="edge"),
-        np.pad(log_share, (pad, 0), mode="edge"),
-        scale,
-        shape + 1 / max(reaching, 1),
-    )
+    return np.pad(level, (pad, 0), mode="edge"), np.pad(log_share, (pad, 0), mode="edge"), scale, shape
 
 
 def _pareto(excess: np.ndarray) -> tuple[float, float]:
