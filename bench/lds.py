@@ -81,9 +81,6 @@ def attributions(model: nn.Module, train: Data, query: Data, options: argparse.N
         name = f"influence functions (Gauss-Newton), damping {label}"
         note(name, began, base[base.sets["train"], base.sets["query"]])
     began = time.process_time()
-    trak = influence_functions.projected_influence(model, sets, train=train, dimensions=512, seed=seed)
-    note("TRAK-like (margin gradients in 512 dimensions)", began, trak[trak.sets["query"], trak.sets["train"]].T)
-    began = time.process_time()
     cosine = baselines.gradient_cosine(model, sets, dimensions=None)
     note("gradient cosine", began, cosine.correlation(cosine.sets["train"], cosine.sets["query"]))
     found["gradient product"] = cosine[cosine.sets["train"], cosine.sets["query"]]

@@ -273,8 +273,9 @@ def section(found: list[Found], scale: float) -> str:
     rows = "\n".join(map(row, found))
     return (
         "# Memory, planned and taken\n\n"
-        "`python -m bench.memory_plan --out docs/memory.md`. MB beyond what the process held when the call began; the "
-        "peak is its resident memory, read every millisecond; one process a case, one thread. Of what is read "
+        f"`python -m bench.memory_plan --scale {scale:g} --out docs/memory.md`. MB beyond what the process held when "
+        "the call began; the peak is its resident memory, read every millisecond; one process a case, one thread. Of "
+        "what is read "
         "from a kernel the plan is what the call would be refused for, and the peak is beyond the kernel held.\n\n"
         f"Commit {git_sha() or 'unknown'}, {os.cpu_count()} cores, {platform.machine()}, "
         f"PyTorch {torch.__version__}; sizes times {scale:g}.\n\n"

@@ -19,7 +19,7 @@ from bench.markdown import table
 from lossk.distributed_plan import largest_share
 from lossk.layout import Size
 from lossk.mesh import Mesh, choose_mesh
-from lossk.plan import duration
+from lossk.timings import duration
 
 CHAINS, DRAWS, BURNIN, SPACING, BATCH = 4, 200, 200, 10, 256
 TILE, PANEL = 4096, 16

@@ -10,6 +10,7 @@ os.environ.setdefault("TRITON_INTERPRET", "1")
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -165,3 +166,28 @@ def assert_same_kernel(a: lossk.LossKernel, b: lossk.LossKernel) -> None:
 @pytest.fixture(name="assert_same_kernel")
 def assert_same_kernel_fixture() -> Callable[[lossk.LossKernel, lossk.LossKernel], None]:
     return assert_same_kernel
+
+
+@pytest.fixture
+def resumed_is_whole(
+    build: Callable[..., lossk.LossKernel], problem: Classification, tmp_path: Path
+) -> Callable[..., lossk.LossKernel]:
+    """A run that an error ends, `before_end` losses before the last, and that is resumed, against one left alone.
+
+    Returns the latter's kernel. The model's weights are bitwise as they were after each.
+    """
+
+    def check(sampler: lossk.samplers.Sampler, before_end: int, **changes: Any) -> lossk.LossKernel:
+        model, counting, path = problem.model(), FailAt(), tmp_path / "k.lossk"
+        before = [p.detach().clone() for p in model.parameters()]
+        asked: dict[str, Any] = {"sampler": sampler, **changes}
+        whole = build(model, problem.data, loss=counting, **asked)
+        with pytest.raises(RuntimeError, match="stopped"):
+            build(model, problem.data, loss=FailAt(counting.calls - before_end), out=path, **asked)
+        resumed = build(model, problem.data, loss=FailAt(), out=path, resume=True, **asked)
+        assert_same_kernel(resumed, whole)
+        assert resumed.diagnostics == whole.diagnostics
+        assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
+        return whole
+
+    return check

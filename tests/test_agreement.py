@@ -284,6 +284,16 @@ def test_a_model_that_casts_to_a_fixed_dtype_is_refused_in_words(build: Build, d
         build(Casting(4, 3).to(dtype), (torch.randn(9, 4), torch.arange(9) % 3))
 
 
+@pytest.mark.parametrize("scale", [1.0, 1e-3])
+def test_weights_that_fit_all_samples_raise_no_doubt(build: Build, scale: float) -> None:
+    """The loss there, and its gradient, are of rounding: no step along it changes anything foretold."""
+    x = scale * torch.randn(40, 5, generator=torch.Generator().manual_seed(0))
+    model = nn.Linear(5, 1)
+    with torch.no_grad():
+        targets = (x.double() @ model.weight.T.double() + model.bias.double()).float()  # off by a rounding
+    build(model, (x, targets), loss="mse")
+
+
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_deep_models_are_not_refused_in_low_precision(build: Build, precision: str) -> None:
     """Fourteen layers add up the roundings of each; the bound is measured on the model."""

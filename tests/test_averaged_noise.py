@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -110,28 +109,8 @@ def test_the_recursion(build: Build, problem: Any) -> None:
     np.testing.assert_allclose(seen[-steps:], expected, rtol=1e-4, atol=1e-5)
 
 
-def test_a_resumed_run_is_bitwise_the_whole_one(
-    build: Build, problem: Any, assert_same_kernel: Any, tmp_path: Path
-) -> None:
-    sampler = lossk.SGLD(
-        lr=1e-3, n_beta=30.0, localization=5.0, batch_size=4, num_burnin_steps=3, num_steps_bw_draws=2,
-        integrator="leimkuhler-matthews",
-    )  # fmt: skip
-    calls, last = 0, -1
-
-    def loss(model: nn.Module, batch: Any) -> Tensor:
-        nonlocal calls
-        calls += 1
-        if calls == last:
-            raise KeyboardInterrupt
-        return nn.functional.cross_entropy(model(batch[0]), batch[1], reduction="none")
-
-    asked: dict[str, Any] = {"loss": loss, "sampler": sampler, "panel": 1}
-    whole = build(problem.model(), problem.data, **asked)
-    calls, last = 0, calls - 9
-    with pytest.raises(KeyboardInterrupt):
-        build(problem.model(), problem.data, out=tmp_path / "k.lossk", **asked)
-    assert_same_kernel(build(problem.model(), problem.data, out=tmp_path / "k.lossk", resume=True, **asked), whole)
+def test_a_resumed_run_is_bitwise_the_whole_one(resumed_is_whole: Any, sgld: Any) -> None:
+    resumed_is_whole(sgld(integrator="leimkuhler-matthews"), 9, panel=1)
 
 
 @pytest.mark.parametrize("backend", ["torch", "cpp"])

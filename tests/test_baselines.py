@@ -229,7 +229,6 @@ CALLS: dict[str, Callable[[nn.Module, Any], Any]] = {
     "hessian": lambda model, data: influence_functions.damped_influence(
         model, data, train=data, damping=2.0, curvature="hessian", params=["7.*"]
     ),
-    "trak": lambda model, data: influence_functions.projected_influence(model, data, train=data, dimensions=8),
 }
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -206,28 +205,11 @@ def test_minibatches_of_two_and_of_all_but_one() -> None:
             assert error <= 0.1 * correction + 1e-6
 
 
-def test_a_resumed_run_is_bitwise_the_whole_one(
-    build: Build, problem: Any, assert_same_kernel: Any, tmp_path: Path
-) -> None:
+def test_a_resumed_run_is_bitwise_the_whole_one(resumed_is_whole: Any) -> None:
     sampler = dataclasses.replace(
         AVERAGED, lr=1e-3, batch_size=4, num_burnin_steps=3, num_steps_bw_draws=3, control_variate=True
     )
-    calls, last = 0, -1
-
-    def loss(model: nn.Module, batch: Any) -> Tensor:
-        nonlocal calls
-        calls += 1
-        if calls == last:
-            raise KeyboardInterrupt
-        return F.cross_entropy(model(batch[0]), batch[1], reduction="none")
-
-    asked: dict[str, Any] = {"loss": loss, "sampler": sampler, "panel": 1}
-    whole = build(problem.model(), problem.data, **asked)
-    assert whole.meta["sampler"]["noise_correction"] == 1.3
-    calls, last = 0, calls - 12
-    with pytest.raises(KeyboardInterrupt):
-        build(problem.model(), problem.data, out=tmp_path / "k.lossk", **asked)
-    assert_same_kernel(build(problem.model(), problem.data, out=tmp_path / "k.lossk", resume=True, **asked), whole)
+    assert resumed_is_whole(sampler, 12, panel=1).meta["sampler"]["noise_correction"] == 1.3
 
 
 @pytest.mark.parametrize("backend", ["torch", "cpp"])

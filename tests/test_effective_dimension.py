@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+import lossk
 from lossk import effective_dimension as module
 from lossk.effective_dimension import effective_dimension, ritz
 from lossk.losses import resolve_loss
@@ -65,3 +66,15 @@ def test_ritz_values_carry_the_start() -> None:
     found, weights = ritz(lambda v: values * v, start, 6)
     np.testing.assert_allclose(found, values.numpy(), rtol=1e-4)
     np.testing.assert_allclose(weights, (start.square() / start.square().sum()).numpy(), rtol=1e-2)
+
+
+def test_an_automatic_run_says_it() -> None:
+    model, data, h = regression(5)
+    with torch.no_grad():
+        model.weight.fill_(1.0)
+    kernel = lossk.build_kernel(model, data, loss="mse", num_chains=2, num_draws=20, progress=False)
+    law = kernel.meta["sampler"]
+    expected = float((law["n_beta"] * h / (law["n_beta"] * h + law["localization"])).sum())
+    assert kernel.diagnostics is not None
+    assert kernel.diagnostics.effective_dimension == pytest.approx(expected, rel=1e-2)
+    assert "directions in which the data beat the pull" in str(kernel.diagnostics)

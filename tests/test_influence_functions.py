@@ -13,7 +13,6 @@ from torch import Tensor, nn
 import lossk
 from frozen_network import Data, entropy, images, network, wide_gradients
 from lossk.analysis import influence_functions
-from lossk.analysis.gradients import Sketch
 
 
 @pytest.fixture
@@ -115,29 +114,6 @@ def test_mean_squared_error_has_a_gauss_newton_matrix() -> None:
     h = 2 / 30 * wide.T @ wide + 0.1 * torch.eye(4, dtype=torch.float64)
     g = 2 * r[:, None] * wide
     np.testing.assert_allclose(found[:], g @ torch.linalg.solve(h, g.T), rtol=1e-4, atol=1e-6)
-
-
-def test_projected_influence_is_the_formula_in_the_sketched_space() -> None:
-    model, data = softmax_regression()
-    found = influence_functions.projected_influence(model, data, train=data, dimensions=8, damping=0.1, seed=1)
-
-    def margin(logits: Tensor, label: Tensor) -> Tensor:
-        p = logits.softmax(dim=0)[label]
-        return (p / (1 - p)).log()
-
-    wide = wide_gradients(softmax_regression()[0], data, margin)
-    f = Sketch(9, 8, 1)(wide.float()).double()
-    gram = f.T @ f / len(f)
-    c = 0.1 * gram.trace() / 8
-    logits = F.linear(data[0].double(), *(p.detach().double() for p in model.parameters()))
-    q = 1 - logits.softmax(dim=1)[torch.arange(40), data[1]]
-    expected = f @ torch.linalg.solve(gram + c * torch.eye(8, dtype=torch.float64), f.T) * q
-    np.testing.assert_allclose(found[:], expected, atol=1e-4 * float(expected.abs().max()))
-    sets = lossk.ProbeSets(q=(data[0][:5], data[1][:5]), t=data)
-    beside = influence_functions.projected_influence(model, sets, train=data, dimensions=8, damping=0.1, seed=1)
-    np.testing.assert_allclose(
-        beside[beside.sets["q"], beside.sets["t"]], expected[:5], atol=1e-4 * float(expected.abs().max())
-    )
 
 
 def test_bad_influence_arguments() -> None:

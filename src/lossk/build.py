@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,6 @@ from lossk.disk import full_disk_named
 from lossk.distributed import joined
 from lossk.distributed_build import build_on_ranks
 from lossk.distributed_traces import sample_on_ranks
-from lossk.errors import DivergedError
 from lossk.factor_pass import HeldFactor, LoggedFactor
 from lossk.host_tiles import HostTiles
 from lossk.kernel import LossKernel
@@ -27,7 +27,7 @@ from lossk.losses import LossFunction
 from lossk.memory import Budget
 from lossk.panel import choose_panel
 from lossk.passes import Passes, check_passes
-from lossk.restart import begin_again
+from lossk.restart import until_it_lasts
 from lossk.run import Run
 from lossk.run_diagnostics import diagnose_run
 from lossk.runlog import RunLog
@@ -50,6 +50,7 @@ def build_kernel(
     loss: str | LossFunction = "cross_entropy",
     transform: Transform | None = None,
     sampler: Sampler | None = None,
+    params: Sequence[str] | None = None,
     num_chains: int = 4,
     num_draws: int = 200,
     tile: int = 4096,
@@ -89,6 +90,8 @@ def build_kernel(
             by sample. Half-precision inputs are kept as they are too, and widened to float32 batch by batch.
         sampler: SGLD settings; None is `SGLD()`, which chooses everything by a pilot and says why. Or, as a control,
             `Gaussian(sigma=)`: independent draws without gradients.
+        params: name patterns of the weights that are sampled, `["layer4.*", "fc.*"]`; None is the sampler's own, or
+            all. Short for the sampler's `params=`.
         num_chains: independent chains from the trained weights.
         num_draws: draws per chain, at least 2.
         tile: side of a kernel tile in samples, a multiple of 16.
@@ -151,7 +154,7 @@ def build_kernel(
     dtype, centering, form, backend = (plain[key] for key in ("dtype", "centering", "form", "backend"))
     precision, seed, path, resume = (plain[key] for key in ("precision", "seed", "out", "resume"))
     progress, distributed = plain["progress"], plain["distributed"]
-    passes, sampler = check_passes(passes), check_sampler(sampler, num_draws)
+    passes, sampler = check_passes(passes), check_sampler(sampler, num_draws, params)
     budget = Budget.now(plain["memory"])
     if resume and out is None:
         raise ValueError("resume=True needs out=, the store to continue, got None")
@@ -199,16 +202,15 @@ def build_kernel(
                     columns = log_columns(len(run.probe), tile) if read_back else None
                     with run.timings.measure("store"):
                         log = RunLog.create(path, request, {**record.chosen(run), "layout": layout.to_dict()}, columns)
-                while True:
-                    try:
-                        return _accumulate(run, request, log, layout, budget, bar)
-                    except DivergedError as error:
-                        said = begin_again(run, error)
-                        if said is None:
-                            raise
-                    bar.say(said)
+
+                def attempt() -> LossKernel:
+                    return _accumulate(run, request, log, layout, budget, bar)
+
+                def forget() -> None:
                     if log is not None:
                         log.restart(request, {**record.chosen(run), "layout": layout.to_dict()})
+
+                return until_it_lasts(run, bar, attempt, forget)
         finally:
             if log is not None:
                 log.close()
@@ -223,6 +225,7 @@ def sample_losses(
     loss: str | LossFunction = "cross_entropy",
     transform: Transform | None = None,
     sampler: Sampler | None = None,
+    params: Sequence[str] | None = None,
     num_chains: int = 4,
     num_draws: int = 200,
     backend: str = "auto",
@@ -251,7 +254,7 @@ def sample_losses(
     num_chains, num_draws, backend = (plain[key] for key in ("num_chains", "num_draws", "backend"))
     precision, seed, progress = (plain[key] for key in ("precision", "seed", "progress"))
     distributed = plain["distributed"]
-    passes, sampler = check_passes(passes), check_sampler(sampler, num_draws)
+    passes, sampler = check_passes(passes), check_sampler(sampler, num_draws, params)
     budget = Budget.now(None)
     with (
         joined(distributed) as ranks,
@@ -273,25 +276,13 @@ def sample_losses(
             run.announce(bar)
             with run.timings.measure("plan"):
                 run.plan(bar, budget, tile=4096, panel=panel, dtype="float32", form="traces")
-            while True:
-                try:
-                    losses = _traces(run, panel, bar)
-                    break
-                except DivergedError as error:
-                    said = begin_again(run, error)
-                    if said is None:
-                        raise
-                bar.say(said)
+
+            def attempt() -> torch.Tensor:
+                panels = run.panels(panel, bar, dict.fromkeys(range(num_chains)))
+                return record.losses(run, (part.on_host() for part in panels))
+
+            losses = until_it_lasts(run, bar, attempt)
         return record.traces(run, losses, record.meta(run, record.request(run)))
-
-
-def _traces(run: Run, panel: int, bar: Progress) -> torch.Tensor:
-    """[C, T, N] float32, nats."""
-    losses = torch.empty(run.num_chains, run.num_draws, len(run.probe), dtype=torch.float32, device="cpu")
-    for part in (each.on_host() for each in run.panels(panel, bar, dict.fromkeys(range(run.num_chains)))):
-        losses[part.chain, part.first_draw : part.first_draw + len(part.losses)] = part.losses
-        run.watch.note(part.losses, part.draws)
-    return losses
 
 
 def _accumulate(

@@ -18,11 +18,11 @@ from lossk.config import RunConfig
 from lossk.interop.checkpoints import over_checkpoints
 from lossk.kernel import LossKernel
 from lossk.passes import Passes
-from lossk.plan import duration
 from lossk.recipes import RecipeTask
 from lossk.report.checkpoints_picture import MOST_ROWS, Stage, draw_stages
 from lossk.report.picture import thin
 from lossk.samplers import read_sampler
+from lossk.timings import duration
 
 K = 10
 CHANGES = (

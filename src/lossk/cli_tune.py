@@ -16,8 +16,8 @@ from lossk.grid import GridSettings, parse_values, plan_grid, planned_cells, req
 from lossk.grid_cell import PlannedCell, read_cell
 from lossk.grid_jobs import PICTURE, open_grid, run_grid, working_in
 from lossk.optional import check_installed
-from lossk.plan import duration
 from lossk.report.grid_picture import draw_grid, number
+from lossk.timings import duration
 
 MOST_JOBS = 1024  # processes
 RISE_LIMIT = 0.5  # nats

@@ -15,13 +15,7 @@ from lossk.manifest import COMPLETE
 from lossk.sealed import MARK, read_log, read_sealed
 
 COMMITS = "commits.jsonl"
-DRAWS = (
-    "distance",
-    "acceptance",
-    "curvature",
-    "variance",
-    "glance",
-)  # what else a commit says of each draw, if it does
+DRAWS = ("distance", "acceptance", "curvature", "variance", "glance")  # what else a commit may say of each draw
 TRANSIENT = ("state-*.npz", "tiles*.jsonl", LOCK)  # what only a run in progress has
 CUT_OFF = (".*.part", "*.partial")  # what a kill leaves of a write: this version's, and an earlier one's
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -36,6 +37,7 @@ def cross_kernel(
     loss: str | LossFunction = "cross_entropy",
     transform: Transform | None = None,
     sampler: Sampler | None = None,
+    params: Sequence[str] | None = None,
     num_chains: int = 4,
     num_draws: int = 200,
     centering: str = "chain",
@@ -60,8 +62,8 @@ def cross_kernel(
         query: the samples whose losses are asked about, in the same forms: the columns.
         rows: the training samples that become rows: integers, a slice, or a mask [n]; None is all of them. L_n is over
             all of `train` either way; each draw costs a forward pass over the rows and the query.
-        loss, transform, sampler, num_chains, num_draws, centering, backend, device, precision, passes, seed, progress:
-            as in `build_kernel`.
+        loss, transform, sampler, params, num_chains, num_draws, centering, backend, device, precision, passes, seed,
+            progress: as in `build_kernel`.
 
     Returns:
         A CrossKernel [rows, query], in nats^2. It keeps the draws' losses, 4 bytes per draw and sample; nothing of size
@@ -97,6 +99,7 @@ def cross_kernel(
         loss=loss,
         transform=transform,
         sampler=sampler,
+        params=params,
         num_chains=num_chains,
         num_draws=num_draws,
         backend=backend,

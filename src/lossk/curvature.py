@@ -184,13 +184,40 @@ class Products:
             self.task.flat.copy_(self.center)
 
 
-def largest_eigenvalue(product: Callable[[Tensor], Tensor], start: Tensor, iterations: int = ITERATIONS) -> float:
-    """The algebraically largest eigenvalue of a symmetric operator, by Lanczos iteration (1950).
+def lanczos(
+    product: Callable[[Tensor], Tensor], start: Tensor
+) -> Iterator[tuple[Tensor, list[float], list[float], float]]:
+    """Lanczos iteration (1950) on a symmetric operator, for as long as it is asked for.
 
-    A large negative eigenvalue does not hide it, as it does from power iteration. Nothing is orthogonalised again: lost
+    Yields the unit vector [P] of the last product (overwritten by the next), the diagonal and what stands beside it of
+    the tridiagonal matrix, and the norm of what the next vector is made of. Nothing is orthogonalised again: lost
     orthogonality repeats extreme values, it does not move them (Paige 1980), and three vectors are all that is held.
+
+    Raises:
+        ValueError: derivatives of the loss are not finite.
     """
-    return _lanczos(product, start, iterations)[0]
+    before, v = torch.zeros_like(start), start / start.norm()
+    diagonal: list[float] = []
+    beside: list[float] = []
+    while True:
+        image = product(v)
+        diagonal.append(float(v @ image))
+        if not math.isfinite(diagonal[-1]):
+            raise ValueError("model: derivatives of the loss are not finite")
+        image -= diagonal[-1] * v
+        image -= before.mul_(beside[-1] if beside else 0.0)
+        norm = float(image.norm())
+        yield v, diagonal, beside, norm
+        beside.append(norm)
+        before, v = v, image.div_(norm)
+
+
+def largest_eigenvalue(product: Callable[[Tensor], Tensor], start: Tensor, iterations: int = ITERATIONS) -> float:
+    """The algebraically largest eigenvalue of a symmetric operator.
+
+    A large negative eigenvalue does not hide it, as it does from power iteration.
+    """
+    return _largest_ritz(product, start, iterations)[0]
 
 
 def leading_pair(
@@ -201,33 +228,22 @@ def leading_pair(
     Their rounding, of one in 500 at most in each element, adds as much of noise to the vector.
     """
     basis: list[Tensor] = []
-    value, weights = _lanczos(product, start, iterations, lambda v: basis.append(v.bfloat16()))
+    value, weights = _largest_ritz(product, start, iterations, lambda v: basis.append(v.bfloat16()))
     vector = torch.zeros_like(start)
     for weight, v in zip(weights, basis, strict=True):
         vector += v.to(vector.dtype).mul_(weight)
     return value, vector.div_(vector.norm())
 
 
-def _lanczos(
+def _largest_ritz(
     product: Callable[[Tensor], Tensor], start: Tensor, iterations: int, keep: Callable[[Tensor], None] | None = None
 ) -> tuple[float, list[float]]:
     """The largest Ritz value, and its vector in terms of the basis whose vectors `keep` is given one by one."""
-    before, v = torch.zeros_like(start), start / start.norm()
-    diagonal: list[float] = []
-    beside: list[float] = []
-    while True:
+    for v, diagonal, beside, norm in lanczos(product, start):
         if keep is not None:
             keep(v)
-        image = product(v)
-        diagonal.append(float(v @ image))
-        if not math.isfinite(diagonal[-1]):
-            raise ValueError("model: derivatives of the loss are not finite")
         values, vectors = eigh_tridiagonal(diagonal, beside)
-        image -= diagonal[-1] * v
-        image -= before.mul_(beside[-1] if beside else 0.0)
-        norm = float(image.norm())
         residual = norm * abs(float(vectors[-1, -1]))  # an eigenvalue is as near; as a rule nearer by its square
         if len(diagonal) == iterations or residual <= CONVERGED * abs(float(values[-1])):
             return float(values[-1]), vectors[:, -1].tolist()
-        beside.append(norm)
-        before, v = v, image.div_(norm)
+    raise AssertionError("the iteration has no end of its own")

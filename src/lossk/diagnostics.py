@@ -70,6 +70,7 @@ class Diagnostics:
     uninformed: float | None = None  # what a predictor that has learnt nothing loses, where that is known
     acceptance: float | None = None  # of a Metropolis test, mean over draws; of HMC, or of SGLD that measures it
     distance: float | None = None  # mean over draws of |w - w*|
+    effective_dimension: float | None = None  # directions at w* in which the data beat the pull; of an automatic law
     dead_share: float  # share of samples whose loss never varied
     verdict: str  # "good" or what is wrong
     advice: str  # the number behind the verdict and one change to make
@@ -121,6 +122,8 @@ class Diagnostics:
         moves = []
         if self.distance is not None:
             moves.append(f"distance     {self.distance:.3g} (mean |w - w*|)")
+        if self.effective_dimension is not None:
+            moves.append(f"dimension    {self.effective_dimension:.3g} (directions in which the data beat the pull)")
         if self.acceptance is not None:
             moves.append(f"acceptance   {self.acceptance:.3f} (Metropolis test)")
         return "\n".join(
@@ -250,6 +253,7 @@ def diagnose(
         "uninformed": uninformed,
         "acceptance": _mean(acceptance),
         "distance": _mean(distance),
+        "effective_dimension": None if pilot is None else pilot.effective_dimension,
         "dead_share": dead_share,
     }
     verdict, advice = judge(numbers, rejects=rejects)
@@ -286,8 +290,8 @@ def _drift(mean_loss: np.ndarray) -> tuple[float | None, float | None]:
 def _growth(squares: Tensor) -> tuple[float | None, float | None]:
     """How much [C, T] grows from the first third of the draws to the last: relative, and in standard errors.
 
-    The error is the spread of the chains where there are several, which sees slow components that no chain's own
-    autocorrelation shows.
+    The error is the larger of the draws' own and, where there are several chains, of their spread, which sees slow
+    components that no chain's own autocorrelation shows.
     """
     third = squares.shape[1] // 3
     if third < 4 or not torch.isfinite(squares).all() or not float(squares.mean()) > 0:

@@ -18,7 +18,7 @@ from lossk.blocks import Blocks, Moments, TileBlocks
 from lossk.chunks import Chunks
 from lossk.distributed import Ranks, gather_tiles
 from lossk.distributed_run import Work, chosen_by_first, meta, rounds, start_clock, usual_panel
-from lossk.errors import DistributedError, DivergedError
+from lossk.errors import DistributedError
 from lossk.exchange import Received
 from lossk.factor_pass import HeldFactor, LoggedFactor, create_factor
 from lossk.kernel import LossKernel
@@ -27,7 +27,7 @@ from lossk.memory import Budget
 from lossk.mesh import Mesh
 from lossk.panel import Panel
 from lossk.passes import Passes
-from lossk.restart import begin_again
+from lossk.restart import until_it_lasts
 from lossk.run import Run
 from lossk.run_diagnostics import diagnose_run
 from lossk.runlog import RunLog, commit_of
@@ -98,16 +98,16 @@ def build_on_ranks(
                 ranks.barrier()
                 with run.timings.measure("store"):
                     log = log or RunLog.open(path, request, lock=False)
-            while True:
-                try:
-                    return _accumulate(Work(ranks, run, request, layout, Mesh(**chosen["mesh"]), budget, bar, log))
-                except DivergedError as error:  # on every rank
-                    said = begin_again(run, error)
-                    if said is None:
-                        raise
-                bar.say(said)
+
+            def attempt() -> LossKernel:
+                return _accumulate(Work(ranks, run, request, layout, Mesh(**chosen["mesh"]), budget, bar, log))
+
+            def forget() -> None:
+                nonlocal log
                 if log is not None and path is not None:
                     log = _restart(ranks, log, path, request, {**chosen, **record.chosen(run)})
+
+            return until_it_lasts(run, bar, attempt, forget)
     finally:
         if log is not None:
             log.close()

@@ -18,14 +18,13 @@ from lossk.plan import (
     check_disk,
     check_traces,
     describe,
-    duration,
     factor_layout,
     has_tiles,
     stored_bytes,
     trace_layout,
 )
 from lossk.run import Run
-from lossk.timings import Progress
+from lossk.timings import Progress, duration
 
 OPEN_CHAIN = 72  # bytes a sample of the statistics of a chain that is not finished
 

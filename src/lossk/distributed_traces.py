@@ -7,11 +7,10 @@ import torch
 from lossk import record
 from lossk.distributed import Ranks
 from lossk.distributed_run import Work, chosen_by_first, meta, rounds, start_clock, usual_panel
-from lossk.errors import DivergedError
 from lossk.memory import Budget
 from lossk.mesh import Mesh
 from lossk.passes import Passes
-from lossk.restart import begin_again
+from lossk.restart import until_it_lasts
 from lossk.run import Run
 from lossk.timings import Progress
 from lossk.traces import LossTraces
@@ -33,24 +32,9 @@ def sample_on_ranks(ranks: Ranks, run: Run, *, passes: Passes | None, budget: Bu
     with chosen_by_first(ranks, run, request, passes, None, None, budget, bar) as (chosen, layout):
         ranks.use_device(run.task.device)
         work = Work(ranks, run, request, layout, Mesh(**chosen["mesh"]), budget, bar, None)
-        while True:
-            try:
-                losses = _traces(work)
-                break
-            except DivergedError as error:  # on every rank
-                said = begin_again(run, error)
-                if said is None:
-                    raise
-            bar.say(said)
+
+        def attempt() -> torch.Tensor:
+            return record.losses(run, (part for received, _ in rounds(work) for part in received))
+
+        losses = until_it_lasts(run, bar, attempt)
         return record.traces(run, losses, {**meta(work), "config": record.request(run)})
-
-
-def _traces(work: Work) -> torch.Tensor:
-    """[C, T, N] float32, nats."""
-    run = work.run
-    losses = torch.empty(run.num_chains, run.num_draws, len(run.probe), dtype=torch.float32, device="cpu")
-    for received, _ in rounds(work):
-        for part in received:
-            losses[part.chain, part.first_draw : part.first_draw + len(part.losses)] = part.losses
-            run.watch.note(part.losses, part.draws)
-    return losses

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from scipy.linalg import eigh_tridiagonal
 from torch import Tensor
 
-from lossk.curvature import PILOT_CHAIN, Products
+from lossk.curvature import PILOT_CHAIN, Products, lanczos
 from lossk.data import Samples
 from lossk.minibatches import Minibatches
 from lossk.ops.philox import normals
@@ -96,23 +96,13 @@ def count_directions(
 def ritz(product: Callable[[Tensor], Tensor], start: Tensor, iterations: int) -> tuple[Array, Array]:
     """(Ritz values, the share that `start` has in each, squared) of a symmetric operator after so many steps.
 
-    Nothing is orthogonalised again: copies of a Ritz value share its weight, and the sum over them stays.
+    Copies of a Ritz value, which lost orthogonality makes, share its weight, and the sum over them stays.
     """
-    before, v = torch.zeros_like(start), start / start.norm()
-    diagonal: list[float] = []
-    beside: list[float] = []
-    while True:
-        image = product(v)
-        diagonal.append(float(v @ image))
-        if not np.isfinite(diagonal[-1]):
-            raise ValueError("model: derivatives of the loss are not finite")
-        image = image - diagonal[-1] * v - (beside[-1] if beside else 0.0) * before
-        norm = float(image.norm())
+    for _, diagonal, beside, norm in lanczos(product, start):
         if len(diagonal) == iterations or norm <= 1e-6 * max(map(abs, diagonal)):
             values, vectors = eigh_tridiagonal(diagonal, beside)
             return np.asarray(values), np.asarray(vectors[0] ** 2)
-        beside.append(norm)
-        before, v = v, image / norm
+    raise AssertionError("the iteration has no end of its own")
 
 
 def _matrix(product: Callable[[Tensor], Tensor], task: Task) -> Array:

@@ -14,6 +14,7 @@ from torch import Tensor
 from lossk.task import Task, dense
 
 MOVED = 0.01  # relative move of the weights after which losses must still follow from them
+ROUNDING = 2.0**-23  # of a weight, relatively, in float32
 APART = 0.5  # a slope this far, relatively, from what the gradient foretells is told; kinks and curvature explain less
 STEP = 1e-3  # of the mean loss, and at least 3e-5 of the largest: what a step along the gradient is to change it by
 
@@ -69,22 +70,32 @@ def _keep_moved(task: Task, names: set[str]) -> None:
 def _tell_another_slope(
     task: Task, few: Callable[[], Any], mean: float, found: list[Tensor | None], change: float
 ) -> None:
-    """Warn where steps along and against the gradient change the mean loss by something else than it foretells."""
+    """Warn where steps along and against the gradient change the mean loss by something else than it foretells.
+
+    Nothing is told where the rounding of weights in float32 alone moves the loss as far as a step does.
+    """
     parts = [torch.zeros_like(p) if g is None else dense(g) for p, g in zip(task.sampled, found, strict=True)]
     task.grad.copy_(task.flatten(parts))
     square = float(task.grad.square().sum(dtype=torch.float64))
     step = change / square if square > 0.0 else 0.0
     if not 0.0 < step < math.inf:  # a loss of 0, or none that moves
         return
+
+    def mean_here() -> float:
+        with torch.no_grad():
+            return float(task.loss.per_sample(task.run_model, few()).double().mean())
+
     means = []
     for sign in (1.0, -1.0):
         task.flat.add_(task.grad, alpha=sign * step)
-        with torch.no_grad():
-            means.append(float(task.loss.per_sample(task.run_model, few()).double().mean()))
+        means.append(mean_here())
         task.reset()
     slope, bend = (means[0] - means[1]) / (2 * step), (means[0] + means[1] - 2 * mean) / (2 * step)
     if abs(bend) > APART / 2 * square or abs(slope - square) <= APART * square:
         return
+    with moved(task, ROUNDING, seed=0):
+        if abs(mean_here() - mean) > APART / 4 * change:  # as at a w* that fits all samples
+            return
     warnings.warn(
         f"the gradient of the loss is not its slope: along the gradient the mean loss changes at {slope:.3g} of the "
         f"{square:.3g} that it foretells (a gradient hook, a straight-through estimator, detach()?). Chains follow the "

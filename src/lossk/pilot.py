@@ -95,13 +95,11 @@ class Pilot:
 
     def typical_share(self, sampler: SGLD) -> float:
         """eps a_max / 4 of a resolved sampler at typical draws, at its largest gain; below 1 if averaged."""
-        lr, localization = float(sampler.lr) * sampler.gain, float(sampler.localization)
-        return lr * self.stiffest(localization) / 4.0
+        return float(sampler.lr) * sampler.gain * self.stiffest(float(sampler.localization)) / 4.0
 
     def stability_share(self, sampler: SGLD) -> float:
         """The same at the steepest draw of a thousand."""
-        lr, localization = float(sampler.lr) * sampler.gain, float(sampler.localization)
-        return lr * self.steepest(localization) / 4.0
+        return float(sampler.lr) * sampler.gain * self.steepest(float(sampler.localization)) / 4.0
 
     def discretisation(self, sampler: SGLD) -> float:
         """eps a_max / 4 of a resolved sampler; with a preconditioner, at its largest gain: an upper bound.

@@ -13,6 +13,7 @@ from lossk.errors import StoreError
 from lossk.layout import BYTES, Layout, Size, log_columns, panel_bytes, weight_bytes
 from lossk.probe import Probe
 from lossk.running import STRIPE
+from lossk.timings import duration
 from lossk.trace_factor import making_bytes
 from lossk.watched import WATCHED, watched_bytes
 
@@ -144,12 +145,3 @@ def check_disk(plan: Plan, path: Path) -> None:
             f"out={str(path)!r} needs {gigabytes(plan.disk_bytes)} of disk and {gigabytes(free)} are free; "
             "dtype='float16' needs half as much for its tiles"
         )
-
-
-def duration(seconds: float) -> str:
-    """A time span for people."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    if seconds < 5400:
-        return f"{seconds / 60:.0f} min"
-    return f"{seconds / 3600:.1f} h"

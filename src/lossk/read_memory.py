@@ -9,6 +9,8 @@ FREE_SHARE = 0.9  # of the free memory, that a call may take
 SMALL = 2**24  # bytes that are there: blocks are read by the thousand, and asking takes longer than reading
 INSIDE = 6_000_000  # bytes that BLAS and LAPACK work in and keep, and holes that the C library leaves in its heap
 BAND = 512  # rows that are ranked, or multiplied in float64, at a time
+PAGE_BYTES = 40_000_000  # the plotting script, thrice, and the page around it
+MOST_GROUPS = 1000  # of samples, whose sums of R a bootstrap draws from; more only where there are more classes
 RANKED = 40  # bytes an entry of a band that is ranked: its keys, copies of them, the sorted ones
 
 
@@ -77,6 +79,34 @@ def check_eigenpairs(blocks: Blocks, k: int, way: str) -> None:
         "iterative": 8 * 3 * n * max(2 * k + 1, 20) + matvec_bytes(blocks, 1),
     }[way]
     refuse(needed, f"{k} eigenvectors of {n} samples need", "a smaller k needs less")
+
+
+def check_class_means(num_samples: int, side: int, classes: int, replicates: int) -> None:
+    """Sums of R between classes from blocks of `side` samples, and the replicates of their means."""
+    needed = _class_means_bytes(num_samples, side, classes) + 8 * replicates * classes * classes
+    refuse(needed, f"means between {classes} classes need", "fewer classes, or replicates, need less")
+
+
+def _class_means_bytes(num_samples: int, side: int, classes: int) -> int:
+    """[groups, groups] sums in float64 and their halves; a block in float64, what it is made of, its sums by row."""
+    side, groups = min(side, num_samples), min(max(MOST_GROUPS, 2 * classes), num_samples)
+    return 80 * groups * groups + 24 * side * side + 16 * groups * side
+
+
+def check_report(num_samples: int, side: int, draws: int, bins: int, classes: int) -> None:
+    """What a page shows of each sample, the dearest of its steps, and the page.
+
+    Args:
+        side: of a tile.
+        draws: rows of the factor; 0 of a kernel in tiles.
+        bins: a side of the matrix.
+        classes: 0 where there are no labels.
+    """
+    n, side = num_samples, min(side, num_samples)
+    matrix = 48 * bins * bins + 12 * side * side + 8 * bins * side
+    sums = _class_means_bytes(n, side, classes) + 4 * bins * bins if classes else 0
+    needed = 2_000 * n + max(matrix, sums) + 8 * draws * side + PAGE_BYTES
+    refuse(needed, f"a report on {n} samples needs", "a kernel of fewer samples needs less")
 
 
 def _stripes(blocks: Blocks, count: int) -> int:

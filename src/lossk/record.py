@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from lossk import provenance
@@ -13,6 +15,8 @@ from lossk.traces import LossTraces
 from lossk.witness import WITNESS
 
 if TYPE_CHECKING:
+    from lossk.exchange import Received
+    from lossk.panel import Panel
     from lossk.run import Run
 
 
@@ -77,6 +81,15 @@ def meta(run: Run, request: dict[str, Any]) -> dict[str, Any]:
 def _scales(run: Run) -> dict[str, Any]:
     """D of each parameter, where the sampler has a metric: the law is not known without it."""
     return {} if run.scales is None else {"scales": run.scales}
+
+
+def losses(run: Run, parts: Iterable[Panel | Received]) -> Tensor:
+    """[C, T, N] float32, nats: what panels of whole rows, in any order, hold; the run's watch notes them."""
+    out = torch.empty(run.num_chains, run.num_draws, len(run.probe), dtype=torch.float32, device="cpu")
+    for part in parts:
+        out[part.chain, part.first_draw : part.first_draw + len(part.losses)] = part.losses
+        run.watch.note(part.losses, part.draws)
+    return out
 
 
 def traces(run: Run, losses: Tensor, meta: dict[str, Any]) -> LossTraces:

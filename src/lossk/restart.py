@@ -3,19 +3,45 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 from lossk.baoab import BAOAB
 from lossk.errors import DivergedError
 from lossk.run import Run
 from lossk.samplers import Sampler
 from lossk.sgld import SGLD
+from lossk.timings import Progress
 from lossk.trace_watch import TraceWatch
+
+Result = TypeVar("Result")
 
 MOST_RESTARTS = 6  # the step is then a 64th of the pilot's
 
 
-def begin_again(run: Run, error: DivergedError) -> str | None:
+def until_it_lasts(
+    run: Run, bar: Progress, attempt: Callable[[], Result], forget: Callable[[], None] = lambda: None
+) -> Result:
+    """What `attempt` returns; after each explosion of an automatic run it is made again, with half the step.
+
+    Args:
+        forget: what has been kept of an attempt that exploded, before the next.
+
+    Raises:
+        DivergedError: the step was not to be chosen, or is as short as it may become. Of ranks, on every one.
+    """
+    while True:
+        try:
+            return attempt()
+        except DivergedError as error:
+            said = _begin_again(run, error)
+            if said is None:
+                raise
+        bar.say(said)
+        forget()
+
+
+def _begin_again(run: Run, error: DivergedError) -> str | None:
     """Half the step of an automatic run that exploded; says so, or None where nothing is to be chosen."""
     before = sum(reason.startswith("restart") for reason in run.reasons)
     shorter = with_shorter_step(run.asked, run.sampler) if before < MOST_RESTARTS else None

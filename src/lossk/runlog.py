@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lossk.chain import ChainState, Draw
+from lossk.chain import ChainState, Draw, numbers_of
 from lossk.chunks import ArraySpec, At, ChunkError, Chunks
 from lossk.commits import COMMITS, CUT_OFF, DRAWS, clear_cut_off, clear_transient, read_commits
 from lossk.disk import Digest, digest, read_file, remove, replace_file, sync_tree
@@ -308,15 +308,11 @@ def _read_state(path: Path, written: Sequence[int] | None) -> dict[str, Tensor]:
 
 def commit_of(chain: int, first_draw: int, step: int, draws: Sequence[Draw], chunks: list[int]) -> dict[str, Any]:
     """The line of the commit log for a panel; `chunks` are the checksums of its losses."""
+    series = zip(("excess", *DRAWS), zip(*map(numbers_of, draws), strict=True), strict=True)
     return {
         "chain": chain,
         "first_draw": first_draw,
         "step": step,
-        "excess": [draw.excess_loss for draw in draws],
-        "distance": [draw.distance for draw in draws],
-        "acceptance": [draw.acceptance for draw in draws],
-        "curvature": [draw.curvature for draw in draws],
-        "variance": [draw.variance for draw in draws],
-        "glance": [draw.glance for draw in draws],
+        **{name: list(numbers) for name, numbers in series},
         "chunks": chunks,
     }

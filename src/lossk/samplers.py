@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -24,15 +25,15 @@ MOST_STEPS_IN_ALL = 2**32  # a step is one word of the Philox counter
 KINDS: dict[str, type[Sampler]] = {"sgld": SGLD, "baoab": BAOAB, "hmc": HMC, "laplace": Laplace, "gaussian": Gaussian}
 
 
-def check_sampler(sampler: Any, num_draws: int) -> Sampler:
-    """A sampler's settings, or those of `SGLD()` for None.
+def check_sampler(sampler: Any, num_draws: int, params: Any = None) -> Sampler:
+    """A sampler's settings, or those of `SGLD()` for None; `params`, given beside it, are the weights that it samples.
 
     Raises:
         TypeError: something else.
-        ValueError: a chain of more steps than the noise's counter can count.
+        ValueError: a chain of more steps than the noise's counter can count; a sampler that has other `params` already.
     """
     if sampler is None:
-        return SGLD()
+        return SGLD(params=params)
     if not isinstance(sampler, Sampler):
         names = ", ".join(kind.__name__ for kind in KINDS.values())
         found = shown(sampler) if isinstance(sampler, type) else type(sampler).__name__
@@ -43,7 +44,12 @@ def check_sampler(sampler: Any, num_draws: int) -> Sampler:
             f"sampler: num_burnin_steps and num_draws times num_steps_bw_draws must be less than 2^32 together, "
             f"got {sampler.steps(num_draws)}"
         )
-    return sampler
+    if params is None:
+        return sampler
+    chosen = dataclasses.replace(sampler, params=params)
+    if sampler.params not in (None, chosen.params):
+        raise ValueError(f"params must be given once, got params={params!r} beside a sampler with {sampler.params!r}")
+    return chosen
 
 
 def kind_of(sampler: Sampler) -> str:

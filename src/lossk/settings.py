@@ -119,14 +119,14 @@ def minibatch_of(batch_size: int | str | None, num_train: int) -> int:
     return min(FEWEST_BATCH if isinstance(batch_size, str) else batch_size, num_train)
 
 
-def check_pull(localization: Any, metric: Any, least: float = 0.0) -> dict[str, Any]:
+def check_pull(localization: Any, metric: Any) -> dict[str, Any]:
     """`localization` and `metric`, where "fisher" for the first is short for "auto" and "fisher"."""
     if isinstance(localization, str) and localization in METRICS:
         localization, metric = "auto", localization
     if isinstance(localization, str) and localization != "auto":
         raise ValueError(f"localization must be a number, 'auto' or 'fisher', got {localization!r}")
     return {
-        "localization": check_automatic("localization", localization, least=least),
+        "localization": check_automatic("localization", localization, least=0.0),
         "metric": check_choice("metric", metric, METRICS),
     }
 

@@ -74,6 +74,19 @@ class Progress:
         self.stop()
 
 
+def duration(seconds: float) -> str:
+    """A time span for people: 45 s, 12 min, 7 h 2 min, 3 d 4 h."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    if minutes < 90:
+        return f"{minutes} min"
+    if minutes < 48 * 60:
+        return f"{minutes // 60} h {minutes % 60} min"
+    hours = round(seconds / 3600)
+    return f"{hours // 24} d {hours % 24} h"
+
+
 def as_table(reasons: Sequence[str]) -> list[str]:
     """Lines "name = value: why" in aligned columns."""
     split = [(*head.split(" = ", 1), why) for head, _, why in (reason.partition(": ") for reason in reasons)]

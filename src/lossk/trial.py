@@ -26,7 +26,7 @@ from lossk.settings import minibatch_of
 from lossk.sgld import SGLD
 from lossk.step_choice import step_budget
 from lossk.task import fitting_batch
-from lossk.timings import Progress
+from lossk.timings import Progress, duration
 from lossk.trial_chain import Memory, Trial, run_trial, steps_after_burnin
 from lossk.tune import STEPS_CAP, Limits, choose_settings, to_half_octave
 from lossk.watched import watched_samples
@@ -257,7 +257,7 @@ def _announce(chosen: SGLD, around: Surroundings, bar: Progress) -> None:
     around.task.gradient(around.train, few)
     seconds = MOST_STEPS * (time.perf_counter() - start) * (2 if chosen.control_variate else 1)
     if seconds > SLOW:
-        bar.say(f"pilot: trial chains of at most {MOST_STEPS:,} steps together, at most about {seconds:.0f} s")
+        bar.say(f"pilot: trial chains of at most {MOST_STEPS:,} steps together, at most about {duration(seconds)}")
         bar.start(MOST_STEPS, what="trial chains")
 
 

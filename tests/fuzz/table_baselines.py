@@ -30,8 +30,6 @@ def add_to(table: Table, w: World) -> None:
               {"features": r.instance(type(w.baseline)), "labels": r.labels, "k": r.integer(1)})  # fmt: skip
     where = "lossk.analysis.influence_functions"
     table.add(f"{where}.damped_influence", {**model, "train": w.data, "damping": 1.0}, rules)
-    table.add(f"{where}.projected_influence", {**model, "train": w.data, "dimensions": 8},
-              {**rules, "dimensions": r.integer(4), "damping": r.number(least=0.0)})  # fmt: skip
 
 
 def _baseline(table: Table, w: World) -> None:

@@ -49,6 +49,7 @@ RUN: dict[str, r.Rule] = {
     "precision": PRECISION,
     "seed": SEED,
     "sampler": r.optional(r.instance(lossk.SGLD, lossk.BAOAB, lossk.HMC, lossk.Laplace, lossk.Gaussian)),
+    "params": r.optional(r.sequence_of(r.text, least=1)),
     "passes": r.optional(r.instance(lossk.Passes)),
     "rows": r.optional(r.rows),
     "distributed": r.optional(r.flag),

@@ -15,11 +15,11 @@ from lossk.analysis.inputs import check_classes, check_names, check_seed, check_
 from lossk.analysis.pairs import Kernel, KernelPairs, Pairs, as_pairs, blocks, spans_of
 from lossk.chains import has_chains, leave_one_chain_out
 from lossk.checks import check_choice, check_flag, check_integer
+from lossk.read_memory import MOST_GROUPS, check_class_means
 from lossk.records import check_record
 
 METHODS = ("average", "complete", "single", "weighted", "centroid", "median", "ward")  # of SciPy's linkage
 MOST_BOOTSTRAP = 10**5  # replicates, each [C, C] float64
-MOST_GROUPS = 1000  # of images, in all classes together: their sums are [groups, groups] float64
 
 
 @dataclass(frozen=True)
@@ -85,11 +85,13 @@ def class_similarity(
 
     Raises:
         ValueError: labels of another length or out of range.
+        MemoryError: more than the memory now available.
     """
     num_bootstrap, seed = check_integer("num_bootstrap", num_bootstrap, 0, MOST_BOOTSTRAP), check_seed(seed)
     class_names, progress = check_names("class_names", class_names), check_flag("progress", progress)
     pairs, count = as_pairs("source", source), len(class_names)
     labels = check_classes(labels, pairs.num_samples, count, "source")
+    check_class_means(pairs.num_samples, pairs.side, count, num_bootstrap)
     live = labels.masked_fill(pairs.dead, -1)
     group, per_class = _grouped(live, count, seed)
     signed, absolute = pair_sums(pairs, group, count * per_class, progress=progress)
@@ -157,16 +159,33 @@ def _resampled(exists: Tensor, num_bootstrap: int, seed: int) -> Tensor:
 
 
 def _means(sums: Tensor, number: Tensor, count: int) -> Array:
-    """[C, C] means from sums and numbers of pairs between groups; NaN where there is no pair."""
-    total, pairs = (x.reshape(count, -1, count, x.shape[1] // count).sum(dim=(1, 3)) for x in (sums, number))
+    """[C, C] means from sums and numbers of pairs between groups."""
+    ones = torch.ones(count, len(sums) // count, dtype=torch.float64, device="cpu")
+    return _weighted_means(sums, number, ones)
+
+
+def _weighted_means(sums: Tensor, number: Tensor, weights: Tensor) -> Array:
+    """[C, C] means, the pairs of groups g and h counted weights_g weights_h times; NaN where there is no pair.
+
+    Args:
+        weights: [C, groups of a class] float64.
+    """
+    count, per_class = weights.shape
+
+    def between_classes(of: Tensor) -> Tensor:
+        by_row = torch.bmm(weights.unsqueeze(1), of.reshape(count, per_class, -1)).reshape(count, count, per_class)
+        return torch.einsum("abh,bh->ab", by_row, weights)
+
+    total, pairs = between_classes(sums), between_classes(number)
     return torch.where(pairs > 0, total / pairs, float("nan")).numpy()
 
 
 def _replicates(sums: Tensor, number: Tensor, draws: Tensor) -> Array:
     """[B, C, C]. A group drawn twice counts its inner pairs four times, but no image is paired with itself."""
-    count = draws.shape[1]
-    weights = draws.reshape(len(draws), -1)
-    return np.stack([_means(sums * torch.outer(w, w), number * torch.outer(w, w), count) for w in weights])
+    out = np.empty((len(draws), draws.shape[1], draws.shape[1]))
+    for replicate, weights in zip(out, draws, strict=True):
+        replicate[:] = _weighted_means(sums, number, weights)
+    return out
 
 
 def _chains(source: object, live: Tensor, count: int, progress: bool) -> Array | None:

@@ -1,4 +1,4 @@
-"""Classical influence as a baseline: damped influence functions (small models), and their projected form (TRAK).
+"""Classical influence as a baseline: damped influence functions, for small models.
 
 The sign is a kernel's: S_ij > 0 where training more on sample j lowers the loss of sample i. At damping
 lambda = gamma / n_beta, n_beta K tends to the damped influence as n_beta grows.
@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from lossk.analysis.baselines import Baseline, spans_of
-from lossk.analysis.gradients import Sketch, frozen, gradient_batches, losses_of
-from lossk.checks import check_choice, check_flag, check_integer, check_number
+from lossk.analysis.gradients import frozen, gradient_batches, losses_of
+from lossk.checks import check_choice, check_flag, check_number
 from lossk.data import Samples, Transform
 from lossk.losses import LossFunction, forward, split_batch
 from lossk.probe_sets import ProbeSets
@@ -83,62 +83,6 @@ def damped_influence(
         return Baseline(name, gradients, duals=duals, sets=spans_of(probes))
 
 
-def projected_influence(
-    model: nn.Module,
-    data: Any,
-    *,
-    train: Any,
-    dimensions: int = 512,
-    damping: float = 1e-2,
-    params: Sequence[str] | None = None,
-    transform: Transform | None = None,
-    seed: int = 0,
-    progress: bool = False,
-) -> Baseline:
-    """TRAK's estimate from one model (Park et al. 2023, arXiv 2303.14186).
-
-    S_ij = (1 - p_j) f_i' (F'F/n + c I)^-1 f_j for a classifier trained by cross entropy, where
-    f_i is the sketched gradient of the margin ln(p / (1 - p)) of sample i's label probability p, F the rows of the
-    training samples, c = damping * trace(F'F/n) / dimensions. Not symmetric: i is the query, j the training sample.
-    TRAK averages over retrained models; averaging the `similarity` of several does that.
-
-    Args:
-        data, train: as in `damped_influence`; cross entropy only.
-        dimensions: of the sketch (a multiple of 4).
-        damping: relative to the mean eigenvalue, at least 0.
-    """
-    damping, progress = check_number("damping", damping, least=0.0), check_flag("progress", progress)
-    dimensions = check_integer("dimensions", dimensions, 1)
-    with frozen(model, _beside(data, train), params=params, transform=transform) as (task, sets):
-        probes, train_samples = _split(sets)
-        sketch = Sketch(task.num_weights, dimensions, seed)
-
-        def sketched(parts: Sequence[Samples], what: str) -> Tensor:
-            batches = gradient_batches(task, parts, _margin, progress=progress, what=what)
-            return torch.cat([sketch(gradients) for _, gradients in batches]).double()
-
-        features = sketched(list(probes.values()), "gradients")
-        same = [samples is train_samples for samples in probes.values()]
-        of_train = features[_rows(probes, same.index(True))] if any(same) else sketched([train_samples], "training")
-        gram = of_train.T @ of_train / len(of_train)
-        gram.diagonal().add_(damping * float(gram.trace()) / dimensions)
-        losses = torch.cat([task.losses(batch) for s in probes.values() for _, batch in s.batches(BATCH)])
-        residual = -torch.expm1(-losses.double().cpu())  # 1 - p
-        try:
-            duals = torch.linalg.solve(gram, features.T).T * residual.unsqueeze(1)
-        except torch.linalg.LinAlgError as error:
-            raise ValueError(f"damping must make F'F/n invertible, got {damping}: {error}") from error
-    return Baseline("TRAK (one model)", features, duals=duals.contiguous(), sets=spans_of(probes))
-
-
-def _margin(model: nn.Module, batch: Any) -> Tensor:
-    """ln(p / (1 - p)) of the label's probability p: scalar. -ln(expm1(l)) of the exact loss l."""
-    inputs, targets = split_batch(batch)
-    logits = forward(model, inputs).double()
-    others = logits.scatter(1, targets.long().unsqueeze(1), float("-inf"))
-    return (logits.gather(1, targets.long().unsqueeze(1)).squeeze(1) - others.logsumexp(dim=1))[0]
-
-
 def _beside(data: Any, train: Any) -> ProbeSets:
     """The probe sets and the training data, read together so that what is given twice is held once."""
     several = {f"data {name}": samples for name, samples in data.sets.items()} if isinstance(data, ProbeSets) else {}
@@ -151,11 +95,6 @@ def _split(sets: Mapping[str, Samples]) -> tuple[dict[str, Samples], Samples]:
     if "data" in sets:
         return {"": sets["data"]}, sets["train"]
     return {name.removeprefix("data "): part for name, part in sets.items() if name != "train"}, sets["train"]
-
-
-def _rows(probes: Mapping[str, Samples], number: int) -> slice:
-    lengths = [len(samples) for samples in probes.values()]
-    return slice(sum(lengths[:number]), sum(lengths[: number + 1]))
 
 
 def _curvature(task: Task, train: Samples, curvature: str) -> Product:

@@ -16,6 +16,7 @@ from lossk.analysis.neighbors import SignificantNeighbors, significant_neighbors
 from lossk.analysis.spectrum import Spectrum, spectrum
 from lossk.kernel import LossKernel
 from lossk.neighbors import Neighbors
+from lossk.read_memory import check_report
 from lossk.report.matrix import MOST_BINS, binned_correlation, sorted_samples
 from lossk.report.samples import Samples
 
@@ -123,6 +124,13 @@ def check_size(kernel: LossKernel) -> None:
         )
     if alive < 4:
         raise ValueError(f"a report needs at least 4 samples whose loss varies, got {alive} of {kernel.num_samples}")
+
+
+def check_memory(kernel: LossKernel, samples: Samples) -> None:
+    """Refuse, with the sizes, what would not fit into free memory."""
+    classes = 0 if samples.labels is None else len(np.unique(samples.labels))
+    draws = kernel.num_chains * kernel.num_draws if kernel.form == "factor" else 0
+    check_report(kernel.num_samples, kernel.tile, draws, min(MOST_BINS, kernel.num_samples), classes)
 
 
 def cluster_size(num_samples: int) -> int:

@@ -26,7 +26,7 @@ from lossk import provenance
 from lossk.checks import check_flag, check_integer, check_optional, check_path, check_text, shown
 from lossk.errors import LosskError
 from lossk.kernel import LossKernel
-from lossk.report.findings import STEPS, check_size, find
+from lossk.report.findings import STEPS, check_memory, check_size, find
 from lossk.report.payload import make_payload, to_json
 from lossk.report.samples import Samples, read_samples, samples_path
 from lossk.report.sprites import make_sprites
@@ -83,6 +83,7 @@ def write_report(
     Raises:
         FileExistsError: `path` exists, unless `overwrite`.
         ValueError: what is given does not fit the kernel, or the kernel is too small or too large for a report.
+        MemoryError: more than the memory now available.
         LosskError: a package of lossk[report] is missing.
     """
     overwrite, progress = check_flag("overwrite", overwrite), check_flag("progress", progress)
@@ -101,6 +102,7 @@ def write_report(
         "held_out": held_out,
     }  # fmt: skip
     samples = merge(given, saved_samples(store, kernel.num_samples)).checked(kernel.num_samples)
+    check_memory(kernel, samples)
     if config is None and store is not None and store.with_suffix(".yaml").is_file():
         config = store.with_suffix(".yaml").read_text(encoding="utf-8", errors="replace")  # shown, never parsed
     if title is None:

@@ -8,8 +8,8 @@ from lossk.analysis.purity import chance_purity, class_purity, raw_neighbors
 from lossk.available import gigabytes
 from lossk.kernel import LossKernel
 from lossk.neighbors import Neighbors
-from lossk.plan import duration
 from lossk.recipes import RecipeTask, predict
+from lossk.timings import duration
 
 K = 10
 

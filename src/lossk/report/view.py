@@ -9,11 +9,11 @@ import numpy as np
 from lossk.available import gigabytes
 from lossk.diagnostics import Diagnostics
 from lossk.kernel import LossKernel
-from lossk.plan import duration
 from lossk.report.findings import EIGENROWS, HEAVY, Findings
 from lossk.report.payload import shorten, traces_of, unit_of
 from lossk.report.samples import Samples, thumbnails
 from lossk.report.sprites import Sprites, thumbnail_uri
+from lossk.timings import duration
 from lossk.verdict import BIAS_LIMIT, ESS_LIMIT, RELIABLE, RHAT_LIMIT, SIZE_LIMIT, STABILITY_LIMIT
 
 CARD = 56  # CSS pixels of a card's image, its longer side
@@ -227,6 +227,7 @@ def _diagnostics(d: Diagnostics | None) -> dict[str, Any] | None:
         _llc_row(d),
         ("acceptance", number(d.acceptance), "of a Metropolis test, mean over draws"),
         ("distance |w − w*|", number(d.distance), "mean over draws"),
+        ("effective dimension", number(d.effective_dimension), "directions at w* in which the data beat the pull"),
         (
             "gradient noise ratio",
             number(d.gradient_noise_ratio),
