@@ -10,6 +10,7 @@ import numpy as np
 LEVELS = 256  # at which the drawn part of a tail is kept
 EXCEEDING = 400  # different draws that the law beyond is fitted to
 MOST_SHAPE = 0.5
+SHAPE_ERROR = 0.03  # about that of a shape fitted to 400 exceedances: a smaller one is no sign of a heavy tail
 MARGIN = 1.2  # on the scale of that law: draws share traces, so 400 exceedances tell it to 10 % or 20 %
 
 
@@ -18,16 +19,15 @@ class Tails:
     """Some laws of a coordinate g > 0: survival, log-linear between levels, and beyond the last level.
 
     Beyond it the survival is that of the last level times (1 + shape (g - last) / scale)^(-1 / shape). The shape is
-    never below 0: a law that ends or falls faster than an exponential one is taken for exponential. To it 1 / n is
-    added, n the rows whose draws reach there: an exponential law whose scale n draws tell is foreseen as such a Pareto
-    law. That and a margin on the scale over-state chance there rather than under-state it, the more the fewer draws
-    there are.
+    never below 0: a law that ends or falls faster than an exponential one is taken for exponential. To that of a heavy
+    tail 1 / n is added, n the rows whose draws reach there, about what the mean of n draws adds to a law foreseen by it.
+    That and a margin on the scale over-state chance there rather than under-state it, the more the fewer draws there are.
     """
 
     level: np.ndarray  # [LEVELS] ascending g, one row a law: [laws, LEVELS]
     log_share: np.ndarray  # [laws, LEVELS] descending: log of the share above the level
     scale: np.ndarray  # [laws]
-    shape: np.ndarray  # [laws], above 0
+    shape: np.ndarray  # [laws], at least 0
 
     @classmethod
     def of(cls, drawn: Iterable[np.ndarray]) -> Tails:
@@ -49,7 +49,8 @@ class Tails:
         last, shape = self.level[law, -1], self.shape[law]
         inside = np.interp(g, self.level[law], self.log_share[law])
         over = np.maximum(g - last, 0.0) / self.scale[law]
-        return inside - np.log1p(shape * over) / shape
+        beyond = np.log1p(shape * over) / shape if shape > 0 else over
+        return inside - beyond
 
     def quantile(self, which: np.ndarray, share: float) -> np.ndarray:
         """g above which that share lies, of each law asked for: [r] float64."""
@@ -59,7 +60,7 @@ class Tails:
             beyond = max(self.log_share[law, -1] - log, 0.0)
             shape = self.shape[law]
             inside = np.interp(-log, -self.log_share[law], self.level[law])
-            each[law] = inside + self.scale[law] * np.expm1(shape * beyond) / shape
+            each[law] = inside + self.scale[law] * (np.expm1(shape * beyond) / shape if shape > 0 else beyond)
         return each[which]
 
 
@@ -83,7 +84,8 @@ def _fit(g: np.ndarray) -> tuple[np.ndarray, np.ndarray, float, float]:
     level, log_share = drawn[ranks], np.log(ranks / total)
     excess = drawn[:top] - drawn[top]
     scale, shape = _pareto(excess)
-    shape += 1 / max(int((g > drawn[top]).reshape(len(g), -1).any(axis=1).sum()), 1)
+    if shape > 0:
+        shape += 1 / int((g > drawn[top]).reshape(len(g), -1).any(axis=1).sum())
     pad = LEVELS + 1 - len(ranks)
     return np.pad(level, (pad, 0), mode="edge"), np.pad(log_share, (pad, 0), mode="edge"), scale, shape
 
@@ -94,5 +96,6 @@ def _pareto(excess: np.ndarray) -> tuple[float, float]:
     weighted = float((excess * (np.arange(n) + 0.5) / n).mean())  # E[x (1 - F(x))]
     if mean <= 0 or mean - 2 * weighted <= 0:
         return MARGIN * max(mean, 1e-6), 0.0
-    shape = min(max(2 - mean / (mean - 2 * weighted), 0.0), MOST_SHAPE)
+    shape = min(2 - mean / (mean - 2 * weighted), MOST_SHAPE)
+    shape = shape if shape > SHAPE_ERROR else 0.0
     return MARGIN * mean * (1 - shape), shape
