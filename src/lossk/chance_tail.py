@@ -20,8 +20,8 @@ class Tails:
 
     Beyond it the survival is that of the last level times (1 + shape (g - last) / scale)^(-1 / shape). The shape is
     never below 0: a law that ends or falls faster than an exponential one is taken for exponential. To that of a heavy
-    tail 1 / n is added, n the rows whose draws reach there, about what the mean of n draws adds to a law foreseen by it.
-    That and a margin on the scale over-state chance there rather than under-state it, the more the fewer draws there are.
+    tail 1 / n is added, n the rows whose draws reach there, as the mean of n draws tells a law no better. That and a
+    margin on the scale over-state chance there rather than under-state it, the more the fewer draws there are.
     """
 
     level: np.ndarray  # [LEVELS] ascending g, one row a law: [laws, LEVELS]
@@ -96,6 +96,5 @@ def _pareto(excess: np.ndarray) -> tuple[float, float]:
     weighted = float((excess * (np.arange(n) + 0.5) / n).mean())  # E[x (1 - F(x))]
     if mean <= 0 or mean - 2 * weighted <= 0:
         return MARGIN * max(mean, 1e-6), 0.0
-    shape = min(2 - mean / (mean - 2 * weighted), MOST_SHAPE)
-    shape = shape if shape > SHAPE_ERROR else 0.0
+    shape = min(max(2 - mean / (mean - 2 * weighted) - SHAPE_ERROR, 0.0), MOST_SHAPE)
     return MARGIN * mean * (1 - shape), shape
