@@ -19,7 +19,7 @@ import torch
 
 from lossk.blocks import FactorBlocks
 from lossk.centring import centre, degrees_of_freedom, empty_moments, note
-from lossk.information import Criteria, Estimate, lost_variance, mean_over_draws
+from lossk.information import Criteria, Estimate, lost_variance, mean_over_draws, reach_of_variance
 from lossk.kernel import LossKernel
 from lossk.tiles import TileAccumulator
 from lossk.watched import Watched, watched_samples
@@ -27,7 +27,7 @@ from lossk.watched import Watched, watched_samples
 Array = np.ndarray
 N, READ, CHAINS, DRAWS = 320, 24, 4, 200  # samples, those whose entries are read, chains, draws of each
 EXACT, AT_A_TIME = 40_000, 4_000
-METHODS = {"lag1": "tiles", "watched": "tiles", "products": "factor", "chains": "factor"}
+METHODS = {"lag1": "tiles", "watched": "tiles", "products": "factor", "interval": "factor", "chains": "factor"}
 T3 = 3.182446305284263  # 97.5 % quantile of Student's t with C - 1 degrees of freedom
 
 
@@ -124,7 +124,8 @@ def _scalars(losses: Array) -> dict[str, tuple[Estimate, float]]:
     likelihood = (torch.logsumexp(-wide, dim=1) - np.log(DRAWS)).sum(dim=1)
     mean = wide.mean(dim=2)
     lost = lost_variance(wide.mean(dim=1), wide.var(dim=1).mean(dim=0), DRAWS)
-    criteria = Criteria(within, likelihood, mean.mean(dim=1), N, N / np.log(N), DRAWS, lost)
+    reach = reach_of_variance(wide[:, :, watched_samples(N, CHAINS * DRAWS)])
+    criteria = Criteria(within, likelihood, mean.mean(dim=1), N, N / np.log(N), DRAWS, lost, reach)
     draws, wbic = mean_over_draws(mean), criteria.wbic
     assert wbic is not None
     return {

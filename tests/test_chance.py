@@ -15,7 +15,7 @@ import lossk
 from lossk.analysis import significant_neighbors
 from lossk.analysis.neighbors import _false_shares
 from lossk.blocks import TileBlocks
-from lossk.chance import Chance, null_correlations
+from lossk.chance import Chance, _slow, _unit, null_correlations
 from lossk.chance_tail import Tails, coordinate
 
 NEGATED = np.where(np.arange(400) % 2, -1.0, 1.0)
@@ -130,6 +130,45 @@ def test_null_correlations_are_of_other_chains() -> None:
             assert found[i, j, m] == pytest.approx(float(rows[:, i] @ turned), rel=1e-5, abs=1e-5)
 
 
+def test_two_slow_paths_are_not_turned() -> None:
+    rng = np.random.default_rng(0)
+    rows, partners = (torch.from_numpy(rng.standard_normal((2 * 8, n)).astype(np.float32)) for n in (3, 2))
+    torn = torch.tensor([[True, False], [False, False], [True, True]])
+    plain, turned, found = (
+        null_correlations(rows, partners, [((1, 0), turn)], 2, which)[:, :, 0]
+        for turn, which in ((0, None), (3, None), (3, torn))
+    )
+    np.testing.assert_array_equal(found, np.where(torn.numpy(), plain, turned))
+
+
+def test_slow_samples_are_told_from_others_one_by_one() -> None:
+    losses, _ = losses_of("z, half AR(.98)", np.random.default_rng(3), 2, 400)
+    slow = _slow(_unit(kernel_of(losses)._blocks.take(torch.arange(400))), 2).numpy()
+    assert slow[np.arange(400) % 4 >= 2].mean() > 0.95
+    assert slow[np.arange(400) % 4 < 2].mean() < 0.03
+
+
+def test_two_chains_of_mixed_memories_know_a_rare_chance() -> None:
+    """Against a nominal of 12: these would be 3 times as many if fast samples were not turned against slow ones."""
+    below = 0
+    for seed in range(6):
+        losses, related = losses_of("exp(z), half AR(.98)", np.random.default_rng([seed, 2, 60]), 2, 60)
+        found = significant_neighbors(kernel_of(losses), 5)
+        unrelated = ~related[np.arange(400)[:, None], found.index.numpy()]
+        below += int(((found.by_chance.numpy() < 0.005) & unrelated).sum())
+    assert below <= stats.poisson.isf(0.001, 1.5 * 0.005 * 400 * 6)
+
+
+def test_a_tail_of_few_rows_is_foreseen_longer() -> None:
+    """The same draws from 1,000 rows or 5: both alike where draws are, and the few rows surer of nothing beyond."""
+    draws = stats.genpareto(0.2).rvs(size=20_000, random_state=np.random.default_rng(1))
+    many, few = (Tails.of([draws.reshape(rows, -1)]) for rows in (1000, 5))
+    which, g = np.zeros(2, dtype=int), np.array([2.0, 60.0])
+    a, b = (tails.survival(which, g) for tails in (many, few))
+    assert a[0] == b[0]
+    assert b[1] > 2 * a[1] > 1e-6
+
+
 @pytest.mark.parametrize("law", [stats.expon(), stats.pareto(4), stats.uniform()])
 def test_tails_are_right_and_beyond_the_draws_not_too_thin(law) -> None:
     draws = law.rvs(size=(10, 20_000), random_state=np.random.default_rng(1)) - law.support()[0]
@@ -170,5 +209,5 @@ def test_few_discoveries_are_false(case: str) -> None:
 def test_the_table_has_every_case() -> None:
     assert len(CASES) == 11
     rows = floors_table(1, ("z",))
-    assert len(rows) == 9
-    assert section(rows).count("\n") == 4
+    assert len(rows) == 12
+    assert section(rows).count("\n") == 7

@@ -158,6 +158,48 @@ def test_tiles_of_few_draws_give_finite_errors(watched: int) -> None:
         assert (found >= 0).all()
 
 
+def share_held(law: Law, memory: float, method: str) -> float:
+    """Of 150 runs' intervals of variances of one loss each, 4 chains of 200 draws; the truth is known to 1 %."""
+    rng, held, truth = np.random.default_rng(4), [], float(law(np.random.default_rng(1).standard_normal(2**21)).var())
+    for _ in range(5):
+        kernel = factor_of(torch.from_numpy(law(ar1(rng, 4, 200, 30, memory))).float())
+        error = torch.stack([kernel.standard_error([i], [i], method=method)[0, 0] for i in range(30)])
+        held.append((kernel.variance - truth).abs() <= 1.96 * error)
+    return float(torch.cat(held).double().mean())
+
+
+@pytest.mark.parametrize(("law", "memory"), [(lambda z: z**2, 0.8), (np.exp, 0.5)])
+def test_intervals_hold_what_skewed_losses_hide(law: Law, memory: float) -> None:
+    """Few draws of heavy tails show variances too small with errors too small: "interval" holds more of the truth."""
+    usual, long = (share_held(law, memory, method) for method in ("products", "interval"))
+    assert usual < 0.9
+    assert usual + 0.02 < long < 0.98
+
+
+def test_intervals_of_normal_losses_are_the_usual_ones() -> None:
+    kernel = factor_of(traces(2, 20, (0.0,), lambda z: z, 4, 800))
+    usual, long = (kernel.standard_error(method=method) for method in ("products", "interval"))
+    off = ~torch.eye(20, dtype=torch.bool)
+    assert ((long / usual)[off] < 1.05).all()
+    assert ((long / usual)[off] > 0.99).all()
+    with pytest.raises(ValueError, match=r"from_traces.*tiles"):
+        tiles_of(traces(2, 20, (0.0,), lambda z: z, 2, 9)).standard_error(method="interval")
+
+
+@pytest.mark.parametrize("skewness", [0.1, 0.4, 0.75])
+def test_reach_leaves_5_per_cent_outside(skewness: float) -> None:
+    """Of a studentised mean T for which Hall's transformation is normal; many degrees of freedom."""
+    from scipy import stats
+
+    from lossk.batch_means import Spread, reach
+
+    one = torch.ones(1, dtype=torch.float64)
+    half = 1.959964 * float(reach(Spread(one, one, one * 1e12, one * skewness)))
+    d = 2 * skewness / 3
+    above, below = (math.expm1(d * t) / d + skewness / 6 for t in (half, -half))
+    assert stats.norm.sf(above) + stats.norm.cdf(below) == pytest.approx(0.05, rel=0.01)
+
+
 @pytest.mark.parametrize("memory", [0.0, 0.6, 0.95])
 def test_means_over_draws(memory: float) -> None:
     """800 runs of 4 chains x 150 draws; a share is known to 0.8 %."""

@@ -155,7 +155,8 @@ class _RowsOwn:
         reference = _some(rng, alive, REFERENCE)
         partners, against = _partners(rng, alive)
         traces = self._take(reference)
-        pairings = _pairings(rng, moments, traces)
+        slow = _slow(traces, moments.num_chains)
+        pairings = _pairings(rng, moments, slow)
         # What sorts and scales rows may be any function of their own traces, so turns round the circle serve it.
         turns = rng.permutation(moments.num_draws)[:PAIRINGS].tolist()
         self._pairings = [(pairings[m % len(pairings)][0], turn) for m, turn in enumerate(turns)]
@@ -166,13 +167,16 @@ class _RowsOwn:
         self._middle, self._edges = (np.median(size), np.median(kurtosis)), _edges(kurtosis)
         which = np.searchsorted(self._edges, kurtosis, side="right")
         others = self._take(against)
+        slow_others, itself = _slow(others, self._chains), reference.unsqueeze(1) == against
 
-        def drawn(law: int) -> np.ndarray:
-            rows = _rows_of(which, law)
-            nulls = null_correlations(traces[:, torch.from_numpy(rows)], others, pairings, self._chains)
-            return coordinate(-nulls if anti else nulls, size[rows, None, None])
+        def nulls_of(rows: np.ndarray) -> np.ndarray:
+            at = torch.from_numpy(rows)
+            torn = slow[at].unsqueeze(1) & slow_others
+            nulls = null_correlations(traces[:, at], others, pairings, self._chains, torn)
+            nulls[itself[at].numpy()] = 0.0
+            return nulls
 
-        self.tails = Tails.of(drawn(law) for law in range(len(self._edges) + 1))
+        self.tails = _tails(which, size, len(self._edges) + 1, nulls_of, anti)
 
     def _take(self, index: Tensor) -> Tensor:
         return _unit(self._blocks.take(index))
@@ -203,40 +207,48 @@ class _Carried:
         index, self._lag1 = watched.index[here], moments.lag1
         traces = _unit(centre(watched.losses[:, :, here], moments.centering).factor.float())
         rng = np.random.default_rng(SEED)
-        nulls = null_correlations(traces, traces, _pairings(rng, moments, traces), moments.num_chains)
+        slow = _slow(traces, moments.num_chains)
+        torn = slow.unsqueeze(1) & slow
+        nulls = null_correlations(traces, traces, _pairings(rng, moments, slow), moments.num_chains, torn)
+        nulls[np.eye(len(index), dtype=bool)] = 0.0
         lag1 = moments.lag1[index].numpy()
         self._edges = _edges(lag1)
         bins = np.searchsorted(self._edges, lag1, side="right")
         sizes = [_size(nulls[bins == b].reshape(1, -1, 1), anti)[0][0] for b in range(len(self._edges) + 1)]
         self._freedom = np.array(sizes)  # of each tail
-
-        def drawn(law: int) -> np.ndarray:
-            rows = _rows_of(bins, law)
-            return coordinate(-nulls[rows] if anti else nulls[rows], self._freedom[bins][rows, None, None])
-
-        self.tails = Tails.of(drawn(law) for law in range(len(self._edges) + 1))
+        self.tails = _tails(bins, self._freedom[bins], len(sizes), nulls.__getitem__, anti)
 
     def traits(self, rows: Tensor) -> tuple[np.ndarray, np.ndarray]:
         which = np.searchsorted(self._edges, self._lag1[rows].numpy(), side="right")
         return which, self._freedom[which]
 
 
-def null_correlations(rows: Tensor, partners: Tensor, pairings: list[Pairing], num_chains: int) -> np.ndarray:
-    """Correlations of unit traces [C T, r] with those [C T, p] of other chains: [r, p, pairings]."""
+def null_correlations(
+    rows: Tensor, partners: Tensor, pairings: list[Pairing], num_chains: int, torn: Tensor | None = None
+) -> np.ndarray:
+    """Correlations of unit traces [C T, r] with those [C T, p] of other chains: [r, p, pairings].
+
+    Args:
+        torn: [r, p] bool, the pairs that no turn serves: theirs are those without one.
+    """
     inside = partners.unflatten(0, (num_chains, -1))  # [C, T, p]
     out = np.empty((rows.shape[1], partners.shape[1], len(pairings)), dtype=np.float32)
     with without_autocast():
         for m, (order, turn) in enumerate(pairings):
-            turned = inside[list(order)].roll(turn, 1).flatten(0, 1)
-            out[:, :, m] = (rows.T @ turned).numpy()
+            met = inside[list(order)]
+            found = rows.T @ met.roll(turn, 1).flatten(0, 1)
+            if torn is not None and turn and num_chains > 1:
+                found = torch.where(torn, rows.T @ met.flatten(0, 1), found)
+            out[:, :, m] = found.numpy()
     return out
 
 
-def _pairings(rng: np.random.Generator, moments: Moments, traces: Tensor) -> list[Pairing]:
+def _pairings(rng: np.random.Generator, moments: Moments, slow: Tensor) -> list[Pairing]:
     """Orders of chains that leave none in its place, at most 9; of one chain, turns by a quarter or more.
 
-    Two or three chains have few orders. Where memories are short beside a chain, turns add to them; of slow losses a
-    turn would tear the path apart and show too small correlations.
+    Two or three chains have few orders. Turns add to them where one of a pair has a short memory: to turn a path
+    against another is to turn the other, and one that forgets has no ends that must not meet. Two slow paths would be
+    torn and show too small correlations.
     """
     chains, draws = moments.num_chains, moments.num_draws
     if chains == 1:
@@ -252,20 +264,20 @@ def _pairings(rng: np.random.Generator, moments: Moments, traces: Tensor) -> lis
             if all(i != c for i, c in enumerate(order)):
                 found[order] = None
         orders = list(found)
-    if len(orders) >= MOST_PAIRINGS or not _forgets(traces, chains):
+    if len(orders) >= MOST_PAIRINGS or float(slow.float().mean()) > 0.95:
         return [(order, 0) for order in orders]
     turns = rng.permutation(draws)[: MOST_PAIRINGS // len(orders)]
     return [(order, int(turn)) for order in orders for turn in turns]
 
 
-def _forgets(traces: Tensor, num_chains: int) -> bool:
-    """Whether 95 of 100 unit traces [C T, r] have no memory left, within noise, after an eighth of a chain."""
+def _slow(traces: Tensor, num_chains: int) -> Tensor:
+    """[r] bool: which unit traces [C T, r] have memory left, beyond noise, after a sixteenth of a chain."""
     inside = traces.unflatten(0, (num_chains, -1))
-    lag = inside.shape[1] // 8
+    lag = inside.shape[1] // 16
     if not lag:
-        return False
-    left = (inside[:, lag:] * inside[:, :-lag]).sum(dim=(0, 1)).abs().double()
-    return float(left.quantile(0.95)) < 0.05 + 3.0 / len(traces) ** 0.5
+        return torch.ones(traces.shape[1], dtype=torch.bool, device="cpu")
+    left = (inside[:, lag:] * inside[:, :-lag]).sum(dim=(0, 1)).abs()
+    return left > 0.05 + 3.0 / len(traces) ** 0.5
 
 
 def _partners(rng: np.random.Generator, index: Tensor) -> tuple[Tensor, Tensor]:
@@ -295,6 +307,25 @@ def _size(nulls: np.ndarray, anti: bool) -> tuple[np.ndarray, np.ndarray]:
     kurtosis = np.square(square).sum(axis=1) / count / np.square(second)
     freedom = np.maximum(1.0 / second - 2.0, 1.0)
     return np.exp2(np.round(np.log2(freedom) * 64) / 64), kurtosis
+
+
+def _tails(
+    which: np.ndarray, freedom: np.ndarray, laws: int, nulls_of: Callable[[np.ndarray], np.ndarray], anti: bool
+) -> Tails:
+    """A tail for each law, of the nulls of its rows.
+
+    Args:
+        which: [r] int, the law of each row.
+        freedom: [r] float64, of each row.
+        nulls_of: rows [s] -> their null correlations [s, p, m].
+    """
+
+    def drawn(law: int) -> np.ndarray:
+        rows = _rows_of(which, law)
+        nulls = nulls_of(rows)
+        return coordinate(-nulls if anti else nulls, freedom[rows, None, None])
+
+    return Tails.of(drawn(law) for law in range(laws))
 
 
 def _rows_of(which: np.ndarray, law: int) -> np.ndarray:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 LEVELS = 256  # at which the drawn part of a tail is kept
-EXCEEDING = 400  # draws that the law beyond is fitted to
+EXCEEDING = 400  # different draws that the law beyond is fitted to
 MOST_SHAPE = 0.5
 SHAPE_ERROR = 0.03  # about that of a shape fitted to 400 exceedances: a smaller one is no sign of a heavy tail
 MARGIN = 1.2  # on the scale of that law: draws share traces, so 400 exceedances tell it to 10 % or 20 %
@@ -19,18 +19,19 @@ class Tails:
     """Some laws of a coordinate g > 0: survival, log-linear between levels, and beyond the last level.
 
     Beyond it the survival is that of the last level times (1 + shape (g - last) / scale)^(-1 / shape). The shape is
-    never below 0: a law that ends or falls faster than an exponential one is taken for exponential. That and a margin
-    on the scale over-state chance there rather than under-state it.
+    never below 0: a law that ends or falls faster than an exponential one is taken for exponential. To that of a heavy
+    tail 1 / n is added, n the rows whose draws reach there, as the mean of n draws tells a law no better. That and a
+    margin on the scale over-state chance there rather than under-state it, the more the fewer draws there are.
     """
 
     level: np.ndarray  # [LEVELS] ascending g, one row a law: [laws, LEVELS]
     log_share: np.ndarray  # [laws, LEVELS] descending: log of the share above the level
     scale: np.ndarray  # [laws]
-    shape: np.ndarray  # [laws], 0 to 0.5
+    shape: np.ndarray  # [laws], at least 0
 
     @classmethod
     def of(cls, drawn: Iterable[np.ndarray]) -> Tails:
-        """Of the draws of each law, one law after the other."""
+        """Of the draws [rows, ...] of each law, one law after the other."""
         laws = [_fit(g) for g in drawn]
         level, log_share, scale, shape = (np.stack([law[i] for law in laws]) for i in range(4))
         return cls(level, log_share, scale, shape)
@@ -75,12 +76,16 @@ def coordinate(correlation: np.ndarray, freedom: np.ndarray) -> np.ndarray:
 def _fit(g: np.ndarray) -> tuple[np.ndarray, np.ndarray, float, float]:
     drawn = np.sort(g, axis=None)[::-1].astype(np.float64)
     total = len(drawn)
-    top = min(EXCEEDING, max(total // 20, 1))
+    most = max(total // 20, 1)
+    distinct = np.flatnonzero(np.diff(drawn[: most + 1]))  # of some pairs one draw stands for several
+    top = int(distinct[EXCEEDING - 1]) + 1 if len(distinct) >= EXCEEDING else most
     ranks = np.unique(np.geomspace(top, max(int((drawn > 0).sum()), top + 1), LEVELS).astype(np.int64))[::-1]
     ranks = np.minimum(ranks, total - 1)
     level, log_share = drawn[ranks], np.log(ranks / total)
     excess = drawn[:top] - drawn[top]
     scale, shape = _pareto(excess)
+    if shape > 0:
+        shape += 1 / int((g > drawn[top]).reshape(len(g), -1).any(axis=1).sum())
     pad = LEVELS + 1 - len(ranks)
     return np.pad(level, (pad, 0), mode="edge"), np.pad(log_share, (pad, 0), mode="edge"), scale, shape
 

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lossk.batch_means import spread_of_mean, widening
+from lossk.batch_means import of_skewness, reach, spread_of_mean, widening
 from lossk.checks import check_number
 
 
@@ -51,15 +51,16 @@ class Criteria:
     n_beta: float
     num_draws: int | None = None  # of a chain; None: biases of few draws are not known
     lost: float = 0.0  # sum over samples of what centring by chain takes away of Var(loss), nats^2
+    reach: float = 1.0  # what skewness of the variances makes the errors of V, nu and WAIC longer by
 
     @property
     def functional_variance(self) -> Estimate:
-        return _over_chains(self.chain_variance, self.lost)
+        return _over_chains(self.chain_variance, self.lost, self.reach)
 
     @property
     def singular_fluctuation(self) -> Estimate:
         share = self.n_beta / (2 * self.num_train)
-        return _over_chains(self.chain_variance * share, self.lost * share)
+        return _over_chains(self.chain_variance * share, self.lost * share, self.reach)
 
     @property
     def waic(self) -> Estimate:
@@ -67,7 +68,7 @@ class Criteria:
         of_mean = 0.0 if self.num_draws is None else self.lost + float(self.chain_variance.mean()) / self.num_draws
         bias = of_mean / 2 - beta * self.lost  # log E[exp(-loss)] of few draws is low by half the variance of the mean
         return _over_chains(
-            (beta * self.chain_variance - self.chain_log_likelihood) / self.num_train, bias / self.num_train
+            (beta * self.chain_variance - self.chain_log_likelihood) / self.num_train, bias / self.num_train, self.reach
         )
 
     @property
@@ -85,11 +86,26 @@ def lost_variance(chain_mean: Tensor, variance: Tensor, num_draws: int) -> float
     return max(float((chain_mean.var(dim=0) - variance / num_draws).sum()), 0.0)
 
 
-def _over_chains(values: Tensor, bias: float = 0.0) -> Estimate:
-    """The spread of the chains over sqrt(C), and the bias foreseen."""
+def reach_of_variance(losses: Tensor) -> float:
+    """How much longer than Student's t says is an interval of a sum of variances, for its skewness; 1 where unknown.
+
+    Args:
+        losses: [C, T, w], of some of the samples.
+    """
+    wide = losses.double()
+    if wide.shape[1] < 2 or not torch.isfinite(wide).all():
+        return 1.0
+    squares = (wide - wide.mean(dim=1, keepdim=True)).square().sum(dim=2, keepdim=True)
+    return float(of_skewness(spread_of_mean(squares)))
+
+
+def _over_chains(values: Tensor, bias: float = 0.0, reach: float = 1.0) -> Estimate:
+    """The spread of the chains over sqrt(C), and the bias foreseen, which Student's t need not make longer."""
     count = len(values)
-    se = math.hypot(float(values.std()) / count**0.5, bias) if count > 1 else math.nan
-    return Estimate(float(values.mean()), se)
+    if count < 2:
+        return Estimate(float(values.mean()), math.nan)
+    error = reach * float(values.std()) / count**0.5
+    return Estimate(float(values.mean()), math.hypot(error, bias / widening(count - 1)))
 
 
 def mean_over_draws(trace: Tensor) -> Estimate:
@@ -98,5 +114,5 @@ def mean_over_draws(trace: Tensor) -> Estimate:
     if not torch.isfinite(series).all():
         return Estimate(math.nan, math.nan)
     found = spread_of_mean((series - series.mean()).unsqueeze(2))
-    error = float(found.variance) ** 0.5 * widening(float(found.freedom))
+    error = float(found.variance) ** 0.5 * widening(float(found.batches)) * float(reach(found))
     return Estimate(float(series.mean()), error)

@@ -226,7 +226,9 @@ class LossKernel(AsArray):
             method: "products": from the draws' own products, by batches of every length, whatever the law and memory of
                 the losses (`lossk.product_errors`); needs the factor form. "watched": "lag1" times the ratio "products"
                 over "lag1" of the up to 256 samples whose traces are kept (`lossk.watched_errors`). +- 1.96 of either
-                are meant to cover 95 %.
+                cover about 95 % where draws are many, and less where losses are skewed and effective draws are few.
+                "interval": "products", longer by what skewness and heavy tails of the products ask for: +- 1.96 of it
+                are meant to cover 95 % there too. It may be several times the error's usual size.
                 "chains": the spread of the C chains' own kernels over sqrt(C); needs the factor form, chain centring
                 and at least 2 chains. Read it with t of C - 1 degrees of freedom (4 chains: +- 3.18 cover 95 %).
                 "lag1": with each loss's lag-1 autocorrelation r, D = C (T - 1), f = (1 + r_i r_j) / (1 - r_i r_j),
@@ -237,7 +239,7 @@ class LossKernel(AsArray):
         method, correlation = check_choice("method", method, METHODS), check_flag("correlation", correlation)
         rows, columns = self._index(rows), self._index(columns, "columns")
         method = method_for(self._blocks, watched=self._beside is not None) if method == "auto" else method
-        if method in ("products", "chains"):
+        if method in ("products", "interval", "chains"):
             return from_draws(self._blocks, self._moments, rows, columns, correlation=correlation, method=method)
         fitted = self._fitted_errors if method == "watched" else None
         return from_moments(self._blocks, self._moments, fitted, rows, columns, correlation=correlation)

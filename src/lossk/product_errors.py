@@ -7,6 +7,9 @@ such a mean is `lossk.batch_means`'. Two things are added that it does not see:
   the degrees of freedom of independent draws restore.
 * Skewness: a variance that comes out low has a low error, too. Where R is 1 the error is that of the upper end of an
   interval in log K by half, where R is 0 nothing changes.
+
+That is the size of the estimate's errors. An interval must be longer where few draws make it: `wide` errors are such
+that +- 1.96 of them hold 95 %, by the shape of the terms (`lossk.batch_means.reach`), and may be many times as large.
 """
 
 from __future__ import annotations
@@ -16,7 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lossk.batch_means import NORMAL_95, spread_of_mean, widening
+from lossk.batch_means import NORMAL_95, reach, spread_of_mean, widening
 from lossk.blocks import FactorBlocks, Moments
 
 TINY = torch.finfo(torch.float64).tiny
@@ -35,14 +38,16 @@ class Samples:
     stretch: Tensor  # [n] float64: root of the long-run variance over what the parts' means have
 
 
-def product_spread(blocks: FactorBlocks, moments: Moments, rows: Tensor, columns: Tensor, correlation: bool) -> Tensor:
+def product_spread(
+    blocks: FactorBlocks, moments: Moments, rows: Tensor, columns: Tensor, correlation: bool, *, wide: bool = False
+) -> Tensor:
     """Of a block of a factor's kernel: [r, c] float32, nats^2 or, of correlations, 1."""
     if not len(rows) or not len(columns):
         return torch.zeros(len(rows), len(columns), dtype=torch.float32, device="cpu")
     left = _samples(blocks, moments, rows)
     right = left if torch.equal(rows, columns) else _samples(blocks, moments, columns)
-    variance = _variances(left, right, moments, blocks.freedom, correlation)
-    error = _assembled(left, right, moments, blocks.freedom, variance, correlation)
+    variance, longer = _variances(left, right, moments, blocks.freedom, correlation, wide)
+    error = _assembled(left, right, moments, blocks.freedom, variance, correlation, longer)
     same = rows.unsqueeze(1) == columns
     if correlation:
         return error.masked_fill(same, 0.0).clamp(max=1.0).float()
@@ -64,8 +69,10 @@ def _samples(blocks: FactorBlocks, moments: Moments, index: Tensor) -> Samples:
     return Samples(traces, traces.double().square().sum(dim=0) / blocks.freedom, means, stretch)
 
 
-def _variances(left: Samples, right: Samples, moments: Moments, freedom: int, correlation: bool) -> Tensor:
-    """Of the means of all pairs' terms: [r, c] float64; a row, and some columns, at a time.
+def _variances(
+    left: Samples, right: Samples, moments: Moments, freedom: int, correlation: bool, wide: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Of the means of all pairs' terms, and the reach of intervals: [r, c] float64; a row, and some columns, at a time.
 
     Of a block of the same samples on both sides the upper triangle is computed.
     """
@@ -76,7 +83,7 @@ def _variances(left: Samples, right: Samples, moments: Moments, freedom: int, co
             for x in (left, right)
         )
     width, (draws, count) = max(16, ENTRIES // len(b)), b.shape
-    variance = torch.empty(a.shape[1], count, dtype=torch.float64, device="cpu")
+    variance, longer = torch.empty(2, a.shape[1], count, dtype=torch.float64, device="cpu")
     squares = b.square() if correlation else b
     for i, one in enumerate(a.T):
         for start in range(i if left is right else 0, count, width):
@@ -86,16 +93,29 @@ def _variances(left: Samples, right: Samples, moments: Moments, freedom: int, co
                 half = terms.sum(dim=0) / (2 * freedom)
                 terms -= half * squares[:, span]
                 terms -= half * one.square().unsqueeze(1)
-            variance[i, span] = spread_of_mean(terms.unflatten(0, (moments.num_chains, -1))).variance
+            found = spread_of_mean(terms.unflatten(0, (moments.num_chains, -1)))
+            variance[i, span] = found.variance
+            if wide:
+                longer[i, span] = reach(found)
     if left is right:
-        variance = variance.triu() + variance.triu(1).T
-    return variance * (draws / freedom) ** 2
+        variance, longer = (part.triu() + part.triu(1).T for part in (variance, longer))
+    return variance * (draws / freedom) ** 2, longer if wide else None
 
 
 def _assembled(
-    left: Samples, right: Samples, moments: Moments, freedom: int, variance: Tensor, correlation: bool
+    left: Samples,
+    right: Samples,
+    moments: Moments,
+    freedom: int,
+    variance: Tensor,
+    correlation: bool,
+    longer: Tensor | None,
 ) -> Tensor:
-    """The errors [r, c] float64, in units of the scales or of 1, with bias and skewness."""
+    """The errors [r, c] float64, in units of the scales or of 1, with bias and skewness.
+
+    Args:
+        longer: [r, c], the reach of intervals where these are wanted.
+    """
     k = left.traces.double().T @ right.traces.double() / freedom
     size = (left.variance.unsqueeze(1) * right.variance).sqrt()  # [r, c]
     alive = size > 0
@@ -119,9 +139,11 @@ def _assembled(
     if freedom < FEW:
         variance = torch.maximum(variance, least)
     error = (variance + (bias.square() - noise).clamp(min=0.0)).sqrt()
-    if freedom < FEW:
+    if freedom < FEW or longer is not None:
         error = error * widening(freedom)
-    if not correlation:
+    if longer is not None:
+        error = error * longer
+    elif not correlation:
         u = (NORMAL_95 * error / safe).clamp(min=1e-6, max=3.0)
         error = error * (1 + r.square().square() * (torch.expm1(u) / u - 1) / 2)
     return torch.where(alive, error, 0.0)

@@ -97,9 +97,8 @@ def _normalised(kernel: Tensor) -> Tensor:
 
 
 def _correlation(one: Tensor, other: Tensor) -> float:
-    one, other = one - one.mean(), other - other.mean()
-    size = float(one.norm() * other.norm())
-    return float(one @ other) / size if size > 0 else math.nan
+    """NaN where one of them never varies."""
+    return float(torch.corrcoef(torch.stack((one, other)))[0, 1])
 
 
 def _spearman_brown(halves: list[float]) -> float | None:

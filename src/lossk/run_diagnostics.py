@@ -8,7 +8,7 @@ from lossk.blocks import Moments
 from lossk.choose import burnin_spread, momentum_noise_ratio
 from lossk.diagnostics import Diagnostics, diagnose
 from lossk.hmc import HMC
-from lossk.information import Criteria, lost_variance
+from lossk.information import Criteria, lost_variance, reach_of_variance
 from lossk.neighbors import median_noise_floor
 from lossk.panel import ChainTotals
 from lossk.run import Run
@@ -30,6 +30,7 @@ def diagnose_run(run: Run, moments: Moments, totals: ChainTotals) -> Diagnostics
             float(n_beta),
             moments.num_draws,
             lost_variance(moments.chain_mean, moments.variance, moments.num_draws),
+            reach_of_variance(run.watch.losses),
         )
     learnt_nothing, pilot = uninformed_loss(run.task.loss.name, run.train), run.informed_pilot
     return diagnose(

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from lossk.watched_errors import WatchedErrors
 
 TINY = torch.finfo(torch.float64).tiny
-METHODS = ("auto", "lag1", "watched", "products", "chains")
+METHODS = ("auto", "lag1", "watched", "products", "chains", "interval")
 
 
 def bartlett_factor(product: Tensor) -> Tensor:
@@ -57,8 +57,8 @@ def from_draws(
         raise ValueError(
             f"method={method!r} needs a kernel from traces (LossKernel.from_traces), got one of {blocks.kind}"
         )
-    if method == "products":
-        return product_spread(blocks, moments, rows, columns, correlation)
+    if method in ("products", "interval"):
+        return product_spread(blocks, moments, rows, columns, correlation, wide=method == "interval")
     if moments.centering != "chain" or moments.num_chains < 2:
         raise ValueError(
             "method='chains' needs centering='chain' and at least 2 chains, got "
