@@ -17,12 +17,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from lossk.blocks import FactorBlocks
-from lossk.centring import centre, degrees_of_freedom, empty_moments, note
-from lossk.information import Criteria, Estimate, lost_variance, mean_over_draws, reach_of_variance
-from lossk.kernel import LossKernel
-from lossk.tiles import TileAccumulator
-from lossk.watched import Watched, watched_samples
+from lossk.accumulate.tiles import TileAccumulator
+from lossk.diagnostics.information import Criteria, Estimate, lost_variance, mean_over_draws, reach_of_variance
+from lossk.forms.blocks import FactorBlocks
+from lossk.forms.centring import centre, degrees_of_freedom, empty_moments, note
+from lossk.forms.watched import Watched, watched_samples
+from lossk.kernel.kernel import LossKernel
 
 Array = np.ndarray
 N, READ, CHAINS, DRAWS = 320, 24, 4, 200  # samples, those whose entries are read, chains, draws of each

@@ -10,7 +10,7 @@ from typing import Any
 
 import lossk
 from bench.calibration_problems import Problem, curvature, gradient_variance, problem
-from lossk.samplers import read_sampler
+from lossk.samplers.samplers import read_sampler
 
 CLEAN, JUDGED, NEVER = "good", "if right", "never"  # when a run may be called good
 Made = Callable[[Problem, int], Any]  # (problem, seed) -> sampler

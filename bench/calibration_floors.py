@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 import lossk
-from lossk.chance import Chance, LagLaws, RowLaws
+from lossk.kernel.chance import Chance, LagLaws, RowLaws
 
 N, BLOCKS, PAIRS, RELATED = 400, 40, 20, 0.6
 LEVELS = (0.1, 0.01, 0.001)  # of by_chance

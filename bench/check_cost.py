@@ -21,12 +21,12 @@ from bench.language_model import LanguageModel, Shape, sequences
 from bench.machine import described, processor
 from bench.markdown import replace_between, seconds, table
 from lossk import provenance
-from lossk.agreement import prove, witness_of
-from lossk.losses import resolve_loss
-from lossk.passes_pilot import USUAL_STEPS
-from lossk.reading import read_samples
+from lossk.data.reading import read_samples
+from lossk.pilot.passes_pilot import USUAL_STEPS
 from lossk.recipes import digits
-from lossk.task import Task, fitting_batch
+from lossk.task.agreement import prove, witness_of
+from lossk.task.losses import resolve_loss
+from lossk.task.task import Task, fitting_batch
 
 MARKS = ("<!-- check_cost begins -->", "<!-- check_cost ends -->")
 DRAWS = 4 * 200

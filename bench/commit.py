@@ -20,9 +20,9 @@ from typing import Any
 import torch
 
 import lossk
-from lossk.chain import ChainState, Draw
-from lossk.panel import Panel
-from lossk.runlog import RunLog
+from lossk.accumulate.panel import Panel
+from lossk.accumulate.runlog import RunLog
+from lossk.samplers.chain import ChainState, Draw
 
 SIZES = ((1_000, 10_000, 25), (10_000, 100_000, 25), (50_000, 1_000_000, 25))  # samples, weights, draws of a panel
 PANELS = 12

@@ -21,8 +21,8 @@ from lossk.analysis.alignment import Alignment
 from lossk.analysis.baselines import confusion, gradient_cosine, penultimate_features, raw_inputs
 from lossk.analysis.stored_traces import open_with_chains
 from lossk.analysis.wordnet import FASHION_SYNSETS
-from lossk.config import load_config
-from lossk.kernel import LossKernel
+from lossk.cli.config import load_config
+from lossk.kernel.kernel import LossKernel
 from lossk.recipes import RecipeTask
 
 PARTS = {"bag | rest": [int(name == "Bag") for name in FASHION_SYNSETS]}

@@ -23,10 +23,10 @@ from bench.machine import described, processor
 from bench.time_to_truth_ours import CLOCKS
 from bench.time_to_truth_statistics import entries, reliability
 from lossk import provenance
-from lossk.diagnostics import diagnose
-from lossk.pilot import Pilot
+from lossk.diagnostics.diagnostics import diagnose
+from lossk.forms.watched import watched_samples
+from lossk.pilot.pilot import Pilot
 from lossk.recipes import fashion
-from lossk.watched import watched_samples
 
 CHAINS = 4
 TIMES = {"wall": "on a machine with nothing else to do", "cpu": "of the processor's time"}

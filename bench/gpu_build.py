@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 import lossk
+from lossk.accumulate.tiles import TileAccumulator
 from lossk.device import settle
 from lossk.ops.sgld_step import sgld_step
-from lossk.tiles import TileAccumulator
 
 # Channels of Szegedy et al., "Going deeper with convolutions" (2015), table 1: 1x1, 3x3 reduced, 3x3, 5x5 reduced, 5x5,
 # after the pool; None is a pool of stride 2.

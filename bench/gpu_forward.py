@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from bench.gpu import milliseconds
 from bench.gpu_build import as_floats, network
 from lossk.float32 import float32_products
-from lossk.fold import fold_norms
+from lossk.task.fold import fold_norms
 
 FLOPS = 3.163e9  # of one image of 224 x 224 through the network at width 1: a multiplication and an addition are two
 

@@ -175,7 +175,7 @@ CALLS: dict[str, Callable[[Case, Path], Any]] = {
 
 def run_read(case: Case, folder: Path) -> Found:
     """Of a kernel that is held: what was foreseen by the check that would refuse it, and the peak beyond the kernel."""
-    from lossk import read_memory
+    from lossk.kernel import read_memory
 
     read, plans = READS[case.call], []
     read(build(Case("warm", case.call, "small", 640, 8, None, case.settings), folder))
@@ -217,7 +217,7 @@ def watched(seen: dict[str, int]) -> Any:
 
 def run_case(case: Case) -> Found:
     """In this process, after a small call that loads what is loaded at first use."""
-    from lossk.run import Run
+    from lossk.run.run import Run
 
     torch.set_num_threads(1)
     if case.call in READS:

@@ -30,7 +30,7 @@ from lossk.analysis.purity import chance_purity, class_purity
 from lossk.recipes import RecipeTask, multitask
 from lossk.recipes.arithmetic import TASKS, arithmetic
 from lossk.report.picture import COLOURS
-from lossk.samplers import Sampler
+from lossk.samplers.samplers import Sampler
 
 K, CHAINS = 10, 4
 ERROR_ROWS = 200  # of the kernel, whose entries' standard errors are worked out: each from all draws

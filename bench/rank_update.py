@@ -16,9 +16,9 @@ from bench.jobs import make_mlp
 from bench.markdown import seconds, table
 from bench.options import Found, Options, run_alone
 from bench.sgld_step import time_cases
-from lossk.blocks import tile_spans, upper_triangle
+from lossk.accumulate.tiles import TileAccumulator
+from lossk.forms.blocks import tile_spans, upper_triangle
 from lossk.ops.rank_update import rank_update
-from lossk.tiles import TileAccumulator
 
 PEAK = "torch.mm"
 

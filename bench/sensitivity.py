@@ -23,7 +23,7 @@ import lossk
 from bench.fashion_auto import CHAINS
 from bench.time_to_truth_statistics import entries, reliability
 from lossk import provenance
-from lossk.grid_cell import choose_probe
+from lossk.cli.grid_cell import choose_probe
 from lossk.recipes import digits
 
 FACTORS = (0.1, 0.3, 1.0, 3.0, 10.0)

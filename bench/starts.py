@@ -20,7 +20,7 @@ from torch import Tensor
 
 from bench.machine import ROOT
 from bench.markdown import replace_between, table
-from lossk.diagnostics import Diagnostics, diagnose
+from lossk.diagnostics.diagnostics import Diagnostics, diagnose
 
 MARKS = ("<!-- starts -->", "<!-- end of starts -->")
 CHAINS, DRAWS, SAMPLES, N_BETA = 4, 100, 16, 15.0

@@ -27,16 +27,17 @@ from bench.markdown import table
 from bench.time_to_truth_networks import NETWORKS, Network
 from bench.time_to_truth_ours import NUM_CHAINS, find_law, make_reference, timed
 from bench.time_to_truth_statistics import MEASURES, entries, reliability
-from lossk import curvature, provenance
-from lossk.anchor import evaluate_anchor
-from lossk.chain import Surroundings
-from lossk.losses import resolve_loss
-from lossk.pilot import Pilot
-from lossk.reading import read_samples
-from lossk.sgld import AVERAGED, SGLDChain
-from lossk.task import Task
+from lossk import provenance
+from lossk.curvature import curvature
+from lossk.data.reading import read_samples
+from lossk.diagnostics.verdict import STABILITY_LIMIT
+from lossk.pilot.pilot import Pilot
+from lossk.probe.anchor import evaluate_anchor
+from lossk.samplers.chain import Surroundings
+from lossk.samplers.sgld import AVERAGED, SGLDChain
+from lossk.task.losses import resolve_loss
+from lossk.task.task import Task
 from lossk.timings import Timings
-from lossk.verdict import STABILITY_LIMIT
 
 FACTORS = (0.25, 0.5, 1.0, 1.5, 2.0, 3.0)
 SEED = 11

@@ -24,13 +24,13 @@ from torch import Tensor
 from bench.machine import environment
 from bench.memory_watch import MemoryWatch
 from bench.options import Found
-from lossk.blocks import tile_spans
-from lossk.chain import ChainState, Draw
-from lossk.layout import Size, log_columns, widest_in_store
-from lossk.panel import Panel
-from lossk.runlog import RunLog
-from lossk.tile_pass import OutOfCore
-from lossk.tiles import add_rows
+from lossk.accumulate.panel import Panel
+from lossk.accumulate.runlog import RunLog
+from lossk.accumulate.tile_pass import OutOfCore
+from lossk.accumulate.tiles import add_rows
+from lossk.forms.blocks import tile_spans
+from lossk.plan.layout import Size, log_columns, widest_in_store
+from lossk.samplers.chain import ChainState, Draw
 
 SIGNALS = 10
 CHAINS = 4

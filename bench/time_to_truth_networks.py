@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from bench.peers_devinterp import describe
-from lossk.reading import read_samples
+from lossk.data.reading import read_samples
 from lossk.recipes import RecipeTask, digits, fashion, multitask, require_accuracy, train_classifier
 from lossk.recipes.arithmetic import OneNetwork
 

@@ -4,7 +4,7 @@ A triangle of N^2/2 entries takes N^2 k flops and reads and writes itself once; 
 All k rows, of one panel or of several laid one below the other, are accumulated in float32 registers before a block is
 read, added to and written. Centring and scaling are done at the load of a float32 panel: ((x - high) - low) gain, with
 the mean in two float32 parts, so that it costs no accuracy against a float64 mean; a last row, already centred and
-scaled (the step of the mean, see `lossk.panel`), is added in float32.
+scaled (the step of the mean, see `lossk.accumulate.panel`), is added in float32.
 
 Offsets are 64-bit: row times stride passes 2^31 from N = 46,341.
 """

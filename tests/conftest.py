@@ -177,7 +177,7 @@ def resumed_is_whole(
     Returns the latter's kernel. The model's weights are bitwise as they were after each.
     """
 
-    def check(sampler: lossk.samplers.Sampler, before_end: int, **changes: Any) -> lossk.LossKernel:
+    def check(sampler: lossk.samplers.samplers.Sampler, before_end: int, **changes: Any) -> lossk.LossKernel:
         model, counting, path = problem.model(), FailAt(), tmp_path / "k.lossk"
         before = [p.detach().clone() for p in model.parameters()]
         asked: dict[str, Any] = {"sampler": sampler, **changes}

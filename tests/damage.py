@@ -11,9 +11,9 @@ from typing import Any
 import zarr
 from zarr.codecs import Crc32cCodec
 
-from lossk.chunks import Chunks
-from lossk.manifest import ARRAYS, COMPLETE, DESCRIPTIONS, WATCHED_ARRAYS, digest_of, digests_of
-from lossk.sealed import read_sealed, write_sealed
+from lossk.disk.chunks import Chunks
+from lossk.disk.sealed import read_sealed, write_sealed
+from lossk.store.manifest import ARRAYS, COMPLETE, DESCRIPTIONS, WATCHED_ARRAYS, digest_of, digests_of
 
 
 def seal_again(path: Path) -> None:

@@ -20,9 +20,9 @@ import torch
 
 import lossk
 from damage import ANY, LINES, TEXT, Damage, changed_text, files_of
-from lossk.runlog import RunLog
-from lossk.sealed import read_sealed
-from lossk.verify import verify_store
+from lossk.accumulate.runlog import RunLog
+from lossk.disk.sealed import read_sealed
+from lossk.store.verify import verify_store
 from sweep_kinds import build, losses, out_of_core
 
 METADATA: dict[str, Damage] = {
@@ -90,7 +90,7 @@ def make_stores(folder: Path) -> dict[str, Path]:
     lossk.LossKernel.from_traces(lossk.LossTraces(losses())).save(stores["saved"])
     _stop(RunLog, "append", 3, lambda: build(stores["stopped"]))
     (folder / "making").mkdir()
-    _stop(lossk.tile_pass.TileWriter, "_write", 3, lambda: out_of_core(folder / "making"))
+    _stop(lossk.accumulate.tile_pass.TileWriter, "_write", 3, lambda: out_of_core(folder / "making"))
     (folder / "making" / "k.lossk").rename(stores["making"])
     (folder / "making").rmdir()
     for name in ("stopped", "making"):

@@ -16,12 +16,12 @@ import yaml
 from torch import Tensor, nn
 
 import lossk
-import lossk.distributed_plan
-import lossk.distributed_run
-import lossk.run
-from lossk.cli import main
-from lossk.layout import in_store
-from lossk.pass_memory import pass_bytes
+import lossk.run.distributed_plan
+import lossk.run.distributed_run
+import lossk.run.run
+from lossk.cli.main import main
+from lossk.plan.layout import in_store
+from lossk.plan.pass_memory import pass_bytes
 from lossk.recipes import RecipeTask
 
 N, CHAINS, DRAWS = 150, 2, 6
@@ -130,14 +130,14 @@ def too_long_a_step(*_: Any, **__: Any) -> tuple[lossk.SGLD, None, list[str]]:
 
 def restarted(folder: Path | None) -> dict[str, Any]:
     """Runs whose chosen step makes their chains explode: in a store (and in memory without one), and as traces."""
-    choose, lossk.run.choose = lossk.run.choose, too_long_a_step
+    choose, lossk.run.run.choose = lossk.run.run.choose, too_long_a_step
     try:
         out = None if folder is None else folder / "restart.lossk"
         kernel = lossk.build_kernel(network(), data(), out=out, **settings(sampler=lossk.SGLD()))
         asked = {key: value for key, value in settings(sampler=lossk.SGLD()).items() if key not in ("tile", "panel")}
         traces = lossk.sample_losses(network(), data(), **asked)
     finally:
-        lossk.run.choose = choose
+        lossk.run.run.choose = choose
     return {
         "variance": kernel.variance.tolist(),
         "losses": traces.losses.tolist(),
@@ -148,7 +148,7 @@ def restarted(folder: Path | None) -> dict[str, Any]:
 
 def planned() -> dict[str, Any]:
     """Wide layers, whose passes take most of the memory: what a rank plans of them, and the batches that it runs."""
-    chosen, seen = lossk.distributed_run.plan_share, []
+    chosen, seen = lossk.run.distributed_run.plan_share, []
 
     def noted(run: Any, *rest: Any) -> Any:
         layout = chosen(run, *rest)
@@ -159,11 +159,11 @@ def planned() -> dict[str, Any]:
     wide = nn.Sequential(nn.Linear(4, 2048), nn.Tanh(), nn.Linear(2048, 3))
     for number, parameter in enumerate(wide.parameters()):
         nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(number))
-    lossk.distributed_run.plan_share = noted
+    lossk.run.distributed_run.plan_share = noted
     try:
         kernel = lossk.build_kernel(wide, data(1000), memory="60MB", **settings(passes=None))
     finally:
-        lossk.distributed_run.plan_share = chosen
+        lossk.run.distributed_run.plan_share = chosen
     return {"seen": seen, "passes": kernel.meta["passes"], "variance": float(kernel.variance.sum())}
 
 
@@ -187,18 +187,18 @@ def run(scenario: str, folder: Path, rank: int) -> Any:
         changes = {"num_chains": 1, "tile": 4096}
         return numbers(build(model, samples, loss=loss, out=folder / "tokens.lossk", **settings(**changes)))
     if scenario == "outofcore":
-        chosen = lossk.distributed_run.plan_share
+        chosen = lossk.run.distributed_run.plan_share
 
         def in_the_store(run: Any, request: Any, *rest: Any) -> Any:
             chosen(run, request, *rest)
-            size = lossk.distributed_plan.size_of(request, run.task.num_weights)
+            size = lossk.run.distributed_plan.size_of(request, run.task.num_weights)
             return in_store(size, 0, super_panel=size.draws, stripes=1)
 
-        lossk.distributed_run.plan_share = in_the_store
+        lossk.run.distributed_run.plan_share = in_the_store
         try:
             return numbers(build(network(), data(), out=folder / "outofcore.lossk", **settings()))
         finally:
-            lossk.distributed_run.plan_share = chosen
+            lossk.run.distributed_run.plan_share = chosen
     if scenario == "planned":
         return planned()
     if scenario in ("factor", "factor16"):  # in the store

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import lossk.swap
+import lossk.disk.swap
 
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
 ONE = ("mkdir", "rmdir", "unlink", "remove")  # take a path
@@ -61,7 +61,7 @@ def watched(
 
         return seen
 
-    exchange = lossk.swap.exchange
+    exchange = lossk.disk.swap.exchange
 
     def exchanged(a: Path, b: Path) -> bool:
         event = Event("exchange", a, b)
@@ -73,13 +73,13 @@ def watched(
 
     for name in before_tests:
         setattr(os, name, wrap(name))
-    lossk.swap.exchange = exchanged
+    lossk.disk.swap.exchange = exchanged
     try:
         yield
     finally:
         for name, call in before_tests.items():
             setattr(os, name, call)
-        lossk.swap.exchange = exchange
+        lossk.disk.swap.exchange = exchange
 
 
 def _event(name: str, arguments: tuple[Any, ...], options: dict[str, Any]) -> Event | None:

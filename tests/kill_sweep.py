@@ -22,7 +22,7 @@ import torch
 
 import lossk
 from file_events import Event, before_tests, watched
-from lossk.verify import verify_store
+from lossk.store.verify import verify_store
 from sweep_kinds import EXPORTS, KINDS, NAME, arrays, kernel_of, names, prepare, prepare_source
 
 

@@ -19,15 +19,15 @@ import torch
 from torch import nn
 
 import lossk
-import lossk.chunks
+import lossk.accumulate.runlog
+import lossk.accumulate.tile_pass
+import lossk.accumulate.tiles
+import lossk.disk.chunks
 import lossk.ops.rank_update
-import lossk.run
-import lossk.runlog
-import lossk.tile_pass
-import lossk.tiles
-from lossk.disk import part_of
-from lossk.layout import in_store
-from lossk.runlog import RunLog
+import lossk.run.run
+from lossk.accumulate.runlog import RunLog
+from lossk.disk.files import part_of
+from lossk.plan.layout import in_store
 
 
 def die() -> None:
@@ -38,7 +38,9 @@ def build(path: Path, tiles: str) -> None:
     """BAOAB, whose momenta are state; 2 x 12 draws of 300 samples by panels of 3; 15 tiles, or a factor of 5 chunks."""
     torch.set_num_threads(1)
     if tiles == "store":
-        lossk.run.choose_layout = lambda size, _, taken, **__: in_store(size, taken, super_panel=size.draws, stripes=2)
+        lossk.run.run.choose_layout = lambda size, _, taken, **__: in_store(
+            size, taken, super_panel=size.draws, stripes=2
+        )
     generator = torch.Generator().manual_seed(0)
     data = torch.randn(300, 4, generator=generator), torch.arange(300) % 3
     model = nn.Linear(4, 3)
@@ -78,12 +80,12 @@ def tear(path: Path, content: bytes) -> None:
 def arm(kind: str, at: int) -> None:
     """Have this process killed at the event number `at` of a kind."""
     if kind in ("panel", "tile"):  # half of its chunk is written
-        name, write = {"panel": "losses", "tile": "tiles"}[kind], lossk.chunks.replace_file
+        name, write = {"panel": "losses", "tile": "tiles"}[kind], lossk.disk.chunks.replace_file
         torn = Nth(write, at, lambda path, *content: tear(part_of(path), content[0]))
-        lossk.chunks.replace_file = lambda path, *content: (torn if name in path.parts else write)(path, *content)
+        lossk.disk.chunks.replace_file = lambda path, *content: (torn if name in path.parts else write)(path, *content)
     elif kind == "state":
-        lossk.runlog.replace_file = Nth(
-            lossk.runlog.replace_file, at, lambda path, content: tear(part_of(path), content)
+        lossk.accumulate.runlog.replace_file = Nth(
+            lossk.accumulate.runlog.replace_file, at, lambda path, content: tear(part_of(path), content)
         )
     elif kind == "commit":
 
@@ -93,9 +95,9 @@ def arm(kind: str, at: int) -> None:
         commit = Nth(RunLog.commit, at, torn_line)
         RunLog.commit = lambda self, new, **more: commit(self, new, **more)
     elif kind == "update":  # between two tiles that a panel goes into
-        lossk.tiles.rank_update = Nth(lossk.tiles.rank_update, at, lambda *_: die())
+        lossk.accumulate.tiles.rank_update = Nth(lossk.accumulate.tiles.rank_update, at, lambda *_: die())
     elif kind == "product":  # between two tiles that are made from the log
-        lossk.tile_pass.add_rows = Nth(lossk.tile_pass.add_rows, at, lambda *_: die())
+        lossk.accumulate.tile_pass.add_rows = Nth(lossk.accumulate.tile_pass.add_rows, at, lambda *_: die())
     elif kind == "sync":
         os.fsync = Nth(os.fsync, at, lambda _: die())
     elif kind != "time":

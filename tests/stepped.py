@@ -12,15 +12,15 @@ import torch
 from torch import Tensor, nn
 
 import lossk
-from lossk.chain import Surroundings
-from lossk.force import FULL_GRADIENT, full_gradient
-from lossk.losses import resolve_loss
-from lossk.minibatches import Minibatches
+from lossk.data.minibatches import Minibatches
+from lossk.data.reading import read_samples
 from lossk.ops.philox import normals
-from lossk.passes import Passes
-from lossk.reading import read_samples
-from lossk.sgld import SGLDChain
-from lossk.task import Task
+from lossk.samplers.chain import Surroundings
+from lossk.samplers.force import FULL_GRADIENT, full_gradient
+from lossk.samplers.sgld import SGLDChain
+from lossk.task.losses import resolve_loss
+from lossk.task.passes import Passes
+from lossk.task.task import Task
 from lossk.timings import Timings
 
 Array = np.ndarray

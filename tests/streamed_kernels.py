@@ -7,9 +7,9 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from lossk.kernel import LossKernel
-from lossk.tiles import TileAccumulator
-from lossk.watched import Watched, watched_samples
+from lossk.accumulate.tiles import TileAccumulator
+from lossk.forms.watched import Watched, watched_samples
+from lossk.kernel.kernel import LossKernel
 
 
 def kernel_from_panels(

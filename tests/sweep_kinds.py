@@ -12,11 +12,11 @@ import torch
 from torch import nn
 
 import lossk
-import lossk.run
-import lossk.swap
-from lossk.layout import in_store
-from lossk.replacement import Replacement
-from lossk.swap import folder_beside
+import lossk.disk.swap
+import lossk.run.run
+from lossk.disk.replacement import Replacement
+from lossk.disk.swap import folder_beside
+from lossk.plan.layout import in_store
 
 N = 37  # 3 x 3 tiles of 16, a ragged one at the end
 NAME = "k.lossk"
@@ -58,12 +58,12 @@ def in_memory(path: Path) -> None:
 
 
 def out_of_core(path: Path) -> None:
-    choose = lossk.run.choose_layout
-    lossk.run.choose_layout = lambda size, _, taken, **__: in_store(size, taken, super_panel=size.draws, stripes=2)
+    choose = lossk.run.run.choose_layout
+    lossk.run.run.choose_layout = lambda size, _, taken, **__: in_store(size, taken, super_panel=size.draws, stripes=2)
     try:
         build(path / NAME)
     finally:
-        lossk.run.choose_layout = choose
+        lossk.run.run.choose_layout = choose
 
 
 def factor(path: Path) -> None:
@@ -123,12 +123,12 @@ def save_over_by_renames(path: Path) -> None:
 
 
 def _by_renames(work: Callable[[Path], None], path: Path) -> None:
-    exchange = lossk.swap.exchange
-    lossk.swap.exchange = lambda a, b: False
+    exchange = lossk.disk.swap.exchange
+    lossk.disk.swap.exchange = lambda a, b: False
     try:
         work(path)
     finally:
-        lossk.swap.exchange = exchange
+        lossk.disk.swap.exchange = exchange
 
 
 def export_zarr(path: Path) -> None:

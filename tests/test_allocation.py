@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 
 import lossk
-from lossk import cli
-from lossk.allocation import shortage_named
+from lossk.cli import main as cli
 from lossk.memory import Budget
+from lossk.run.allocation import shortage_named
 
 HUGE = 2**50
 

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 import lossk
-from lossk import cli
 from lossk.analysis import attribution
 from lossk.analysis.attribution import class_scores, influence, mislabel_ranking, mislabel_scores
 from lossk.analysis.baselines import Baseline
 from lossk.analysis.evaluate import auroc
+from lossk.cli import main as cli
 
 HELPS, HARMS = 3, 11  # training samples planted for query 0
 

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 import lossk
-from lossk.bias import BIAS_BUDGET
+from lossk.diagnostics.bias import BIAS_BUDGET
 from lossk.ops.philox import normals
-from lossk.step_choice import STABILITY_BUDGET
+from lossk.pilot.step_choice import STABILITY_BUDGET
 
 Build = Callable[..., lossk.LossKernel]
 COPIES, HEIGHTS = 6000, (1.0, 4.0, 19.0)  # weights in a group, and the curvature of each group

@@ -13,8 +13,8 @@ import torch
 
 import lossk
 import oracles
-from lossk import modes
-from lossk.pilot import Pilot
+from lossk.pilot import modes
+from lossk.pilot.pilot import Pilot
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from lossk.bias import correction_strength, foreseen_bias
+from lossk.diagnostics.bias import correction_strength, foreseen_bias
 
 
 def stationary(s: float, r: float, averaged: bool, alpha: float) -> float:

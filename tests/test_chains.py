@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import lossk
-from lossk.chains import has_chains, leave_one_chain_out
+from lossk.kernel.chains import has_chains, leave_one_chain_out
 from planted import planted_traces
 
 

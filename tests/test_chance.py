@@ -14,9 +14,9 @@ from scipy import stats
 import lossk
 from lossk.analysis import significant_neighbors
 from lossk.analysis.neighbors import _false_shares
-from lossk.blocks import TileBlocks
-from lossk.chance import Chance, _slow, _unit, null_correlations
-from lossk.chance_tail import Tails, coordinate
+from lossk.forms.blocks import TileBlocks
+from lossk.kernel.chance import Chance, _slow, _unit, null_correlations
+from lossk.kernel.chance_tail import Tails, coordinate
 
 NEGATED = np.where(np.arange(400) % 2, -1.0, 1.0)
 

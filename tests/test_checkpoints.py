@@ -12,7 +12,7 @@ from PIL import Image
 
 import lossk
 from lossk.analysis.compare import compare_kernels
-from lossk.cli import main
+from lossk.cli.main import main
 from lossk.recipes import fashion
 from test_recipes import write_fashion
 

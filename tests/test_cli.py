@@ -17,8 +17,8 @@ import yaml
 from torch import nn
 
 import lossk
-from lossk import cli
-from lossk.config import RunConfig, load_config, parse_override, parse_yaml
+from lossk.cli import main as cli
+from lossk.cli.config import RunConfig, load_config, parse_override, parse_yaml
 from lossk.errors import DivergedError
 from lossk.recipes import RecipeTask
 
@@ -273,7 +273,7 @@ def test_an_unfinished_store_says_how_far_it_got_and_resumes(
     build = {**CONFIG["build"], "panel": 4}
     assert run("run", "mine.yaml", "--out", "whole.lossk", build=build).status == 0
 
-    from lossk.runlog import RunLog
+    from lossk.accumulate.runlog import RunLog
 
     append = RunLog.append
 

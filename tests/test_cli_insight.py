@@ -11,7 +11,7 @@ import torch
 
 import lossk
 from lossk.analysis import significant_neighbors
-from lossk.cli import main
+from lossk.cli.main import main
 from planted import planted_kernel
 
 LABELS = torch.arange(80) % 4

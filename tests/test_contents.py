@@ -12,9 +12,9 @@ import torch
 
 import lossk
 from import_graph import SOURCE, modules_of
-from lossk.contents import Contents
-from lossk.from_store import kernel_of
-from lossk.store import read_contents, save_contents
+from lossk.kernel.from_store import kernel_of
+from lossk.store.contents import Contents
+from lossk.store.store import read_contents, save_contents
 from streamed_kernels import kernel_from_panels
 
 LOSSES = np.random.default_rng(11).gamma(2.0, size=(2, 15, 21))

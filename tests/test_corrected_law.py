@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import lossk
 import oracles
-from lossk.bias import correction_strength, foreseen_bias
+from lossk.diagnostics.bias import correction_strength, foreseen_bias
 from stepped import Array, Data, stepped
 
 COPIES = 12  # of the regression, each with targets of its own: as many chains at the cost of one

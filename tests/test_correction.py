@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import lossk
-from lossk.correction import Correction
 from lossk.errors import DivergedError
+from lossk.samplers.correction import Correction
 from stepped import Array, Reference, noise_of, stepped
 
 Build = Callable[..., lossk.LossKernel]

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import lossk
 from conftest import Classification, sgld
-from lossk.losses import Evaluated, resolve_loss
+from lossk.task.losses import Evaluated, resolve_loss
 
 N, C, T = 13, 5, 4
 

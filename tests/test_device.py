@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lossk.device import make_current
-from lossk.distributed import Ranks
+from lossk.ranks.distributed import Ranks
 
 
 @pytest.fixture

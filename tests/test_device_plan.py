@@ -11,14 +11,22 @@ import pytest
 import torch
 
 import lossk
-from lossk import device_room
-from lossk.data import Samples
+from lossk.data.data import Samples
 from lossk.device import SideStream, ahead, free_bytes, peak_bytes, settle
-from lossk.device_plan import Room, choose_with_device, data_fits, describe_room, most_samples, on_device, waiting_draws
-from lossk.layout import Size, panel_bytes
-from lossk.losses import resolve_loss
 from lossk.memory import Budget
-from lossk.task import Task
+from lossk.plan import device_room
+from lossk.plan.device_plan import (
+    Room,
+    choose_with_device,
+    data_fits,
+    describe_room,
+    most_samples,
+    on_device,
+    waiting_draws,
+)
+from lossk.plan.layout import Size, panel_bytes
+from lossk.task.losses import resolve_loss
+from lossk.task.task import Task
 
 CPU = torch.device("cpu")
 GB = 10**9
@@ -167,7 +175,7 @@ def test_a_kernel_of_streamed_data(
         return replace(place(task, samples), device=task.device)
 
     place = Task.place
-    monkeypatch.setattr("lossk.run.place_data", stream)
+    monkeypatch.setattr("lossk.run.run.place_data", stream)
     monkeypatch.setattr(Task, "place", placed)
     found = build(problem.model(), problem.data)
     np.testing.assert_array_equal(found.to_numpy(), expected.to_numpy())

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 import lossk
-from lossk.host_tiles import HostTiles
+from lossk.accumulate.host_tiles import HostTiles
+from lossk.accumulate.tiles import TileAccumulator
 from lossk.ops.rank_update import PRECISIONS
-from lossk.tiles import TileAccumulator
 
 Build = Callable[..., lossk.LossKernel]
 CHAINS, DRAWS, N = 2, 7, 37
@@ -95,7 +95,7 @@ def test_tiles_in_host_memory_by_the_kernel(triton_device: torch.device) -> None
 
 def test_with_all_rows_waiting_tiles_make_one_journey(monkeypatch: pytest.MonkeyPatch) -> None:
     journeys = []
-    monkeypatch.setattr("lossk.host_tiles.add_rows", lambda tile, key, *rest, **_: journeys.append(key))
+    monkeypatch.setattr("lossk.accumulate.host_tiles.add_rows", lambda tile, key, *rest, **_: journeys.append(key))
     rows = CHAINS * DRAWS + CHAINS * 3
     fill(HostTiles(N, 16, waiting=rows, **settings()), losses())
     assert sorted(journeys) == [(i, j) for i in range(3) for j in range(i, 3)]

@@ -23,7 +23,7 @@ import zarr
 import distributed_worker as worker
 import lossk
 import oracles
-from lossk.layout import in_store
+from lossk.plan.layout import in_store
 
 SCENARIOS = [
     "store",
@@ -134,7 +134,8 @@ def test_tiles_made_in_the_store_are_the_same_to_the_bit(
 ) -> None:
     """However many make them: each is a product of the logged draws, in the order of chain and draw."""
     monkeypatch.setattr(
-        "lossk.run.choose_layout", lambda size, _, taken, **__: in_store(size, taken, super_panel=size.draws, stripes=2)
+        "lossk.run.run.choose_layout",
+        lambda size, _, taken, **__: in_store(size, taken, super_panel=size.draws, stripes=2),
     )
     alone(tmp_path / "k.lossk")
     for file in (tmp_path / "k.lossk" / "tiles" / "c").glob("*/*"):

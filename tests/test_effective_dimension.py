@@ -8,11 +8,11 @@ import torch
 from torch import nn
 
 import lossk
-from lossk import effective_dimension as module
-from lossk.effective_dimension import effective_dimension, ritz
-from lossk.losses import resolve_loss
-from lossk.reading import read_samples
-from lossk.task import Task
+from lossk.data.reading import read_samples
+from lossk.pilot import effective_dimension as module
+from lossk.pilot.effective_dimension import effective_dimension, ritz
+from lossk.task.losses import resolve_loss
+from lossk.task.task import Task
 
 
 def regression(inputs: int) -> tuple[nn.Module, tuple[torch.Tensor, torch.Tensor], np.ndarray]:

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 import lossk
-from lossk.blocks import FactorBlocks
-from lossk.centring import centre, degrees_of_freedom, empty_moments, note
-from lossk.information import Estimate, mean_over_draws
+from lossk.diagnostics.information import Estimate, mean_over_draws
+from lossk.forms.blocks import FactorBlocks
+from lossk.forms.centring import centre, degrees_of_freedom, empty_moments, note
 from streamed_kernels import kernel_from_panels
 
 Law = Callable[[np.ndarray], np.ndarray]
@@ -144,8 +144,8 @@ def test_few_draws_and_constants_give_finite_errors(chains: int, draws: int, cen
 @pytest.mark.parametrize("watched", [1, 2, 7])
 def test_tiles_of_few_draws_give_finite_errors(watched: int) -> None:
     """Of samples that are not watched, too, however few are: a fit needs more of them."""
-    from lossk.watched import Watched
-    from lossk.watched_errors import watched_errors
+    from lossk.forms.watched import Watched
+    from lossk.kernel.watched_errors import watched_errors
 
     losses = traces(2, 20, (0.0,), lambda z: z, 2, 3)
     losses[:, :, 0] = 0.5
@@ -191,7 +191,7 @@ def test_reach_leaves_5_per_cent_outside(skewness: float) -> None:
     """Of a studentised mean T for which Hall's transformation is normal; many degrees of freedom."""
     from scipy import stats
 
-    from lossk.batch_means import Spread, reach
+    from lossk.diagnostics.batch_means import Spread, reach
 
     one = torch.ones(1, dtype=torch.float64)
     half = 1.959964 * float(reach(Spread(one, one, one * 1e12, one * skewness)))
@@ -237,7 +237,7 @@ def test_diagnostics_know_their_intervals() -> None:
 
 def test_errors_of_criteria_hold_the_bias_of_few_draws() -> None:
     """V of 300 unrelated AR(.9) losses in 3 chains of 100 draws: centring loses 17 %, where chains agree to 1 %."""
-    from lossk.information import Criteria, lost_variance
+    from lossk.diagnostics.information import Criteria, lost_variance
 
     losses = traces(5, 300, (0.9,), lambda z: z, 3, 100).double()
     within, mean = losses.var(dim=1), losses.mean(dim=1)

@@ -13,7 +13,7 @@ import torch
 import zarr
 
 import lossk
-from lossk import cli
+from lossk.cli import main as cli
 from streamed_kernels import kernel_from_panels
 
 N = 53

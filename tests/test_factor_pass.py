@@ -18,8 +18,8 @@ import zarr
 
 import lossk
 import oracles
-from lossk.factor_pass import HeldFactor
-from lossk.verify import verify_store
+from lossk.accumulate.factor_pass import HeldFactor
+from lossk.store.verify import verify_store
 
 Build = Callable[..., lossk.LossKernel]
 Same = Callable[[lossk.LossKernel, lossk.LossKernel], None]
@@ -92,7 +92,7 @@ def test_interrupted_while_the_factor_is_written(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("lossk.factor_pass.sync", stop)
+        patch.setattr("lossk.accumulate.factor_pass.sync", stop)
         with pytest.raises(KeyboardInterrupt):
             build(problem.model(), problem.data, form="factor", out=path)
     with pytest.raises(lossk.StoreError, match="unfinished: 12 of 12 draws"):

@@ -14,8 +14,8 @@ import zarr
 
 import lossk
 import oracles
-from lossk.stored_factor import StoredFactor
-from lossk.trace_writer import chunk_samples
+from lossk.kernel.trace_writer import chunk_samples
+from lossk.store.stored_factor import StoredFactor
 
 UNIT16 = 2.0**-11
 SHAPES = [
@@ -144,7 +144,7 @@ def test_eigsh_of_nothing_that_varies(tmp_path: Path) -> None:
 def test_many_draws_have_an_iterative_solver(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     kernel = save(tmp_path / "t.lossk", make_losses(2, 9, 700), 64)
     by_gram = kernel.eigsh(3)
-    monkeypatch.setattr("lossk.spectrum.GRAM_DRAWS", 1)
+    monkeypatch.setattr("lossk.kernel.spectrum.GRAM_DRAWS", 1)
     for mine, theirs in zip(kernel.eigsh(3), by_gram, strict=True):
         np.testing.assert_allclose(mine.abs(), theirs.abs(), atol=1e-8 * float(by_gram[0][0]))
 

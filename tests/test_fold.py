@@ -13,11 +13,11 @@ from torch import Tensor, nn
 
 import lossk
 from conftest import sgld
-from lossk import passes_pilot
-from lossk.data import Samples
-from lossk.fold import FoldedConvolution, fold_norms
-from lossk.losses import resolve_loss
-from lossk.task import Task
+from lossk.data.data import Samples
+from lossk.pilot import passes_pilot
+from lossk.task.fold import FoldedConvolution, fold_norms
+from lossk.task.losses import resolve_loss
+from lossk.task.task import Task
 
 Build = Callable[..., lossk.LossKernel]
 

@@ -17,10 +17,12 @@ import torch
 import yaml
 from torch import nn
 
-from lossk import cli, cli_tune, grid_jobs
-from lossk.grid import GridSettings, parse_values
-from lossk.grid_cell import choose_probe, grid_data
-from lossk.locks import Lock
+from lossk.cli import grid_jobs
+from lossk.cli import main as cli
+from lossk.cli import tune as cli_tune
+from lossk.cli.grid import GridSettings, parse_values
+from lossk.cli.grid_cell import choose_probe, grid_data
+from lossk.disk.locks import Lock
 from lossk.recipes import RecipeTask
 from lossk.report.grid_picture import COLOURS, draw_grid
 

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, nn
 
 import lossk
-from lossk.data import Samples
-from lossk.head import FusedHead, NoHead, agreement, find_head, heads_at_a_time
-from lossk.head_choice import fuse_head
-from lossk.losses import resolve_loss
+from lossk.data.data import Samples
 from lossk.ops import head_loss as op
-from lossk.task import Task
+from lossk.probe.head_choice import fuse_head
+from lossk.task.head import FusedHead, NoHead, agreement, find_head, heads_at_a_time
+from lossk.task.losses import resolve_loss
+from lossk.task.task import Task
 from small_networks import head_only, vectors
 from token_problems import IGNORED, TokenModel, text
 
@@ -222,7 +222,7 @@ def test_a_panel_of_heads_is_draw_by_draw(
     data, sampler = vectors(), lossk.Gaussian(sigma=0.1, params=[pattern])
     options: dict[str, Any] = {"sampler": sampler, "backend": backend, "num_draws": 4, "panel": 3, "num_chains": 1}
     together = build(head_only(), data, passes=FUSED, **options)
-    monkeypatch.setattr("lossk.head.STACK_BYTES", {"cpu": 0})
+    monkeypatch.setattr("lossk.task.head.STACK_BYTES", {"cpu": 0})
     single = build(head_only(), data, passes=FUSED, **options)
     plain = build(head_only(), data, passes=dataclasses.replace(FUSED, fused_head=False), **options)
     scale = float(plain.variance.max())
@@ -246,12 +246,12 @@ def test_hidden_states_are_computed_once_for_a_panel(build: Build) -> None:
 
 def test_stacks_end_with_panels_and_resume(build: Build, tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """5 draws a panel, 2 heads at a time, 7 draws: every loss is its own draw's, also after an interruption."""
-    monkeypatch.setattr("lossk.head.STACK_BYTES", {"cpu": 2 * 4 * 21})
+    monkeypatch.setattr("lossk.task.head.STACK_BYTES", {"cpu": 2 * 4 * 21})
     assert heads_at_a_time(5, 21, torch.device("cpu")) == 2
     sampler = lossk.Gaussian(sigma=0.1, params=["3.*"])
     options: dict[str, Any] = {"sampler": sampler, "num_draws": 7, "panel": 5, "passes": FUSED}
     whole = build(head_only(), vectors(), out=tmp_path / "a.lossk", **options)
-    fill, calls = lossk.probe.Probe.fill, []
+    fill, calls = lossk.probe.probe.Probe.fill, []
 
     def failing(*arguments: Any) -> None:
         calls.append(1)
@@ -259,12 +259,12 @@ def test_stacks_end_with_panels_and_resume(build: Build, tmp_path: Any, monkeypa
             raise KeyboardInterrupt
         fill(*arguments)
 
-    monkeypatch.setattr("lossk.probe.Probe.fill", failing)
+    monkeypatch.setattr("lossk.probe.probe.Probe.fill", failing)
     torch.manual_seed(0)
     with pytest.raises(KeyboardInterrupt):
         build(head_only(), vectors_again(), out=tmp_path / "b.lossk", **options)
     again = build(head_only(), vectors_again(), out=tmp_path / "b.lossk", resume=True, **options)
-    monkeypatch.setattr("lossk.probe.Probe.fill", fill)
+    monkeypatch.setattr("lossk.probe.probe.Probe.fill", fill)
     straight = build(head_only(), vectors_again(), **options)
     np.testing.assert_array_equal(again.to_numpy(), straight.to_numpy())
     assert whole.num_draws == 7

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 
 import lossk
 import oracles
-from lossk.losses import resolve_loss
-from lossk.metropolis import Energy, mala_acceptance, probability
+from lossk.data.reading import read_samples
 from lossk.ops.philox import normals
-from lossk.reading import read_samples
-from lossk.task import Task
+from lossk.samplers.metropolis import Energy, mala_acceptance, probability
+from lossk.task.losses import resolve_loss
+from lossk.task.task import Task
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 

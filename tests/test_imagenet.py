@@ -19,8 +19,8 @@ from scipy.io import savemat
 from torch import nn
 
 import lossk
-from lossk.cli import main
-from lossk.config import load_config
+from lossk.cli.config import load_config
+from lossk.cli.main import main
 from lossk.errors import LosskError
 from lossk.recipes import RecipeError, imagenet, networks, photo_cache
 from lossk.recipes.networks import Network, Normalise, load_network

@@ -12,13 +12,16 @@ import torch
 from torch import Tensor, nn
 
 import lossk
-from lossk import curvature, diagnostics, judging, pilot, verdict
-from lossk.chain import Chain
-from lossk.losses import resolve_loss
-from lossk.reading import read_samples
-from lossk.runlog import RunLog
-from lossk.stepping import SteppingChain
-from lossk.task import Task
+from lossk.accumulate.runlog import RunLog
+from lossk.curvature import curvature
+from lossk.data.reading import read_samples
+from lossk.diagnostics import diagnostics, verdict
+from lossk.pilot import pilot
+from lossk.run import judging
+from lossk.samplers.chain import Chain
+from lossk.samplers.stepping import SteppingChain
+from lossk.task.losses import resolve_loss
+from lossk.task.task import Task
 
 MEASURES = (curvature.largest_curvature, curvature.gradient_variance, curvature.control_variance)
 
@@ -251,7 +254,7 @@ def test_what_cannot_be_measured_stays_unknown(monkeypatch: pytest.MonkeyPatch, 
     def fail(*_: Any, **__: Any) -> float:
         raise error
 
-    monkeypatch.setattr("lossk.stepping.largest_curvature", fail)
+    monkeypatch.setattr("lossk.samplers.stepping.largest_curvature", fail)
     found = quartic_run(lr=0.005)
     assert found.meta["pilot"]["drawn_curvature"] is None
     assert found.diagnostics.verdict != "unchecked"

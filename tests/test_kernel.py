@@ -356,7 +356,7 @@ def test_neighbors_of_some_rows(kernel: lossk.LossKernel, rows: str) -> None:
 def test_neighbors_of_rows_in_groups(kernel: lossk.LossKernel, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = kernel.neighbors(3, rows=EVERYTHING)
     for name, value in (("GROUP", 5), ("BAND", 2)):
-        monkeypatch.setattr(f"lossk.neighbors.{name}", value)
+        monkeypatch.setattr(f"lossk.kernel.neighbors.{name}", value)
     for mine, theirs in zip(kernel.neighbors(3, rows=EVERYTHING), whole, strict=True):
         np.testing.assert_allclose(mine, theirs, rtol=0, atol=2 * U)
 

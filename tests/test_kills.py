@@ -19,8 +19,8 @@ import zarr
 
 import kill_worker
 import lossk
-from lossk.disk import full_disk_named
-from lossk.tile_pass import TileWriter
+from lossk.accumulate.tile_pass import TileWriter
+from lossk.disk.files import full_disk_named
 
 Build = Callable[..., lossk.LossKernel]
 Same = Callable[[lossk.LossKernel, lossk.LossKernel], None]
@@ -113,10 +113,11 @@ def test_a_disk_that_is_full(
 def test_a_disk_that_fills_up_while_tiles_are_made(
     build: Build, problem: Any, assert_same_kernel: Same, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from lossk.layout import in_store
+    from lossk.plan.layout import in_store
 
     monkeypatch.setattr(
-        "lossk.run.choose_layout", lambda size, _, taken, **__: in_store(size, taken, super_panel=size.draws, stripes=1)
+        "lossk.run.run.choose_layout",
+        lambda size, _, taken, **__: in_store(size, taken, super_panel=size.draws, stripes=1),
     )
     whole, path = build(problem.model(), problem.data, out=tmp_path / "whole.lossk"), tmp_path / "k.lossk"
 
@@ -136,7 +137,7 @@ def test_a_disk_that_fills_up_while_tiles_are_made(
 @pytest.fixture
 def stopped(build: Build, problem: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A store whose run stopped in its second chain."""
-    path, append = tmp_path / "k.lossk", lossk.runlog.RunLog.append
+    path, append = tmp_path / "k.lossk", lossk.accumulate.runlog.RunLog.append
 
     def stopping(log: Any, panel: Any) -> None:
         append(log, panel)
@@ -144,7 +145,7 @@ def stopped(build: Build, problem: Any, tmp_path: Path, monkeypatch: pytest.Monk
             raise RuntimeError("stopped by the test")
 
     with monkeypatch.context() as patch:
-        patch.setattr(lossk.runlog.RunLog, "append", stopping)
+        patch.setattr(lossk.accumulate.runlog.RunLog, "append", stopping)
         with pytest.raises(RuntimeError, match="stopped by the test"):
             build(problem.model(), problem.data, out=path)
     return path

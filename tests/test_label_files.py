@@ -13,9 +13,9 @@ import pandas
 import pytest
 import torch
 
-from lossk import cli
 from lossk.analysis.tables import plain_cell, safe_cell, write_table
-from lossk.label_files import MOST_CLASSES, read_array, read_classes, read_lines
+from lossk.cli import main as cli
+from lossk.cli.label_files import MOST_CLASSES, read_array, read_classes, read_lines
 from planted import planted_kernel
 
 RULE = "a class number must be an integer, at least 0 and less than 1,000,000, got"

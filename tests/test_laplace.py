@@ -11,12 +11,12 @@ from torch import Tensor, nn
 
 import lossk
 import oracles
-from lossk.chain import Surroundings
-from lossk.fisher import FisherSamples, _recording, fisher_diagonal, kronecker_factors, kronecker_layers
-from lossk.laplace import LaplaceChain, fit_laplace
-from lossk.losses import resolve_loss
-from lossk.reading import read_samples
-from lossk.task import Task
+from lossk.curvature.fisher import FisherSamples, _recording, fisher_diagonal, kronecker_factors, kronecker_layers
+from lossk.data.reading import read_samples
+from lossk.samplers.chain import Surroundings
+from lossk.samplers.laplace import LaplaceChain, fit_laplace
+from lossk.task.losses import resolve_loss
+from lossk.task.task import Task
 from lossk.timings import Timings
 
 N = 2000  # at most 2,048: all of them are used

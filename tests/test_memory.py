@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 
 import lossk
-from lossk.layout import Size, choose_layout, in_memory, in_store, log_columns, smallest_in_store
+from lossk.accumulate.panel import choose_panel
 from lossk.memory import Budget, parse_memory
-from lossk.panel import choose_panel
+from lossk.plan.layout import Size, choose_layout, in_memory, in_store, log_columns, smallest_in_store
 
 Build = Callable[..., lossk.LossKernel]
 SIZE = Size(num_samples=50_000, tile=4096, panel=50, num_chains=4, num_draws=50, dtype="float32", num_weights=50_000)

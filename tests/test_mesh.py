@@ -7,9 +7,9 @@ import time
 import pytest
 import torch
 
-from lossk.mesh import Mesh, choose_mesh, deal_batches, deal_chains, deal_tiles, schedule, tile_shapes
-from lossk.probe import Probe, ProbePart
-from lossk.shards import cut_probe
+from lossk.probe.probe import Probe, ProbePart
+from lossk.probe.shards import cut_probe
+from lossk.ranks.mesh import Mesh, choose_mesh, deal_batches, deal_chains, deal_tiles, schedule, tile_shapes
 from lossk.timings import Timings
 
 
@@ -73,7 +73,7 @@ def test_a_stage_within_another_counts_once() -> None:
 @pytest.mark.parametrize("shards", [1, 2, 3, 9])
 def test_shards_are_whole_batches(shards: int) -> None:
     """Two sets, one shorter than a batch: every batch is one of those that a process alone would evaluate."""
-    from lossk.data import Samples
+    from lossk.data.data import Samples
 
     parts = tuple(ProbePart(f"set {n}", Samples((torch.arange(n),), n)) for n in (150, 10))
     probe = Probe(parts, {})

@@ -14,12 +14,12 @@ from torch import Tensor, nn
 
 import lossk
 import oracles
-from lossk.curvature import Products
-from lossk.losses import resolve_loss
-from lossk.metric import fisher_scales
-from lossk.metropolis import Energy
-from lossk.reading import read_samples
-from lossk.task import Task
+from lossk.curvature.curvature import Products
+from lossk.curvature.metric import fisher_scales
+from lossk.data.reading import read_samples
+from lossk.samplers.metropolis import Energy
+from lossk.task.losses import resolve_loss
+from lossk.task.task import Task
 
 Build = Callable[..., lossk.LossKernel]
 Same = Callable[[lossk.LossKernel, lossk.LossKernel], None]
@@ -278,7 +278,7 @@ def test_resuming_is_bitwise_and_measures_nothing_again(
     with pytest.raises(RuntimeError, match="stopped by the test"):
         build(problem.model(), problem.data, loss=loss, out=tmp_path / "k", **asked)
     loss.at = None
-    monkeypatch.setattr("lossk.metric.fisher_scales", lambda *_: pytest.fail("measured again"))
+    monkeypatch.setattr("lossk.curvature.metric.fisher_scales", lambda *_: pytest.fail("measured again"))
     resumed = build(problem.model(), problem.data, loss=loss, out=tmp_path / "k", resume=True, **asked)
     assert_same_kernel(resumed, whole)
     assert lossk.open(tmp_path / "k").meta["scales"] == whole.meta["scales"]

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import lossk
-from lossk.reading import read_samples
+from lossk.data.reading import read_samples
 from lossk.recipes import RecipeError, RecipeTask, multitask, predict
 from lossk.recipes.arithmetic import COEFFICIENTS, Disjoint, OneNetwork, SharedTrunk, arithmetic
 

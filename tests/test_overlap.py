@@ -19,11 +19,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import lossk
-from lossk.device_plan import Room, choose_overlap, choose_with_device, overlap_bytes
-from lossk.layout import Size
-from lossk.losses import resolve_loss
 from lossk.memory import Budget
-from lossk.task import Task
+from lossk.plan.device_plan import Room, choose_overlap, choose_with_device, overlap_bytes
+from lossk.plan.layout import Size
+from lossk.task.losses import resolve_loss
+from lossk.task.task import Task
 from small_networks import HEAD_AT, head_only, vectors
 from token_problems import TokenModel, text
 
@@ -104,7 +104,7 @@ class Recorded:
 def races_of(build: Build, monkeypatch: pytest.MonkeyPatch, problem: Any, **changes: Any) -> Races:
     found = Races()
     double = type("Double", (Recorded,), {"races": found, **changes})
-    monkeypatch.setattr("lossk.evaluation.SideStream", double)
+    monkeypatch.setattr("lossk.probe.evaluation.SideStream", double)
     with found:
         build(problem.model(), problem.data, passes=BESIDE)
     return found
@@ -135,9 +135,9 @@ def test_steps_do_not_wait_for_the_pass(build: Build, monkeypatch: pytest.Monkey
     """Between a pass's launch and the next draw's the chain's steps are launched without any wait."""
     order: list[str] = []
     double = type("Double", (Recorded,), {"races": Races(), "join": lambda self: order.append("wait")})
-    monkeypatch.setattr("lossk.evaluation.SideStream", double)
-    fill, gradient = lossk.probe.Probe.fill, Task.gradient
-    monkeypatch.setattr("lossk.probe.Probe.fill", lambda *a: (order.append("probe"), fill(*a))[1])
+    monkeypatch.setattr("lossk.probe.evaluation.SideStream", double)
+    fill, gradient = lossk.probe.probe.Probe.fill, Task.gradient
+    monkeypatch.setattr("lossk.probe.probe.Probe.fill", lambda *a: (order.append("probe"), fill(*a))[1])
     monkeypatch.setattr(Task, "gradient", lambda *a: (order.append("step"), gradient(*a))[1])
     build(problem.model(), problem.data, passes=BESIDE, num_chains=1, num_draws=3)
     turn = ["probe", "step", "step", "wait"]

@@ -13,7 +13,7 @@ from torch import nn
 
 import lossk
 from lossk.memory import parse_memory
-from lossk.pass_memory import LiveBytes, fit_on_ranks, peak_of
+from lossk.plan.pass_memory import LiveBytes, fit_on_ranks, peak_of
 
 Build = Callable[..., lossk.LossKernel]
 KB = 1000
@@ -111,7 +111,7 @@ def test_a_sample_that_does_not_fit_is_refused_in_words() -> None:
 
 
 def test_vectors_that_do_not_fit_are_refused_before_the_pilot(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("lossk.choose.run_pilot", "lossk.pass_memory.peak_of"):
+    for name in ("lossk.run.choose.run_pilot", "lossk.plan.pass_memory.peak_of"):
         monkeypatch.setattr(name, lambda *_, **__: pytest.fail("it has begun"))
     inputs = torch.ones(8, 4, dtype=torch.float32, device="cpu")
     with pytest.raises(

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, nn
 
 import lossk
-from lossk import passes_pilot
-from lossk.data import Samples
-from lossk.losses import resolve_loss
-from lossk.passes_pilot import Load, choose_passes
-from lossk.task import Task
+from lossk.data.data import Samples
+from lossk.pilot import passes_pilot
+from lossk.pilot.passes_pilot import Load, choose_passes
+from lossk.task.losses import resolve_loss
+from lossk.task.task import Task
 from small_networks import Tally
 
 Build = Callable[..., lossk.LossKernel]

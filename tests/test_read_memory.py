@@ -11,11 +11,11 @@ import pytest
 import torch
 
 import lossk
-from lossk import read_memory
 from lossk.analysis import class_similarity
-from lossk.blocks import TileBlocks, tile_spans
-from lossk.kernel import LossKernel
-from lossk.pass_memory import peak_of
+from lossk.forms.blocks import TileBlocks, tile_spans
+from lossk.kernel import read_memory
+from lossk.kernel.kernel import LossKernel
+from lossk.plan.pass_memory import peak_of
 from lossk.report.findings import check_memory
 from lossk.report.matrix import binned_correlation
 from lossk.report.page import write_report

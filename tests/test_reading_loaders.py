@@ -25,8 +25,8 @@ from torch.utils.data import (
 )
 
 from loader_items import Flow, Items, N, labels, numbers
-from lossk.loaders import reader_of
-from lossk.reading import read_samples
+from lossk.data.loaders import reader_of
+from lossk.data.reading import read_samples
 from lossk.timings import Progress
 
 

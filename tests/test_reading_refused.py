@@ -14,8 +14,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import lossk
 from loader_items import Items, N, batches_of, labels, numbers, quiet, same
-from lossk.probe_sets import read_sources
-from lossk.reading import read_samples
+from lossk.data.probe_sets import read_sources
+from lossk.data.reading import read_samples
 
 
 def ragged() -> list[Tensor]:

@@ -14,9 +14,9 @@ from torch.utils.data import DataLoader
 
 import lossk
 from loader_items import Flow, Items, N, labels, numbers
+from lossk.data.reading import read_samples
+from lossk.data.room import Room
 from lossk.memory import Budget
-from lossk.reading import read_samples
-from lossk.room import Room
 from lossk.timings import Progress
 
 

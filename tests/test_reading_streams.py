@@ -17,8 +17,8 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler
 
 import lossk
 from loader_items import Items, N, numbers
-from lossk.generators import find_generators
-from lossk.reading import read_samples
+from lossk.data.generators import find_generators
+from lossk.data.reading import read_samples
 
 AT_MODULE = np.random.default_rng(5)
 MAKERS: dict[str, Callable[[], Any]] = {

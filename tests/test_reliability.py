@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from lossk.diagnostics import _growth
-from lossk.reliability import _halves, mean_error, reliability, size_error, times_as_many
-from lossk.verdict import GROWN, GROWN_Z
+from lossk.diagnostics.diagnostics import _growth
+from lossk.diagnostics.reliability import _halves, mean_error, reliability, size_error, times_as_many
+from lossk.diagnostics.verdict import GROWN, GROWN_Z
 
 
 def traces(seed: int, chains: int, draws: int, *, samples: int = 40, rank: int = 12, heavy: float = 0.0) -> Tensor:

@@ -12,11 +12,11 @@ import yaml
 from torch import nn
 
 import lossk
-import lossk.runlog
-from lossk import cli
+import lossk.accumulate.runlog
+from lossk.cli import main as cli
+from lossk.disk.replacement import Replacement
+from lossk.disk.swap import REPLACED
 from lossk.recipes import RecipeTask
-from lossk.replacement import Replacement
-from lossk.swap import REPLACED
 
 Same = Callable[[lossk.LossKernel, lossk.LossKernel], None]
 
@@ -59,7 +59,7 @@ def cut_off(monkeypatch: pytest.MonkeyPatch, where: str, after: int = 1) -> Any:
     """Within it, a run is interrupted in its second panel, or where it would have moved its store."""
     patch = pytest.MonkeyPatch.context()
     inside = patch.__enter__()
-    left, append = [after], lossk.runlog.RunLog.append
+    left, append = [after], lossk.accumulate.runlog.RunLog.append
 
     def stopping(log: Any, panel: Any) -> None:
         append(log, panel)
@@ -71,7 +71,7 @@ def cut_off(monkeypatch: pytest.MonkeyPatch, where: str, after: int = 1) -> Any:
         raise KeyboardInterrupt
 
     if where == "panel":
-        inside.setattr(lossk.runlog.RunLog, "append", stopping)
+        inside.setattr(lossk.accumulate.runlog.RunLog, "append", stopping)
     else:
         inside.setattr(Replacement, "place", stopped)
     return patch
@@ -91,8 +91,8 @@ def test_the_old_store_stays_until_the_new_one_is_complete(
     assert sorted(path.name for path in Path(".k.lossk.new").iterdir()) == ["k.lossk"]
 
     written: list[int] = []
-    append = lossk.runlog.RunLog.append
-    monkeypatch.setattr(lossk.runlog.RunLog, "append", lambda *a: (written.append(1), append(*a))[1])
+    append = lossk.accumulate.runlog.RunLog.append
+    monkeypatch.setattr(lossk.accumulate.runlog.RunLog, "append", lambda *a: (written.append(1), append(*a))[1])
     assert run("of6.yaml", then) == 0
     assert len(written) == {"--overwrite": 6, "--resume": 4 if where == "panel" else 0}[then]
     assert lossk.open("k.lossk").num_draws == 6
@@ -140,7 +140,7 @@ def test_a_kill_after_the_exchange_is_told_from_one_before(
 ) -> None:
     """Two complete stores, and which of them is the old one: a save in between must not confuse them."""
     if way == "renames":
-        monkeypatch.setattr("lossk.swap.exchange", lambda a, b: False)
+        monkeypatch.setattr("lossk.disk.swap.exchange", lambda a, b: False)
     path = tmp_path / "k.lossk"
     kernels = [kernel_of(i) for i in range(3)]
     kernels[0].save(path)
@@ -148,7 +148,7 @@ def test_a_kill_after_the_exchange_is_told_from_one_before(
     place.begin()
     kernels[1].save(place.path)
     with monkeypatch.context() as patch:
-        patch.setattr("lossk.replacement.remove", lambda path: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr("lossk.disk.replacement.remove", lambda path: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             place.place()
     place.close()
@@ -169,7 +169,7 @@ def test_a_store_that_is_written_meanwhile_is_not_replaced(tmp_path: Path) -> No
     place = Replacement(path, overwrite=True)
     place.begin()
     kernel.save(place.path)
-    lock = lossk.runlog.Lock(path)
+    lock = lossk.accumulate.runlog.Lock(path)
     with pytest.raises(lossk.StoreError, match="is being written by another process"):
         place.place()
     lock.release()

@@ -16,8 +16,8 @@ import torch
 from PIL import Image
 
 import lossk
-from lossk.cli import main
-from lossk.cli_report import read_labels
+from lossk.cli.main import main
+from lossk.cli.report import read_labels
 from lossk.errors import LosskError
 from lossk.report import page, write_report
 from lossk.report.findings import disagree, suspects
@@ -346,7 +346,7 @@ def test_run_keeps_the_samples_and_report_shows_them(tmp_path: Path, monkeypatch
     assert samples.class_names == ["a", "b", "c"]
     assert samples.predictions is not None
     first = Path("tiny.html").read_text()
-    monkeypatch.setattr("lossk.config.RunConfig.make_task", lambda self: pytest.fail("a task was made"))
+    monkeypatch.setattr("lossk.cli.config.RunConfig.make_task", lambda self: pytest.fail("a task was made"))
     assert main(["report", "tiny.lossk"]) == 2  # there is one already
     assert main(["report", "tiny.lossk", "--overwrite"]) == 0
     assert Path("tiny.html").read_text() == first

@@ -12,8 +12,8 @@ import torch
 
 import distributed_worker as worker
 import lossk
-import lossk.run
-from lossk.runlog import RunLog
+import lossk.run.run
+from lossk.accumulate.runlog import RunLog
 from test_distributed import said, same_store, torchrun
 
 HALF = dataclasses.replace(
@@ -50,7 +50,7 @@ def test_a_run_that_never_holds_ends_after_its_last_restart(monkeypatch: pytest.
         sampler, pilot, reasons = worker.too_long_a_step()
         return dataclasses.replace(sampler, lr=1e6), pilot, reasons
 
-    monkeypatch.setattr(lossk.run, "choose", far_too_long)
+    monkeypatch.setattr(lossk.run.run, "choose", far_too_long)
     with pytest.raises(lossk.DivergedError, match="diverged"):
         build(lossk.SGLD())
 
@@ -68,14 +68,14 @@ def test_killed_after_a_restart_it_goes_on_to_the_same_bits(
         if written[0] == panels:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(lossk.run, "choose", worker.too_long_a_step)
+    monkeypatch.setattr(lossk.run.run, "choose", worker.too_long_a_step)
     whole, cut = tmp_path / "whole.lossk", tmp_path / "cut.lossk"
     build(lossk.SGLD(), out=whole)
     with monkeypatch.context() as patched:
         patched.setattr(RunLog, "append", killed)
         with pytest.raises(KeyboardInterrupt):
             build(lossk.SGLD(), out=cut)
-    monkeypatch.setattr(lossk.run, "choose", None)  # what was chosen is in the store
+    monkeypatch.setattr(lossk.run.run, "choose", None)  # what was chosen is in the store
     build(lossk.SGLD(), out=cut, resume=True)
     same_store(cut, whole)
     assert json.loads((cut / "config.json").read_text())["chosen"]["sampler"]["lr"] == 0.5

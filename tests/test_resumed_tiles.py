@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from lossk.layout import in_store
-from lossk.verify import verify_store
+from lossk.plan.layout import in_store
+from lossk.store.verify import verify_store
 from test_out_of_core import Build, Same, stop_after
 
 DAMAGES = ["gone", "empty", "cut", "grown", "first byte", "middle", "last byte", "another tile", "zeros"]
@@ -47,7 +47,8 @@ def test_a_committed_tile_that_is_damaged_is_made_again(
 ) -> None:
     """Whether its line in the log says what was written, as this version's does, or only that it was."""
     monkeypatch.setattr(
-        "lossk.run.choose_layout", lambda size, _, taken, **__: in_store(size, taken, super_panel=size.draws, stripes=1)
+        "lossk.run.run.choose_layout",
+        lambda size, _, taken, **__: in_store(size, taken, super_panel=size.draws, stripes=1),
     )
     whole, stopped = build(problem.model(), problem.data, out=tmp_path / "whole.lossk"), tmp_path / "stopped.lossk"
     with pytest.MonkeyPatch.context() as patch:

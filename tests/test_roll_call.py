@@ -16,7 +16,7 @@ import pytest
 import torch.distributed as dist
 
 from lossk.errors import DistributedError
-from lossk.roll_call import Wait, meet, roll_call, telling
+from lossk.ranks.roll_call import Wait, meet, roll_call, telling
 
 HERE = socket.gethostname()
 
@@ -136,7 +136,7 @@ def test_a_survivor_of_a_real_start_says_it(launched: pytest.MonkeyPatch) -> Non
     """Rank 1 of 2 is alone for a while; rank 0 comes late, and both go on."""
     program = (
         "from datetime import timedelta\n"
-        "import lossk.distributed as d, lossk.roll_call as r\n"
+        "import lossk.ranks.distributed as d, lossk.ranks.roll_call as r\n"
         "d.Wait = lambda limit: r.Wait(limit, timedelta(seconds=0.3))\n"
         "with d.joined(None) as ranks:\n"
         "    print(ranks.gather_json(ranks.rank))\n"

@@ -7,9 +7,9 @@ import torch
 from torch import nn
 
 import lossk
-from lossk.data import Samples
-from lossk.losses import resolve_loss
-from lossk.task import Task
+from lossk.data.data import Samples
+from lossk.task.losses import resolve_loss
+from lossk.task.task import Task
 
 
 @pytest.mark.parametrize("gradient_batch", [1024, 4, 1])

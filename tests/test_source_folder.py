@@ -83,6 +83,6 @@ def test_nothing_built_runs_in_torch_and_says_so() -> None:
     assert told[2] == str(ROOT / "kernels" / "sgld_step.py")
 
 
-@pytest.mark.parametrize("module", ["lossk", "lossk.cli", "lossk.analysis", "lossk.ops.triton_kernels"])
+@pytest.mark.parametrize("module", ["lossk", "lossk.cli.main", "lossk.analysis", "lossk.ops.triton_kernels"])
 def test_importing_lossk_imports_none_of_them(module: str) -> None:
     run(f"import importlib; importlib.import_module({module!r}); print('ok')")

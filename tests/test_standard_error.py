@@ -104,7 +104,7 @@ def spread_by_hand(terms: np.ndarray) -> float:
 
 @pytest.mark.parametrize("draws", [3, 17, 64])
 def test_batches_against_the_same_written_out(draws: int) -> None:
-    from lossk.batch_means import spread_of_mean
+    from lossk.diagnostics.batch_means import spread_of_mean
 
     series = np.random.default_rng(draws).standard_normal((3, draws, 7)).cumsum(axis=1)
     found = spread_of_mean(torch.from_numpy(series.copy())).variance.numpy()

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from lossk.curvature import steepness
-from lossk.trial_chain import GLANCES
+from lossk.curvature.curvature import steepness
+from lossk.pilot.trial_chain import GLANCES
 
 LAW = 200_000
 

@@ -16,12 +16,12 @@ import pytest
 import torch
 
 import lossk
-import lossk.swap
-import lossk.tile_pass
+import lossk.accumulate.tile_pass
+import lossk.disk.swap
 from damage import as_before
-from lossk.runlog import RunLog
-from lossk.sealed import read_sealed
-from lossk.verify import verify_store
+from lossk.accumulate.runlog import RunLog
+from lossk.disk.sealed import read_sealed
+from lossk.store.verify import verify_store
 from sweep_kinds import NAME, arrays, build, kernel_of, losses, out_of_core
 
 
@@ -106,7 +106,7 @@ def _request(path: Path) -> dict[str, Any]:
 def test_finished_between_the_look_and_the_lock(stopped: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A second starter that has found a run unfinished, and locks it once another has finished it, changes nothing."""
     request, made = _request(stopped), []
-    take = lossk.runlog.Lock
+    take = lossk.accumulate.runlog.Lock
 
     def late(store: Path) -> Any:
         if not made:
@@ -114,7 +114,7 @@ def test_finished_between_the_look_and_the_lock(stopped: Path, monkeypatch: pyte
             build(stopped)
         return take(store)
 
-    monkeypatch.setattr(lossk.runlog, "Lock", late)
+    monkeypatch.setattr(lossk.accumulate.runlog, "Lock", late)
     with pytest.raises(lossk.StoreError, match=r"k\.lossk.* has been finished by another process"):
         RunLog.open(stopped, request)
     assert verify_store(stopped).ok
@@ -223,7 +223,7 @@ def test_a_committed_tile_that_was_cut_is_made_again(tmp_path: Path, monkeypatch
     """It would be sealed as it is, and never be resumed from; all its chunks are those of a run left alone."""
     (tmp_path / "whole").mkdir()
     out_of_core(tmp_path / "whole")
-    write, count = lossk.tile_pass.TileWriter._write, [0]
+    write, count = lossk.accumulate.tile_pass.TileWriter._write, [0]
 
     def stopping(*arguments: Any) -> None:
         count[0] += 1
@@ -232,7 +232,7 @@ def test_a_committed_tile_that_was_cut_is_made_again(tmp_path: Path, monkeypatch
         write(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(lossk.tile_pass.TileWriter, "_write", stopping)
+        patch.setattr(lossk.accumulate.tile_pass.TileWriter, "_write", stopping)
         with pytest.raises(KeyboardInterrupt):
             out_of_core(tmp_path)
     tile = sorted((tmp_path / NAME / "tiles" / "c").rglob("?/?"))[0]

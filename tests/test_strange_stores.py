@@ -17,9 +17,9 @@ from numcodecs.blosc import Blosc
 
 import lossk
 from damage import as_before, seal_again
-from lossk.disk import digest
-from lossk.sealed import read_sealed, write_sealed
-from lossk.verify import verify_store
+from lossk.disk.files import digest
+from lossk.disk.sealed import read_sealed, write_sealed
+from lossk.store.verify import verify_store
 from sweep_kinds import N, build, losses, out_of_core
 
 

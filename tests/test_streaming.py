@@ -18,7 +18,7 @@ from torch import Tensor
 
 import lossk
 import oracles
-from lossk.tiles import TileAccumulator
+from lossk.accumulate.tiles import TileAccumulator
 from streamed_kernels import kernel_from_panels
 
 Panels = Iterator[tuple[int, Tensor]]

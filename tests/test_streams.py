@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from lossk.streams import streams_kept
+from lossk.data.streams import streams_kept
 
 DRAWS: dict[str, Callable[[], Any]] = {
     "torch": lambda: torch.rand(3, device="cpu", dtype=torch.float32).tolist(),

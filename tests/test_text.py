@@ -11,8 +11,8 @@ import torch
 
 import lossk
 from lossk.analysis.sequences import sequence_traces
-from lossk.cli import main
-from lossk.config import load_config
+from lossk.cli.config import load_config
+from lossk.cli.main import main
 from lossk.errors import LosskError
 from lossk.recipes import RecipeError, RecipeTask, text
 from lossk.recipes.text import SequenceLoss

@@ -14,14 +14,14 @@ from torch import nn
 from torch.nn import functional as F
 
 import lossk
-from lossk.chain import Surroundings
-from lossk.force import MinibatchForce
-from lossk.pilot import run_pilot
-from lossk.probe import probe_losses
-from lossk.reading import read_samples
-from lossk.samplers import fit
+from lossk.data.reading import read_samples
+from lossk.pilot.pilot import run_pilot
+from lossk.pilot.trial import rise_bound
+from lossk.probe.probe import probe_losses
+from lossk.samplers.chain import Surroundings
+from lossk.samplers.force import MinibatchForce
+from lossk.samplers.samplers import fit
 from lossk.timings import Timings
-from lossk.trial import rise_bound
 from token_problems import IGNORED, LOSSES, TokenModel, callable_loss, prepared, text, true_losses
 
 Build = Callable[..., lossk.LossKernel]

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 import lossk
-from lossk.kernel import LossKernel
-from lossk.pass_memory import peak_of
-from lossk.trace_factor import LEAST, STRIPE, factor_of, making_bytes, stripe_of
+from lossk.kernel.kernel import LossKernel
+from lossk.kernel.trace_factor import LEAST, STRIPE, factor_of, making_bytes, stripe_of
+from lossk.plan.pass_memory import peak_of
 
 
 def traces(chains: int, draws: int, samples: int) -> lossk.LossTraces:

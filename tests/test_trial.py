@@ -12,14 +12,14 @@ from torch import Tensor, nn
 
 import lossk
 import oracles
-from lossk import trial, trial_chain, tune
-from lossk.bias import BIAS_BUDGET
-from lossk.chain import Surroundings
-from lossk.force import FULL_GRADIENT, full_gradient
-from lossk.losses import resolve_loss
-from lossk.reading import read_samples
-from lossk.step_choice import STABILITY_BUDGET
-from lossk.task import Task
+from lossk.data.reading import read_samples
+from lossk.diagnostics.bias import BIAS_BUDGET
+from lossk.pilot import trial, trial_chain, tune
+from lossk.pilot.step_choice import STABILITY_BUDGET
+from lossk.samplers.chain import Surroundings
+from lossk.samplers.force import FULL_GRADIENT, full_gradient
+from lossk.task.losses import resolve_loss
+from lossk.task.task import Task
 from lossk.timings import Timings
 
 

@@ -14,10 +14,10 @@ import pytest
 import torch
 
 import lossk
-from lossk.backends import choose_ops, resolve_backend
-from lossk.cli import describe_triton
+from lossk.cli.main import describe_triton
 from lossk.errors import BackendError
 from lossk.ops import triton_kernels
+from lossk.run.backends import choose_ops, resolve_backend
 
 CPU = torch.device("cpu")
 

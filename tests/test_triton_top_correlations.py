@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import lossk
-from lossk.blocks import tile_spans, upper_triangle
+from lossk.forms.blocks import tile_spans, upper_triangle
 from lossk.ops.top_correlations import EMPTY, merge_tile, unpack
 
 

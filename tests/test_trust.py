@@ -11,8 +11,8 @@ import torch
 import yaml
 from torch import nn
 
-from lossk import cli
-from lossk.config import load_config, parse_yaml
+from lossk.cli import main as cli
+from lossk.cli.config import load_config, parse_yaml
 from lossk.recipes import RecipeTask, packaged_config, packaged_names, packaged_tasks
 from planted import planted_kernel
 

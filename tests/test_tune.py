@@ -12,13 +12,13 @@ import torch
 from torch import Tensor, nn
 
 import lossk
-from lossk import pilot as pilots
-from lossk import tune
-from lossk.bias import BIAS_BUDGET
-from lossk.losses import resolve_loss
-from lossk.reading import read_samples
-from lossk.step_choice import STABILITY_BUDGET
-from lossk.task import Task
+from lossk.data.reading import read_samples
+from lossk.diagnostics.bias import BIAS_BUDGET
+from lossk.pilot import pilot as pilots
+from lossk.pilot import tune
+from lossk.pilot.step_choice import STABILITY_BUDGET
+from lossk.task.losses import resolve_loss
+from lossk.task.task import Task
 
 
 def half_squares(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:

@@ -10,11 +10,11 @@ import torch
 from torch import nn
 
 import lossk
-from lossk import choose
-from lossk.bias import BIAS_BUDGET
-from lossk.pilot import Pilot, batch_factor
-from lossk.step_choice import Way, batches
-from lossk.tune_baoab import choose_baoab, longest_step, steps_to_forget
+from lossk.diagnostics.bias import BIAS_BUDGET
+from lossk.pilot.pilot import Pilot, batch_factor
+from lossk.pilot.step_choice import Way, batches
+from lossk.pilot.tune_baoab import choose_baoab, longest_step, steps_to_forget
+from lossk.run import choose
 
 NOISY = Pilot(
     curvature=5.0, gradient_variance=3.0, n_beta=200.0, batch_factor=0.003, num_samples=500,

@@ -10,17 +10,17 @@ import torch
 from torch import Tensor, nn
 
 import lossk
-from lossk import curvature
-from lossk.chain import Surroundings
-from lossk.force import FULL_GRADIENT, full_gradient
-from lossk.judging import foreseen_vectors
-from lossk.losses import resolve_loss
-from lossk.pass_memory import peak_of
-from lossk.reading import read_samples
-from lossk.samplers import Sampler, make_chain
-from lossk.task import Task
+from lossk.curvature import curvature
+from lossk.data.reading import read_samples
+from lossk.pilot.vectors import FULL, LANCZOS, WEIGHTS, chain_vectors, judging_vectors, most_vectors
+from lossk.plan.pass_memory import peak_of
+from lossk.run.judging import foreseen_vectors
+from lossk.samplers.chain import Surroundings
+from lossk.samplers.force import FULL_GRADIENT, full_gradient
+from lossk.samplers.samplers import Sampler, make_chain
+from lossk.task.losses import resolve_loss
+from lossk.task.task import Task
 from lossk.timings import Timings
-from lossk.vectors import FULL, LANCZOS, WEIGHTS, chain_vectors, judging_vectors, most_vectors
 
 DATA = torch.ones(24, 300, dtype=torch.float32, device="cpu"), torch.arange(24, device="cpu") % 10
 MEASURES = (curvature.largest_curvature, curvature.gradient_variance, curvature.control_variance)

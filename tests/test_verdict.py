@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 import lossk
-from lossk import verdict
-from lossk.bias import UNEVEN
-from lossk.diagnostics import Diagnostics
+from lossk.diagnostics import verdict
+from lossk.diagnostics.bias import UNEVEN
+from lossk.diagnostics.diagnostics import Diagnostics
 
 Data = tuple[Tensor, Tensor]
 

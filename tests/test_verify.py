@@ -16,9 +16,9 @@ import zarr
 
 import lossk
 from damage import seal_again
-from lossk import cli
-from lossk.runlog import RunLog
-from lossk.verify import verify_store
+from lossk.accumulate.runlog import RunLog
+from lossk.cli import main as cli
+from lossk.store.verify import verify_store
 from streamed_kernels import kernel_from_panels
 
 FORMS = ["tiles", "float16 tiles", "pooled tiles", "factor", "stored factor", "stored pooled factor"]

@@ -11,9 +11,9 @@ import torch
 
 import lossk
 from damage import as_before, seal_again
-from lossk.chunks import Chunks
-from lossk.verify import verify_store
-from lossk.watched import Watched, watched_samples
+from lossk.disk.chunks import Chunks
+from lossk.forms.watched import Watched, watched_samples
+from lossk.store.verify import verify_store
 from streamed_kernels import kernel_from_panels
 from sweep_kinds import NAME, build, out_of_core
 

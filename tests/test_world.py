@@ -18,8 +18,8 @@ from torch.nn.utils import prune
 
 import lossk
 from lossk.analysis import baselines
-from lossk.attributes import Attributes
 from lossk.interop.weights import kernel_from_weights
+from lossk.task.attributes import Attributes
 
 Build = Callable[..., lossk.LossKernel]
 

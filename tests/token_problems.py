@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import oracles
-from lossk.losses import resolve_loss
-from lossk.probe import Probe, prepare_probe
-from lossk.reading import read_samples
-from lossk.task import Task
+from lossk.data.reading import read_samples
+from lossk.probe.probe import Probe, prepare_probe
+from lossk.task.losses import resolve_loss
+from lossk.task.task import Task
 
 IGNORED = -100
 

@@ -10,22 +10,22 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lossk.baoab import BAOAB
     from lossk.build import build_kernel, sample_losses
     from lossk.cross import CrossKernel, cross_kernel
+    from lossk.data.probe_sets import ProbeSets
     from lossk.errors import BackendError, DistributedError, DivergedError, LosskError, StoreError
-    from lossk.from_store import open_kernel as open  # noqa: F401 - `lossk.open`, see below
-    from lossk.gaussian import Gaussian
-    from lossk.hmc import HMC
-    from lossk.kernel import LossKernel
-    from lossk.laplace import Laplace
-    from lossk.neighbors import Neighbors
-    from lossk.passes import Passes
-    from lossk.predicted import predicted_labels
-    from lossk.probe_sets import ProbeSets
-    from lossk.sgld import SGLD
-    from lossk.trace_writer import TraceWriter
-    from lossk.traces import LossTraces
+    from lossk.kernel.from_store import open_kernel as open  # noqa: F401 - `lossk.open`, see below
+    from lossk.kernel.kernel import LossKernel
+    from lossk.kernel.neighbors import Neighbors
+    from lossk.kernel.trace_writer import TraceWriter
+    from lossk.kernel.traces import LossTraces
+    from lossk.probe.predicted import predicted_labels
+    from lossk.samplers.baoab import BAOAB
+    from lossk.samplers.gaussian import Gaussian
+    from lossk.samplers.hmc import HMC
+    from lossk.samplers.laplace import Laplace
+    from lossk.samplers.sgld import SGLD
+    from lossk.task.passes import Passes
 
 __version__ = "0.1.0"
 
@@ -56,22 +56,22 @@ __all__ = [
 
 # Names are imported when they are asked for: who reads a kernel needs no sampler.
 MODULES = {
-    "lossk.baoab": ("BAOAB",),
+    "lossk.samplers.baoab": ("BAOAB",),
     "lossk.build": ("build_kernel", "sample_losses"),
     "lossk.cross": ("CrossKernel", "cross_kernel"),
     "lossk.errors": ("BackendError", "DistributedError", "DivergedError", "LosskError", "StoreError"),
-    "lossk.from_store": ("open_kernel",),
-    "lossk.gaussian": ("Gaussian",),
-    "lossk.hmc": ("HMC",),
-    "lossk.kernel": ("LossKernel",),
-    "lossk.laplace": ("Laplace",),
-    "lossk.neighbors": ("Neighbors",),
-    "lossk.passes": ("Passes",),
-    "lossk.predicted": ("predicted_labels",),
-    "lossk.probe_sets": ("ProbeSets",),
-    "lossk.sgld": ("SGLD",),
-    "lossk.trace_writer": ("TraceWriter",),
-    "lossk.traces": ("LossTraces",),
+    "lossk.kernel.from_store": ("open_kernel",),
+    "lossk.samplers.gaussian": ("Gaussian",),
+    "lossk.samplers.hmc": ("HMC",),
+    "lossk.kernel.kernel": ("LossKernel",),
+    "lossk.samplers.laplace": ("Laplace",),
+    "lossk.kernel.neighbors": ("Neighbors",),
+    "lossk.task.passes": ("Passes",),
+    "lossk.probe.predicted": ("predicted_labels",),
+    "lossk.data.probe_sets": ("ProbeSets",),
+    "lossk.samplers.sgld": ("SGLD",),
+    "lossk.kernel.trace_writer": ("TraceWriter",),
+    "lossk.kernel.traces": ("LossTraces",),
 }
 WHERE = {name: module for module, names in MODULES.items() for name in names}
 PACKAGES = ("analysis", "interop", "kernels", "ops", "recipes", "report")

@@ -2,6 +2,6 @@
 
 import sys
 
-from lossk.cli import main
+from lossk.cli.main import main
 
 sys.exit(main())

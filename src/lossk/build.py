@@ -9,38 +9,38 @@ from typing import Any
 import torch
 from torch import nn
 
-from lossk import record
-from lossk.allocation import shortage_named
+from lossk.accumulate.factor_pass import HeldFactor, LoggedFactor
+from lossk.accumulate.host_tiles import HostTiles
+from lossk.accumulate.panel import choose_panel
+from lossk.accumulate.runlog import RunLog
+from lossk.accumulate.tile_pass import OutOfCore
+from lossk.accumulate.tiles import TileAccumulator
 from lossk.ambient import usual_modes
-from lossk.blocks import TileBlocks
-from lossk.chain import ChainState
-from lossk.data import Transform
-from lossk.disk import full_disk_named
-from lossk.distributed import joined
-from lossk.distributed_build import build_on_ranks
-from lossk.distributed_traces import sample_on_ranks
-from lossk.factor_pass import HeldFactor, LoggedFactor
-from lossk.from_store import kernel_of
-from lossk.host_tiles import HostTiles
-from lossk.kernel import LossKernel
-from lossk.layout import TILES_IN_MEMORY, Layout, log_columns
-from lossk.losses import LossFunction
+from lossk.data.data import Transform
+from lossk.disk.files import full_disk_named
+from lossk.forms.blocks import TileBlocks
+from lossk.kernel.from_store import kernel_of
+from lossk.kernel.kernel import LossKernel
+from lossk.kernel.traces import LossTraces
 from lossk.memory import Budget
 from lossk.optional import check_run
-from lossk.panel import choose_panel
-from lossk.passes import Passes, check_passes
-from lossk.restart import until_it_lasts
-from lossk.run import Run
-from lossk.run_diagnostics import diagnose_run
-from lossk.runlog import RunLog
-from lossk.samplers import Sampler, check_sampler
+from lossk.plan.layout import TILES_IN_MEMORY, Layout, log_columns
+from lossk.ranks.distributed import joined
+from lossk.run import record
+from lossk.run.allocation import shortage_named
+from lossk.run.distributed_build import build_on_ranks
+from lossk.run.distributed_traces import sample_on_ranks
+from lossk.run.restart import until_it_lasts
+from lossk.run.run import Run
+from lossk.run.run_diagnostics import diagnose_run
+from lossk.samplers.chain import ChainState
+from lossk.samplers.samplers import Sampler, check_sampler
 from lossk.settings import check_settings
-from lossk.store import open_finished, saved_panel
-from lossk.stored_tiles import CACHE_BYTES
-from lossk.tile_pass import OutOfCore
-from lossk.tiles import TileAccumulator
+from lossk.store.store import open_finished, saved_panel
+from lossk.store.stored_tiles import CACHE_BYTES
+from lossk.task.losses import LossFunction
+from lossk.task.passes import Passes, check_passes
 from lossk.timings import Progress
-from lossk.traces import LossTraces
 
 
 @usual_modes()
@@ -82,7 +82,7 @@ def build_kernel(
             cannot be.
         loss: "cross_entropy" (class-index targets), "token_cross_entropy" (logits [B, T, C], class indices [B, T], -100
             where a token does not count), "mse"; one of torch's criteria, `nn.CrossEntropyLoss(...)`, `F.mse_loss` or a
-            `functools.partial` of one, taken per sample as `lossk.criteria` says; or a callable (model, batch) ->
+            `functools.partial` of one, taken per sample as `lossk.task.criteria` says; or a callable (model, batch) ->
             losses [B], or per token (losses [B, T], mask [B, T] bool), the mask a function of the data alone. The
             kernel's rows are then the unmasked tokens (`kernel.tokens`), L_n is the mean over the unmasked training
             tokens, and n in n_beta = n / ln n their number; minibatches stay samples, L_B the sum over their unmasked

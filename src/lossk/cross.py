@@ -9,22 +9,22 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lossk.allocation import shortage_named
 from lossk.ambient import usual_modes
 from lossk.build import sample_losses
 from lossk.checks import check_choice, check_instance, check_tensor
-from lossk.data import Transform, map_tensors
-from lossk.dense import AsArray, refuse_too_large
-from lossk.diagnostics import Diagnostics
-from lossk.indexing import resolve, rows_and_columns
-from lossk.kernel import LossKernel
-from lossk.losses import LossFunction
+from lossk.data.data import Transform, map_tensors
+from lossk.data.probe_sets import ProbeSets
+from lossk.data.reading import check_source, read_samples
+from lossk.diagnostics.diagnostics import Diagnostics
+from lossk.kernel.dense import AsArray, refuse_too_large
+from lossk.kernel.indexing import resolve, rows_and_columns
+from lossk.kernel.kernel import LossKernel
 from lossk.optional import check_run
-from lossk.passes import Passes
-from lossk.probe_sets import ProbeSets
-from lossk.reading import check_source, read_samples
-from lossk.samplers import Sampler
+from lossk.run.allocation import shortage_named
+from lossk.samplers.samplers import Sampler
 from lossk.settings import CENTERINGS
+from lossk.task.losses import LossFunction
+from lossk.task.passes import Passes
 from lossk.timings import Progress
 
 

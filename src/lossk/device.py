@@ -1,7 +1,7 @@
 """What is asked of a CUDA device: free memory, waiting, a second stream. On any other device these do nothing.
 
-Everything in this file that touches CUDA has never run on a GPU; what is decided from it is in `lossk.device_plan`,
-which is plain arithmetic.
+Everything in this file that touches CUDA has never run on a GPU; what is decided from it is in
+`lossk.plan.device_plan`, which is plain arithmetic.
 """
 
 from __future__ import annotations

@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from lossk.cli import main
-from lossk.config import RunConfig
+from lossk.cli.config import RunConfig
+from lossk.cli.grid import GridSettings
+from lossk.cli.main import main
 from lossk.errors import LosskError
-from lossk.grid import GridSettings
 
 from . import rules as r
 from .judge import Entry
@@ -108,10 +108,10 @@ def options(w: World) -> list[Entry]:
          {"config": _never, "--out": _folder, "--n-beta": _multiple, "--localization": _multiple,
           "--jobs": _is(int, 1, 1024), "--probe": _is(int, 2, COUNT), "--num-chains": _is(int, 2, COUNT),
           "--num-draws": _is(int, 4, COUNT), "--max-steps": _is(int, 8, COUNT), "--set": _of_task},
-         ("lossk.cli_tune.open_grid",)),
+         ("lossk.cli.tune.open_grid",)),
         ("run", {"config": "digits", "--out": "fresh.lossk", "--set": ""},
-         {"config": _never, "--out": _suffix(".lossk"), "--set": _of_task}, ("lossk.cli.execute",)),
-        ("demo", {"--out": "fresh"}, {"--out": _folder}, ("lossk.cli.execute",)),
+         {"config": _never, "--out": _suffix(".lossk"), "--set": _of_task}, ("lossk.cli.main.execute",)),
+        ("demo", {"--out": "fresh"}, {"--out": _folder}, ("lossk.cli.main.execute",)),
     ]  # fmt: skip
     return [_command(*command) for command in commands]
 

@@ -9,7 +9,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 import lossk
-from lossk.probe_sets import read_sources
+from lossk.data.probe_sets import read_sources
 
 from . import rules as r
 from .table import Table
@@ -179,9 +179,9 @@ def _append(w: World, losses: Any) -> None:
 
 
 def _kernel(table: Table, w: World) -> None:
-    from lossk.blocks import Moments
-    from lossk.diagnostics import Diagnostics
-    from lossk.watched import Watched
+    from lossk.diagnostics.diagnostics import Diagnostics
+    from lossk.forms.blocks import Moments
+    from lossk.forms.watched import Watched
 
     span = {"rows": r.rows, "columns": r.rows}
     table.add(

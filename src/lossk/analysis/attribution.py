@@ -17,13 +17,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lossk.analysis.baselines import Baseline
-from lossk.blocks import tile_spans
 from lossk.checks import check_choice, check_instance, check_integer, check_tensor, wrong_kind
 from lossk.cross import CrossKernel
-from lossk.kernel import LossKernel
+from lossk.forms.blocks import tile_spans
+from lossk.kernel.kernel import LossKernel
+from lossk.kernel.traces import LossTraces
 from lossk.optional import require
 from lossk.records import check_record
-from lossk.traces import LossTraces
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -22,7 +22,6 @@ from lossk.ambient import without_autocast
 from lossk.analysis.gradients import Sketch, check_module, frozen, gradient_batches, losses_of, read_data
 from lossk.analysis.inputs import check_labels, check_seed
 from lossk.analysis.purity import neighbor_purity
-from lossk.blocks import tile_spans
 from lossk.checks import (
     check_callable,
     check_flag,
@@ -32,13 +31,14 @@ from lossk.checks import (
     check_optional,
     check_tensor,
 )
-from lossk.data import Samples, Transform, leaves
-from lossk.dense import AsArray, refuse_too_large
-from lossk.indexing import resolve, rows_and_columns
-from lossk.losses import LossFunction, forward, split_batch
-from lossk.neighbors import Neighbors, nearest_of_rows
+from lossk.data.data import Samples, Transform, leaves
+from lossk.forms.blocks import tile_spans
+from lossk.kernel.dense import AsArray, refuse_too_large
+from lossk.kernel.indexing import resolve, rows_and_columns
+from lossk.kernel.neighbors import Neighbors, nearest_of_rows
 from lossk.records import check_record
-from lossk.task import Task
+from lossk.task.losses import LossFunction, forward, split_batch
+from lossk.task.task import Task
 
 BATCH = 256
 

@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from lossk.analysis.pairs import Kernel, Pairs, as_pairs, blocks, spans_of
 from lossk.checks import check_flag, check_integer
-from lossk.neighbors import nearest
+from lossk.kernel.neighbors import nearest
 from lossk.records import check_record
 
 

@@ -16,8 +16,8 @@ from lossk.analysis.baselines import Baseline
 from lossk.analysis.inputs import check_labels, check_seed
 from lossk.analysis.purity import chance_purity, class_purity
 from lossk.checks import check_callable, check_flag, check_instance, check_integer, check_number, check_tensor
-from lossk.kernel import LossKernel
-from lossk.neighbors import Neighbors
+from lossk.kernel.kernel import LossKernel
+from lossk.kernel.neighbors import Neighbors
 from lossk.optional import require
 from lossk.records import check_record
 

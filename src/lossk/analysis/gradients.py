@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 from tqdm import tqdm
 
-from lossk.agreement import prove
 from lossk.analysis.inputs import check_seed
 from lossk.checks import (
     check_callable,
@@ -24,11 +23,12 @@ from lossk.checks import (
     check_tensor,
     check_text,
 )
-from lossk.data import Samples, Transform, leaves, map_tensors
-from lossk.losses import LossFunction, resolve_loss
-from lossk.passes import Passes
-from lossk.probe_sets import ProbeSets, read_sources
-from lossk.task import Task
+from lossk.data.data import Samples, Transform, leaves, map_tensors
+from lossk.data.probe_sets import ProbeSets, read_sources
+from lossk.task.agreement import prove
+from lossk.task.losses import LossFunction, resolve_loss
+from lossk.task.passes import Passes
+from lossk.task.task import Task
 
 BATCH_BYTES = 2**27  # of gradients held at a time
 LARGEST_BATCH = 256

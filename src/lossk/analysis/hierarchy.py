@@ -13,10 +13,10 @@ from tqdm import tqdm
 from lossk.analysis.class_matrix import Array, ClassMatrix
 from lossk.analysis.inputs import check_classes, check_names, check_seed, check_square
 from lossk.analysis.pairs import Kernel, KernelPairs, Pairs, as_pairs, blocks, spans_of
-from lossk.chains import has_chains, leave_one_chain_out
 from lossk.checks import check_choice, check_flag, check_integer
-from lossk.kernel import LossKernel
-from lossk.read_memory import MOST_GROUPS, check_class_means
+from lossk.kernel.chains import has_chains, leave_one_chain_out
+from lossk.kernel.kernel import LossKernel
+from lossk.kernel.read_memory import MOST_GROUPS, check_class_means
 from lossk.records import check_record
 
 METHODS = ("average", "complete", "single", "weighted", "centroid", "median", "ward")  # of SciPy's linkage

@@ -18,10 +18,10 @@ from tqdm import tqdm
 from lossk.analysis.baselines import Baseline, spans_of
 from lossk.analysis.gradients import frozen, gradient_batches, losses_of
 from lossk.checks import check_choice, check_flag, check_number
-from lossk.data import Samples, Transform
-from lossk.losses import LossFunction, forward, split_batch
-from lossk.probe_sets import ProbeSets
-from lossk.task import Task
+from lossk.data.data import Samples, Transform
+from lossk.data.probe_sets import ProbeSets
+from lossk.task.losses import LossFunction, forward, split_batch
+from lossk.task.task import Task
 
 CURVATURES = ("gauss-newton", "hessian")
 SOLVERS = ("auto", "dense", "cg")

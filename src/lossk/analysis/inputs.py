@@ -11,9 +11,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lossk.checks import check_integer, check_mapping, check_strings, check_tensor, shown, wrong_kind, wrong_value
-from lossk.kernel import LossKernel
-from lossk.neighbors import Neighbors
-from lossk.traces import LossTraces
+from lossk.kernel.kernel import LossKernel
+from lossk.kernel.neighbors import Neighbors
+from lossk.kernel.traces import LossTraces
 
 MOST_SEED = 2**32 - 1  # of NumPy's and UMAP's generators
 

@@ -23,8 +23,8 @@ from lossk.optional import check_installed
 from lossk.records import check_record
 
 if TYPE_CHECKING:
-    from lossk.kernel import LossKernel
-    from lossk.neighbors import Neighbors
+    from lossk.kernel.kernel import LossKernel
+    from lossk.kernel.neighbors import Neighbors
 
 PROJECTIONS = 16  # random directions that say where the disconnected parts of a graph lie
 

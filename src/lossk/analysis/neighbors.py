@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from lossk.analysis.inputs import check_kernel
-from lossk.indexing import resolve
-from lossk.standard_error import method_for, pair_errors
+from lossk.kernel.indexing import resolve
+from lossk.kernel.standard_error import method_for, pair_errors
 
 if TYPE_CHECKING:
-    from lossk.kernel import LossKernel
+    from lossk.kernel.kernel import LossKernel
 
 
 class SignificantNeighbors(NamedTuple):
@@ -40,8 +40,8 @@ def significant_neighbors(
     begins, not that a neighbour just above it is certain. `by_chance` is that expected number for each neighbour (as
     BLAST's E-value): 1 at the floor, 0.01 where one row in a hundred would show such a neighbour by chance.
 
-    Both come from losses of different chains, which are independent (`lossk.chance`): no law of the losses and no form
-    of their memory is supposed. `null` says what was there for it.
+    Both come from losses of different chains, which are independent (`lossk.kernel.chance`): no law of the losses and
+    no form of their memory is supposed. `null` says what was there for it.
 
     The shares of false discoveries are Benjamini and Hochberg's (1995), over the N - 1 others of a row and over all
     pairs of the rows asked for: neighbours at or below 0.05 are false in at most 5 of 100, on average. They suppose

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lossk.blocks import tile_spans, upper_triangle
 from lossk.checks import check_tensor, refuse_non_finite, shown
+from lossk.forms.blocks import tile_spans, upper_triangle
 
 SIDE = 2048  # of the blocks that arrays and features are read in
 

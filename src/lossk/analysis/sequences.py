@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from lossk.analysis.inputs import check_traces
-from lossk.traces import LossTraces
+from lossk.kernel.traces import LossTraces
 
 
 def sequence_traces(traces: LossTraces) -> LossTraces:

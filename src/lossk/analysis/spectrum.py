@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from lossk.analysis.inputs import check_kernel
-from lossk.blocks import FactorBlocks
 from lossk.checks import check_integer
+from lossk.forms.blocks import FactorBlocks
 from lossk.records import check_record
 
 if TYPE_CHECKING:
-    from lossk.kernel import LossKernel
+    from lossk.kernel.kernel import LossKernel
 
 BAND = 1024  # rows of a tile in float64 at a time
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from lossk.available import available_bytes
-from lossk.from_store import open_kernel
-from lossk.kernel import LossKernel
-from lossk.opened import OpenStore
-from lossk.traces import LossTraces
+from lossk.kernel.from_store import open_kernel
+from lossk.kernel.kernel import LossKernel
+from lossk.kernel.traces import LossTraces
+from lossk.store.opened import OpenStore
 
 
 def open_with_chains(path: str | Path) -> LossKernel:

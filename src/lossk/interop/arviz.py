@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 
 from lossk.checks import check_flag, check_instance, wrong_kind
-from lossk.kernel import LossKernel
+from lossk.kernel.kernel import LossKernel
+from lossk.kernel.traces import LossTraces
 from lossk.optional import require
-from lossk.traces import LossTraces
 
 
 def to_xarray(source: LossTraces | LossKernel, *, correlation: bool = False) -> Any:

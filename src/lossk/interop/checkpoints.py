@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from lossk.analysis.compare import Comparison, compare_kernels
 from lossk.checks import check_callable, check_instance, check_integer, check_place, check_text, shown
-from lossk.kernel import LossKernel
+from lossk.kernel.kernel import LossKernel
 from lossk.optional import require
 from lossk.records import check_record
 

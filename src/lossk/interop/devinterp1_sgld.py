@@ -20,11 +20,11 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lossk.backends import resolve_backend
 from lossk.checks import check_callable, check_flag, check_number, check_optional, check_strings, check_tensor, shown
 from lossk.ops.philox import normals
 from lossk.ops.sgld_step import sgld_step
-from lossk.sgld import ALPHA, STABILITY
+from lossk.run.backends import resolve_backend
+from lossk.samplers.sgld import ALPHA, STABILITY
 
 LISTS = ("noise", "dws")
 METRICS = ("noise_norm", "grad_norm", "weight_norm", "distance", "localization_loss", *LISTS)

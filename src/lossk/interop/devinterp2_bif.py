@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from lossk.ambient import without_autocast
-from lossk.blocks import tile_spans
-from lossk.centring import centre, degrees_of_freedom
 from lossk.checks import check_choice, check_device, check_flag, check_integer, shown
+from lossk.forms.blocks import tile_spans
+from lossk.forms.centring import centre, degrees_of_freedom
 from lossk.interop.devinterp2_sample import LossFn, ObservableSpec, ParamMasks, sample
 from lossk.interop.devinterp2_tree import MissingObservable, loss_names, open_tree, read_losses
 from lossk.optional import require

@@ -16,14 +16,14 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from lossk.chain import Surroundings
+from lossk.data.minibatches import Minibatches
 from lossk.errors import DivergedError
 from lossk.interop.devinterp2_loss import TokenLoss
-from lossk.minibatches import Minibatches
 from lossk.ops.philox import normals
 from lossk.ops.sgld_step import sgld_step
-from lossk.sgld import SGLD
-from lossk.stepping import SteppingChain
+from lossk.samplers.chain import Surroundings
+from lossk.samplers.sgld import SGLD
+from lossk.samplers.stepping import SteppingChain
 
 INITIAL_NOISE_STEP = 2**32 - 1  # of the noise stream: a step that no chain reaches
 

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lossk.losses import forward
 from lossk.ops.sample_loss import cross_entropy
+from lossk.task.losses import forward
 
 LossFn = Callable[[nn.Module, Tensor], Tensor]  # (model, input_ids [B, P + 1]) -> losses [B, P]
 CHUNK = 2**22  # logits whose exact cross entropy is formed at a time

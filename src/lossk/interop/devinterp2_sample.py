@@ -11,10 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lossk.agreement import witness_of
+from lossk.accumulate.panel import chain_panels
 from lossk.available import available_bytes
-from lossk.backends import resolve_backend
-from lossk.chain import Surroundings
 from lossk.checks import (
     MOST_NUMBER,
     check_callable,
@@ -26,8 +24,9 @@ from lossk.checks import (
     check_optional,
     check_path,
 )  # fmt: skip
-from lossk.data import Samples
-from lossk.disk import naming, sync_tree
+from lossk.data.data import Samples
+from lossk.disk.files import naming, sync_tree
+from lossk.disk.swap import in_one_step
 from lossk.interop.devinterp2_chain import Law, LoggedChain, StepLog
 from lossk.interop.devinterp2_inputs import (
     ObservableSpec,
@@ -40,15 +39,16 @@ from lossk.interop.devinterp2_inputs import (
 from lossk.interop.devinterp2_loss import LossFn, TokenLoss
 from lossk.interop.devinterp2_settings import Settings, stored_config
 from lossk.interop.devinterp2_tree import PREFIX, observable_id, open_tree
-from lossk.losses import resolve_loss
 from lossk.optional import require
-from lossk.panel import chain_panels
-from lossk.probe import Probe, prepare_probe, rows_fingerprint
+from lossk.probe.probe import Probe, prepare_probe, rows_fingerprint
 from lossk.provenance import model_fingerprint, versions
-from lossk.swap import in_one_step
-from lossk.task import Task, fitting_batch
+from lossk.run.backends import resolve_backend
+from lossk.samplers.chain import Surroundings
+from lossk.store.witness import WITNESS, differences
+from lossk.task.agreement import witness_of
+from lossk.task.losses import resolve_loss
+from lossk.task.task import Task, fitting_batch
 from lossk.timings import Progress, Timings
-from lossk.witness import WITNESS, differences
 
 
 def sample(

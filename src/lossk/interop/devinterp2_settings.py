@@ -11,7 +11,7 @@ from torch import Tensor
 from lossk.checks import MOST_NUMBER, check_choice, check_flag, check_integer, check_mapping, check_number
 from lossk.interop.devinterp2_chain import Law
 from lossk.ops.philox import check_uint32
-from lossk.sgld import ALPHA, SGLD, STABILITY
+from lossk.samplers.sgld import ALPHA, SGLD, STABILITY
 
 # Fields that their stores carry besides; their own reading of a store compares them.
 FIXED = {"epoch_mode": "cycle", "scheduler_type": "constant", "scheduler_kwargs": None, "cores": 1, "online": False}

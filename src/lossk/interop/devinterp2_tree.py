@@ -28,8 +28,8 @@ from lossk.checks import (
     check_text,
     shown,
 )  # fmt: skip
+from lossk.kernel.traces import LossTraces
 from lossk.optional import require
-from lossk.traces import LossTraces
 
 PREFIX = "loss_"
 

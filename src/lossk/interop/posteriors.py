@@ -19,11 +19,11 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from lossk.backends import resolve_backend
 from lossk.checks import check_callable, check_flag, check_instance, check_number, shown
 from lossk.interop.weights import kernel_from_weights
 from lossk.ops.philox import check_uint32
 from lossk.ops.sgld_step import sgld_step
+from lossk.run.backends import resolve_backend
 
 __all__ = ["SGLDState", "Transform", "build", "init", "kernel_from_weights", "update"]
 

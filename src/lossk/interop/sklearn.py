@@ -16,12 +16,12 @@ import numpy as np
 import scipy.sparse
 from torch import Tensor
 
-from lossk.blocks import tile_spans
-from lossk.centring import degrees_of_freedom
 from lossk.checks import check_choice, check_flag, check_instance, check_integer, check_tensor, shown
-from lossk.kernel import LossKernel
+from lossk.forms.blocks import tile_spans
+from lossk.forms.centring import degrees_of_freedom
+from lossk.kernel.kernel import LossKernel
+from lossk.kernel.traces import LossTraces
 from lossk.optional import require
-from lossk.traces import LossTraces
 
 require("sklearn", "sklearn", package="scikit-learn")
 

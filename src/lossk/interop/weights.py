@@ -9,17 +9,17 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lossk.backends import resolve_backend
 from lossk.checks import check_choice, check_flag, check_instance, shown
+from lossk.data.reading import read_samples
 from lossk.interop.weight_states import OwnTensors, flat_value, is_state
-from lossk.kernel import LossKernel
-from lossk.losses import LossFunction, resolve_loss
-from lossk.probe import Probe, first_non_finite, prepare_probe
-from lossk.reading import read_samples
+from lossk.kernel.kernel import LossKernel
+from lossk.kernel.traces import LossTraces
+from lossk.probe.probe import Probe, first_non_finite, prepare_probe
+from lossk.run.backends import resolve_backend
 from lossk.settings import CENTERINGS
-from lossk.task import Task
+from lossk.task.losses import LossFunction, resolve_loss
+from lossk.task.task import Task
 from lossk.timings import Progress
-from lossk.traces import LossTraces
 
 Weights = Mapping[str, Any] | Tensor | np.ndarray
 

@@ -66,7 +66,7 @@ def rank_update_triangle(
         precision: one of PRECISIONS.
         mean, inverse_scale: [N] float64 and [N] float32, both or neither: of a float32 panel, take
             (panel - mean) * inverse_scale instead, formed at the load. The mean is used to 48 bits.
-        last: [N] float32: one more row, as it is (the step of the mean of `lossk.panel`); with mean only.
+        last: [N] float32: one more row, as it is (the step of the mean of `lossk.accumulate.panel`); with mean only.
 
     Raises:
         ValueError: a bad argument; nothing has been changed.

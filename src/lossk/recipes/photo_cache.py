@@ -22,7 +22,7 @@ import google_crc32c
 import numpy as np
 from tqdm import tqdm
 
-from lossk.disk import read_json, read_lines, sync, write_json
+from lossk.disk.files import read_json, read_lines, sync, write_json
 from lossk.recipes import RecipeError
 from lossk.recipes.photos import Photos
 

@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lossk.kernel import LossKernel
-from lossk.neighbors import Neighbors
+from lossk.kernel.kernel import LossKernel
+from lossk.kernel.neighbors import Neighbors
 
 BEFORE, AFTER = 8, 3  # tokens of context
 WIDEST = 100  # characters of a sequence

@@ -14,9 +14,9 @@ from lossk.analysis.hierarchy import class_similarity, dendrogram
 from lossk.analysis.maps import KernelMap, cluster, map_kernel
 from lossk.analysis.neighbors import SignificantNeighbors, significant_neighbors
 from lossk.analysis.spectrum import Spectrum, spectrum
-from lossk.kernel import LossKernel
-from lossk.neighbors import Neighbors
-from lossk.read_memory import check_report
+from lossk.kernel.kernel import LossKernel
+from lossk.kernel.neighbors import Neighbors
+from lossk.kernel.read_memory import check_report
 from lossk.report.matrix import MOST_BINS, binned_correlation, sorted_samples
 from lossk.report.samples import Samples
 

@@ -43,7 +43,7 @@ def draw_grid(
 
     Args:
         subtitles: up to two lines below the title.
-        results: of `lossk.grid_cell.run_cell`, every n_beta with every localization.
+        results: of `lossk.cli.grid_cell.run_cell`, every n_beta with every localization.
         middle: the n_beta and localization to frame: what the pilot, or the config, chose.
         recommended: the one of `results` to mark with a star.
     """

@@ -6,8 +6,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lossk.blocks import tile_spans
-from lossk.kernel import LossKernel
+from lossk.forms.blocks import tile_spans
+from lossk.kernel.kernel import LossKernel
 
 MOST_BINS = 1600  # a side: 2.6 million cells, twice a laptop screen's matrix at its full height
 

@@ -25,8 +25,8 @@ from typing import Any
 from lossk import provenance
 from lossk.checks import check_flag, check_integer, check_optional, check_path, check_text, shown
 from lossk.errors import LosskError
-from lossk.from_store import open_kernel
-from lossk.kernel import LossKernel
+from lossk.kernel.from_store import open_kernel
+from lossk.kernel.kernel import LossKernel
 from lossk.report.findings import STEPS, check_memory, check_size, find
 from lossk.report.payload import make_payload, to_json
 from lossk.report.samples import Samples, read_samples, samples_path

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from lossk.analysis.neighbors import SignificantNeighbors
-from lossk.kernel import LossKernel
+from lossk.kernel.kernel import LossKernel
 from lossk.report.findings import NEAR, Findings
 from lossk.report.matrix import colour_limit, edges_of
 from lossk.report.samples import Samples

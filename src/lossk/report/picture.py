@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from lossk.kernel import LossKernel
-    from lossk.neighbors import Neighbors
+    from lossk.kernel.kernel import LossKernel
+    from lossk.kernel.neighbors import Neighbors
 
 MOST_SAMPLES = 3000  # in the matrix and the map; more are thinned, the same share of every class
 NUM_QUERIES, NUM_NEIGHBOURS = 8, 6

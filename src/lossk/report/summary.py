@@ -6,8 +6,8 @@ import torch
 
 from lossk.analysis.purity import chance_purity, class_purity, raw_neighbors
 from lossk.available import gigabytes
-from lossk.kernel import LossKernel
-from lossk.neighbors import Neighbors
+from lossk.kernel.kernel import LossKernel
+from lossk.kernel.neighbors import Neighbors
 from lossk.recipes import RecipeTask, predict
 from lossk.timings import duration
 

@@ -15,8 +15,8 @@ from lossk.analysis.alignment import Alignment
 from lossk.analysis.class_matrix import Array
 from lossk.analysis.taxonomy import Taxonomy
 from lossk.analysis.wordnet import wordnet_with_words
-from lossk.kernel import LossKernel
-from lossk.neighbors import Neighbors
+from lossk.kernel.kernel import LossKernel
+from lossk.kernel.neighbors import Neighbors
 from lossk.report.taxonomy_picture import draw_taxonomy_map
 
 FEWEST_CLASSES = 4

@@ -7,14 +7,14 @@ from typing import Any
 import numpy as np
 
 from lossk.available import gigabytes
-from lossk.diagnostics import Diagnostics
-from lossk.kernel import LossKernel
+from lossk.diagnostics.diagnostics import Diagnostics
+from lossk.diagnostics.verdict import BIAS_LIMIT, ESS_LIMIT, RELIABLE, RHAT_LIMIT, SIZE_LIMIT, STABILITY_LIMIT
+from lossk.kernel.kernel import LossKernel
 from lossk.report.findings import EIGENROWS, HEAVY, Findings
 from lossk.report.payload import shorten, traces_of, unit_of
 from lossk.report.samples import Samples, thumbnails
 from lossk.report.sprites import Sprites, thumbnail_uri
 from lossk.timings import duration
-from lossk.verdict import BIAS_LIMIT, ESS_LIMIT, RELIABLE, RHAT_LIMIT, SIZE_LIMIT, STABILITY_LIMIT
 
 CARD = 56  # CSS pixels of a card's image, its longer side
 STAGES = ("pilot", "prefix", "anchor", "fit", "gradient", "step", "probe", "update", "tiles", "store", "wait")

@@ -1,0 +1,1 @@
+"""The `lossk` command: reads options and configs, calls the library, prints."""

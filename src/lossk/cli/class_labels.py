@@ -1,0 +1,86 @@
+"""Class labels and taxonomies from files, for the command line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from lossk.analysis import Taxonomy
+from lossk.cli.config import load_config, read_yaml
+from lossk.cli.label_files import read_classes
+
+
+def read_labels(source: str, store: str | Path, num_samples: int, *, trusted: bool = False) -> tuple[Tensor, list[str]]:
+    """Labels [N] int64 from 0 and the classes' names.
+
+    Args:
+        source: a .npy file of N integers; a text file, one class per line, number or name (names are numbered in
+            alphabetical order); or "config", which runs the task of the YAML beside the store for its labels.
+        trusted: the user vouches for that YAML, which may have come with the store; else it may name packaged recipes.
+
+    Raises:
+        ValueError: no such file, another number of labels, or none in the task.
+    """
+    if source == "config":
+        task = load_config(str(Path(store).with_suffix(".yaml"))).make_task(trusted=trusted)
+        if task.labels is None:
+            raise ValueError(f"--labels config: the task of {str(store)!r} has no labels")
+        labels, names = task.labels.long(), list(task.class_names)
+    else:
+        labels, names = _of_file(Path(source))
+    if len(labels) != num_samples:
+        raise ValueError(f"--labels {source!r} must hold one label per sample, {num_samples}, got {len(labels)}")
+    if num_samples and int(labels.min()) < 0:  # of a task: those of a file are
+        raise ValueError(f"--labels {source!r} must be at least 0, got {int(labels.min())}")
+    if names and num_samples and int(labels.max()) >= len(names):
+        raise ValueError(f"--labels {source!r} must be less than its {len(names)} class names, got {int(labels.max())}")
+    return labels, names or [str(i) for i in range(int(labels.max()) + 1)]
+
+
+def _of_file(path: Path) -> tuple[Tensor, list[str]]:
+    try:
+        labels, names = read_classes(path)
+    except ValueError as error:
+        raise ValueError(f"--labels: {error}") from error
+    return torch.from_numpy(labels), names
+
+
+def read_taxonomy(source: str, class_names: list[str]) -> Taxonomy:
+    """The taxonomy of some classes, in their order.
+
+    Args:
+        source: "fashion" (Fashion-MNIST in WordNet), or a YAML file with either `synsets`, class -> WordNet synset by
+            name, offset or wnid, or `tree`, a nested mapping whose leaves are the classes.
+
+    Raises:
+        ValueError: no such file, neither key, or a class that it does not hold.
+    """
+    from lossk.analysis.wordnet import FASHION_SYNSETS, wordnet_taxonomy
+
+    plain = {"synsets": FASHION_SYNSETS} if source == "fashion" else _mapping(Path(source))
+    if "tree" in plain:
+        whole = Taxonomy.from_nested(plain["tree"])
+        _refuse_missing(class_names, dict.fromkeys(whole.class_names))
+        parents = {node: up for node, up in whole.parents.items() if up}
+        return Taxonomy.from_parents(parents, {name: name for name in class_names})
+    synsets = plain["synsets"]
+    _refuse_missing(class_names, synsets)
+    return wordnet_taxonomy({name: synsets[name] for name in class_names})
+
+
+def _mapping(path: Path) -> dict:
+    if not path.is_file():
+        raise ValueError(f"--taxonomy: there is no file {str(path)!r}")
+    plain = read_yaml(path)
+    keys = [key for key in ("synsets", "tree") if isinstance(plain, dict) and isinstance(plain.get(key), dict)]
+    if len(keys) != 1:
+        raise ValueError(f"--taxonomy {str(path)!r} must hold one mapping, 'synsets' or 'tree'")
+    return plain
+
+
+def _refuse_missing(class_names: list[str], known: dict) -> None:
+    missing = [name for name in class_names if name not in known]
+    if missing:
+        raise ValueError(f"--taxonomy must hold every class, but not {missing[0]!r}; it holds {', '.join(known)}")

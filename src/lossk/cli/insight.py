@@ -1,0 +1,230 @@
+"""`lossk neighbors`, `lossk map`, `lossk hierarchy` and `lossk compare`: what a store says about its samples."""
+
+from __future__ import annotations
+
+import argparse
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from lossk.analysis.tables import PICTURES, TABLES, check_outputs, write_table
+from lossk.checks import check_integer
+from lossk.cli.class_labels import read_labels, read_taxonomy
+from lossk.cli.options import file_path, folder, named, real, whole
+from lossk.kernel.from_store import open_kernel
+from lossk.kernel.indexing import resolve
+
+LABELS = "one class per line, number or name (a .npy file of numbers too), or 'config': of the store's own config"
+TRUST = "with --labels config: let the YAML beside the store name code other than the packaged recipes, and run it"
+
+
+def add_commands(commands: Any) -> None:
+    """Add them to the parser's subcommands."""
+    near = commands.add_parser("neighbors", help="nearest neighbours with standard errors and the noise floor")
+    near.add_argument("store", type=folder)
+    near.add_argument("--k", type=whole(1), default=10, help="neighbours of each sample; default 10")
+    near.add_argument("--rows", type=int, nargs="+", help="only these samples'; default all")
+    near.add_argument("--anti", action="store_true", help="the most anti-correlated instead")
+    _add_out(near, TABLES)
+    near.set_defaults(run=run_neighbors)
+
+    drawn = commands.add_parser("map", help="a UMAP map of the samples, and clusters on it")
+    drawn.add_argument("store", type=folder)
+    drawn.add_argument("--labels", type=file_path, metavar="FILE", help=LABELS)
+    drawn.add_argument("--trust", action="store_true", help=TRUST)
+    drawn.add_argument("--dimensions", type=whole(1, 10), default=2, help="default 2")
+    drawn.add_argument("--num-neighbors", type=whole(2), default=30, help="default 30")
+    drawn.add_argument("--min-dist", type=real(0.0, 1.0), default=0.1, help="default 0.1")
+    drawn.add_argument("--min-cluster-size", type=whole(2), default=15, help="default 15")
+    drawn.add_argument("--seed", type=whole(0, 2**32 - 1), default=0, help="default 0")
+    _add_out(drawn, TABLES + PICTURES)
+    drawn.set_defaults(run=run_map)
+
+    classes = commands.add_parser("hierarchy", help="how classes relate, and whether a taxonomy agrees")
+    classes.add_argument("store", type=folder)
+    classes.add_argument("--labels", type=file_path, metavar="FILE", required=True, help=LABELS)
+    classes.add_argument("--trust", action="store_true", help=TRUST)
+    classes.add_argument(
+        "--taxonomy",
+        type=file_path,
+        metavar="FILE",
+        help="YAML, 'synsets: {class: WordNet synset}' or 'tree: {...}'; or 'fashion'",
+    )
+    classes.add_argument("--absolute", action="store_true", help="cluster by mean |R| instead of mean R")
+    classes.add_argument("--seed", type=whole(0, 2**32 - 1), default=0, help="default 0")
+    _add_out(classes, TABLES + PICTURES)
+    classes.set_defaults(run=run_hierarchy)
+
+    both = commands.add_parser("compare", help="two kernels of the same samples: entries, CKA, neighbours")
+    both.add_argument("a", type=folder)
+    both.add_argument("b", type=folder)
+    both.add_argument("--k", type=whole(1), default=10, help="neighbours compared; default 10")
+    _add_out(both, TABLES)
+    both.set_defaults(run=run_compare)
+
+
+def _add_out(parser: argparse.ArgumentParser, suffixes: tuple[str, ...]) -> None:
+    parser.add_argument(
+        "--out", type=file_path, action="append", default=[], metavar="FILE", help=" or ".join(suffixes)
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace what is there")
+
+
+def _outputs(options: argparse.Namespace, suffixes: tuple[str, ...]) -> list[Path]:
+    paths = [Path(each) for each in options.out]
+    check_outputs(paths, suffixes, overwrite=options.overwrite)
+    return paths
+
+
+def _wrote(paths: list[Path]) -> None:
+    if paths:
+        print("wrote " + ", ".join(map(str, paths)))
+
+
+def _labels(options: argparse.Namespace, num_samples: int) -> tuple[torch.Tensor, list[str]]:
+    read = partial(read_labels, trusted=options.trust)
+    return named("--labels", read, options.labels, options.store, num_samples)
+
+
+def run_neighbors(options: argparse.Namespace) -> None:
+    from lossk.analysis import significant_neighbors
+
+    paths, kernel = _outputs(options, TABLES), open_kernel(options.store)
+    check_integer("--k", options.k, 1, len(kernel) - 1, limit=f"N - 1 = {len(kernel) - 1}")
+    if options.rows is not None:
+        resolve(options.rows, len(kernel), "--rows")
+    found = significant_neighbors(kernel, options.k, options.rows, options.anti)
+    rows, k = found.index.shape
+    chosen = range(kernel.num_samples) if options.rows is None else options.rows
+    samples = torch.tensor(chosen, dtype=torch.int64, device="cpu") % kernel.num_samples
+    print(f"{rows:,} samples, {k} {'most anti-correlated' if options.anti else 'nearest'} of each")
+    print(f"significant   {found.share:.1%} above the noise floor (unrelated samples: about {1 / k:.0%})")
+    how = {
+        "rows": "every sample's own losses",
+        "watched": "the watched samples' losses",
+        "lag1": "lag-1 autocorrelations",
+    }
+    print(f"noise floor   by {how[found.null]}, median R = {float(found.noise_floor.median()):.3f}")
+    sure = float((found.by_chance < 0.01).double().mean())
+    print(f"by_chance     {sure:.1%} are such as fewer than one row of a hundred would show by chance")
+    kept = float((found.table_false_share <= 0.05).double().mean())
+    print(f"discoveries   {kept:.1%}, at most 5% of them false (Benjamini and Hochberg, over the table)")
+    for target in paths:
+        columns = {
+            "sample": samples.repeat_interleave(k),
+            "rank": torch.arange(1, k + 1, device="cpu").repeat(rows),
+            "neighbor": found.index.reshape(-1),
+            "correlation": found.correlation.reshape(-1),
+            "standard_error": found.standard_error.reshape(-1),
+            "noise_floor": found.noise_floor.repeat_interleave(k),
+            "significant": found.significant.reshape(-1),
+            "by_chance": found.by_chance.reshape(-1),
+            "row_false_share": found.row_false_share.reshape(-1),
+            "table_false_share": found.table_false_share.reshape(-1),
+        }
+        write_table(columns, target)
+    _wrote(paths)
+
+
+def run_map(options: argparse.Namespace) -> None:
+    from lossk.analysis import cluster, map_kernel
+
+    paths, kernel = _outputs(options, TABLES + PICTURES), open_kernel(options.store)
+    labels, names = (None, []) if options.labels is None else _labels(options, len(kernel))
+    drawn = map_kernel(
+        kernel,
+        dimensions=options.dimensions,
+        num_neighbors=options.num_neighbors,
+        min_dist=options.min_dist,
+        seed=options.seed,
+    )
+    found = cluster(drawn, min_cluster_size=options.min_cluster_size, labels=labels)
+    print(f"{kernel.num_samples:,} samples on the map, {int(drawn.dead.sum()):,} dead ones set aside")
+    print(f"{found.num_clusters} clusters; {int((found.labels < 0).sum()):,} samples in none")
+    if found.composition is not None and found.classes is not None:
+        for number, counts in enumerate(found.composition.tolist()):
+            where = "no cluster" if number == found.num_clusters else f"cluster {number}"
+            parts = sorted(zip(counts, found.classes.tolist(), strict=True), reverse=True)
+            print(f"  {where:10s} {sum(counts):6,}  " + ", ".join(f"{names[c]} {n:,}" for n, c in parts[:5] if n))
+    for target in paths:
+        if target.suffix in PICTURES:
+            from lossk.report.class_picture import draw_map
+
+            shown = found.labels if labels is None else labels
+            legend = [f"cluster {i}" for i in range(found.num_clusters)] if labels is None else names
+            draw_map(drawn, target, labels=shown.numpy(), names=legend, title=Path(options.store).stem)
+            continue
+        axes = {f"x{i}": drawn.coordinates[:, i] for i in range(options.dimensions)}
+        table: dict[str, Any] = {"sample": np.arange(len(kernel)), **axes, "cluster": found.labels}
+        table |= {"membership": found.probability, "dead": drawn.dead, "mean_loss": kernel.mean_loss}
+        write_table(table | ({} if labels is None else {"label": [names[i] for i in labels.tolist()]}), target)
+    _wrote(paths)
+
+
+def run_hierarchy(options: argparse.Namespace) -> None:
+    from lossk.analysis import align, class_similarity, dendrogram
+    from lossk.analysis.stored_traces import open_with_chains
+
+    paths = _outputs(options, TABLES + PICTURES)
+    kernel = open_with_chains(options.store)
+    labels, names = _labels(options, len(kernel))
+    taxonomy = None if options.taxonomy is None else named("--taxonomy", read_taxonomy, options.taxonomy, names)
+    found = class_similarity(kernel, labels, names, seed=options.seed, progress=len(kernel) > 10_000)
+    shown = found.absolute if options.absolute else found.signed
+    tree = dendrogram(shown, names)
+    print(f"{len(names)} classes, {int(found.counts.sum()):,} live samples")
+    print(f"dendrogram's cophenetic correlation {tree.cophenetic_correlation:.3f}")
+    tables = [target for target in paths if target.suffix in TABLES]
+    if taxonomy is not None:
+        alignment = align({"mean R": found.signed, "mean |R|": found.absolute}, taxonomy, seed=options.seed)
+        print(alignment.note)
+        for measure in ("wu_palmer", "path", "lin"):
+            print(f"\n{measure}\n" + alignment.markdown(measure, ["spearman", "kendall", "triplets", "cophenetic"]))
+        records = alignment.records()
+        for target in tables:
+            write_table({key: [record[key] for record in records] for key in records[0]}, target)
+    else:
+        first, second = np.triu_indices(len(names))
+        image, chain = shown.image_error, shown.chain_error
+        blank = np.full(len(first), np.nan)
+        for target in tables:
+            columns = {
+                "class_a": [names[i] for i in first],
+                "class_b": [names[j] for j in second],
+                "mean_r": found.matrix[first, second],
+                "mean_abs_r": found.absolute.matrix[first, second],
+                "image_error": blank if image is None else image[first, second],
+                "chain_error": blank if chain is None else chain[first, second],
+            }
+            write_table(columns, target)
+    for target in paths:
+        if target.suffix in PICTURES:
+            from lossk.report.class_picture import draw_hierarchy
+
+            draw_hierarchy(found, tree, target)
+    _wrote(paths)
+
+
+def run_compare(options: argparse.Namespace) -> None:
+    from lossk.analysis import compare_kernels
+
+    paths = _outputs(options, TABLES)
+    a, b = open_kernel(options.a), open_kernel(options.b)
+    check_integer("--k", options.k, 1, len(a) - 1, limit=f"N - 1 = {len(a) - 1}")
+    found = compare_kernels(a, b, k=options.k, progress=len(a) > 10_000)
+    print(f"{found.num_samples:,} samples live in both")
+    print(f"entries above the diagonal  correlation of K {found.entry_correlation_k:.3f}, of R "
+          f"{found.entry_correlation_r:.3f}")  # fmt: skip
+    print(f"centred kernel alignment    K {found.cka_k:.3f}, R {found.cka_r:.3f}")
+    print(f"  debiased                  K {found.debiased_cka_k:.3f}, R {found.debiased_cka_r:.3f}")
+    print(
+        f"{found.neighbours} nearest neighbours        {found.overlap:.1%} shared (chance {found.chance_overlap:.1%})"
+    )
+    for target in paths:
+        gained, lost = ((x >= 0).sum(dim=1) for x in (found.gained, found.lost))
+        sample = np.arange(a.num_samples)
+        write_table({"sample": sample, "overlap": found.overlaps, "gained": gained, "lost": lost}, target)
+    _wrote(paths)

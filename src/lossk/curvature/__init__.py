@@ -1,0 +1,1 @@
+"""What derivatives at the present weights say: curvature, gradient noise, Fisher matrix, metric."""

@@ -1,0 +1,1 @@
+"""The samples: read once, in a fixed order, into resident tensors."""

@@ -1,0 +1,1 @@
+"""Whether a run can be trusted: numbers, their errors, and a verdict in words."""

@@ -1,0 +1,1 @@
+"""Files: whole, durable, checksummed, never through a link."""

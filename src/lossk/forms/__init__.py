@@ -1,0 +1,1 @@
+"""Scaled covariance as tiles or as a factor."""

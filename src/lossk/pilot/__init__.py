@@ -1,0 +1,1 @@
+"""Measurements before a run, and the settings that follow from them."""

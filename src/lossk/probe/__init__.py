@@ -1,0 +1,1 @@
+"""The losses of all rows of the kernel at the present weights."""

@@ -1,0 +1,1 @@
+"""One run, by one process or many: what is asked for, chosen, foreseen and written down."""

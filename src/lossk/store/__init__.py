@@ -1,0 +1,1 @@
+"""What a `.lossk` store consists of, read and written as data."""

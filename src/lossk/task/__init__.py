@@ -1,0 +1,1 @@
+"""The user's model, frozen, and its loss of each sample or token."""
