@@ -228,7 +228,7 @@ class LossKernel(AsArray):
                 "products" over "lag1" of the up to 256 samples whose traces are kept (`lossk.kernel.watched_errors`).
                 +- 1.96 of either cover about 95 % where draws are many, and less where losses are skewed and effective
                 draws are few. "interval": "products", longer by what skewness and heavy tails of the products ask for:
-                +- 1.96 of it are meant to cover 95 % there too. It may be several times the error's usual size.
+                +- 1.96 of it cover nearer to 95 % there. It may be several times the error's usual size.
                 "chains": the spread of the C chains' own kernels over sqrt(C); needs the factor form, chain centring
                 and at least 2 chains. Read it with t of C - 1 degrees of freedom (4 chains: +- 3.18 cover 95 %).
                 "lag1": with each loss's lag-1 autocorrelation r, D = C (T - 1), f = (1 + r_i r_j) / (1 - r_i r_j),
