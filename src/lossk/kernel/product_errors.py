@@ -73,10 +73,14 @@ def _samples(blocks: FactorBlocks, moments: Moments, index: Tensor) -> Samples:
 def _variances(
     left: Samples, right: Samples, moments: Moments, freedom: int, correlation: bool, wide: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """Of the means of all pairs' terms, and the reach of intervals: [r, c] float64; a row, and some columns, at a time.
+    """Of the means of all pairs' terms, and the reach of intervals: [r, c] float64.
 
-    Of a block of the same samples on both sides the upper triangle is computed.
+    A sample of the shorter side, and some of the other, at a time. Of a block of the same samples on both sides the
+    upper triangle is computed.
     """
+    if left.traces.shape[1] > right.traces.shape[1]:
+        variance, reaches = _variances(right, left, moments, freedom, correlation, wide)
+        return variance.T, None if reaches is None else reaches.T
     a, b = left.traces, right.traces
     if correlation:
         a, b = (
