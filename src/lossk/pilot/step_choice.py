@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from lossk.diagnostics.bias import BIAS_BUDGET, STEEPEST_BUDGET, correction_strength, foreseen_bias, longest_step
 from lossk.pilot.pilot import Pilot, batch_factor
 from lossk.samplers.sgld import SGLD
-from lossk.settings import FEWEST_BATCH
+from lossk.settings import FEWEST_BATCH, minibatch_of
 
 STABILITY_BUDGET = 0.6  # eps a / 4 at typical draws; at 1 the chain is unstable
 GRADIENT_PASSES, CORRECTION_PASSES = 3.0, 1.0  # of a gradient and of its noise's correction, in forward passes
@@ -35,10 +35,19 @@ class Way:
     corrected: bool  # its noise
 
     def cost(self, num_train: int, num_weights: int) -> float:
-        """Of a step, in forward passes of one sample, of at least two flops a weight."""
-        passes = GRADIENT_PASSES + (CORRECTION_PASSES if self.corrected else 0.0)
-        twice = 2 if self.controlled and self.batch < num_train else 1
-        return STEP_FLOPS / (2 * num_weights) + passes * twice * self.batch
+        """Of a step and its noise, in forward passes of one sample, of at least two flops a weight."""
+        return STEP_FLOPS / (2 * num_weights) + self.passes(num_train)
+
+    def passes(self, num_train: int) -> float:
+        """Of a step, in forward passes of one sample."""
+        each = GRADIENT_PASSES + (CORRECTION_PASSES if self.corrected else 0.0)
+        return each * (2 if self.controlled and self.batch < num_train else 1) * self.batch
+
+
+def way_of(sampler: SGLD, num_train: int) -> Way:
+    """That of a resolved sampler."""
+    batch = minibatch_of(sampler.batch_size, num_train)
+    return Way(batch, sampler.control_variate is True, sampler.correction > 0)
 
 
 @dataclass(frozen=True)

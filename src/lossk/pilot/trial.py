@@ -20,7 +20,7 @@ from lossk.errors import DivergedError
 from lossk.forms.watched import watched_samples
 from lossk.ops.philox import normals
 from lossk.pilot.pilot import Pilot, batch_factor
-from lossk.pilot.step_choice import step_budget
+from lossk.pilot.step_choice import GRADIENT_PASSES, step_budget, way_of
 from lossk.pilot.trial_chain import Memory, Trial, run_trial, steps_after_burnin
 from lossk.pilot.tune import STEPS_CAP, Limits, choose_settings, to_half_octave
 from lossk.samplers.chain import Surroundings
@@ -154,7 +154,6 @@ def _begin(sampler: SGLD, pilot: Pilot, around: Surroundings) -> Limits:
     few = watched_samples(len(train)).split(fitting_batch(256, task.loss.positions))
     before = around.anchor_losses[torch.cat(few)].mean()
     xi = normals(around.seed, PILOT_CHAIN, 0, task.num_weights, stream=STREAM).to(task.device)
-    # At least what float32 gradients can tell from nothing, at weights of their own size.
     localization = choose_settings(sampler, pilot, task, num_train=len(train))[0].localization
     floor = float(localization)
     try:
@@ -252,10 +251,12 @@ def _announce(chosen: SGLD, around: Surroundings, bar: Progress) -> None:
     """Say how long all trials may take, by the time of one gradient, and show their progress."""
     if not bar.enabled:
         return
-    few = torch.arange(minibatch_of(chosen.batch_size, len(around.train)), device="cpu")
+    way = way_of(chosen, len(around.train))
+    few = torch.arange(way.batch, device="cpu")
     start = time.perf_counter()
     around.task.gradient(around.train, few)
-    seconds = MOST_STEPS * (time.perf_counter() - start) * (2 if chosen.control_variate else 1)
+    gradient = time.perf_counter() - start
+    seconds = MOST_STEPS * gradient * way.passes(len(around.train)) / (GRADIENT_PASSES * way.batch)
     if seconds > SLOW:
         bar.say(f"pilot: trial chains of at most {MOST_STEPS:,} steps together, at most about {duration(seconds)}")
         bar.start(MOST_STEPS, what="trial chains")
@@ -267,10 +268,7 @@ def _space(
     """The spacing of the draws, and what else the trial has to say."""
     # A trial cut short has not seen the slowest memories: the spacing that flat directions need then stays.
     if sampler.num_steps_bw_draws == "auto" and trial.whole and trial.memory is not None:
-        n = len(around.train)
-        m = minibatch_of(chosen.batch_size, n)
-        step_cost = (4 if chosen.correction else 3) * m * (2 if chosen.control_variate else 1)
-        memory = trial.memory
+        step_cost, memory = way_of(chosen, len(around.train)).passes(len(around.train)), trial.memory
         spacing = worth_spacing(memory, step_cost, num_probe)
         chosen = dataclasses.replace(chosen, num_steps_bw_draws=spacing)
         reasons = [reason for reason in reasons if not reason.startswith("num_steps_bw_draws")]
