@@ -20,7 +20,7 @@ import torch
 from lossk.accumulate.tiles import TileAccumulator
 from lossk.diagnostics.information import Criteria, Estimate, lost_variance, mean_over_draws, reach_of_variance
 from lossk.forms.blocks import FactorBlocks
-from lossk.forms.centring import centre, degrees_of_freedom, empty_moments, note
+from lossk.forms.centering import center, degrees_of_freedom, empty_moments, note
 from lossk.forms.watched import Watched, watched_samples
 from lossk.kernel.kernel import LossKernel
 
@@ -104,15 +104,15 @@ def problems(names: list[str] | None = None) -> dict[str, tuple[Callable[..., Ar
 def _kernels(losses: Array) -> dict[str, LossKernel]:
     """Both forms of a run's kernel, without diagnostics."""
     given = torch.from_numpy(losses.astype(np.float32))
-    moments, centred = empty_moments(CHAINS, DRAWS, N, "chain"), centre(given, "chain")
-    note(moments, slice(0, N), centred)
+    moments, centered = empty_moments(CHAINS, DRAWS, N, "chain"), center(given, "chain")
+    note(moments, slice(0, N), centered)
     tiles = TileAccumulator(N, 64, num_chains=CHAINS, num_draws=DRAWS)
     for chain, panel in enumerate(given):
         tiles.update(chain, panel)
     blocks, own = tiles.finalize()
     index = watched_samples(N, CHAINS * DRAWS)
     return {
-        "factor": LossKernel(FactorBlocks(centred.factor, degrees_of_freedom(CHAINS, DRAWS, "chain")), moments),
+        "factor": LossKernel(FactorBlocks(centered.factor, degrees_of_freedom(CHAINS, DRAWS, "chain")), moments),
         "tiles": LossKernel(blocks, own, watched=Watched(index, given[:, :, index])),
     }
 

@@ -102,9 +102,9 @@ def measure(case: str, chains: int, draws: int, seed: int) -> dict[str, Array]:
 
 
 def _unit(losses: Array) -> Array:
-    """[C T, N], each chain centred, of length 1."""
-    centred = (losses - losses.mean(axis=1, keepdims=True)).reshape(-1, losses.shape[2])
-    return centred / np.linalg.norm(centred, axis=0)
+    """[C T, N], each chain centered, of length 1."""
+    centered = (losses - losses.mean(axis=1, keepdims=True)).reshape(-1, losses.shape[2])
+    return centered / np.linalg.norm(centered, axis=0)
 
 
 def floors_table(seeds: int, cases: tuple[str, ...] = tuple(CASES)) -> list[dict[str, Any]]:

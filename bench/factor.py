@@ -37,7 +37,7 @@ class Size:
     num_samples: int = 1_000_000
     num_draws: int = 1000  # over all chains
     num_chains: int = 4
-    num_rows: int = 1000  # whose neighbours are wanted
+    num_rows: int = 1000  # whose neighbors are wanted
     num_eigenpairs: int = 10
     side: int = 1000  # of a block
     part: int = 4096  # samples appended at a time
@@ -112,16 +112,16 @@ def section(found: Found) -> str:
         "write": f"write (of it {seconds(found['seconds_outside'])} to make the traces up)",
         "open": "open",
         "read": "read every chunk, with its checksum: the floor of one pass",
-        "near block": f"a block of {size['side']:,} x {size['side']:,} neighbouring samples",
+        "near block": f"a block of {size['side']:,} x {size['side']:,} neighboring samples",
         "far block": f"a block of {size['side']:,} x {size['side']:,} scattered samples",
         "matvec": "matvec (two passes)",
         "eigsh": f"eigsh({size['num_eigenpairs']}) (two passes)",
-        "neighbors": f"10 neighbours of {size['num_rows']:,} rows",
+        "neighbors": f"10 neighbors of {size['num_rows']:,} rows",
     }
     rows = [[names[key], seconds(each["seconds"]), megabytes(each["peak"])] for key, each in found["stages"].items()]
     title = f"## {size['num_samples']:,} samples x {size['num_draws']:,} draws, {megabytes(found['bytes'])} on disk"
     planted = (
-        f"Of the neighbours {found['same_group']:.1%} are of the row's planted group ({1 / GROUPS:.0%} by chance); the "
+        f"Of the neighbors {found['same_group']:.1%} are of the row's planted group ({1 / GROUPS:.0%} by chance); the "
         f"median noise floor is {found['noise_floor']:.2f}. Peak: resident memory of the whole process."
     )
     return "\n\n".join([title, table(["", "time", "peak memory"], rows), planted])

@@ -40,8 +40,8 @@ def similarities(kernel: LossKernel, task: RecipeTask) -> dict[str, ClassMatrix]
     found = {"loss kernel, mean R": of_kernel.signed, "loss kernel, mean |R|": of_kernel.absolute}
     gradients = gradient_cosine(task.model, task.samples)
     features = {
-        "raw pixels": raw_inputs(task.samples, centred=True),
-        "penultimate features": penultimate_features(task.model, task.samples, centred=True),
+        "raw pixels": raw_inputs(task.samples, centered=True),
+        "penultimate features": penultimate_features(task.model, task.samples, centered=True),
         "gradient cosine": gradients,
     }
     found |= {name: class_similarity(source, task.labels, names).signed for name, source in features.items()}
@@ -73,7 +73,7 @@ def page(found: Mapping[str, ClassMatrix], alignment: Alignment, kernel: LossKer
         f"`{command}`; {kernel!r}{verdict}. {alignment.note}",
         "",
         "Each cell: value ± standard error over images, then over chains (where there are any). Synsets are those of "
-        "`lossk.analysis.wordnet.FASHION_SYNSETS`, in WordNet 3.0. Pixels and features are centred about their mean.",
+        "`lossk.analysis.wordnet.FASHION_SYNSETS`, in WordNet 3.0. Pixels and features are centered about their mean.",
     ]
     for measure in ("wu_palmer", "path", "lin"):
         lines += [

@@ -36,7 +36,7 @@ class Stage:
 
     name: str  # of a function of `bench.first_gpu_stages`; after a colon, its argument
     seconds: float  # that it may take
-    beside: bool = False  # run at the same time as its neighbours that are so too
+    beside: bool = False  # run at the same time as its neighbors that are so too
 
 
 OPS = ("sgld_step", "rank_update", "sample_loss", "head_loss", "top_correlations")

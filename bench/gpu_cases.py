@@ -160,7 +160,7 @@ def _quack(panel: Tensor) -> Callable[[], object]:
     return lambda: symmetric(left, left.T)
 
 
-def neighbour_cases(sizes: Sizes, device: torch.device) -> Iterator[Case]:
+def neighbor_cases(sizes: Sizes, device: torch.device) -> Iterator[Case]:
     """The 10 nearest of each row of a tile."""
     tile, gain = torch.randn(sizes.tile, sizes.tile, device=device), torch.ones(sizes.tile, device=device)
     keys = torch.full((sizes.tile, 10), EMPTY, dtype=torch.int64, device=device)
@@ -192,4 +192,4 @@ def all_cases(sizes: Sizes, device: torch.device) -> Iterator[Case]:
     yield from panel_cases(sizes, device)
     yield from step_cases(sizes, device)
     yield from update_cases(sizes, device)
-    yield from neighbour_cases(sizes, device)
+    yield from neighbor_cases(sizes, device)

@@ -112,7 +112,7 @@ def recipe(work: Path, cache: Path, classes: int, num_draws: int) -> RunConfig:
 
 
 def class_weights() -> tuple[Alignment, dict[str, float]]:
-    """Cosines of the last layer's 1,000 weight vectors, centred, against WordNet; and CPU seconds."""
+    """Cosines of the last layer's 1,000 weight vectors, centered, against WordNet; and CPU seconds."""
     started = time.process_time()
     rows = weight_rows()
     unit = torch.nn.functional.normalize(rows - rows.mean(dim=0), dim=1)

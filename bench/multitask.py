@@ -29,7 +29,7 @@ from lossk.analysis import map_kernel
 from lossk.analysis.purity import chance_purity, class_purity
 from lossk.recipes import RecipeTask, multitask
 from lossk.recipes.arithmetic import TASKS, arithmetic
-from lossk.report.picture import COLOURS
+from lossk.report.picture import COLORS
 from lossk.samplers.samplers import Sampler
 
 K, CHAINS = 10, 4
@@ -92,7 +92,7 @@ def measure(traces: lossk.LossTraces, tasks: Tensor) -> dict[str, float]:
     """What the kernel of some traces says about the tasks [N] of its samples.
 
     Means over pairs of different samples, of the same and of different tasks; standard errors from the spread of the
-    chains' own kernels, each centred on its own mean.
+    chains' own kernels, each centered on its own mean.
     """
     kernel = lossk.LossKernel.from_traces(traces)
     neighbors = kernel.neighbors(K)
@@ -128,9 +128,9 @@ def measure(traces: lossk.LossTraces, tasks: Tensor) -> dict[str, float]:
 
 def _correlation(losses: Tensor) -> Tensor:
     """[N, N] float64 of one chain's losses [T, N]; constant losses correlate with nothing."""
-    centred = losses.double() - losses.double().mean(dim=0)
-    norm = centred.norm(dim=0)
-    unit = torch.where(norm > 0, centred / norm.clamp(min=1e-300), 0.0)
+    centered = losses.double() - losses.double().mean(dim=0)
+    norm = centered.norm(dim=0)
+    unit = torch.where(norm > 0, centered / norm.clamp(min=1e-300), 0.0)
     return unit.T @ unit
 
 
@@ -318,7 +318,7 @@ PICTURED = {
 
 
 def draw(work: Path, path: Path) -> None:
-    """UMAP maps of the networks in `PICTURED` that have been run, coloured by task."""
+    """UMAP maps of the networks in `PICTURED` that have been run, colored by task."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -329,7 +329,7 @@ def draw(work: Path, path: Path) -> None:
     for axes, (name, title) in zip(panels, there.items(), strict=True):
         held = np.load(work / f"{name}.map.npz")
         for task in np.unique(held["tasks"]):
-            axes.scatter(*held["points"][held["tasks"] == task].T, s=3, color=COLOURS[task], linewidths=0,
+            axes.scatter(*held["points"][held["tasks"] == task].T, s=3, color=COLORS[task], linewidths=0,
                          label=TASKS[task] if "random" not in name else f"table {task + 1}")  # fmt: skip
         axes.set(xticks=[], yticks=[])
         axes.set_title(title, fontsize=9.5)

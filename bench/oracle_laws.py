@@ -1,4 +1,4 @@
-"""What the non-linear oracles share: laws by quadrature, a covariance without centring bias, one call of the sampler.
+"""What the non-linear oracles share: laws by quadrature, a covariance without centering bias, one call of the sampler.
 
 The stationary density of the chain is known to first order in the step: with h = eps / 2 and U the exponent of p,
 rho_h = rho (1 + h (f - E f)), f = |grad U|^2 / 4 - lap U / 2 (it solves div(rho grad f) = 1/2 div(rho grad(|grad U|^2
@@ -40,7 +40,7 @@ def plane(half: tuple[float, float], points: int) -> Array:
 
 
 def total_covariance(traces: lossk.LossTraces, copies: int) -> tuple[Array, Array]:
-    """(K [q, q], jackknife pseudo-values [C, q, q]) without centring bias.
+    """(K [q, q], jackknife pseudo-values [C, q, q]) without centering bias.
 
     The pooled kernel has expectation [C T sigma^2 - T Var(chain mean)] / (C T - 1); the covariance of the chain means
     puts back what is missing.
@@ -49,8 +49,8 @@ def total_covariance(traces: lossk.LossTraces, copies: int) -> tuple[Array, Arra
     pooled = of_copies(lossk.LossKernel.from_traces(traces, centering="pooled").to_numpy(), copies)
     x = traces.losses.double().numpy().reshape(chains, draws, copies, -1)
     means = x.mean(axis=1)
-    centred = x - means[:, None]
-    within = np.einsum("ctri,ctrj->cij", centred, centred) / (copies * draws)
+    centered = x - means[:, None]
+    within = np.einsum("ctri,ctrj->cij", centered, centered) / (copies * draws)
 
     def between(part: Array) -> Array:
         deviation = part - part.mean(axis=0)

@@ -1,4 +1,4 @@
-"""What the oracles share: rows of the table, and linear regression, whose chain-centred kernel is known exactly.
+"""What the oracles share: rows of the table, and linear regression, whose chain-centered kernel is known exactly.
 
 Every problem is run as R copies with weights of their own: the training loss is the sum over copies, so each copy is
 the same chain with independent noise, and one chain's estimate is the mean over its copies.
@@ -100,7 +100,7 @@ def of_copies(k: Array, copies: int) -> Array:
 
 
 def of_chains(losses: Tensor, copies: int) -> Array:
-    """The same of each chain's own chain-centred kernel, from its traces: [C, q, q]."""
+    """The same of each chain's own chain-centered kernel, from its traces: [C, q, q]."""
     x = losses.double().numpy()
     x = (x - x.mean(axis=1, keepdims=True)).reshape(*x.shape[:2], copies, -1)
     return np.einsum("ctri,ctrj->cij", x, x) / (copies * (x.shape[1] - 1))
@@ -169,7 +169,7 @@ class Regression:
         return of_copies(k, self.copies), of_chains(traces.losses, self.copies)
 
     def truth(self, s: Array, draws: int, *, linear: bool) -> Array:
-        """E of the chain-centred K [q, q] of stationary chains with covariance s: T1 at every lag, T4's centring."""
+        """E of the chain-centered K [q, q] of stationary chains with covariance s: T1 at every lag, T4's centering."""
         b = np.linalg.matrix_power(np.eye(len(s)) - self.lr / 2 * self.a, self.thin)
         mu = closed.posterior_mean(self.x, self.y, self.w_star, self.n_beta, self.gamma)
         lags = [s]
@@ -177,7 +177,7 @@ class Regression:
             lags.append(lags[-1] @ b)
         residual = self.answer - self.probe @ mu
         if linear:
-            return closed.centred_expectation(np.stack([self.probe @ c @ self.probe.T for c in lags]))
-        return closed.centred_expectation(
+            return closed.centered_expectation(np.stack([self.probe @ c @ self.probe.T for c in lags]))
+        return closed.centered_expectation(
             np.stack([closed.regression_covariance(self.probe, residual, c) for c in lags])
         )

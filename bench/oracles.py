@@ -3,7 +3,7 @@
     python -m bench.oracles [--out docs/oracles.md] [--quick] [--seed 1]
 
 z is (estimate - truth) / standard error. Standard errors come from the spread over independent chains; the bias of a
-finite step, of minibatches and of centring is part of the truth, so that |z| is small for the right law only.
+finite step, of minibatches and of centering is part of the truth, so that |z| is small for the right law only.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from lossk import provenance
 Case = Callable[[Size], list[Row]]
 
 CASES: dict[Case, str] = {
-    linear.t1: "linear regression, w* off the fit, full batch; T1 at every lag, with T2's covariance and T4's centring",
+    linear.t1: "linear regression, w* off the fit, full batch; T1 at every lag, T2's covariance and T4's centering",
     linear.t2: "the same with eps a_max = 2.4 of 4; then linear probe losses, whose K is x S x', at two steps",
     linear.t2_frozen: "S = (A - eps/4 A G A)^-1 with every chain's own G, from a float64 replay of its burn-in",
     linear.t3: "m = 10 of n = 20 without replacement, anchored at the least-squares fit; the linear equation for S",
@@ -83,7 +83,7 @@ def page(rows: list[Row], size: Size, seconds: float, sha: str | None = None) ->
         "",
         "The sampler through its public API (`sample_losses`, `build_kernel`, `LossKernel.from_traces`) against laws "
         "known in closed form or by quadrature. z = (estimate - truth) / standard error. Standard errors come from the "
-        "spread over independent chains. A finite step, minibatches and centring are part of the truth.",
+        "spread over independent chains. A finite step, minibatches and centering are part of the truth.",
         "",
         f"**{len(rows)} rows, max |z| = {np.abs(z).max():.2f}, root mean square z = {rms(rows):.2f}** "
         "(targets: below 3.5; between 0.7 and 1.3). Rows of one case share their chains.",

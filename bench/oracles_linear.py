@@ -1,4 +1,4 @@
-"""T1 to T6: linear regression by full batch, long steps, a frozen preconditioner and minibatches; centring; noise."""
+"""T1 to T6: linear regression by full batch, long steps, a frozen preconditioner and minibatches; centering; noise."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def t2(size: Size) -> list[Row]:
         eye = np.eye(3)
         case = dataclasses.replace(case, probe=eye, answer=np.zeros(3))
         k, chains = case.sample(linear_loss, size.part(number))
-        # What the unbiased covariance S would give, centring included, is taken off truth and estimate alike.
+        # What the unbiased covariance S would give, centering included, is taken off truth and estimate alike.
         exact = case.truth(np.linalg.inv(case.a), size.draws, linear=True)
         truth = case.truth(BIASED(case.a, case.lr), size.draws, linear=True)
         excess = lambda m, exact=exact, lr=case.lr: np.trace(m - exact, axis1=-2, axis2=-1)[..., None] / lr  # noqa: E731
@@ -73,7 +73,7 @@ def t2_frozen(size: Size) -> list[Row]:
 
 
 def _frozen_truth(case: Regression, size: Size, chain: int) -> Array:
-    """E of the chain-centred S [d, d] given the preconditioner that this chain froze, mean over copies."""
+    """E of the chain-centered S [d, d] given the preconditioner that this chain froze, mean over copies."""
     h, shape = case.x.T @ case.x / len(case.x), (case.copies, len(case.w_star))
     w, v = np.tile(case.w_star, (case.copies, 1)), np.zeros(shape)
     for step in range(case.burnin):
@@ -89,7 +89,7 @@ def _frozen_truth(case: Regression, size: Size, chain: int) -> Array:
     lags = [s]
     for _ in range(size.draws - 1):
         lags.append(b @ lags[-1])
-    return closed.centred_expectation(np.stack(lags).mean(axis=1))
+    return closed.centered_expectation(np.stack(lags).mean(axis=1))
 
 
 def t3(size: Size) -> list[Row]:
@@ -109,22 +109,22 @@ def _one_weight(lag1: float, copies: int) -> Regression:
 
 
 def t4(size: Size) -> list[Row]:
-    """AR(1) traces of lag-1 autocorrelation 0.9, 50 draws: what centring leaves of the variance."""
+    """AR(1) traces of lag-1 autocorrelation 0.9, 50 draws: what centering leaves of the variance."""
     case = _one_weight(0.9, 64)
     size = dataclasses.replace(size, draws=50)
     traces = lossk.sample_losses(**case.arguments(linear_loss, size))
     variance = float(BIASED(case.a, case.lr)[0, 0])
-    factor = closed.ar1_centring_factor(0.9, 50)
+    factor = closed.ar1_centering_factor(0.9, 50)
     k = of_copies(lossk.LossKernel.from_traces(traces).to_numpy(), case.copies)[0] / variance
     out = rows(
-        "T4 centring", ["chain-centred / true variance"], [factor], k, of_chains(traces.losses, 64)[:, 0] / variance
+        "T4 centering", ["chain-centered / true variance"], [factor], k, of_chains(traces.losses, 64)[:, 0] / variance
     )
     # Pooled: [C T sigma^2 - T Var(chain mean)] / (C T - 1); copies are independent, so they give the error.
     draws, total = 50, 50 * size.chains
     pooled = lossk.LossKernel.from_traces(traces, centering="pooled").variance.numpy()[:, None] / variance
     of_mean = 1 - factor * (draws - 1) / draws
     truth = (total - draws * of_mean) / (total - 1)
-    return out + rows("T4 centring", ["pooled / true variance"], [truth], pooled.mean(0), pooled)
+    return out + rows("T4 centering", ["pooled / true variance"], [truth], pooled.mean(0), pooled)
 
 
 def t5(size: Size) -> list[Row]:
@@ -137,7 +137,7 @@ def t5(size: Size) -> list[Row]:
     bartlett = np.sqrt((1 + lag1**2) / ((1 - lag1**2) * 2 * draws))
     ar1 = lag1 ** np.abs(np.subtract.outer(np.arange(draws), np.arange(draws)))
     root = np.kron(np.eye(2), np.linalg.cholesky(ar1))  # of the covariance of a pooled trace [2 T]
-    centre = np.kron(np.eye(2), np.eye(draws) - 1 / draws)
+    center = np.kron(np.eye(2), np.eye(draws) - 1 / draws)
     shares, truths = [], []
     for start in range(0, size.chains, 2):
         part = lossk.LossTraces(traces.losses[start : start + 2])
@@ -145,22 +145,22 @@ def t5(size: Size) -> list[Row]:
         r = kernel.to_numpy(correlation=True)
         floor = kernel.neighbors(1).noise_floor.double().numpy()
         shares.append([np.mean(np.abs(r[off]) > 1.96 * bartlett), np.mean((r > floor[:, None])[off])])
-        u = centre @ part.losses.double().numpy().reshape(2 * draws, copies)
+        u = center @ part.losses.double().numpy().reshape(2 * draws, copies)
         u /= np.linalg.norm(u, axis=0)
-        above = lambda level, u=u: np.mean(_null_tail(u, level, root, centre))  # noqa: E731
+        above = lambda level, u=u: np.mean(_null_tail(u, level, root, center))  # noqa: E731
         truths.append([2 * above(np.full(copies, 1.96 * bartlett)), above(floor)])
     names = ["share of |R| above 1.96 se (nominal 0.05)", "share of R above neighbors().noise_floor (nominal 1/64)"]
     errors = np.array(shares) - np.array(truths)
     return rows("T5 noise floor", names, np.mean(truths, axis=0), np.mean(shares, axis=0), errors)
 
 
-def _null_tail(u: Array, level: Array, root: Array, centre: Array) -> Array:
-    """P(R_ij > level_i | trace i) [N] for an unrelated trace j = root z; u [m, N] the unit-norm centred traces i.
+def _null_tail(u: Array, level: Array, root: Array, center: Array) -> Array:
+    """P(R_ij > level_i | trace i) [N] for an unrelated trace j = root z; u [m, N] the unit-norm centered traces i.
 
-    R > level means z' root' (u u' - level^2 centre) root z > 0 and u'root z > 0; the first by Imhof's integral (1961).
+    R > level means z' root' (u u' - level^2 center) root z > 0 and u'root z > 0; the first by Imhof's integral (1961).
     """
     left = root.T @ u
-    forms = left.T[:, :, None] * left.T[:, None, :] - level[:, None, None] ** 2 * (root.T @ centre @ root)
+    forms = left.T[:, :, None] * left.T[:, None, :] - level[:, None, None] ** 2 * (root.T @ center @ root)
     values = np.linalg.eigvalsh(forms)
     values /= values[:, -1:]
     t, step = np.linspace(-9, 7, 400, retstep=True)  # logarithm of the variable: dx / x = dt

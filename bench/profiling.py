@@ -79,9 +79,9 @@ def section(found: Found) -> str:
 
 HOW = f"""Stages by the run's own account (`kernel.meta["timings"]`): *anchor* is the losses of the training data at w*,
 *fit* its gradient where a control variate needs that, *pilot* what is measured before sampling, *gradient* the
-minibatch and its forward and backward pass, *step* the SGLD step, *probe* the losses of all rows, *update* centring and
-the rank-k update. Operators by torch.profiler, which slows small ones down, in a run of at most {PROFILED_DRAWS} draws
-of one chain, anchor and pilot included; the shares are of the time inside torch's operators."""
+minibatch and its forward and backward pass, *step* the SGLD step, *probe* the losses of all rows, *update* centering
+and the rank-k update. Operators by torch.profiler, which slows small ones down, in a run of at most {PROFILED_DRAWS}
+draws of one chain, anchor and pilot included; the shares are of the time inside torch's operators."""
 
 
 if __name__ == "__main__":

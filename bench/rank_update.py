@@ -100,7 +100,7 @@ def section(found: Found) -> str:
 
 HOW = """N^2 k operations are counted, those of the triangle, though *products* computes tiles on the diagonal whole.
 *Products* are the matrix products alone (`lossk.ops.rank_update` over all tiles), *panel* is what a run pays:
-statistics and centring in float64, scaling, products. Cases take turns."""
+statistics and centering in float64, scaling, products. Cases take turns."""
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from playwright.sync_api import Page, sync_playwright
 
 SCREEN = {"width": 1366, "height": 768}
 FLAGS = ["--no-sandbox", "--disable-gpu"]
-MOST_BYTES = 380_000  # of a picture; larger ones are reduced to 256 colours
+MOST_BYTES = 380_000  # of a picture; larger ones are reduced to 256 colors
 
 
 def main() -> None:

@@ -28,8 +28,8 @@ How it is measured:
 - **devinterp's seconds** begin with the call of its `sample`. Imports, and what torch loads on first use, are free on
   both sides. It gets what an experienced user would give it: batch norm frozen, losses a thousand samples at a time and
   without cancellation, on the grid also a loader that slices whole minibatches, no measurement of the initial loss, and
-  the quicker of its two SGLD classes. Every draw is timed where it happens. Each kernel is centred by chain and pooled,
-  and the better of the two counts.
+  the quicker of its two SGLD classes. Every draw is timed where it happens. Each kernel is centered by chain and
+  pooled, and the better of the two counts.
 - Neither side is charged for the product that turns traces into a kernel.
 - **Defaults, our law**: step 0.01, 10 chains, a draw at every step, no burn-in, torch's loader; only n_beta and
   localization are given, and the draws go on past its default of 100 per chain while the time allows.

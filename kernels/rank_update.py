@@ -2,8 +2,8 @@
 
 A triangle of N^2/2 entries takes N^2 k flops and reads and writes itself once; every program has work (schedule.py).
 All k rows, of one panel or of several laid one below the other, are accumulated in float32 registers before a block is
-read, added to and written. Centring and scaling are done at the load of a float32 panel: ((x - high) - low) gain, with
-the mean in two float32 parts, so that it costs no accuracy against a float64 mean; a last row, already centred and
+read, added to and written. Centering and scaling are done at the load of a float32 panel: ((x - high) - low) gain, with
+the mean in two float32 parts, so that it costs no accuracy against a float64 mean; a last row, already centered and
 scaled (the step of the mean, see `lossk.accumulate.panel`), is added in float32.
 
 Offsets are 64-bit: row times stride passes 2^31 from N = 46,341.
@@ -167,7 +167,7 @@ def configuration(rows: str, precision: str, out: str, fused: bool, aligned: boo
         "DEPTH": depth,
         "GROUP": GROUP,
     }
-    how = " centred at the load" if fused else "" if aligned else ", unaligned out"
+    how = " centered at the load" if fused else "" if aligned else ", unaligned out"
     label = f"{rows} rows{how}, {precision}, {out} out"
     return Config(rank_update_kernel, label, types, constants, warps, stages)
 
@@ -199,7 +199,7 @@ def rank_update(
             length or distance is no multiple of 16, or that start off a 16-byte border, are copied first.
         triangle: left is right, a = b, and only entries row <= column are changed.
         precision: of the products: a key of `SHAPES`. Sums are float32.
-        scaling: [4, a] float32: centre and scale float32 rows at the load; see `rank_update_kernel`.
+        scaling: [4, a] float32: center and scale float32 rows at the load; see `rank_update_kernel`.
     """
     a, b = out.shape
     aligned = scaling is None and b % 16 == 0 and out.stride(0) % 16 == 0 and out.data_ptr() % 16 == 0

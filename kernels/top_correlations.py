@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lossk.kernels.launch import Config, launch, name_of, pointer
 
-MOST = 64  # neighbours
+MOST = 64  # neighbors
 COLUMNS = 128
 SHAPES = ((16, 8), (64, 2))  # (keys kept, rows of a program). Not tuned: no GPU was at hand.
 EMPTY = tl.constexpr(torch.iinfo(torch.int64).min)
@@ -83,11 +83,11 @@ def top_correlations_kernel(
 
 
 def configuration(dtype: str, k: int) -> Config:
-    """What `top_correlations` launches for a tile's dtype and k <= MOST neighbours."""
+    """What `top_correlations` launches for a tile's dtype and k <= MOST neighbors."""
     kept, rows = next(shape for shape in SHAPES if k <= shape[0])
     types = ["*i64", pointer(dtype), "*fp32", "*fp32", *["i64"] * 2, *["i32"] * 2, *["i64"] * 2, "i32"]
     constants = {"KEPT": kept, "ROWS": rows, "COLUMNS": COLUMNS}
-    return Config(top_correlations_kernel, f"{dtype} tiles, up to {kept} neighbours", types, constants)
+    return Config(top_correlations_kernel, f"{dtype} tiles, up to {kept} neighbors", types, constants)
 
 
 def configs() -> list[Config]:

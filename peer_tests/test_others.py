@@ -119,10 +119,10 @@ def test_hugging_face(tmp_path: Path) -> None:
 
 
 def groups_apart(points: np.ndarray) -> bool:
-    """Whether each point is nearer to its own group's centre than to the others'."""
+    """Whether each point is nearer to its own group's center than to the others'."""
     groups = np.arange(90) % 3
-    centres = np.stack([points[groups == g].mean(axis=0) for g in range(3)])
-    return bool((np.linalg.norm(points[:, None] - centres, axis=2).argmin(axis=1) == groups).mean() > 0.95)
+    centers = np.stack([points[groups == g].mean(axis=0) for g in range(3)])
+    return bool((np.linalg.norm(points[:, None] - centers, axis=2).argmin(axis=1) == groups).mean() > 0.95)
 
 
 def test_umap() -> None:

@@ -109,8 +109,8 @@ class Classification:
     def __post_init__(self) -> None:
         generator = torch.Generator().manual_seed(self.seed)
         self.targets = torch.arange(self.num_samples) % 3
-        centres = torch.randn(3, 4, generator=generator)
-        self.inputs = centres[self.targets] + torch.randn(self.num_samples, 4, generator=generator)
+        centers = torch.randn(3, 4, generator=generator)
+        self.inputs = centers[self.targets] + torch.randn(self.num_samples, 4, generator=generator)
 
     @property
     def data(self) -> tuple[Tensor, Tensor]:

@@ -78,8 +78,8 @@ def minibatch_covariance(x: Array, y: Array, mu: Array, n_beta: float, gamma: fl
     return np.linalg.solve(system, noise.reshape(-1)).reshape(d, d)
 
 
-def centred_expectation(lags: Array) -> Array:
-    """Expectation of the chain-centred covariance of T draws. lags [T, ...]: C(k) = Cov(draw t, draw t+k), k = 0..T-1.
+def centered_expectation(lags: Array) -> Array:
+    """Expectation of the chain-centered covariance of T draws. lags [T, ...]: C(k) = Cov(draw t, draw t+k), k = 0..T-1.
 
     T/(T-1) (C(0) - V), V the covariance of the mean of T draws; the general form of T4.
     """
@@ -90,8 +90,8 @@ def centred_expectation(lags: Array) -> Array:
     return t / (t - 1) * (lags[0] - of_mean)
 
 
-def ar1_centring_factor(rho: float, t: int) -> float:
-    """T4: E[chain-centred variance] / sigma^2 of T draws of a stationary AR(1) trace."""
+def ar1_centering_factor(rho: float, t: int) -> float:
+    """T4: E[chain-centered variance] / sigma^2 of T draws of a stationary AR(1) trace."""
     k = np.arange(1, t)
     v = (1 + 2 * np.sum((1 - k / t) * rho**k)) / t
     return float(t / (t - 1) * (1 - v))

@@ -55,7 +55,7 @@ class Problem:
         }
 
     def target(self, excess: float = 1.0) -> np.ndarray:
-        """E of the chain-centred K: T1 with S = excess A^-1, T4's centring with the lags of the linear map."""
+        """E of the chain-centered K: T1 with S = excess A^-1, T4's centering with the lags of the linear map."""
         values, vectors = np.linalg.eigh(self.a)
         step = np.linalg.matrix_power(modes.baoab_map(self.step_size, np.array(5.0), values), THIN)
         mu = oracles.posterior_mean(self.x, self.y, self.w_star, N_BETA, GAMMA)
@@ -65,7 +65,7 @@ class Problem:
             cross = (vectors * (excess * power[:, 0, 0] / values)) @ vectors.T
             lags.append(oracles.regression_covariance(self.probe, residual, cross))
             power = power @ step
-        return oracles.centred_expectation(np.stack(lags))
+        return oracles.centered_expectation(np.stack(lags))
 
 
 @pytest.fixture(scope="module")

@@ -163,7 +163,7 @@ def test_confusion_is_of_classes(data: Data) -> None:
 
 
 def test_it_reads_as_the_kernel_of_its_vectors() -> None:
-    """Centred traces are vectors: a LossKernel of them and a Baseline of them give the same numbers."""
+    """Centered traces are vectors: a LossKernel of them and a Baseline of them give the same numbers."""
     losses = torch.randn(1, 9, 21)
     losses[..., 4] = 1.0
     kernel = lossk.LossKernel.from_traces(lossk.LossTraces(losses, sets={"a": slice(0, 8), "b": slice(8, 21)}))

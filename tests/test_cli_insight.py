@@ -83,7 +83,7 @@ def test_compare(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert run("compare", folder / "a.lossk", folder / "b.lossk", "--k", 4, "--out", out) == 0
     text = capsys.readouterr().out
     assert "78 samples live in both" in text
-    assert "centred kernel alignment" in text
+    assert "centered kernel alignment" in text
     assert len(pandas.read_csv(out)) == 80
 
 

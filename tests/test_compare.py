@@ -48,7 +48,7 @@ def test_against_dense() -> None:
         assert debiased == pytest.approx(dense_debiased(x, y), rel=1e-3, abs=1e-5)
 
 
-def test_neighbours_gained_and_lost() -> None:
+def test_neighbors_gained_and_lost() -> None:
     a, b = planted_kernel(LABELS), planted_kernel(LABELS, seed=1)
     found = compare_kernels(a, b, k=5)
     near_a, near_b = a.neighbors(5).index, b.neighbors(5).index

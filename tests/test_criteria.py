@@ -57,7 +57,7 @@ def regression() -> dict[str, Any]:
 
 @pytest.mark.parametrize("name", ["functional_variance", "singular_fluctuation", "waic", "wbic"])
 def test_criteria_have_their_closed_form(regression: dict[str, Any], name: str) -> None:
-    """|z| < 4.5 with the claimed error, which is within 5 % of the value: the variance's bias by chain centring is
+    """|z| < 4.5 with the claimed error, which is within 5 % of the value: the variance's bias by chain centering is
     below 1 % here (lag-1 autocorrelation under 0.5 over 250 draws)."""
     value, se = getattr(regression["diagnostics"], name)
     truth = regression["truth"][name]

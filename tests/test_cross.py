@@ -215,10 +215,10 @@ def test_it_predicts_leave_one_out_retraining() -> None:
     against (n_beta / n) K_ij, over all 1,000 pairs: correlation above 0.9, and a slope from 1 upward, as removing a
     sample of leverage h (6/40 on average, more for those that matter) does 1 / (1 - h) of what the first order says."""
     rng = np.random.default_rng(7)
-    centres = rng.standard_normal((3, 3))
+    centers = rng.standard_normal((3, 3))
     y, y_query = np.arange(40) % 3, np.arange(25) % 3
-    x = centres[y] + 1.2 * rng.standard_normal((40, 3))
-    x_query = centres[y_query] + 1.2 * rng.standard_normal((25, 3))
+    x = centers[y] + 1.2 * rng.standard_normal((40, 3))
+    x_query = centers[y_query] + 1.2 * rng.standard_normal((25, 3))
     w = fit(x, y, np.zeros(6))
 
     def losses(flat: np.ndarray) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Tiles updated by the Triton kernel, in every precision, where they lie or visiting a device; and their neighbours."""
+"""Tiles updated by the Triton kernel, in every precision, where they lie or visiting a device; and their neighbors."""
 
 from __future__ import annotations
 
@@ -40,10 +40,10 @@ def fill(accumulator: TileAccumulator, traces: Tensor, panel: int = 3) -> lossk.
 def truth(traces: Tensor, centering: str) -> Tensor:
     wide = traces.double()
     if centering == "chain":
-        centred = (wide - wide.mean(dim=1, keepdim=True)).flatten(0, 1)
-        return centred.T @ centred / (CHAINS * (DRAWS - 1))
-    centred = (wide - wide.mean(dim=(0, 1))).flatten(0, 1)
-    return centred.T @ centred / (CHAINS * DRAWS - 1)
+        centered = (wide - wide.mean(dim=1, keepdim=True)).flatten(0, 1)
+        return centered.T @ centered / (CHAINS * (DRAWS - 1))
+    centered = (wide - wide.mean(dim=(0, 1))).flatten(0, 1)
+    return centered.T @ centered / (CHAINS * DRAWS - 1)
 
 
 def settings(centering: str = "chain", **changes: Any) -> dict[str, Any]:
@@ -123,11 +123,11 @@ def test_update_precision_is_one_of_the_ops() -> None:
         lossk.Passes(update_precision="fp8")  # type: ignore[arg-type]
 
 
-# --- neighbours --------------------------------------------------------------------------------------------------
+# --- neighbors --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("form", ["tiles", "float16", "factor", "stored"])
-def test_neighbours_by_the_kernel_are_the_same_within_a_rounding(form: str, tmp_path: Path) -> None:
+def test_neighbors_by_the_kernel_are_the_same_within_a_rounding(form: str, tmp_path: Path) -> None:
     traces = losses()
     if form == "factor":
         kernel = lossk.LossKernel.from_traces(lossk.LossTraces(traces))
@@ -146,7 +146,7 @@ def test_neighbours_by_the_kernel_are_the_same_within_a_rounding(form: str, tmp_
     assert not (found.index == 11).any()
 
 
-def test_neighbours_backend_is_checked() -> None:
+def test_neighbors_backend_is_checked() -> None:
     kernel = fill(TileAccumulator(N, 16, **settings()), losses())
     with pytest.raises(ValueError, match="backend must be one of"):
         kernel.neighbors(5, backend="cpp")
@@ -157,7 +157,7 @@ def test_neighbours_backend_is_checked() -> None:
         wide.neighbors(70, backend="triton")
 
 
-def test_neighbours_by_the_kernel_refuse_without_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_neighbors_by_the_kernel_refuse_without_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     if torch.cuda.is_available():
         pytest.skip("there is a CUDA device")

@@ -12,7 +12,7 @@ import torch
 import lossk
 from lossk.diagnostics.information import Estimate, mean_over_draws
 from lossk.forms.blocks import FactorBlocks
-from lossk.forms.centring import centre, degrees_of_freedom, empty_moments, note
+from lossk.forms.centering import center, degrees_of_freedom, empty_moments, note
 from streamed_kernels import kernel_from_panels
 
 Law = Callable[[np.ndarray], np.ndarray]
@@ -36,9 +36,9 @@ def traces(seed: int, samples: int, memories: tuple[float, ...], law: Law, chain
 
 def factor_of(losses: torch.Tensor, centering: str = "chain") -> lossk.LossKernel:
     chains, draws, samples = losses.shape
-    moments, centred = empty_moments(chains, draws, samples, centering), centre(losses, centering)
-    note(moments, slice(0, samples), centred)
-    return lossk.LossKernel(FactorBlocks(centred.factor, degrees_of_freedom(chains, draws, centering)), moments)
+    moments, centered = empty_moments(chains, draws, samples, centering), center(losses, centering)
+    note(moments, slice(0, samples), centered)
+    return lossk.LossKernel(FactorBlocks(centered.factor, degrees_of_freedom(chains, draws, centering)), moments)
 
 
 def tiles_of(losses: torch.Tensor) -> lossk.LossKernel:
@@ -236,7 +236,7 @@ def test_diagnostics_know_their_intervals() -> None:
 
 
 def test_errors_of_criteria_hold_the_bias_of_few_draws() -> None:
-    """V of 300 unrelated AR(.9) losses in 3 chains of 100 draws: centring loses 17 %, where chains agree to 1 %."""
+    """V of 300 unrelated AR(.9) losses in 3 chains of 100 draws: centering loses 17 %, where chains agree to 1 %."""
     from lossk.diagnostics.information import Criteria, lost_variance
 
     losses = traces(5, 300, (0.9,), lambda z: z, 3, 100).double()
@@ -255,7 +255,7 @@ def test_errors_of_criteria_hold_the_bias_of_few_draws() -> None:
     assert low < truth < high
 
 
-def test_errors_of_variances_hold_what_centring_takes_away() -> None:
+def test_errors_of_variances_hold_what_centering_takes_away() -> None:
     """AR(.9) in 100 draws a chain: K_ii is low by 17 %, and its intervals hold the truth all the same. A share of 180
     is known to 2 %."""
     kernels = [factor_of(traces(seed, 60, (0.9,), lambda z: z, 4, 100)) for seed in range(3)]

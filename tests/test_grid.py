@@ -24,7 +24,7 @@ from lossk.cli.grid import GridSettings, parse_values
 from lossk.cli.grid_cell import choose_probe, grid_data
 from lossk.disk.locks import Lock
 from lossk.recipes import RecipeTask
-from lossk.report.grid_picture import COLOURS, draw_grid
+from lossk.report.grid_picture import COLORS, draw_grid
 
 pytest.importorskip("matplotlib")
 Tune = Callable[..., SimpleNamespace]
@@ -102,7 +102,7 @@ def test_a_grid_completes_and_tells(tune: Tune) -> None:
     assert {cell["sampler"]["localization"] for cell in cells.values()} == {1.0, 3.162, 10.0, 31.62, 100.0}
     assert sorted({round(c["sampler"]["n_beta"], 3) for c in cells.values()}) == [0.882, 8.82, 88.2]  # 30 / ln 30
     for cell in cells.values():
-        assert cell["verdict"] in COLOURS
+        assert cell["verdict"] in COLORS
         for key in ("rhat", "ess", "llc", "rise", "gradient_noise_ratio", "discretisation", "noise_floor", "purity"):
             assert isinstance(cell[key], float), key
         assert cell["sampler"]["lr"] == 1e-3  # the config's
@@ -372,18 +372,18 @@ def test_the_recommended_cell_is_the_least_local_good_one() -> None:
     assert "more than 0.5 nats" in cli_tune.recommend(cells[:1])[1]
 
 
-def test_the_picture_shows_every_cell_in_its_colour(tmp_path: Path) -> None:
+def test_the_picture_shows_every_cell_in_its_color(tmp_path: Path) -> None:
     from matplotlib.colors import to_rgb
     from matplotlib.image import imread
 
-    cells = [cell(verdict, 10.0 ** (i % 3), 10.0 ** (i // 3), 0.1) for i, verdict in enumerate(COLOURS)]
+    cells = [cell(verdict, 10.0 ** (i % 3), 10.0 ** (i // 3), 0.1) for i, verdict in enumerate(COLORS)]
     cells[-1] = {key: cells[-1][key] for key in ("sampler", "verdict", "advice", "seconds_taken")}  # diverged
     path = tmp_path / "grid.png"
     draw_grid(cells, path, title="Title " * 40, subtitles=["one", "two"], middle={"n_beta": 10.0, "localization": 10.0},
               recommended=cells[0])  # fmt: skip
     shown = imread(path)[..., :3]
-    for verdict, colour in COLOURS.items():
-        share = (abs(shown - torch.tensor(to_rgb(colour)).numpy()).max(axis=2) < 0.01).mean()
+    for verdict, color in COLORS.items():
+        share = (abs(shown - torch.tensor(to_rgb(color)).numpy()).max(axis=2) < 0.01).mean()
         assert share > 0.03, verdict
     assert (shown[:4] == 1).all()
     assert (shown[-4:] == 1).all()

@@ -56,10 +56,10 @@ def test_errors_over_images_are_the_spread_over_images() -> None:
     """Class means of features whose samples are drawn anew each time: the bootstrap must foretell their spread."""
     labels = torch.arange(120) % 3
     generator = torch.Generator().manual_seed(2)
-    centres = torch.randn(3, 6, generator=generator, dtype=torch.float64)
+    centers = torch.randn(3, 6, generator=generator, dtype=torch.float64)
 
     def one() -> np.ndarray:
-        x = centres[labels] + 2 * torch.randn(120, 6, generator=generator, dtype=torch.float64)
+        x = centers[labels] + 2 * torch.randn(120, 6, generator=generator, dtype=torch.float64)
         found = class_similarity(x, labels, NAMES, num_bootstrap=60)
         assert found.signed.image_error is not None
         return np.stack([found.matrix, found.signed.image_error])

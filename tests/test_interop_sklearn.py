@@ -1,4 +1,4 @@
-"""The kernel in scikit-learn: its own estimator checks, precomputed matrices, and sparse neighbour graphs."""
+"""The kernel in scikit-learn: its own estimator checks, precomputed matrices, and sparse neighbor graphs."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_features_are_a_root_of_the_kernel(kernel: lossk.LossKernel, correlation
     assert np.abs(gram - expected[:, :20]).max() < 1e-5
 
 
-def test_a_loss_that_never_varies_is_no_ones_neighbour() -> None:
+def test_a_loss_that_never_varies_is_no_ones_neighbor() -> None:
     x = interop.losses(planted(dead=(4,)))
     gram = interop.LossKernelTransformer().fit_transform(x)
     assert (gram[4] == 0).all()

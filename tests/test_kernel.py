@@ -81,7 +81,7 @@ def test_exact_gaussian_draws() -> None:
     assert not oracles.consistent(oracles.z_scores(stacked, oracles.quadratic_covariance(g, h, 1.05 * s)))
 
 
-def test_chain_centring_of_autocorrelated_traces() -> None:
+def test_chain_centering_of_autocorrelated_traces() -> None:
     """T4: rho = 0.9, T = 50 leaves 0.706 of the variance; the mean over 3,000 traces knows it to 0.5 %."""
     rho, draws = 0.9, 50
     traces = oracles.ar1_traces(np.random.default_rng(2), (1, draws, 3000), rho)
@@ -89,7 +89,7 @@ def test_chain_centring_of_autocorrelated_traces() -> None:
     variance = np.asarray(kernel.variance, dtype=np.float64)
     error = variance.std(ddof=1) / np.sqrt(len(variance))
     assert error < 0.01
-    assert abs(variance.mean() - oracles.ar1_centring_factor(rho, draws)) < 4.5 * error
+    assert abs(variance.mean() - oracles.ar1_centering_factor(rho, draws)) < 4.5 * error
     assert abs(variance.mean() - 1) > 10 * error
 
 
@@ -104,7 +104,7 @@ def shifted() -> tuple[np.ndarray, np.ndarray]:
 
 @pytest.mark.parametrize("form", ["tiles", "factor"])
 def test_shifted_chains(form: str) -> None:
-    """Chain centring gains nothing from shifts; pooled gains exactly the between term, T sum_c (m_c - m)(m_c - m)'."""
+    """Chain centering gains nothing from shifts; pooled gains exactly the between term, T sum_c (m_c - m)(m_c - m)'."""
 
     def kernel(losses: np.ndarray, centering: str) -> np.ndarray:
         if form == "factor":
@@ -301,7 +301,7 @@ def test_eigsh_of_too_many(kernel: lossk.LossKernel, k: int) -> None:
         kernel.eigsh(k)
 
 
-# --- neighbours --------------------------------------------------------------------------------------------------
+# --- neighbors --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("k", [1, 10, N - 1])

@@ -32,10 +32,10 @@ def test_dead_samples_are_set_aside(drawn: KernelMap) -> None:
     assert torch.isnan(drawn.coordinates).all(dim=1).tolist() == drawn.dead.tolist()
     assert (drawn.index[drawn.dead] == -1).all()
     assert torch.isnan(drawn.distance[drawn.dead]).all()
-    assert not (drawn.index[:, :, None] == torch.arange(150, 154)).any(), "nobody's neighbour is dead"
+    assert not (drawn.index[:, :, None] == torch.arange(150, 154)).any(), "nobody's neighbor is dead"
 
 
-def test_distances_are_those_of_the_neighbours(kernel: lossk.LossKernel, drawn: KernelMap) -> None:
+def test_distances_are_those_of_the_neighbors(kernel: lossk.LossKernel, drawn: KernelMap) -> None:
     found = kernel.neighbors(10)
     alive = ~kernel.dead
     torch.testing.assert_close(drawn.index, found.index)
@@ -103,7 +103,7 @@ def test_bad_settings_are_refused(kernel: lossk.LossKernel, settings: dict, mess
         map_kernel(kernel, **settings)
 
 
-def test_neighbours_of_another_size_are_refused(kernel: lossk.LossKernel) -> None:
+def test_neighbors_of_another_size_are_refused(kernel: lossk.LossKernel) -> None:
     with pytest.raises(ValueError, match="neighbors must be of all 154 samples, at least 10 of each, got 154 of 5"):
         map_kernel(kernel, num_neighbors=10, neighbors=kernel.neighbors(5))
 

@@ -1,4 +1,4 @@
-"""Significant neighbours: against dense sorting, on planted blocks, and where there is nothing to find."""
+"""Significant neighbors: against dense sorting, on planted blocks, and where there is nothing to find."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def test_k_is_checked() -> None:
 
 
 def test_noise_floor() -> None:
-    """Independent samples: about one row in e has a best neighbour below its floor, whatever the autocorrelation.
+    """Independent samples: about one row in e has a best neighbor below its floor, whatever the autocorrelation.
 
     The floor is what the best of N unrelated samples reaches; over 300 rows its share has an error of 3 %. A shared
     signal in 40 of them stands far above.

@@ -16,8 +16,8 @@ def gauss_hermite_covariance(gradients: np.ndarray, hessians: np.ndarray, s: np.
     u = np.stack(np.meshgrid(nodes, nodes), -1).reshape(-1, 2) @ np.linalg.cholesky(s).T
     p = np.outer(weights, weights).reshape(-1) / (2 * np.pi)
     losses = u @ gradients.T + 0.5 * np.einsum("pa,iab,pb->pi", u, hessians, u)
-    centred = losses - p @ losses
-    return centred.T @ (p[:, None] * centred)
+    centered = losses - p @ losses
+    return centered.T @ (p[:, None] * centered)
 
 
 def test_quadratic_covariance_is_exact() -> None:
@@ -91,17 +91,17 @@ def test_full_batch_is_a_minibatch_of_everything() -> None:
 
 
 @pytest.mark.parametrize(("rho", "t"), [(0.9, 50), (0.0, 7), (0.99, 20), (-0.5, 3)])
-def test_centring_factor(rho: float, t: int) -> None:
+def test_centering_factor(rho: float, t: int) -> None:
     lag = np.abs(np.subtract.outer(np.arange(t), np.arange(t)))
     sigma = np.where(lag == 0, 1.0, rho**lag)  # the covariance matrix of the trace
-    centre = np.eye(t) - 1 / t
-    exact = np.trace(centre @ sigma) / (t - 1)
-    assert oracles.ar1_centring_factor(rho, t) == pytest.approx(exact, rel=1e-12)
-    assert oracles.centred_expectation(sigma[0]) == pytest.approx(exact, rel=1e-12)
+    center = np.eye(t) - 1 / t
+    exact = np.trace(center @ sigma) / (t - 1)
+    assert oracles.ar1_centering_factor(rho, t) == pytest.approx(exact, rel=1e-12)
+    assert oracles.centered_expectation(sigma[0]) == pytest.approx(exact, rel=1e-12)
 
 
-def test_centring_factor_of_the_mathematics_page() -> None:
-    assert oracles.ar1_centring_factor(0.9, 50) == pytest.approx(0.706, abs=5e-4)
+def test_centering_factor_of_the_mathematics_page() -> None:
+    assert oracles.ar1_centering_factor(0.9, 50) == pytest.approx(0.706, abs=5e-4)
 
 
 def test_two_pass_is_numpys_covariance() -> None:

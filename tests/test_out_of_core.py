@@ -121,7 +121,7 @@ def test_ragged_shapes(n: int, tile: int, panel: int, tmp_path: Path) -> None:
 def test_dead_samples(centering: str, tmp_path: Path) -> None:
     losses = near_two(np.random.default_rng(14), (2, 13, 20)).astype(np.float32)
     losses[:, :, [0, 7, 19]] = np.float32([0.1, 0.0, 1e-20])
-    losses[:, :, 3] = np.float32([1.0, 2.0])[:, None]  # alive under pooled centring only
+    losses[:, :, 3] = np.float32([1.0, 2.0])[:, None]  # alive under pooled centering only
     out = make(losses, tmp_path / "k", 16, centering=centering)[0]
     assert_close(out, in_memory(losses, 16, centering=centering)[0])
     dead = [0, 7, 19] + ([] if centering == "pooled" else [3])

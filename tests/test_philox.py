@@ -126,11 +126,11 @@ def test_cpp_normals_within_two_ulp_over_millions(module: ModuleType, simd: str)
 
 def edge_words() -> npt.NDArray[np.uint32]:
     """[n, 4]: every pair of words at the ends of the range, the quadrant edges and axes, powers of two and between."""
-    centres = [0, 2**29, 2**30, 3 * 2**29, 2**31, 5 * 2**29, 3 * 2**30, 7 * 2**29, *(2**k for k in range(32))]
+    centers = [0, 2**29, 2**30, 3 * 2**29, 2**31, 5 * 2**29, 3 * 2**30, 7 * 2**29, *(2**k for k in range(32))]
     # u = sqrt(1/2) 2^e is where the logarithm's reduction changes exponent.
-    centres += [int(math.sqrt(0.5) * 2**k) for k in range(8, 33)]
+    centers += [int(math.sqrt(0.5) * 2**k) for k in range(8, 33)]
     offsets = (-129, -128, -3, -2, -1, 0, 1, 2, 3, 127, 128, 129)
-    values = np.array(sorted({(c + d) % 2**32 for c in centres for d in offsets}), dtype=np.uint32)
+    values = np.array(sorted({(c + d) % 2**32 for c in centers for d in offsets}), dtype=np.uint32)
     x, y = (grid.reshape(-1) for grid in np.meshgrid(values, values))
     words = np.stack([x, y, y, x], axis=1)
     return np.concatenate([words, words[: -len(words) % 16]])  # whole groups of 16 counters

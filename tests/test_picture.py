@@ -58,13 +58,13 @@ def test_picture_without_images_has_no_grid(tmp_path: Path, pixels) -> None:
     assert (shown[150:, int(0.69 * shown.shape[1]) :] == 1.0).all()
 
 
-def test_a_neighbour_that_is_missing_leaves_a_gap(tmp_path: Path) -> None:
+def test_a_neighbor_that_is_missing_leaves_a_gap(tmp_path: Path) -> None:
     kernel, labels = planted()
     data = picture_data(kernel, what(labels, torch.zeros(len(labels), 4, 4)), kernel.neighbors(3))
     assert 0 not in data.queries  # the dead sample has nothing to show
     draw(data, tmp_path / "picture.png")
-    missing = np.full_like(data.neighbours, -1)
-    draw(type(data)(**{**vars(data), "neighbours": missing}), tmp_path / "gaps.png")
+    missing = np.full_like(data.neighbors, -1)
+    draw(type(data)(**{**vars(data), "neighbors": missing}), tmp_path / "gaps.png")
     assert (tmp_path / "gaps.png").stat().st_size < (tmp_path / "picture.png").stat().st_size
 
 
@@ -88,9 +88,9 @@ def test_map_puts_classes_apart() -> None:
     correlation = kernel.correlation().numpy()[1:, 1:]
     points = embed(correlation, seed=0)
     assert np.isfinite(points).all()
-    centres = np.stack([points[labels[1:] == c].mean(axis=0) for c in range(3)])
-    within = max(np.linalg.norm(points[labels[1:] == c] - centres[c], axis=1).mean() for c in range(3))
-    between = min(np.linalg.norm(centres[a] - centres[b]) for a in range(3) for b in range(a))
+    centers = np.stack([points[labels[1:] == c].mean(axis=0) for c in range(3)])
+    within = max(np.linalg.norm(points[labels[1:] == c] - centers[c], axis=1).mean() for c in range(3))
+    between = min(np.linalg.norm(centers[a] - centers[b]) for a in range(3) for b in range(a))
     assert between > 1.5 * within
 
 
@@ -108,8 +108,8 @@ def test_thinning_keeps_the_shares_of_the_classes() -> None:
 def test_queries_are_the_largest_variances_then_other_classes() -> None:
     variance = np.array([9.0, 8, 7, 6, 1, 2, 3, 0.5, 0.4, 0.3])
     labels = np.array([0, 0, 0, 0, 1, 1, 1, 2, 2, 2])
-    neighbours = np.zeros((10, 2), dtype=np.int64)
-    queries, notes = choose_queries(variance, labels, neighbours, ["x", "y"], seed=0)
+    neighbors = np.zeros((10, 2), dtype=np.int64)
+    queries, notes = choose_queries(variance, labels, neighbors, ["x", "y"], seed=0)
     assert queries[:4].tolist() == [0, 1, 2, 3]
     assert sorted(queries[4:].tolist()) == [5, 8]  # the median of class 1, and of class 2
     assert notes[0] == "x\nlargest\nvariance"

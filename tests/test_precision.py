@@ -47,7 +47,7 @@ def weight_itself(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
 def test_the_prior_alone_has_its_variance(dtype: torch.dtype, precision: Any) -> None:
     """n_beta = 1e-6 leaves the prior: per weight 1 / (gamma (1 - eps gamma / 4)), a Bartlett error bar, |z| < 4.5.
 
-    64 independent weights, 4 chains x 150 draws 20 steps apart (lag-1 autocorrelation 0.95^20 = 0.36); centring each
+    64 independent weights, 4 chains x 150 draws 20 steps apart (lag-1 autocorrelation 0.95^20 = 0.36); centering each
     chain on its own mean takes (1 - v) T / (T - 1) of it (math: T4).
     """
     chains, draws, thin = 4, 150, 20

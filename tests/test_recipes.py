@@ -151,14 +151,14 @@ def test_packaged_configs_are_found_by_name() -> None:
     assert packaged_config("../digits") is None
 
 
-def test_purity_of_planted_neighbours() -> None:
+def test_purity_of_planted_neighbors() -> None:
     labels = torch.tensor([0, 0, 1, 1, 2])
     index = torch.tensor([[1, 2], [0, 3], [3, 0], [4, 2], [-1, -1]])
-    assert neighbor_purity(index, labels).tolist() == [0.5, 0.5, 0.5, 0.5, 0.0]  # no neighbour is no match
+    assert neighbor_purity(index, labels).tolist() == [0.5, 0.5, 0.5, 0.5, 0.0]  # no neighbor is no match
     assert class_purity(index, labels) == pytest.approx(0.4)
 
 
-def test_random_neighbours_show_chance_purity() -> None:
+def test_random_neighbors_show_chance_purity() -> None:
     rng = torch.Generator().manual_seed(0)
     labels = torch.multinomial(torch.tensor([0.6, 0.3, 0.1]), 500, replacement=True, generator=rng)
     others = torch.stack([torch.randperm(499, generator=rng)[:20] for _ in range(500)])
@@ -170,12 +170,12 @@ def test_random_neighbours_show_chance_purity() -> None:
 
 
 @pytest.mark.parametrize("index", [torch.zeros(3, 2), torch.zeros(4), torch.full((4, 2), 4), torch.full((4, 2), -2)])
-def test_purity_refuses_what_is_no_neighbour_table(index: torch.Tensor) -> None:
+def test_purity_refuses_what_is_no_neighbor_table(index: torch.Tensor) -> None:
     with pytest.raises(ValueError, match="index must be"):
         class_purity(index.long(), torch.zeros(4, dtype=torch.int64))
 
 
-def test_raw_neighbours_leave_the_sample_itself_out_even_among_copies() -> None:
+def test_raw_neighbors_leave_the_sample_itself_out_even_among_copies() -> None:
     images = torch.tensor([0.0, 0.0, 0.0, 5.0, 5.1]).reshape(5, 1, 1)
     index = raw_neighbors(images, 2)
     assert not (index == torch.arange(5).unsqueeze(1)).any()

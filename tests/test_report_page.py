@@ -105,9 +105,9 @@ def pixels(page: Page, selector: str) -> np.ndarray:
     return np.asarray(Image.open(io.BytesIO(content)).convert("RGB"))
 
 
-def near(picture: np.ndarray, colour: tuple[int, int, int]) -> int:
-    """Pixels within 40 of a colour in every channel."""
-    return int((np.abs(picture.astype(int) - colour) < 40).all(axis=2).sum())
+def near(picture: np.ndarray, color: tuple[int, int, int]) -> int:
+    """Pixels within 40 of a color in every channel."""
+    return int((np.abs(picture.astype(int) - color) < 40).all(axis=2).sum())
 
 
 def place_of(page: Page, sample: int) -> tuple[float, float]:
@@ -129,10 +129,10 @@ def selected(page: Page) -> str:
     return page.locator("#details h3").inner_text()
 
 
-def test_the_map_is_drawn_in_the_colours_of_the_classes(shown: Page) -> None:
+def test_the_map_is_drawn_in_the_colors_of_the_classes(shown: Page) -> None:
     picture = pixels(shown, "#map-plot")
-    for colour in ((0x00, 0x72, 0xB2), (0xE6, 0x9F, 0x00), (0x00, 0x9E, 0x73)):
-        assert near(picture, colour) > 100, colour
+    for color in ((0x00, 0x72, 0xB2), (0xE6, 0x9F, 0x00), (0x00, 0x9E, 0x73)):
+        assert near(picture, color) > 100, color
 
 
 def test_pointing_at_a_sample_shows_its_image_and_loss(shown: Page, kernel: lossk.LossKernel) -> None:
@@ -152,7 +152,7 @@ def test_pointing_at_a_sample_shows_its_image_and_loss(shown: Page, kernel: loss
     card.wait_for(state="hidden")
 
 
-def test_a_click_shows_the_neighbours_with_their_significance(shown: Page, kernel: lossk.LossKernel) -> None:
+def test_a_click_shows_the_neighbors_with_their_significance(shown: Page, kernel: lossk.LossKernel) -> None:
     shown.locator("#map-plot").scroll_into_view_if_needed()
     before = selected(shown)
     wanted = 11 if before != "Sample 11" else 14
@@ -214,7 +214,7 @@ def test_the_tab_key_reaches_everything_with_a_visible_focus(shown: Page) -> Non
         if seen[-1][0] == "config":
             break
     reached = {name for name, _ in seen}
-    assert {"colour", "sample-number", "map-in", "map-home", "map-plot", "matrix-in", "copy", "config"} <= reached
+    assert {"color", "sample-number", "map-in", "map-home", "map-plot", "matrix-in", "copy", "config"} <= reached
     assert all(visible for _, visible in seen)
 
 
@@ -226,9 +226,9 @@ def test_arrows_and_enter_select_from_a_list(shown: Page) -> None:
     assert selected(shown) == f"Sample {cards.nth(1).get_attribute('data-sample')}"
 
 
-def test_colours_follow_the_choice(shown: Page) -> None:
+def test_colors_follow_the_choice(shown: Page) -> None:
     for choice in ("mean loss", "self-covariance", "cluster", "prediction", "class"):
-        shown.select_option("#colour", choice)
+        shown.select_option("#color", choice)
         shown.wait_for_timeout(50)
         bar = shown.locator("#map-plot .colorbar")
         assert bar.count() == (1 if choice in ("mean loss", "self-covariance") else 0)
@@ -316,7 +316,7 @@ def test_points_follow_a_drag_before_it_ends(shown: Page) -> None:
     shown.locator("#map-home").click()
 
 
-def test_dark_mode_switches_every_colour(browser: Browser, report: Path) -> None:
+def test_dark_mode_switches_every_color(browser: Browser, report: Path) -> None:
     opened = Opened(browser, report, color_scheme="dark")
     page = opened.page
     parts = ("header", "#map-plot", "#matrix-plot", "#classes-plot")

@@ -93,7 +93,7 @@ class Regression:
         object.__setattr__(self, "lr", 1.2 / np.linalg.eigvalsh(a)[-1])
 
     def target(self, n_beta: float | None = None, gamma: float | None = None, biased: bool = True) -> Array:
-        """E of the chain-centred kernel of stationary chains: T1 at every lag with T2's covariance."""
+        """E of the chain-centered kernel of stationary chains: T1 at every lag with T2's covariance."""
         n_beta = self.factor * (self.n_beta if n_beta is None else n_beta)
         gamma = self.localization if gamma is None else gamma
         a = oracles.posterior_precision(self.x, n_beta, gamma)
@@ -107,7 +107,7 @@ class Regression:
             mu = oracles.posterior_mean(self.x, self.y[:, o], self.w_star[:, o], n_beta, gamma)
             r = self.answer[:, o] - self.probe @ mu
             total += [oracles.regression_covariance(self.probe, r, c) for c in crosses]
-        return self.factor**2 * oracles.centred_expectation(total)
+        return self.factor**2 * oracles.centered_expectation(total)
 
 
 CASES = [
@@ -225,7 +225,7 @@ def test_minibatches_are_drawn_without_replacement() -> None:
         lags = [s]
         for _ in range(draws - 1):
             lags.append(lags[-1] @ b)
-        return oracles.centred_expectation(np.stack([probe @ c @ probe.T for c in lags]))
+        return oracles.centered_expectation(np.stack([probe @ c @ probe.T for c in lags]))
 
     f = lambda size: (n - size) / (size * (n - 1))  # noqa: E731
     as_if_replaced = n / (1 + (n - 1) / m)  # the batch size whose f without replacement is 1 / m
@@ -390,7 +390,7 @@ def test_tied_weights_are_one_parameter() -> None:
         precision = n_beta * reach**2 * np.mean(x**2) + gamma
         s = oracles.discretised_covariance(np.array([[precision]]), lr)
         lags = [s * (1 - lr / 2 * precision) ** (thin * k) for k in range(draws)]
-        return oracles.centred_expectation(
+        return oracles.centered_expectation(
             np.stack([oracles.regression_covariance(reach * x, np.zeros(3), c) for c in lags])
         )
 

@@ -27,7 +27,7 @@ def correlated_ar1(repeats: int, chains: int, draws: int, r: float, rho: float) 
 def test_standard_errors_match_the_spread_over_repeats(r: float, rho: float) -> None:
     """Over 250 repeats of 8 chains x 200 draws: the root mean square error bar within 15 % of the actual spread.
 
-    250 repeats know the spread to 4.5 %; centring by chain and an estimated r cost a few per cent more at r = 0.6.
+    250 repeats know the spread to 4.5 %; centering by chain and an estimated r cost a few per cent more at r = 0.6.
     """
     traces = correlated_ar1(250, 8, 200, r, rho)
     found: dict[str, list[float]] = {"K": [], "R": []}

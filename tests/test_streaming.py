@@ -193,7 +193,7 @@ def test_dead_samples() -> None:
 
 
 def test_a_sample_constant_within_each_chain() -> None:
-    """Dead under chain centring; under pooled centring its variance is the spread of the chain means."""
+    """Dead under chain centering; under pooled centering its variance is the spread of the chain means."""
     losses = near_two(np.random.default_rng(15), (3, 8, 6)).astype(np.float32)
     losses[:, :, 2] = np.float32([1.0, 2.0, 4.0])[:, None]
     losses[:, :, 3] = 1e-20 * np.float32([1.0, 5.0, 2.0])[:, None]

@@ -107,8 +107,8 @@ def test_few_classes_have_no_alignment() -> None:
     assert describe_taxonomy(kernel, classes, kernel.neighbors(5)).endswith("with WordNet, which takes 4.")
 
 
-def test_colours_follow_the_taxonomy(tmp_path: Path) -> None:
-    """Two kinds, each drawn in its own half of the colours."""
+def test_colors_follow_the_taxonomy(tmp_path: Path) -> None:
+    """Two kinds, each drawn in its own half of the colors."""
     kernel, _ = kernel_of_classes(0.3)
     taxonomy = Taxonomy.from_nested({"a": ["x", "y"], "b": ["z", "w"]})
     drawn = map_kernel(kernel, num_neighbors=5)

@@ -214,7 +214,7 @@ def test_run_writes_the_page_and_refuses_to_overwrite_it(
     assert (tmp_path / "t.contexts.html").read_text() == "mine"
     assert main([*arguments, "--overwrite"]) == 0
     shown = capsys.readouterr().out
-    assert "nearest neighbours, these show the same token" in shown
+    assert "nearest neighbors, these show the same token" in shown
     assert "Nearest tokens, in context" in shown
     assert "<section>" in (tmp_path / "t.contexts.html").read_text(encoding="utf-8")
 

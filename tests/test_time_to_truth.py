@@ -76,8 +76,8 @@ def test_entries_are_those_of_the_covariance(centering: str) -> None:
     x[..., 2] = 0.5  # no variance
     x *= np.logspace(-7, 0, 11)
     found = entries(torch.from_numpy(x), centering)
-    centred = x - x.mean(axis=1 if centering == "chain" else (0, 1), keepdims=True)
-    rows = centred.reshape(-1, 11)
+    centered = x - x.mean(axis=1 if centering == "chain" else (0, 1), keepdims=True)
+    rows = centered.reshape(-1, 11)
     expected = rows.T @ rows / (3 * 6 if centering == "chain" else 20)
     std = np.where(np.diag(expected) > 1e-30, np.sqrt(np.diag(expected)), np.inf)
     above = np.triu_indices(11, 1)

@@ -130,7 +130,7 @@ def test_tokens_of_a_linear_model_have_the_kernel_of_quadratic_losses() -> None:
     lags = [
         oracles.regression_covariance(flat_x, residual, oracles.lag_covariance(precision, lr, 8 * k)) for k in range(40)
     ]
-    truth = oracles.centred_expectation(np.array(lags))
+    truth = oracles.centered_expectation(np.array(lags))
     estimates = np.stack([np.cov(chain.double().numpy().T) for chain in traces.losses])
     z = oracles.z_scores(estimates, truth)
     assert oracles.consistent(z), f"max |z| {np.abs(z).max():.2f}, rms {np.sqrt((z**2).mean()):.2f}"

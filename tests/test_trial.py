@@ -32,7 +32,7 @@ def ar1(rho: float, draws: int, width: int) -> Tensor:
 
 @pytest.mark.parametrize(("rho", "low", "high"), [(0.0, 1.0, 1.1), (0.5, 2.5, 3.3), (0.8, 7.0, 10.0)])
 def test_autocorrelation_time_of_ar1(rho: float, low: float, high: float) -> None:
-    """(1 + rho) / (1 - rho) = 1, 3, 9; centring and the median lower the longest by up to a fifth."""
+    """(1 + rho) / (1 - rho) = 1, 3, 9; centering and the median lower the longest by up to a fifth."""
     assert low <= trial_chain.autocorrelation_time(ar1(rho, 200, 64)) <= high
 
 
@@ -231,9 +231,9 @@ def test_one_huge_curvature_meets_the_bias_budget() -> None:
         return 0.5 * (scale * model.w).square().sum() + (scale * model.w * batch[0]).sum(dim=1)
 
     data = (torch.eye(3).repeat(16, 1), torch.zeros(48))
-    centred = (torch.cat([data[0], -data[0]]), torch.zeros(96))
+    centered = (torch.cat([data[0], -data[0]]), torch.zeros(96))
     traces = lossk.sample_losses(
-        Weights(0.0, 0.0, 0.0), centred, loss=loss, sampler=lossk.SGLD(batch_size=None), num_chains=16, num_draws=100,
+        Weights(0.0, 0.0, 0.0), centered, loss=loss, sampler=lossk.SGLD(batch_size=None), num_chains=16, num_draws=100,
         progress=False,
     )  # fmt: skip
     sampler = traces.meta["sampler"]
@@ -244,7 +244,7 @@ def test_one_huge_curvature_meets_the_bias_budget() -> None:
     by_chain = traces.losses.double().var(dim=1)[:, :3]  # [C, 3]
     found, error = by_chain.mean(dim=0), by_chain.std(dim=0) / 4
     assert torch.all(found - truth < BIAS_BUDGET * truth + 5 * error)
-    assert torch.all(found - truth > -0.1 * truth - 5 * error)  # what chain centring takes at 100 draws
+    assert torch.all(found - truth > -0.1 * truth - 5 * error)  # what chain centering takes at 100 draws
 
 
 @pytest.mark.parametrize("condition", [1.0, 1e4])
@@ -267,7 +267,7 @@ def test_ill_conditioned_regression_has_the_closed_form(condition: float) -> Non
     by_chain = traces.losses.double().var(dim=1).sum(dim=1)  # [C] trace of K
     found, error = float(by_chain.mean()), float(by_chain.std()) / len(by_chain) ** 0.5
     assert found - truth < (BIAS_BUDGET) * truth + 5 * error
-    assert found - truth > -0.1 * truth - 5 * error  # what chain centring takes at 60 draws of lag 1 below 1/e
+    assert found - truth > -0.1 * truth - 5 * error  # what chain centering takes at 60 draws of lag 1 below 1/e
 
 
 def more_models() -> dict[str, tuple[nn.Module, Any, Any]]:

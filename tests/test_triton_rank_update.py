@@ -17,7 +17,7 @@ from lossk.ops.rank_update import HALF, PRECISIONS, rank_update, rank_update_tri
 
 # Unit roundoff of the factors of a product. tf32x3 keeps 22 bits of them, and drops the product of two low parts.
 FACTOR = {"fp32": 2.0**-24, "tf32": 2.0**-11, "tf32x3": 2.0**-21, "fp16": 2.0**-11, "bf16": 2.0**-8}
-# Triton's interpreter cuts float32 to bfloat16 where a GPU rounds to nearest: rows centred at the load meet it.
+# Triton's interpreter cuts float32 to bfloat16 where a GPU rounds to nearest: rows centered at the load meet it.
 CUT = {**FACTOR, "bf16": 2.0**-7}
 
 
@@ -124,7 +124,7 @@ def test_a_triangle(triton_device: torch.device, k: int, n: int, precision: str)
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
-def test_centring_and_scaling_at_the_load(triton_device: torch.device, precision: str) -> None:
+def test_centering_and_scaling_at_the_load(triton_device: torch.device, precision: str) -> None:
     """Losses of mean 1e3 that vary by 1e-3: a float32 mean would be off by 3 % of that; this one is not."""
     k, n = 21, 131
     scale = 2.0 ** torch.randint(-12, -7, (n,))

@@ -75,9 +75,9 @@ def test_normals_within_two_ulp(triton_device: torch.device, count: int) -> None
 
 def test_normals_of_edge_words(triton_device: torch.device) -> None:
     """The ends of the range, the quadrants' edges, powers of two, and where the logarithm changes exponent."""
-    centres = [0, 2**29, 2**30, 3 * 2**29, 2**31, 5 * 2**29, 3 * 2**30, 7 * 2**29, *(2**k for k in range(0, 32, 5))]
-    centres += [int(0.5**0.5 * 2**k) for k in (8, 24, 31, 32)]
-    values = sorted({(c + d) % 2**32 for c in centres for d in (-128, -1, 0, 1, 128)})
+    centers = [0, 2**29, 2**30, 3 * 2**29, 2**31, 5 * 2**29, 3 * 2**30, 7 * 2**29, *(2**k for k in range(0, 32, 5))]
+    centers += [int(0.5**0.5 * 2**k) for k in (8, 24, 31, 32)]
+    values = sorted({(c + d) % 2**32 for c in centers for d in (-128, -1, 0, 1, 128)})
     pairs = np.array(list(itertools.product(values, values)), dtype=np.uint32)
     pairs = np.concatenate([pairs, pairs[: -len(pairs) % 1024]])
     expected = philox.box_muller(pairs)

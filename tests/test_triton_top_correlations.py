@@ -1,4 +1,4 @@
-"""The Triton neighbours: bit for bit the reference's, with ties, dead samples, transposed tiles and negative zeros."""
+"""The Triton neighbors: bit for bit the reference's, with ties, dead samples, transposed tiles and negative zeros."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_ties_go_to_the_smaller_index(triton_device: torch.device) -> None:
 
 
 @pytest.mark.parametrize("tile", [16, 32, 64])
-def test_the_neighbours_of_a_kernel(triton_device: torch.device, tile: int) -> None:
+def test_the_neighbors_of_a_kernel(triton_device: torch.device, tile: int) -> None:
     """Streaming over the upper triangle, each tile also transposed, gives LossKernel.neighbors exactly."""
     traces = torch.randn(2, 9, 45).abs()
     traces[:, :, 7] = 0.25  # dead

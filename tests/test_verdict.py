@@ -48,7 +48,7 @@ FINE = {
         ({"rise": 1.5}, "diverged", "raise localization"),
         ({"dead_share": 0.6}, "too little signal", "lower n_beta"),
         ({"rhat": 1.2}, "chains disagree", "1.20"),
-        ({"noise_floor": 0.7}, "too few draws for these neighbours", "0.70"),
+        ({"noise_floor": 0.7}, "too few draws for these neighbors", "0.70"),
         ({"sample_ess": 20.0}, "too few draws", "20 effective draws"),
         ({"reliability": 0.46}, "not determined", "R would correlate 0.46"),
         ({"reliability": 0.5}, "not determined", "draw 4.0 times as many"),

@@ -100,7 +100,7 @@ def build_kernel(
         panel: draws per rank-k update; None chooses by memory. Does not change the result beyond rounding.
         dtype: of the finished tiles, or factor, "float32" or "float16"; sums are float32 either way.
         centering: "chain" (each chain about its own mean) or "pooled" (adds the between-chain term).
-        form: of the kernel: "tiles", N^2 / 2 entries whatever the number of draws; or "factor", the centred draws
+        form: of the kernel: "tiles", N^2 / 2 entries whatever the number of draws; or "factor", the centered draws
             themselves, N entries a draw, for N large and draws few. The same methods and, within rounding, the same
             numbers. With `out` the factor is made there, from the log, in chunks of `tile` samples.
         memory: what the call may use beyond what the process holds when it begins: bytes, or text such as "8GB"; None
@@ -130,7 +130,7 @@ def build_kernel(
         MemoryError: the data or the kernel would not fit, before sampling starts; the message says what would. Or the
             system refused memory later: what was planned, and what is free.
         RuntimeError: the dataset's own code failed; the message says at which samples, and its error is the cause.
-        DivergedError: a chain left the neighbourhood of the trained weights.
+        DivergedError: a chain left the neighborhood of the trained weights.
         BackendError: an explicit backend cannot run here.
         DistributedError: ranks disagree on the call, or one of them has stopped; it is named.
         StoreError, FileExistsError: `out` is taken, damaged, holds another run, or does not fit on its disk.

@@ -73,7 +73,7 @@ def cross_kernel(
     Raises:
         ValueError, TypeError, IndexError: a bad argument, before sampling starts.
         MemoryError: the data or the draws' losses would not fit.
-        DivergedError: a chain left the neighbourhood of the trained weights.
+        DivergedError: a chain left the neighborhood of the trained weights.
         BackendError: an explicit backend cannot run here.
     """
     centering = check_choice("centering", centering, CENTERINGS)

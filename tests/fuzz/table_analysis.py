@@ -318,7 +318,7 @@ def _evaluation(table: Table, w: World) -> None:
     score = e.linear_datamodeling_score(w.random(N, 3), w.masks, w.random(5, 3), num_bootstrap=3)
     _record(table, score, "lossk.analysis.evaluate.DatamodelingScore", {"mean": number, "standard_error": number})
     comparison = compare_kernels(w.kernel, w.baseline, k=2)
-    counts = {"num_samples": r.integer(0), "neighbours": r.integer(0)}
+    counts = {"num_samples": r.integer(0), "neighbors": r.integer(0)}
     floats = ("entry_correlation_k", "entry_correlation_r", "cka_k", "cka_r", "debiased_cka_k", "debiased_cka_r",
               "overlap", "chance_overlap")  # fmt: skip
     _record(table, comparison, "lossk.analysis.compare.Comparison", {**counts, **dict.fromkeys(floats, number)})

@@ -1,7 +1,7 @@
-"""The factor form made by a run: its centred, scaled draws [D, N] instead of tiles, in memory or in the store.
+"""The factor form made by a run: its centered, scaled draws [D, N] instead of tiles, in memory or in the store.
 
 While draws are sampled only the moments are kept, and the draws themselves, in memory or in the log. At the end, with
-every sample's centre and scale known, the factor is (loss - centre) / scale, each entry rounded once, a stripe of
+every sample's center and scale known, the factor is (loss - center) / scale, each entry rounded once, a stripe of
 samples at a time. It depends on the draws, the moments and `tile` only: made again, it is the same to the bit.
 """
 
@@ -97,16 +97,16 @@ def create_factor(log: RunLog, tile: int, dtype: str) -> None:
 
 
 def scaled(losses: Tensor, moments: Moments, columns: slice) -> Tensor:
-    """(loss - centre) / scale of some samples' draws [C, T, s]: [C T, s] float32, zeros for a sample without variance.
+    """(loss - center) / scale of some samples' draws [C, T, s]: [C T, s] float32, zeros for a sample without variance.
 
-    The centre is the sample's chain mean or, centred "pooled", its mean; deviations are formed in float64.
+    The center is the sample's chain mean or, centered "pooled", its mean; deviations are formed in float64.
     """
     variance = moments.variance[columns]
     inverse = torch.where(variance > 0, 1.0 / moments.scale[columns], 0.0)
-    centres = moments.chain_mean[:, columns]
+    centers = moments.chain_mean[:, columns]
     if moments.centering == "pooled":
-        centres = moments.mean[columns].expand_as(centres)
+        centers = moments.mean[columns].expand_as(centers)
     out = torch.empty(losses.shape, dtype=torch.float32, device="cpu")
-    for chain, centre in enumerate(centres):
-        out[chain] = (losses[chain].double() - centre) * inverse
+    for chain, center in enumerate(centers):
+        out[chain] = (losses[chain].double() - center) * inverse
     return out.view(-1, losses.shape[2])

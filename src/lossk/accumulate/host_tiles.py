@@ -1,6 +1,6 @@
 """Tiles in host memory, updated on a device that does not have the room for them.
 
-Centred, scaled rows of draws wait on the device until there are enough of them; then every tile visits it once, takes
+Centered, scaled rows of draws wait on the device until there are enough of them; then every tile visits it once, takes
 in all of them in one product, and goes back. With all draws of a run waiting each tile makes one journey.
 """
 
@@ -34,7 +34,7 @@ class HostTiles(TileAccumulator):
         return pinned(torch.zeros(shape, dtype=torch.float32, device="cpu"))
 
     def _add_rows(self, rows: Tensor, precision: str) -> None:
-        if precision != self.precision:  # the last rows of the pooled centring
+        if precision != self.precision:  # the last rows of the pooled centering
             self._flush(self.precision)
         self._rows.append(rows)
         self._waiting += len(rows)

@@ -104,7 +104,7 @@ class ChainStatistics:
         self._likelihood = zeros(num_samples)  # sum of exp(-loss), from the origin
 
     def add(self, panel: Tensor) -> Tensor:
-        """Take in a panel [k, N] float64; returns its centred rows [k+1, N], the last one the step of the mean.
+        """Take in a panel [k, N] float64; returns its centered rows [k+1, N], the last one the step of the mean.
 
         (P - m_p) and sqrt(t k / (t + k)) (m_p - m): the sum of their outer products is the growth of the co-moment
         matrix (Chan, Golub and LeVeque 1983).

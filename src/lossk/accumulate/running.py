@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lossk.accumulate.panel import ChainStatistics, ChainTotals
 from lossk.forms.blocks import Moments, power_of_two_near, tile_spans
-from lossk.forms.centring import degrees_of_freedom
+from lossk.forms.centering import degrees_of_freedom
 from lossk.plan.layout import STRIPE
 
 
@@ -49,7 +49,7 @@ class RunningMoments:
             panel: [k, N] float32, losses in nats.
 
         Yields:
-            (columns, their centred rows [k+1, s] float64, the chain's statistics of them so far).
+            (columns, their centered rows [k+1, s] float64, the chain's statistics of them so far).
         """
         assert panel.ndim == 2
         assert panel.shape[1] == self.num_samples
@@ -77,7 +77,7 @@ class RunningMoments:
         return degrees_of_freedom(self.num_chains, self.num_draws, self.centering)
 
     def between(self) -> Tensor:
-        """[C, N] float64: rows whose products are what the spread of the chain means adds under pooled centring."""
+        """[C, N] float64: rows whose products are what the spread of the chain means adds under pooled centering."""
         return (self.chain_mean - self.chain_mean.mean(dim=0)) * self.num_draws**0.5
 
     def finish(self) -> Moments:

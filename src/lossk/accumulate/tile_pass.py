@@ -1,7 +1,7 @@
 """Tiles made out of core: in one pass at the end of a run, from the log of its draws, each written once.
 
 While draws are sampled only the moments are kept. Then, with every sample's mean and scale known, a tile is one product
-of centred, scaled draws read back from the log; of all draws at once where memory allows. With g tile rows held at a
+of centered, scaled draws read back from the log; of all draws at once where memory allows. With g tile rows held at a
 time the log is read about (n / g + 1) / 2 times, n being the tile rows of the kernel.
 
 Against the tiles kept in memory (`lossk.accumulate.tiles`): both sum the same D products, there of deviations from
@@ -77,7 +77,7 @@ class OutOfCore(MomentsFirst):
 
 
 class LoggedRows:
-    """The centred, scaled draws of a log, super-panel by super-panel, as the products of tiles need them."""
+    """The centered, scaled draws of a log, super-panel by super-panel, as the products of tiles need them."""
 
     def __init__(self, log: RunLog, running: RunningMoments, moments: Moments, super_panel: int) -> None:
         self.log, self.moments = log, moments
@@ -95,7 +95,7 @@ class LoggedRows:
             room -= draws
 
     def read(self, part: int, columns: slice) -> Tensor:
-        """Some samples' rows of one super-panel: [d, s] float32; the last has the pooled centring's rows as well."""
+        """Some samples' rows of one super-panel: [d, s] float32; the last has the pooled centering's rows as well."""
         commits, inverse = self.parts[part], self.inverse[columns]
         between = self.between[:, columns] * inverse if part + 1 == len(self.parts) else self.between[:0, columns]
         count = sum(len(commit["excess"]) for commit in commits)

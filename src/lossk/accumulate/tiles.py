@@ -89,9 +89,9 @@ class TileAccumulator:
         whole = torch.empty(len(panel) + 1, -(-self.num_samples // 16) * 16, dtype=half, device=self.device)
         rows = whole[:, : self.num_samples]
         before = self.scale.clone()
-        for span, centred, statistics in self.running.add(chain, panel):
+        for span, centered, statistics in self.running.add(chain, panel):
             self._fix_scale(span, statistics)
-            rows[:, span] = centred * self._inverse_scale(span)
+            rows[:, span] = centered * self._inverse_scale(span)
         changed = (before > 0) & (before != self.scale)
         if changed.any():
             self._multiply(torch.where(changed, before / self.scale, 1.0))

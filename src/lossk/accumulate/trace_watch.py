@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lossk.forms.centring import row_means
+from lossk.forms.centering import row_means
 from lossk.forms.watched import Watched, watched_samples
 from lossk.samplers.chain import Draw
 

@@ -154,7 +154,7 @@ class Baseline(AsArray):
     def neighbors(self, k: int = 10, rows: Any = None) -> Neighbors:
         """The k most correlated other samples, as `LossKernel.neighbors`; ties go to the smaller index.
 
-        `noise_floor` is 0 where features are exact: there is no noise for a neighbour to be. Of a sketch it is three
+        `noise_floor` is 0 where features are exact: there is no noise for a neighbor to be. Of a sketch it is three
         times its standard error.
         """
         k = check_integer("k", k, 1, self.num_samples - 1, limit=f"N - 1 = {self.num_samples - 1}")
@@ -292,9 +292,9 @@ def confusion(
 
 
 def knn_disagreement(features: Baseline, labels: Tensor, k: int = 10) -> Tensor:
-    """Share of each sample's k nearest neighbours that carry another label: [N] float64, high where it is suspicious.
+    """Share of each sample's k nearest neighbors that carry another label: [N] float64, high where it is suspicious.
 
-    A common detector of wrong labels that needs no retraining (k-nearest-neighbour editing, Wilson 1972).
+    A common detector of wrong labels that needs no retraining (k-nearest-neighbor editing, Wilson 1972).
     """
     features = check_instance("features", features, Baseline)
     labels = check_labels("labels", labels, features.num_samples)

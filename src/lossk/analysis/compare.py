@@ -1,4 +1,4 @@
-"""Two kernels of the same samples side by side: entries, alignment, and neighbours gained and lost."""
+"""Two kernels of the same samples side by side: entries, alignment, and neighbors gained and lost."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ class Comparison:
     num_samples: int  # live in both
     entry_correlation_k: float  # Pearson, of the entries above the diagonal
     entry_correlation_r: float
-    cka_k: float  # centred kernel alignment (Cortes et al. 2012, Kornblith et al. 2019), diagonals included
+    cka_k: float  # centered kernel alignment (Cortes et al. 2012, Kornblith et al. 2019), diagonals included
     cka_r: float
     debiased_cka_k: float  # of unbiased HSIC (Song et al. 2012), without diagonals: 0 on average if unrelated
     debiased_cka_r: float
-    neighbours: int  # k
-    overlap: float  # share of a's k nearest neighbours that are among b's
-    chance_overlap: float  # k / (n - 1): of random neighbours
+    neighbors: int  # k
+    overlap: float  # share of a's k nearest neighbors that are among b's
+    chance_overlap: float  # k / (n - 1): of random neighbors
     overlaps: Tensor  # [N] float64, per sample; NaN where dead
-    gained: Tensor  # [N, k] int64: b's neighbours that are none of a's, nearest first, then -1
-    lost: Tensor  # [N, k] int64: a's neighbours that are none of b's
+    gained: Tensor  # [N, k] int64: b's neighbors that are none of a's, nearest first, then -1
+    lost: Tensor  # [N, k] int64: a's neighbors that are none of b's
 
     def __post_init__(self) -> None:
         check_record(self)
@@ -51,12 +51,12 @@ def compare_kernels(
 ) -> Comparison:
     """Compare two kernels of the same N samples: loss kernels, symmetric [N, N] arrays, or features [N, d].
 
-    Streamed over blocks: two passes over the N^2 / 2 pairs of each (one for the sums, one for the neighbours), a few
+    Streamed over blocks: two passes over the N^2 / 2 pairs of each (one for the sums, one for the neighbors), a few
     blocks in memory. Both kernels' Monte Carlo noise lowers every number here: two runs of one network do not reach 1.
     The entries of K are led by the few samples of largest variance; those of R count every pair alike.
 
     Args:
-        k: neighbours compared, from 1 to the live samples less 1.
+        k: neighbors compared, from 1 to the live samples less 1.
 
     Raises:
         ValueError: different numbers of samples, or too few live in both.
@@ -78,7 +78,7 @@ def compare_kernels(
                 block[~live[rows]] = 0.0
                 block[:, ~live[columns]] = 0.0
             into.add(rows, columns, x, y)
-    near = [_neighbours(pairs, live, k) for pairs in (one, two)]
+    near = [_neighbors(pairs, live, k) for pairs in (one, two)]
     shared = (near[0].unsqueeze(2) == near[1].unsqueeze(1)) & (near[0] >= 0).unsqueeze(2)  # [N, k, k]
     overlaps = torch.where(live, shared.any(dim=2).double().mean(dim=1), float("nan"))
     of_k, of_r = sums["covariance"], sums["correlation"]
@@ -129,7 +129,7 @@ class _Sums:
         return _normalised(self.product - torch.outer(total, total) / pairs)
 
     def cka(self, count: int) -> float:
-        """tr(X H Y H) / sqrt(tr(X H X H) tr(Y H Y H)), H the centring matrix."""
+        """tr(X H Y H) / sqrt(tr(X H X H) tr(Y H Y H)), H the centering matrix."""
         row = self.row + self.diagonal
         total = row.sum(dim=1)
         product = self.product + self.diagonal @ self.diagonal.T
@@ -150,7 +150,7 @@ def _normalised(products: Tensor) -> float:
     return float(products[0, 1]) / (float(products[0, 0]) ** 0.5 * float(products[1, 1]) ** 0.5)
 
 
-def _neighbours(pairs: Pairs, live: Tensor, k: int) -> Tensor:
+def _neighbors(pairs: Pairs, live: Tensor, k: int) -> Tensor:
     """[N, k] the nearest live others of each live sample, -1 elsewhere."""
     spans = spans_of(pairs)
 

@@ -208,7 +208,7 @@ class RandomisationCheck:
 
     pearson: float  # of the correlations R_ij, i < j, of the two
     spearman: float
-    purity_trained: float  # share of the k nearest neighbours of the same class
+    purity_trained: float  # share of the k nearest neighbors of the same class
     purity_random: float
     purity_chance: float
 
@@ -223,8 +223,8 @@ def randomisation_check(
 
     Args:
         labels: [N] integer.
-        k: neighbours.
-        most: samples between which entries are compared, chosen at random from `seed`; neighbours are of all.
+        k: neighbors.
+        most: samples between which entries are compared, chosen at random from `seed`; neighbors are of all.
     """
     for name, kernel in (("trained", trained), ("untrained", untrained)):
         check_instance(name, kernel, LossKernel, Baseline)

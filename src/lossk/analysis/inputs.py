@@ -71,7 +71,7 @@ def check_classes(labels: Any, num_samples: int, count: int, of: str) -> Tensor:
 
 
 def check_index(name: str, value: Any, most: int) -> Tensor:
-    """Neighbours [N, k] int64 from -1, which stands for none, to `most`."""
+    """Neighbors [N, k] int64 from -1, which stands for none, to `most`."""
     found = check_tensor(name, value, ("N", "k"), of="an integer", at_least=0).to(torch.int64)
     if found.numel() and not (int(found.min()) >= -1 and int(found.max()) <= most):
         raise ValueError(f"{name} must be from -1 to N - 1 = {most}, got {int(found.min())} to {int(found.max())}")

@@ -1,7 +1,7 @@
-"""Map of a kernel: UMAP (McInnes, Healy, Melville, arXiv 1802.03426) of its nearest neighbours, and clusters on it.
+"""Map of a kernel: UMAP (McInnes, Healy, Melville, arXiv 1802.03426) of its nearest neighbors, and clusters on it.
 
-What is drawn is the graph of nearest neighbours in d = sqrt(2 (1 - R)), found by streaming over tiles; no N x N array
-is formed. UMAP keeps neighbourhoods, not distances: which samples lie side by side means something; how far apart two
+What is drawn is the graph of nearest neighbors in d = sqrt(2 (1 - R)), found by streaming over tiles; no N x N array
+is formed. UMAP keeps neighborhoods, not distances: which samples lie side by side means something; how far apart two
 groups lie, or how large one is, does not.
 """
 
@@ -31,7 +31,7 @@ PROJECTIONS = 16  # random directions that say where the disconnected parts of a
 
 @dataclass(frozen=True)
 class KernelMap:
-    """A map and the neighbours it was drawn from."""
+    """A map and the neighbors it was drawn from."""
 
     coordinates: Tensor  # [N, dimensions] float32; NaN for dead samples
     index: Tensor  # [N, k] int64, other samples, nearest first; -1 where there is none
@@ -51,10 +51,10 @@ def map_kernel(
     seed: int = 0,
     neighbors: Neighbors | None = None,
 ) -> KernelMap:
-    """Place each live sample so that its nearest neighbours in the kernel lie near it. Needs lossk[analysis].
+    """Place each live sample so that its nearest neighbors in the kernel lie near it. Needs lossk[analysis].
 
     The same seed gives the same map (on one machine: UMAP's floating point is the processor's). Time: the streamed
-    search of neighbours and one product of the kernel with 16 vectors, each N^2 / 2 pairs, then UMAP on one thread, of
+    search of neighbors and one product of the kernel with 16 vectors, each N^2 / 2 pairs, then UMAP on one thread, of
     order N k. Memory beyond the kernel's own: of order N k.
 
     Args:
@@ -121,7 +121,7 @@ def _outline(kernel: LossKernel, alive: Tensor, seed: int) -> np.ndarray:
 def _umap(
     index: np.ndarray, distance: np.ndarray, outline: np.ndarray, *, dimensions: int, min_dist: float, seed: int
 ) -> np.ndarray:
-    """[n, dimensions] float32 from the neighbours of n samples, which UMAP wants to start with the sample itself."""
+    """[n, dimensions] float32 from the neighbors of n samples, which UMAP wants to start with the sample itself."""
     count = len(index)
     own = np.arange(count)[:, None]
     index = np.hstack([own, index]).astype(np.int64)
@@ -145,7 +145,7 @@ def _umap(
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without UMAP's remarks on what is meant here: neighbours that it did not search for itself."""
+    """Without UMAP's remarks on what is meant here: neighbors that it did not search for itself."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "precomputed_knn", UserWarning)
         warnings.filterwarnings("ignore", "Tensorflow not installed", ImportWarning)
@@ -179,13 +179,13 @@ def cluster(
 ) -> Clusters:
     """HDBSCAN (Campello, Moulavi, Sander 2013; scikit-learn's) on a map's coordinates. Needs lossk[analysis].
 
-    These are clusters of the picture: UMAP pulls neighbours together and may tear what is continuous, so a cluster is a
+    These are clusters of the picture: UMAP pulls neighbors together and may tear what is continuous, so a cluster is a
     proposal to look at; how its members correlate is in the kernel.
 
     Args:
         map_or_coordinates: a `KernelMap`, or [N, d] coordinates, with NaN rows for samples that are nowhere.
         min_cluster_size: the fewest samples that make a cluster.
-        min_samples: neighbours that make a point dense; None = `min_cluster_size`.
+        min_samples: neighbors that make a point dense; None = `min_cluster_size`.
         labels: [N] integer classes, for the composition of each cluster.
     """
     min_cluster_size = check_integer("min_cluster_size", min_cluster_size, 2)

@@ -1,4 +1,4 @@
-"""Nearest neighbours with their significance: which of them chance alone would have shown."""
+"""Nearest neighbors with their significance: which of them chance alone would have shown."""
 
 from __future__ import annotations
 
@@ -34,24 +34,24 @@ class SignificantNeighbors(NamedTuple):
 def significant_neighbors(
     kernel: LossKernel, k: int = 10, rows: Any = None, anti: bool = False
 ) -> SignificantNeighbors:
-    """The k nearest neighbours of each sample, streamed over tiles, with standard errors and the noise floor.
+    """The k nearest neighbors of each sample, streamed over tiles, with standard errors and the noise floor.
 
     The noise floor is where one unrelated sample per row is expected (`kernel.neighbors`), so it says where noise
-    begins, not that a neighbour just above it is certain. `by_chance` is that expected number for each neighbour (as
-    BLAST's E-value): 1 at the floor, 0.01 where one row in a hundred would show such a neighbour by chance.
+    begins, not that a neighbor just above it is certain. `by_chance` is that expected number for each neighbor (as
+    BLAST's E-value): 1 at the floor, 0.01 where one row in a hundred would show such a neighbor by chance.
 
     Both come from losses of different chains, which are independent (`lossk.kernel.chance`): no law of the losses and
     no form of their memory is supposed. `null` says what was there for it.
 
     The shares of false discoveries are Benjamini and Hochberg's (1995), over the N - 1 others of a row and over all
-    pairs of the rows asked for: neighbours at or below 0.05 are false in at most 5 of 100, on average. They suppose
+    pairs of the rows asked for: neighbors at or below 0.05 are false in at most 5 of 100, on average. They suppose
     that correlations with one sample depend on one another positively or weakly, as one-sided tests that share a trace
     do; for any dependence at all (Benjamini and Yekutieli 2001) take 0.05 / (1 + 1/2 + ... + 1/m), m pairs.
 
     `standard_error` is `kernel.standard_error`'s.
 
     Args:
-        rows: the samples whose neighbours are wanted, as `kernel[rows]` takes; None = all.
+        rows: the samples whose neighbors are wanted, as `kernel[rows]` takes; None = all.
         anti: the most anti-correlated instead, lowest first. There R below -noise_floor is significant.
     """
     kernel = check_kernel("kernel", kernel)
@@ -80,7 +80,7 @@ def significant_neighbors(
 
 
 def _standard_error(kernel: LossKernel, rows: Tensor, index: Tensor, size: Tensor) -> Tensor:
-    """Of the correlations of rows [r] with their neighbours [r, k]: float32."""
+    """Of the correlations of rows [r] with their neighbors [r, k]: float32."""
     method = method_for(kernel.contents.blocks, watched=kernel._watched() is not None)
     if method == "products":
         none = torch.zeros(0, index.shape[1], dtype=torch.float32, device="cpu")

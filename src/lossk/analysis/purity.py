@@ -1,4 +1,4 @@
-"""Class purity: do a sample's nearest neighbours share its label, and how often would they by chance?"""
+"""Class purity: do a sample's nearest neighbors share its label, and how often would they by chance?"""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from lossk.checks import check_integer, check_tensor
 
 
 def class_purity(index: Tensor, labels: Tensor) -> float:
-    """Mean share of each sample's k neighbours that carry its label, in [0, 1]; `neighbor_purity` averaged."""
+    """Mean share of each sample's k neighbors that carry its label, in [0, 1]; `neighbor_purity` averaged."""
     return neighbor_purity(index, labels).mean().item()
 
 
 def neighbor_purity(index: Tensor, labels: Tensor) -> Tensor:
-    """Share of each sample's k neighbours that carry its label: [N] float64.
+    """Share of each sample's k neighbors that carry its label: [N] float64.
 
     Args:
-        index: [N, k] integer, as `kernel.neighbors(k).index`; -1 stands for no neighbour and counts as another class,
-            so that samples without neighbours lower the purity instead of vanishing from it.
+        index: [N, k] integer, as `kernel.neighbors(k).index`; -1 stands for no neighbor and counts as another class,
+            so that samples without neighbors lower the purity instead of vanishing from it.
         labels: [N] integer.
     """
     labels = check_labels("labels", labels)

@@ -14,7 +14,7 @@ from lossk.records import check_record
 
 @dataclass(frozen=True)
 class Stretch:
-    """Neighbouring places that one node of the taxonomy covers."""
+    """Neighboring places that one node of the taxonomy covers."""
 
     node: str
     first: int
@@ -28,7 +28,7 @@ def places(taxonomy: Taxonomy) -> NDArray[np.int64]:
     """The place of each class, from 0 to C - 1, in a walk of the taxonomy that finishes one branch before the next.
 
     A node of several parents hangs under its first one (WordNet names the principal hypernym first), so that what
-    results is a tree, and the classes below any node of it are neighbours: [C].
+    results is a tree, and the classes below any node of it are neighbors: [C].
     """
     check_instance("taxonomy", taxonomy, Taxonomy)
     place = {node: number for number, node in enumerate(_walk(taxonomy))}

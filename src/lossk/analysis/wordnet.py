@@ -50,12 +50,12 @@ def wordnet_taxonomy(synsets: Mapping[str, str | int], *, folder: str | Path | N
 
 
 def require_wordnet() -> None:
-    """Raise LosskError, with what to install, unless a kernel can be aligned with WordNet and drawn in its colours.
+    """Raise LosskError, with what to install, unless a kernel can be aligned with WordNet and drawn in its colors.
 
     To be asked before a run rather than after it; it does not read WordNet.
     """
     for module, package in (("umap", "umap-learn"), ("sklearn", "scikit-learn"), ("matplotlib", "matplotlib")):
-        check_installed(module, "analysis", "alignment with WordNet, and a map in its colours,", package=package)
+        check_installed(module, "analysis", "alignment with WordNet, and a map in its colors,", package=package)
     check_installed("nltk", "analysis", "WordNet")
     if not (Path(DEBIAN_FOLDER) / "data.noun").is_file():
         _reader(None)

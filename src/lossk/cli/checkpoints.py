@@ -125,7 +125,7 @@ def show_checkpoints(kernel: LossKernel, task: RecipeTask, config: RunConfig, ou
 def describe_stages(found: list[Stage], chance: float) -> str:
     """A line for each kernel."""
     lines = [
-        "Through training (CKA: debiased, of R; kept: neighbours shared with the kernel before; of the last: with the "
+        "Through training (CKA: debiased, of R; kept: neighbors shared with the kernel before; of the last: with the "
         f"trained network's; purity by chance {chance:.1%}):",
         f"  {'kernel':24s} mean loss  purity  above floor    CKA   kept  CKA last  of the last",
     ]
@@ -143,7 +143,7 @@ def _pair(comparison: Comparison | None) -> tuple[str, str]:
 
 
 def _per_sample(index: Tensor) -> float:
-    """Mean number of neighbours in the rows [N, k] of a comparison."""
+    """Mean number of neighbors in the rows [N, k] of a comparison."""
     return float((index >= 0).sum(dim=1).double().mean())
 
 

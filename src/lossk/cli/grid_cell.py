@@ -72,7 +72,7 @@ def run_cell(cell: PlannedCell, grid: Mapping[str, Any], task: RecipeTask, data:
     """Run one cell; a chain that diverges is a verdict here, not an error.
 
     Returns:
-        Plain data: the settings, the diagnostics (numbers in nats), and what the neighbours look like.
+        Plain data: the settings, the diagnostics (numbers in nats), and what the neighbors look like.
     """
     request, (probe, labels, train) = grid["request"], data
     started = time.perf_counter()

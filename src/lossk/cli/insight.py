@@ -23,9 +23,9 @@ TRUST = "with --labels config: let the YAML beside the store name code other tha
 
 def add_commands(commands: Any) -> None:
     """Add them to the parser's subcommands."""
-    near = commands.add_parser("neighbors", help="nearest neighbours with standard errors and the noise floor")
+    near = commands.add_parser("neighbors", help="nearest neighbors with standard errors and the noise floor")
     near.add_argument("store", type=folder)
-    near.add_argument("--k", type=whole(1), default=10, help="neighbours of each sample; default 10")
+    near.add_argument("--k", type=whole(1), default=10, help="neighbors of each sample; default 10")
     near.add_argument("--rows", type=int, nargs="+", help="only these samples'; default all")
     near.add_argument("--anti", action="store_true", help="the most anti-correlated instead")
     _add_out(near, TABLES)
@@ -58,10 +58,10 @@ def add_commands(commands: Any) -> None:
     _add_out(classes, TABLES + PICTURES)
     classes.set_defaults(run=run_hierarchy)
 
-    both = commands.add_parser("compare", help="two kernels of the same samples: entries, CKA, neighbours")
+    both = commands.add_parser("compare", help="two kernels of the same samples: entries, CKA, neighbors")
     both.add_argument("a", type=folder)
     both.add_argument("b", type=folder)
-    both.add_argument("--k", type=whole(1), default=10, help="neighbours compared; default 10")
+    both.add_argument("--k", type=whole(1), default=10, help="neighbors compared; default 10")
     _add_out(both, TABLES)
     both.set_defaults(run=run_compare)
 
@@ -218,11 +218,9 @@ def run_compare(options: argparse.Namespace) -> None:
     print(f"{found.num_samples:,} samples live in both")
     print(f"entries above the diagonal  correlation of K {found.entry_correlation_k:.3f}, of R "
           f"{found.entry_correlation_r:.3f}")  # fmt: skip
-    print(f"centred kernel alignment    K {found.cka_k:.3f}, R {found.cka_r:.3f}")
+    print(f"centered kernel alignment    K {found.cka_k:.3f}, R {found.cka_r:.3f}")
     print(f"  debiased                  K {found.debiased_cka_k:.3f}, R {found.debiased_cka_r:.3f}")
-    print(
-        f"{found.neighbours} nearest neighbours        {found.overlap:.1%} shared (chance {found.chance_overlap:.1%})"
-    )
+    print(f"{found.neighbors} nearest neighbors        {found.overlap:.1%} shared (chance {found.chance_overlap:.1%})")
     for target in paths:
         gained, lost = ((x >= 0).sum(dim=1) for x in (found.gained, found.lost))
         sample = np.arange(a.num_samples)

@@ -240,7 +240,7 @@ def of_task(task: RecipeTask, out: Path) -> list[Path]:
 
 
 def contexts_page(out: Path) -> Path:
-    """Where a run of a text recipe shows rows and their neighbours in context."""
+    """Where a run of a text recipe shows rows and their neighbors in context."""
     return out.with_suffix(".contexts.html")
 
 
@@ -253,7 +253,7 @@ def captions(kernel: LossKernel, task: RecipeTask, neighbors: Neighbors) -> tupl
         parts.append(f"held-out accuracy {task.held_out_accuracy:.1%}")
     if task.labels is not None:
         purity, chance = class_purity(neighbors.index, task.labels), chance_purity(task.labels)
-        parts.append(f"{purity:.1%} of {neighbors.index.shape[1]} neighbours in the same class (chance {chance:.1%})")
+        parts.append(f"{purity:.1%} of {neighbors.index.shape[1]} neighbors in the same class (chance {chance:.1%})")
     if diagnostics is not None and diagnostics.llc is not None and diagnostics.rhat is not None:
         parts.append("no LLC: w* is no minimum" if diagnostics.no_minimum else f"LLC {diagnostics.llc:.1f}")
         parts.append(f"R-hat {diagnostics.rhat:.2f}")

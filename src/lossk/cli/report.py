@@ -15,7 +15,7 @@ from lossk.cli.options import existing, file_path, folder, named, whole
 
 def add_command(commands: Any) -> None:
     """Add it to the parser's subcommands."""
-    report = commands.add_parser("report", help="one HTML file that shows a store: map, neighbours, matrix, chains")
+    report = commands.add_parser("report", help="one HTML file that shows a store: map, neighbors, matrix, chains")
     report.add_argument("store", type=folder)
     report.add_argument("--out", type=file_path, metavar="FILE.html", help="default: beside the store, with its name")
     report.add_argument(

@@ -61,7 +61,7 @@ def run_info(options: argparse.Namespace) -> None:
         return
     print(f"{store}  {gigabytes(size)}, complete")
     print(describe(kernel))
-    print(f"{kernel.form:12s} side {kernel.tile}, {kernel.dtype}, centred by {kernel.centering}")
+    print(f"{kernel.form:12s} side {kernel.tile}, {kernel.dtype}, centered by {kernel.centering}")
     for key, value in kernel.meta.get("sampler", {}).items():
         print(f"  {key:20s} {value}")
     for name, scale in kernel.meta.get("scales", {}).items():

@@ -12,7 +12,7 @@ from lossk.kernel.neighbors import Neighbors
 
 
 def wordnet_picture(out: Path) -> Path:
-    """Where a run shows its map coloured by WordNet."""
+    """Where a run shows its map colored by WordNet."""
     return out.with_suffix(".wordnet.png")
 
 

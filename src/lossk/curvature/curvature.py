@@ -136,22 +136,22 @@ class Products:
 
     def gradient_covariance(self, v: Tensor) -> Tensor:
         """Cov(g) v = (1/B) sum_i (g_i'v - mean) g_i, the directional derivatives g_i'v by central differences."""
-        return self._weighted_gradient(self._centred_slopes(v))
+        return self._weighted_gradient(self._centered_slopes(v))
 
     def controlled_covariance(self, v: Tensor) -> Tensor:
         """Cov(d) v with d_i = g_i(w) - g_i(w*)."""
-        here = self._centred_slopes(v)
+        here = self._centered_slopes(v)
         try:
             center, self.center = self.center, self.task.anchor
             self.task.reset()
-            here = here - self._centred_slopes(v)
+            here = here - self._centered_slopes(v)
             there = self._weighted_gradient(here)
         finally:
             self.center = center
             self.task.flat.copy_(center)
         return self._weighted_gradient(here).sub_(there)
 
-    def _centred_slopes(self, v: Tensor) -> Tensor:
+    def _centered_slopes(self, v: Tensor) -> Tensor:
         """[B] float64: g_i'v less its mean."""
         step = self._difference_step(v)
         ahead, behind = (self._at(v, s, self._all_losses) for s in (step, -step))

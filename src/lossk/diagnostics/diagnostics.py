@@ -16,7 +16,7 @@ from lossk.checks import check_choice
 from lossk.diagnostics.information import Criteria, Estimate, mean_over_draws
 from lossk.diagnostics.reliability import mean_error, reliability, size_error
 from lossk.diagnostics.verdict import below_minimum, judge
-from lossk.forms.centring import never_varies, row_means
+from lossk.forms.centering import never_varies, row_means
 from lossk.forms.watched import watched_samples
 from lossk.optional import require
 

@@ -50,7 +50,7 @@ class Criteria:
     num_train: int
     n_beta: float
     num_draws: int | None = None  # of a chain; None: biases of few draws are not known
-    lost: float = 0.0  # sum over samples of what centring by chain takes away of Var(loss), nats^2
+    lost: float = 0.0  # sum over samples of what centering by chain takes away of Var(loss), nats^2
     reach: float = 1.0  # what skewness of the variances makes the errors of V, nu and WAIC longer by
 
     @property
@@ -80,7 +80,7 @@ class Criteria:
 
 
 def lost_variance(chain_mean: Tensor, variance: Tensor, num_draws: int) -> float:
-    """What centring by chain takes away of the sum of variances, from the chain means [C, N]; 0 of one chain."""
+    """What centering by chain takes away of the sum of variances, from the chain means [C, N]; 0 of one chain."""
     if len(chain_mean) < 2:
         return 0.0
     return max(float((chain_mean.var(dim=0) - variance / num_draws).sum()), 0.0)

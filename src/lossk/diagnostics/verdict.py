@@ -91,7 +91,7 @@ RULES = (
         "diverged",
         lambda n: n.rise > FORGOTTEN * n.uninformed,
         "draws raise the training loss by {n.rise:.2g}, where a predictor that has learnt nothing loses "
-        "{n.uninformed:.2g}: they have left the neighbourhood of the trained weights; raise localization or n_beta, "
+        "{n.uninformed:.2g}: they have left the neighborhood of the trained weights; raise localization or n_beta, "
         "or shorten the step",
     ),
     Rule(
@@ -106,7 +106,7 @@ RULES = (
         "raise num_steps_bw_draws or num_burnin_steps",
     ),
     Rule(
-        "too few draws for these neighbours",
+        "too few draws for these neighbors",
         lambda n: n.noise_floor > FLOOR_LIMIT,
         "chance alone reaches correlations of {n.noise_floor:.2f} (limit {FLOOR_LIMIT}); raise num_draws, or "
         "num_steps_bw_draws if draws are autocorrelated",

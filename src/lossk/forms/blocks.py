@@ -17,7 +17,7 @@ class Moments:
     """What is known of each sample by itself. All [N] float64 unless noted."""
 
     mean: Tensor  # of the losses, nats
-    variance: Tensor  # nats^2, with the kernel's centring and degrees of freedom
+    variance: Tensor  # nats^2, with the kernel's centering and degrees of freedom
     scale: Tensor  # s_i, a power of two within a factor sqrt(2) of the standard deviation
     chain_mean: Tensor  # [C, N]
     lag1: Tensor  # within-chain lag-1 autocorrelation of the losses
@@ -117,7 +117,7 @@ class TileBlocks:
 
 
 class FactorBlocks:
-    """The centred, scaled traces F [D, N]: the scaled covariance is F'F / freedom. Rank at most D.
+    """The centered, scaled traces F [D, N]: the scaled covariance is F'F / freedom. Rank at most D.
 
     Whatever is done with the whole of F is done a stripe of samples at a time, so that F may lie on disk
     (`StoredFactor`): a subclass says how `take` and `stripe` read it.

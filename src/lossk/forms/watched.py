@@ -44,9 +44,9 @@ def watched_in(blocks: Blocks, moments: Moments) -> Watched | None:
     if not isinstance(blocks, FactorBlocks):
         return None
     index = watched_samples(blocks.num_samples, blocks.num_rows)
-    centres = moments.chain_mean if moments.centering == "chain" else moments.mean.expand_as(moments.chain_mean)
+    centers = moments.chain_mean if moments.centering == "chain" else moments.mean.expand_as(moments.chain_mean)
     deviations = blocks.take(index).double() * moments.scale[index]
-    losses = deviations.unflatten(0, (moments.num_chains, -1)) + centres[:, index].unsqueeze(1)
+    losses = deviations.unflatten(0, (moments.num_chains, -1)) + centers[:, index].unsqueeze(1)
     return Watched(index, losses.float())
 
 

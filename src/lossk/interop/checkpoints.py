@@ -37,7 +37,7 @@ class CheckpointKernel:
 
     name: str
     kernel: LossKernel
-    change: Comparison | None  # from the checkpoint before: CKA, entry correlation, neighbours; None for the first
+    change: Comparison | None  # from the checkpoint before: CKA, entry correlation, neighbors; None for the first
 
     def __post_init__(self) -> None:
         check_record(self)
@@ -48,7 +48,7 @@ class CheckpointKernels:
 
     Args:
         build: the kernel of the model as it is now, always over the same probe samples.
-        k: neighbours compared.
+        k: neighbors compared.
 
     Attributes:
         steps: [CheckpointKernel], in the order added.
@@ -83,7 +83,7 @@ def over_checkpoints(
             in them can execute; Lightning's "state_dict" is looked into), .safetensors, or directories of a Hugging
             Face checkpoint.
         build: the kernel of a model, always over the same probe samples.
-        k: neighbours compared.
+        k: neighbors compared.
 
     Raises:
         ValueError: a checkpoint that does not fit the model.

@@ -140,13 +140,13 @@ class LangevinOptimizer(Optimizer):
         w = state["master"] if "master" in state else p.data.reshape(-1)  # a view, unless p is not contiguous
         g = p.grad.detach().float().flatten()
         pull = group["localization"] + group["weight_decay"]
-        centre = start if group["weight_decay"] == 0 else start * (group["localization"] / pull)
+        center = start if group["weight_decay"] == 0 else start * (group["localization"] / pull)
         before = self._before(p, w, g, group, at, number, sums) if self._wanted else None
         held = w[frozen] if frozen is not None else w
         sgld_step(
             w,
             g,
-            centre,
+            center,
             lr=group["lr"] * square,
             n_beta=group["nbeta"] / square,
             localization=pull / square,

@@ -22,7 +22,7 @@ from tqdm import tqdm
 from lossk.ambient import without_autocast
 from lossk.checks import check_choice, check_device, check_flag, check_integer, shown
 from lossk.forms.blocks import tile_spans
-from lossk.forms.centring import centre, degrees_of_freedom
+from lossk.forms.centering import center, degrees_of_freedom
 from lossk.interop.devinterp2_sample import LossFn, ObservableSpec, ParamMasks, sample
 from lossk.interop.devinterp2_tree import MissingObservable, loss_names, open_tree, read_losses
 from lossk.optional import require
@@ -177,9 +177,9 @@ def _standardise(rows: Tensor, covariance: bool, positions: int | None) -> Tenso
     group = positions or 1
     z = torch.empty(num_chains * num_draws, count // group, dtype=torch.float32, device="cpu")
     for span in tile_spans(count, max(group, STRIPE // group * group)):
-        centred = centre(rows[:, :, span], "pooled")
-        unit = torch.ones_like(centred.scale) if covariance else centred.variance.sqrt()  # 0 gives NaN: 0 * inf
-        part = centred.factor * (centred.scale / unit / freedom**0.5).float()
+        centered = center(rows[:, :, span], "pooled")
+        unit = torch.ones_like(centered.scale) if covariance else centered.variance.sqrt()  # 0 gives NaN: 0 * inf
+        part = centered.factor * (centered.scale / unit / freedom**0.5).float()
         if positions is not None:
             part = part.reshape(len(part), -1, positions).mean(dim=2)
         z[:, span.start // group : span.stop // group] = part

@@ -80,7 +80,7 @@ class LoggedChain(SteppingChain):
         elif law.same_minibatches:
             self.force.minibatches = Minibatches(n, size, seed=around.seed, chain=0)
         self.pull = self.localization + law.weight_decay
-        self.centre = self.task.anchor * (self.localization / self.pull if self.pull else 0.0)
+        self.center = self.task.anchor * (self.localization / self.pull if self.pull else 0.0)
         self.moves = self._mask() if law.masks else None
 
     @property
@@ -118,7 +118,7 @@ class LoggedChain(SteppingChain):
             sgld_step(
                 self.task.flat,
                 self.task.grad,
-                self.centre,
+                self.center,
                 lr=float(self.sampler.lr) * square,
                 n_beta=self.n_beta / square,
                 localization=self.pull / square,

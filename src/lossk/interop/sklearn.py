@@ -1,4 +1,4 @@
-"""The loss kernel in scikit-learn, and as neighbour graphs for umap-learn, TorchDR and HDBSCAN.
+"""The loss kernel in scikit-learn, and as neighbor graphs for umap-learn, TorchDR and HDBSCAN.
 
     SpectralClustering(affinity="precomputed").fit(affinity(kernel))
     KernelPCA(kernel="precomputed").fit(gram(kernel));  SVC(kernel="precomputed").fit(gram(kernel), labels)
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from lossk.checks import check_choice, check_flag, check_instance, check_integer, check_tensor, shown
 from lossk.forms.blocks import tile_spans
-from lossk.forms.centring import degrees_of_freedom
+from lossk.forms.centering import degrees_of_freedom
 from lossk.kernel.kernel import LossKernel
 from lossk.kernel.traces import LossTraces
 from lossk.optional import require
@@ -73,7 +73,7 @@ def knn(kernel: LossKernel, k: int = 15) -> tuple[np.ndarray, np.ndarray]:
 
     As `umap.UMAP(n_neighbors=k + 1, precomputed_knn=knn(kernel, k))` wants them. Distances ascend along a row. A sample
     whose loss never varies is at distance sqrt(2) of every other (R = 0); it is given the first k of them, and is
-    nobody's neighbour.
+    nobody's neighbor.
 
     Raises:
         ValueError: k is not from 1 to N - 1, or fewer than k other samples vary.
@@ -94,14 +94,14 @@ def knn(kernel: LossKernel, k: int = 15) -> tuple[np.ndarray, np.ndarray]:
 def neighbor_graph(
     kernel: LossKernel, k: int = 15, *, mode: Literal["distance", "connectivity"] = "distance"
 ) -> scipy.sparse.csr_matrix:
-    """Sparse graph of the k nearest neighbours, as `sklearn.neighbors.KNeighborsTransformer` makes it: CSR [N, N].
+    """Sparse graph of the k nearest neighbors, as `sklearn.neighbors.KNeighborsTransformer` makes it: CSR [N, N].
 
     Each row holds k + 1 entries by ascending distance, the sample itself among them, at distance 0 (an explicit zero),
     so that estimators with `n_neighbors=k` and `metric="precomputed"` take it, and so does `sklearn.cluster.HDBSCAN`
     if it is made symmetric (`graph.maximum(graph.T)`) and is connected.
 
     Args:
-        k: neighbours besides the sample itself.
+        k: neighbors besides the sample itself.
         mode: "distance", sqrt(2 (1 - R)), or "connectivity", ones.
     """
     mode = check_choice("mode", mode, ("distance", "connectivity"))
@@ -131,14 +131,14 @@ def _as_features(X: Any) -> Any:
 class LossKernelTransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
     """Losses of samples at common draws [n, draws] to the loss kernel, for pipelines and cross-validation.
 
-    Each row is centred (within each chain) and scaled by itself, so that nothing of the samples held out is known to
+    Each row is centered (within each chain) and scaled by itself, so that nothing of the samples held out is known to
     those fitted.
 
     Args:
         output: "kernel", [n, fitted samples], for estimators with `kernel="precomputed"`; or "features", [n, draws],
             whose inner products are the kernel, for any estimator and without an n x n matrix.
         correlation: R instead of K; where a loss never varies its row is 0 (also against itself).
-        num_chains: consecutive equal parts of the features, each centred about its own mean.
+        num_chains: consecutive equal parts of the features, each centered about its own mean.
 
     Attributes:
         features_: [fitted samples, draws] float32 or float64, as `X` was; of output="kernel".

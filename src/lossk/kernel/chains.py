@@ -32,7 +32,7 @@ class SomeDraws(FactorBlocks):
 
 
 def has_chains(kernel: LossKernel) -> bool:
-    """Whether its chains can be told apart: in factor form, centred by chain, at least two of them."""
+    """Whether its chains can be told apart: in factor form, centered by chain, at least two of them."""
     return kernel.form == "factor" and kernel.centering == "chain" and kernel.num_chains >= 2
 
 
@@ -42,7 +42,7 @@ def leave_one_chain_out(kernel: LossKernel) -> Iterator[LossKernel]:
     Each reads the factor of the whole. Lag-1 autocorrelations are those of the whole.
 
     Raises:
-        ValueError: tiles do not know chains, nor do traces centred on a pooled mean; or there is one chain.
+        ValueError: tiles do not know chains, nor do traces centered on a pooled mean; or there is one chain.
     """
     if not has_chains(kernel):
         raise ValueError(

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from lossk.ambient import without_autocast
 from lossk.forms.blocks import Blocks, FactorBlocks, Moments
-from lossk.forms.centring import centre
+from lossk.forms.centering import center
 from lossk.forms.watched import Watched
 from lossk.kernel.chance_tail import Tails, coordinate
 from lossk.kernel.standard_error import bartlett_factor
@@ -205,7 +205,7 @@ class _Carried:
 
     def __init__(self, watched: Watched, here: Tensor, moments: Moments, anti: bool) -> None:
         index, self._lag1 = watched.index[here], moments.lag1
-        traces = _unit(centre(watched.losses[:, :, here], moments.centering).factor.float())
+        traces = _unit(center(watched.losses[:, :, here], moments.centering).factor.float())
         rng = np.random.default_rng(SEED)
         slow = _slow(traces, moments.num_chains)
         torn = slow.unsqueeze(1) & slow

@@ -45,7 +45,7 @@ from lossk.store.store import save_contents
 class LossKernel(AsArray):
     """K_ij = Cov(loss_i, loss_j) over SGLD draws around the trained weights (arXiv 2509.26537).
 
-    Held as dense triangular tiles (streamed) or as the low-rank factor of centred traces; both give the same numbers.
+    Held as dense triangular tiles (streamed) or as the low-rank factor of centered traces; both give the same numbers.
     All entries are in nats^2. The kernel is symmetric and positive semi-definite up to rounding. NumPy and scikit-learn
     take it as an array of shape (N, N), `np.asarray(kernel)`, within the limit of `to_numpy`.
     """
@@ -229,7 +229,7 @@ class LossKernel(AsArray):
                 +- 1.96 of either cover about 95 % where draws are many, and less where losses are skewed and effective
                 draws are few. "interval": "products", longer by what skewness and heavy tails of the products ask for:
                 +- 1.96 of it cover nearer to 95 % there. It may be several times the error's usual size.
-                "chains": the spread of the C chains' own kernels over sqrt(C); needs the factor form, chain centring
+                "chains": the spread of the C chains' own kernels over sqrt(C); needs the factor form, chain centering
                 and at least 2 chains. Read it with t of C - 1 degrees of freedom (4 chains: +- 3.18 cover 95 %).
                 "lag1": with each loss's lag-1 autocorrelation r, D = C (T - 1), f = (1 + r_i r_j) / (1 - r_i r_j),
                 se(K_ij)^2 = (K_ii K_jj + K_ij^2) f / D,  se(R_ij) = (1 - R_ij^2) sqrt(f / D) (Bartlett 1935): right for
@@ -312,7 +312,7 @@ class LossKernel(AsArray):
         """The k most correlated other samples of each sample, by streaming over tiles; ties go to the smaller index.
 
         Args:
-            rows: the samples whose neighbours are wanted (any index that `kernel[rows]` takes), among all N; None for
+            rows: the samples whose neighbors are wanted (any index that `kernel[rows]` takes), among all N; None for
                 all of them. r rows cost r N pairs instead of N^2 / 2.
             anti: the k most anti-correlated instead, lowest first; the floor is then one for -R.
             backend: "torch", or "triton" (all rows, k up to 64; the same within a rounding of the correlations), to
@@ -322,8 +322,8 @@ class LossKernel(AsArray):
         Returns:
             Neighbors(index [N, k] int64, correlation [N, k] float32, noise_floor [N] float32), or r instead of N. A
             correlation below its row's noise floor is what the best of N unrelated samples would show (by chance alone
-            one neighbour per row is expected above it), as losses of different chains show it (`lossk.kernel.chance`).
-            Dead samples have no neighbours (index -1) and are nobody's.
+            one neighbor per row is expected above it), as losses of different chains show it (`lossk.kernel.chance`).
+            Dead samples have no neighbors (index -1) and are nobody's.
 
         Memory beyond the result and the form itself: of all rows, about five tiles in float32 (350 MB at side 4,096);
         of some, two blocks of r rows (4,096 at a time) by a tile's side.

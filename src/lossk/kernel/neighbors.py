@@ -1,4 +1,4 @@
-"""Nearest neighbours in the correlation kernel, with the level that chance alone reaches."""
+"""Nearest neighbors in the correlation kernel, with the level that chance alone reaches."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from lossk.ops.top_correlations import EMPTY, MOST_BY_TRITON, merge_tile, top_co
 class Neighbors(NamedTuple):
     """The k most correlated other samples of each sample, best first."""
 
-    index: Tensor  # type: ignore[assignment]  # [N, k] int64; -1 where a sample has fewer than k (dead samples neither have nor are neighbours)
+    index: Tensor  # type: ignore[assignment]  # [N, k] int64; -1 where a sample has fewer than k (dead samples neither have nor are neighbors)
     correlation: Tensor  # [N, k] float32; 0 where the index is -1
     noise_floor: Tensor  # [N] float32; what the best of N - 1 unrelated samples would reach
 
 
 BAND = 512  # rows of a block ranked at a time: a rank's keys take 8 bytes an entry, and copies of them
-GROUP = 4096  # rows whose neighbours are found in one pass over the columns
+GROUP = 4096  # rows whose neighbors are found in one pass over the columns
 
 
 def nearest(
@@ -95,7 +95,7 @@ def device_for_neighbors(blocks: Blocks, k: int, backend: str | None) -> torch.d
     lie on a CUDA device on which it passes its self-test.
 
     Raises:
-        ValueError: "triton" with more neighbours than it keeps in registers.
+        ValueError: "triton" with more neighbors than it keeps in registers.
         BackendError: "triton", and it cannot run here.
     """
     if backend == "torch" or (backend is None and (blocks.device.type != "cuda" or k > MOST_BY_TRITON)):

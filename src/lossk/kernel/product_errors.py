@@ -31,7 +31,7 @@ FEW = 8  # degrees of freedom, below which an error is at least that of independ
 
 @dataclass(frozen=True)
 class Samples:
-    """Some samples' centred traces and what their errors need of each."""
+    """Some samples' centered traces and what their errors need of each."""
 
     traces: Tensor  # [D, n] float32, in units of the scale
     variance: Tensor  # [n] float64, of these
@@ -155,7 +155,7 @@ def _assembled(
 
 
 def _lost_share(samples: Samples, moments: Moments) -> Tensor:
-    """[n]: of a variance, what centring by chain takes away beyond what independent draws lose."""
+    """[n]: of a variance, what centering by chain takes away beyond what independent draws lose."""
     parts = len(samples.means) // moments.num_chains
     own = samples.means.square().sum(dim=0) / (max(len(samples.means) - 1, 1) * parts) * samples.stretch.square()
     share = own / samples.variance.clamp(min=TINY) - 1 / moments.num_draws

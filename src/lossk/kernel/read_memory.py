@@ -43,7 +43,7 @@ def check_dense(blocks: Blocks) -> None:
 
 
 def check_neighbors(blocks: Blocks, k: int, rows: int | None) -> None:
-    """Running neighbours of all samples, or of some; a tile and what is made of it."""
+    """Running neighbors of all samples, or of some; a tile and what is made of it."""
     count = blocks.num_samples if rows is None else rows
     side = min(blocks.tile, blocks.num_samples)
     height = side if rows is None else min(rows, 4096)

@@ -98,7 +98,7 @@ def pair_errors(
 def chain_spread(blocks: FactorBlocks, moments: Moments, rows: Tensor, columns: Tensor, correlation: bool) -> Tensor:
     """The spread of the C chains' own kernels over sqrt(C): [r, c] float32, nats^2 or, of correlations, 1.
 
-    The factor must be centred by chain, and C at least 2.
+    The factor must be centered by chain, and C at least 2.
     """
     num_draws, num_chains = moments.num_draws, moments.num_chains
     a = blocks.take(rows).double().split(num_draws)  # C times [T, r]

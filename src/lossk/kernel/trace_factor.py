@@ -8,20 +8,20 @@ import torch
 
 from lossk.diagnostics.diagnostics import Diagnostics, diagnose_traces
 from lossk.forms.blocks import FactorBlocks, Moments, tile_spans
-from lossk.forms.centring import centre, degrees_of_freedom, empty_moments, note
+from lossk.forms.centering import center, degrees_of_freedom, empty_moments, note
 from lossk.forms.watched import watched_bytes, watched_in
 from lossk.kernel.neighbors import median_noise_floor
 
 if TYPE_CHECKING:
     from lossk.kernel.traces import LossTraces
 
-STRIPE, LEAST = 4096, 64  # samples centred at a time, at most and at least
+STRIPE, LEAST = 4096, 64  # samples centered at a time, at most and at least
 
 
 def factor_of(
     traces: LossTraces, centering: str, *, overwrite: bool = False
 ) -> tuple[FactorBlocks, Moments, Diagnostics]:
-    """The factor [C T, N] float32 of centred traces, the moments of their samples, and their diagnostics.
+    """The factor [C T, N] float32 of centered traces, the moments of their samples, and their diagnostics.
 
     Args:
         overwrite: put the factor into the traces' own memory: their losses are then lost.
@@ -33,9 +33,9 @@ def factor_of(
     factor = losses.view(shape) if overwrite else torch.empty(shape, dtype=torch.float32, device="cpu")
     moments = empty_moments(num_chains, num_draws, num_samples, centering)
     for span in tile_spans(num_samples, stripe_of(num_samples, num_chains)):
-        centred = centre(losses[:, :, span], centering)
-        factor[:, span] = centred.factor
-        note(moments, span, centred)
+        centered = center(losses[:, :, span], centering)
+        factor[:, span] = centered.factor
+        note(moments, span, centered)
     blocks = FactorBlocks(factor, degrees_of_freedom(num_chains, num_draws, centering))
     watched = watched_in(blocks, moments)
     assert watched is not None
@@ -43,7 +43,7 @@ def factor_of(
 
 
 def stripe_of(num_samples: int, num_chains: int) -> int:
-    """Samples centred at a time: what is made of them takes about a chain's traces of a quarter of all samples."""
+    """Samples centered at a time: what is made of them takes about a chain's traces of a quarter of all samples."""
     fitting = num_samples // (4 * (num_chains + 10))
     return min(max(fitting // LEAST * LEAST, LEAST), STRIPE)
 

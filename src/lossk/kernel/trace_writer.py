@@ -24,7 +24,7 @@ from lossk.diagnostics.diagnostics import Diagnostics, diagnose
 from lossk.disk.chunks import ArraySpec, Chunks
 from lossk.disk.files import Digest, sync_tree
 from lossk.disk.swap import in_one_step
-from lossk.forms.centring import centre, degrees_of_freedom, empty_moments, note
+from lossk.forms.centering import center, degrees_of_freedom, empty_moments, note
 from lossk.forms.watched import Watched, watched_samples
 from lossk.kernel.column_checks import check_excess, check_sets, check_tokens
 from lossk.kernel.neighbors import median_noise_floor
@@ -155,10 +155,10 @@ class TraceWriter:
 
     def _write_chunk(self, start: int, losses: Tensor) -> None:
         span = slice(start, start + losses.shape[2])
-        centred = centre(losses, self.centering, DTYPES[self.dtype])
+        centered = center(losses, self.centering, DTYPES[self.dtype])
         at = (0, start // self.chunk)
-        self._known[self._factor.key(at)] = self._factor.write(at, centred.factor.numpy(), durable=False)
-        note(self._moments, span, centred)
+        self._known[self._factor.key(at)] = self._factor.write(at, centered.factor.numpy(), durable=False)
+        note(self._moments, span, centered)
         self._total += losses.sum(dim=2, dtype=torch.float64)
         self._num_constant += int((losses == losses[:, :1]).all(dim=1).all(dim=0).sum())
         here = (self._watched >= span.start) & (self._watched < span.stop)

@@ -78,8 +78,8 @@ class LossTraces:
         """Write them to a store that `lossk.open` reads as their kernel, from disk, and xarray as a dataset.
 
         Deviations are kept scaled in `dtype`, about 2 bytes per draw and sample in float16, with relative error 2^-11
-        (`lossk.kernel.trace_writer`); means, variances and scales exactly. loss = centre + scale * factor, where the
-        centre is the sample's `chain_mean` or, centred "pooled", its `mean`.
+        (`lossk.kernel.trace_writer`); means, variances and scales exactly. loss = center + scale * factor, where the
+        center is the sample's `chain_mean` or, centered "pooled", its `mean`.
 
         Args:
             path: of the store; an existing one is refused.

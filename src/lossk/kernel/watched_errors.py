@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lossk.forms.blocks import FactorBlocks, Moments
-from lossk.forms.centring import centre, degrees_of_freedom, empty_moments, note
+from lossk.forms.centering import center, degrees_of_freedom, empty_moments, note
 from lossk.forms.watched import Watched
 from lossk.kernel.product_errors import product_spread
 from lossk.kernel.standard_error import lag1_error
@@ -85,9 +85,9 @@ def watched_errors(watched: Watched | None, moments: Moments) -> WatchedErrors:
         raise ValueError("method='watched' needs a kernel that keeps some traces, got a store of an earlier version")
     chains, draws, count = watched.losses.shape
     own, at = empty_moments(chains, draws, count, moments.centering), torch.arange(count, device="cpu")
-    centred = centre(watched.losses, moments.centering)
-    note(own, slice(0, count), centred)
-    blocks = FactorBlocks(centred.factor, degrees_of_freedom(chains, draws, moments.centering))
+    centered = center(watched.losses, moments.centering)
+    note(own, slice(0, count), centered)
+    blocks = FactorBlocks(centered.factor, degrees_of_freedom(chains, draws, moments.centering))
     alive = at[own.variance > 0]
     i, j = (alive[part] for part in torch.triu_indices(len(alive), len(alive), 1, device="cpu"))
     whole = torch.zeros(count, count, dtype=torch.float64, device="cpu")

@@ -1,4 +1,4 @@
-"""tile += rows_i' rows_j: the contribution of a panel's centred, scaled rows to the kernel, by tile or by triangle."""
+"""tile += rows_i' rows_j: the contribution of a panel's centered, scaled rows to the kernel, by tile or by triangle."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def rank_update(
 
     Args:
         tile: [a, b] float32 (for "triton" also float16), columns adjacent, changed in place.
-        rows_i: [k+1, a] float32, centred and scaled losses of the tile's rows; of several panels, one below the other.
+        rows_i: [k+1, a] float32, centered and scaled losses of the tile's rows; of several panels, one below the other.
         rows_j: [k+1, b] float32, the same of its columns.
         backend: "torch" (the reference: float32 products whatever the precision asked for) or "triton".
         precision: one of PRECISIONS; for "fp16" and "bf16" rows may be given in these dtypes.
@@ -77,7 +77,7 @@ def rank_update_triangle(
     if (mean is None) != (inverse_scale is None) or (mean is None and last is not None):
         raise ValueError("mean and inverse_scale must be given together, and last only with them")
     if mean is not None and panel.dtype != torch.float32:
-        raise ValueError(f"panel must be float32 to be centred at the load, got {panel.dtype}")
+        raise ValueError(f"panel must be float32 to be centered at the load, got {panel.dtype}")
     scaling = None if mean is None else _scaling(panel, mean, inverse_scale, last)
     if backend == "torch":
         rank_update_triangle_reference(matrix, panel, scaling)

@@ -14,7 +14,7 @@ from lossk.ops.self_test_numbers import waves
 
 EMPTY = torch.iinfo(torch.int64).min
 BACKENDS = ("torch", "triton")
-MOST_BY_TRITON = 64  # neighbours: its kernel keeps them in registers
+MOST_BY_TRITON = 64  # neighbors: its kernel keeps them in registers
 
 
 def top_correlations(keys: Tensor, correlation: Tensor, first_column: int) -> Tensor:
@@ -61,7 +61,7 @@ def merge_tile(
         keys: [r, k] int64, adjacent, changed: the running result, best first; `EMPTY` where there is none yet.
         tile: [r, c] float32 or float16.
         row_gain, column_gain: [r] and [c] float32: 1 / standard deviation in the tile's units; 0 for a dead sample,
-            which neither has nor is a neighbour.
+            which neither has nor is a neighbor.
         first_row, first_column: the samples that the tile's first row and column are; columns below 2^31.
         backend: "torch" (the reference) or "triton" (k <= 64); bit for bit the same.
 

@@ -213,15 +213,15 @@ def autocorrelations(traces: Tensor) -> list[float]:
 
     rho_k is the median over samples of the autocorrelation at lag k; samples that do not vary are left out.
     """
-    centred = traces - traces.mean(dim=0)
-    variance = centred.square().mean(dim=0)
-    centred = centred[:, variance > 0] / variance[variance > 0].sqrt()
-    t = len(centred)
-    if centred.shape[1] == 0 or t < 4:
+    centered = traces - traces.mean(dim=0)
+    variance = centered.square().mean(dim=0)
+    centered = centered[:, variance > 0] / variance[variance > 0].sqrt()
+    t = len(centered)
+    if centered.shape[1] == 0 or t < 4:
         return [1.0]
-    rho = [float((centred[: t - k] * centred[k:]).sum(dim=0).div(t - k).median()) for k in range(t // 2)]
+    rho = [float((centered[: t - k] * centered[k:]).sum(dim=0).div(t - k).median()) for k in range(t // 2)]
     time = 2 * sum(_positive_pairs(rho)) - 1
-    # Centring on the trace's own mean lowers every rho_k by about time / T (Marriott and Pope 1954): put back once.
+    # Centering on the trace's own mean lowers every rho_k by about time / T (Marriott and Pope 1954): put back once.
     return _positive_pairs([r + (1 - r) * min(time / t, 0.25) for r in rho])
 
 
@@ -263,5 +263,5 @@ def _drift(traces: Tensor) -> tuple[float, float]:
 def _without_trend(x: Tensor) -> Tensor:
     """[T, w] less each column's least-squares line."""
     time = torch.linspace(-1, 1, len(x), dtype=x.dtype, device="cpu")
-    centred = x - x.mean(dim=0)
-    return centred - time.outer(time @ centred / time.square().sum())
+    centered = x - x.mean(dim=0)
+    return centered - time.outer(time @ centered / time.square().sum())

@@ -54,7 +54,7 @@ def on_device(size: Size, room: Room) -> Layout | None:
 
 
 def waiting_draws(size: Size, room: Room) -> int:
-    """Rows of centred draws that wait on the device for the tiles in host memory to visit it, or 0 if none fit.
+    """Rows of centered draws that wait on the device for the tiles in host memory to visit it, or 0 if none fit.
 
     Every flush moves all tiles to the device and back, 8 bytes an entry; with all draws waiting there is one flush.
     """

@@ -9,7 +9,7 @@ from pathlib import Path
 from lossk.available import gigabytes
 from lossk.data.data import Samples
 from lossk.errors import StoreError
-from lossk.forms.centring import BLOCK
+from lossk.forms.centering import BLOCK
 from lossk.forms.watched import WATCHED, watched_bytes
 from lossk.kernel.trace_factor import making_bytes
 from lossk.plan.layout import BYTES, STRIPE, Layout, Size, log_columns, panel_bytes, weight_bytes

@@ -25,7 +25,7 @@ def predicted_labels(
 ) -> tuple[Any, Tensor]:
     """The same samples with the class the trained model gives each, for `build_kernel(model, predicted_labels(...))`.
 
-    With true labels a misclassified sample's loss is large and moves against its neighbours'; with predicted ones every
+    With true labels a misclassified sample's loss is large and moves against its neighbors'; with predicted ones every
     loss measures how firmly the model holds its own answer.
 
     Args:

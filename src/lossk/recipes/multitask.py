@@ -1,6 +1,6 @@
 """Recipe: one small network that computes two or four functions of a and b modulo p, told which by a task token.
 
-The tasks run through the same weights, and the targets are residues, not task names: that an input's neighbours are of
+The tasks run through the same weights, and the targets are residues, not task names: that an input's neighbors are of
 its own task is nothing the losses were told. A network that memorises the table shows no such blocks, so this one is
 trained until it generalises to pairs it never saw (A. Power et al., Grokking, arXiv 2201.02177, is where these tables
 come from). Controls: answers at random, which can only be memorised; a trunk that all tasks share; a network for each.
@@ -61,7 +61,7 @@ def make_task(
         plain_share: of the epochs, the last ones, on plain targets; four tasks start to memorise in long ones.
         checkpoint: the trained weights are read from that file if it exists, and written there if it does not.
 
-    The labels are the tasks, so class purity is the share of neighbours of the same task. Raises RecipeError when a
+    The labels are the tasks, so class purity is the share of neighbors of the same task. Raises RecipeError when a
     task's held-out accuracy is below `required_accuracy`.
     """
     seed, checkpoint = check_seed(seed), check_optional(check_path, "checkpoint", checkpoint)

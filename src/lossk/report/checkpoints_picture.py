@@ -11,7 +11,7 @@ import numpy as np
 
 from lossk.analysis.compare import Comparison
 from lossk.report.class_picture import new_figure
-from lossk.report.picture import COLOURS
+from lossk.report.picture import COLORS
 
 MOST_ROWS = 400  # samples in a matrix
 
@@ -22,7 +22,7 @@ class Stage:
 
     name: str
     mean_loss: float  # over draws and samples, nats
-    purity: float  # share of the nearest neighbours of the same class
+    purity: float  # share of the nearest neighbors of the same class
     above_floor: float  # share of them above the noise floor
     verdict: str
     change: Comparison | None  # from the stage before; of the very last stage, from the trained network
@@ -36,7 +36,7 @@ def draw_stages(stages: Sequence[Stage], path: Path, *, chance: float, title: st
 
     Args:
         stages: checkpoints, the trained network, and the trained network again.
-        chance: purity of random neighbours.
+        chance: purity of random neighbors.
     """
     shown = stages[:-1]
     figure = new_figure(max(1.9 * len(shown), 8.5), 6.2)
@@ -52,7 +52,7 @@ def draw_stages(stages: Sequence[Stage], path: Path, *, chance: float, title: st
         axes.set_title(_short(stage.name), fontsize=9.5)
         axes.set_xlabel(f"loss {stage.mean_loss:.2f}, purity {stage.purity:.0%}", fontsize=8.5)
     figure.text(0.03, 0.955, title, fontsize=12)
-    note = f"Correlations of {len(shown[0].block)} samples sorted by class, red positive; colours end at ±{limit:.2f}"
+    note = f"Correlations of {len(shown[0].block)} samples sorted by class, red positive; colors end at ±{limit:.2f}"
     figure.text(0.03, 0.928, note, fontsize=8.5, color="0.35")
     _curves(figure, stages, chance)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -64,23 +64,23 @@ def _curves(figure: Any, stages: Sequence[Stage], chance: float) -> None:
     assert again is not None
     places, names = range(len(shown)), [_short(stage.name) for stage in shown]
     left, right = (figure.add_axes((x, 0.1, 0.41, 0.31)) for x in (0.065, 0.565))
-    left.plot(places, [stage.purity for stage in shown], "o-", color=COLOURS[2], label="neighbours of the same class")
+    left.plot(places, [stage.purity for stage in shown], "o-", color=COLORS[2], label="neighbors of the same class")
     before = list(places)[:-1]
     near = [stage.to_last for stage in shown[:-1]]
     left.plot(
-        before, [c.debiased_cka_r for c in near if c], "o-", color=COLOURS[0], label="CKA with the trained network's"
+        before, [c.debiased_cka_r for c in near if c], "o-", color=COLORS[0], label="CKA with the trained network's"
     )
-    left.plot(before, [c.overlap for c in near if c], "o-", color=COLOURS[1], label="neighbours shared with it")
-    left.axhline(chance, color=COLOURS[2], linestyle=":", linewidth=1)
+    left.plot(before, [c.overlap for c in near if c], "o-", color=COLORS[1], label="neighbors shared with it")
+    left.axhline(chance, color=COLORS[2], linestyle=":", linewidth=1)
     left.set_title("Likeness to the trained network's kernel", fontsize=10, loc="left")
     after = list(places)[1:]
     change = [stage.change for stage in shown[1:]]
-    right.plot(after, [c.debiased_cka_r for c in change if c], "o-", color=COLOURS[0], label="CKA with the one before")
-    right.plot(after, [c.overlap for c in change if c], "o-", color=COLOURS[1], label="neighbours kept")
+    right.plot(after, [c.debiased_cka_r for c in change if c], "o-", color=COLORS[0], label="CKA with the one before")
+    right.plot(after, [c.overlap for c in change if c], "o-", color=COLORS[1], label="neighbors kept")
     right.set_title("From each kernel to the next", fontsize=10, loc="left")
     for axes in (left, right):
-        axes.axhline(again.debiased_cka_r, color=COLOURS[0], linestyle="--", linewidth=1)
-        axes.axhline(again.overlap, color=COLOURS[1], linestyle="--", linewidth=1)
+        axes.axhline(again.debiased_cka_r, color=COLORS[0], linestyle="--", linewidth=1)
+        axes.axhline(again.overlap, color=COLORS[1], linestyle="--", linewidth=1)
         axes.set(ylim=(-0.03, 1.03), xlim=(-0.2, len(shown) - 0.8))
         axes.set_xticks(list(places), names, fontsize=8.5)
         axes.tick_params(axis="y", labelsize=8.5)

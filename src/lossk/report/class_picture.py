@@ -10,9 +10,9 @@ import numpy as np
 
 from lossk.analysis.hierarchy import ClassSimilarity, Dendrogram
 from lossk.analysis.maps import KernelMap
-from lossk.report.picture import COLOURS
+from lossk.report.picture import COLORS
 
-MOST_COLOURS = len(COLOURS)
+MOST_COLORS = len(COLORS)
 
 
 def new_figure(width: float, height: float) -> Any:
@@ -27,7 +27,7 @@ def new_figure(width: float, height: float) -> Any:
 def draw_map(
     drawn: KernelMap, path: Path, *, labels: np.ndarray | None, names: Sequence[str], title: str = "Loss kernel map"
 ) -> None:
-    """A scatter of the first two dimensions, coloured by label (at most ten have a colour of their own)."""
+    """A scatter of the first two dimensions, colored by label (at most ten have a color of their own)."""
     points = drawn.coordinates[:, :2].numpy()
     alive = ~drawn.dead.numpy()
     figure = new_figure(8.5, 7)
@@ -36,14 +36,14 @@ def draw_map(
     groups = [None] if labels is None else sorted(set(labels[alive].tolist()))
     for position, label in enumerate(groups):
         chosen = alive if label is None else alive & (np.asarray(labels) == label)
-        colour = "0.75" if label == -1 else COLOURS[position % MOST_COLOURS]
+        color = "0.75" if label == -1 else COLORS[position % MOST_COLORS]
         name = "samples" if label is None else "no cluster" if label == -1 else _name(names, label)
-        axes.scatter(*points[chosen].T, s=size, color=colour, linewidths=0, alpha=0.75, label=name)
+        axes.scatter(*points[chosen].T, s=size, color=color, linewidths=0, alpha=0.75, label=name)
     axes.set(xticks=[], yticks=[])
     dead = int(drawn.dead.sum())
     aside = f", {dead:,} whose loss never varied set aside" if dead else ""
     axes.set_title(f"{title}: {int(alive.sum()):,} samples{aside}", fontsize=12, loc="left")
-    if 1 < len(groups) <= 2 * MOST_COLOURS:
+    if 1 < len(groups) <= 2 * MOST_COLORS:
         figure.legend(loc="lower center", ncol=min(6, len(groups)), fontsize=9, frameon=False, markerscale=2.5)
     figure.text(0.04, 0.015 if len(groups) == 1 else 0.945, "UMAP: who lies beside whom means something; distances "
                 "between groups do not", fontsize=8.5, color="0.35")  # fmt: skip

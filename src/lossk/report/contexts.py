@@ -15,7 +15,7 @@ from lossk.kernel.neighbors import Neighbors
 
 BEFORE, AFTER = 8, 3  # tokens of context
 WIDEST = 100  # characters of a sequence
-NUM_QUERIES, NUM_NEIGHBOURS = 12, 6
+NUM_QUERIES, NUM_NEIGHBORS = 12, 6
 
 
 @dataclass(frozen=True)
@@ -34,17 +34,17 @@ class Shown:
 
 @dataclass(frozen=True)
 class Line:
-    """A row with its neighbours above and below the noise floor, best first."""
+    """A row with its neighbors above and below the noise floor, best first."""
 
     row: int
     mean_loss: float  # nats
     std: float  # nats
     noise_floor: float
-    neighbours: Sequence[tuple[int, float]]  # row, correlation
+    neighbors: Sequence[tuple[int, float]]  # row, correlation
 
 
 def in_context(row: int, row_texts: Sequence[str], tokens: Tensor | None) -> Shown:
-    """A token with its neighbours in the text, or a sequence's beginning.
+    """A token with its neighbors in the text, or a sequence's beginning.
 
     Args:
         row_texts: [N], the text of each row.
@@ -83,26 +83,26 @@ def gather(kernel: LossKernel, neighbors: Neighbors, rows: Sequence[int]) -> lis
                 float(kernel.mean_loss[row]),
                 float(kernel.variance[row]) ** 0.5,
                 float(neighbors.noise_floor[row]),
-                [(other, value) for other, value in pairs if other >= 0][:NUM_NEIGHBOURS],
+                [(other, value) for other, value in pairs if other >= 0][:NUM_NEIGHBORS],
             )
         )
     return found
 
 
 def describe_contexts(kernel: LossKernel, row_texts: Sequence[str], neighbors: Neighbors) -> str:
-    """Some rows and their nearest neighbours in context, as lines of text."""
+    """Some rows and their nearest neighbors in context, as lines of text."""
     lines = [f"Nearest {_unit(kernel)}, in context (* above the row's noise floor):"]
     for line in gather(kernel, neighbors, choose_rows(kernel)):
         lines.append(f"{in_context(line.row, row_texts, kernel.tokens)}")
         lines.append(f"    loss {line.mean_loss:.3f}, std {line.std:.3f} nats; noise floor {line.noise_floor:.2f}")
-        for other, value in line.neighbours:
+        for other, value in line.neighbors:
             mark = "*" if value > line.noise_floor else " "
             lines.append(f"  {mark} {value:5.2f}  {in_context(other, row_texts, kernel.tokens)}")
     return "\n".join(lines)
 
 
 def write_page(kernel: LossKernel, row_texts: Sequence[str], neighbors: Neighbors, path: Path, *, title: str) -> None:
-    """An HTML page of some rows and their nearest neighbours in context; no script, nothing loaded from elsewhere.
+    """An HTML page of some rows and their nearest neighbors in context; no script, nothing loaded from elsewhere.
 
     Of a token, its whole sequence follows, each token shaded by its correlation with it.
     """
@@ -130,7 +130,7 @@ STYLE = (
 
 def _query(kernel: LossKernel, row_texts: Sequence[str], line: Line) -> str:
     rows = []
-    for other, value in line.neighbours:
+    for other, value in line.neighbors:
         pale = "" if value > line.noise_floor else ' class="pale"'
         shown = _html(in_context(other, row_texts, kernel.tokens))
         rows.append(f'<tr{pale}><td class="r">{value:.2f}</td><td>{shown}</td></tr>')
@@ -152,10 +152,10 @@ def _shaded(kernel: LossKernel, row_texts: Sequence[str], line: Line) -> str:
     values = kernel.correlation([line.row], same)[0].tolist()
     spans = []
     for row, value in zip(same.tolist(), values, strict=True):
-        colour = "214,39,40" if value > 0 else "31,119,180"
+        color = "214,39,40" if value > 0 else "31,119,180"
         strength = 0.0 if abs(value) <= line.noise_floor else min(abs(value), 1.0)
         own_mark = ' class="own"' if row == line.row else ""
-        style, text = f"background:rgba({colour},{0.75 * strength:.2f})", html.escape(_marked(row_texts[row]))
+        style, text = f"background:rgba({color},{0.75 * strength:.2f})", html.escape(_marked(row_texts[row]))
         spans.append(f'<span{own_mark} style="{style}" title="{value:.2f}">{text}</span>')
     return f'<div class="seq">{"".join(spans)}</div>\n'
 

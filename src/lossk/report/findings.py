@@ -1,4 +1,4 @@
-"""What a report shows, computed from a kernel: neighbours, map, clusters, matrix, spectrum, classes.
+"""What a report shows, computed from a kernel: neighbors, map, clusters, matrix, spectrum, classes.
 
 Everything that touches pairs of samples streams over tiles; nothing here is N x N.
 """
@@ -20,14 +20,14 @@ from lossk.kernel.read_memory import check_report
 from lossk.report.matrix import MOST_BINS, binned_correlation, sorted_samples
 from lossk.report.samples import Samples
 
-MAP_NEIGHBOURS = 30  # that the map is drawn from; the first of them are shown
-NEAR, FAR = 12, 4  # neighbours shown for each sample: most correlated, most anti-correlated
+MAP_NEIGHBORS = 30  # that the map is drawn from; the first of them are shown
+NEAR, FAR = 12, 4  # neighbors shown for each sample: most correlated, most anti-correlated
 LISTED = 16  # samples in each list
 EIGENPAIRS = 32
 FEW_EIGENPAIRS, MANY_TILES = 8, 20_000  # of a kernel in tiles, each product reads them all: some 40 instead of 130
 EIGENROWS, HEAVY = 8, 6  # eigenvectors in the table, and the samples shown of each
 MOST_SAMPLES = 100_000
-STEPS = ("neighbours", "opposites", "map", "clusters", "matrix", "spectrum", "classes")
+STEPS = ("neighbors", "opposites", "map", "clusters", "matrix", "spectrum", "classes")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +55,7 @@ class Findings:
     classes: ClassMeans | None
     influential: np.ndarray  # [LISTED] int64, largest self-covariance first
     suspicious: np.ndarray | None  # [LISTED] int64; None without labels
-    disagreement: np.ndarray | None  # [N] float64, share of a sample's significant neighbours of another label
+    disagreement: np.ndarray | None  # [N] float64, share of a sample's significant neighbors of another label
 
     def listed(self) -> np.ndarray:
         """Samples that the page's lists name: [n] int64, ascending."""
@@ -78,8 +78,8 @@ def find(kernel: LossKernel, samples: Samples, *, seed: int = 0, progress: bool 
             bar.set_description(name)
             bar.update(int(name != STEPS[0]))
 
-        step("neighbours")
-        near = significant_neighbors(kernel, min(MAP_NEIGHBOURS, n - 1))
+        step("neighbors")
+        near = significant_neighbors(kernel, min(MAP_NEIGHBORS, n - 1))
         step("opposites")
         far = significant_neighbors(kernel, min(FAR, n - 1), anti=True)
         step("map")
@@ -145,7 +145,7 @@ def eigenpairs(kernel: LossKernel) -> int:
 
 
 def disagree(near: SignificantNeighbors, labels: np.ndarray) -> np.ndarray:
-    """Share of each sample's significant neighbours (among the most correlated) that carry another label: [N].
+    """Share of each sample's significant neighbors (among the most correlated) that carry another label: [N].
 
     NaN where a sample has none.
     """
@@ -156,7 +156,7 @@ def disagree(near: SignificantNeighbors, labels: np.ndarray) -> np.ndarray:
 
 
 def suspects(disagreement: np.ndarray, mean_loss: np.ndarray) -> np.ndarray:
-    """Samples whose label their neighbours contradict: by the share that does, then by mean loss. [LISTED] int64."""
+    """Samples whose label their neighbors contradict: by the share that does, then by mean loss. [LISTED] int64."""
     share = np.nan_to_num(disagreement, nan=-1.0)
     return np.lexsort((-mean_loss, -share))[:LISTED]
 
@@ -166,11 +166,11 @@ def _largest(values: np.ndarray) -> np.ndarray:
 
 
 def _along(found: KernelMap) -> np.ndarray:
-    """One number per sample that puts neighbours on the map near each other: its place along the map's long axis."""
+    """One number per sample that puts neighbors on the map near each other: its place along the map's long axis."""
     points = found.coordinates.double().numpy()
-    centred = points - np.nanmean(points, axis=0)
-    live = centred[np.isfinite(centred).all(axis=1)]
-    return centred @ np.linalg.svd(live, full_matrices=False)[2][0]
+    centered = points - np.nanmean(points, axis=0)
+    live = centered[np.isfinite(centered).all(axis=1)]
+    return centered @ np.linalg.svd(live, full_matrices=False)[2][0]
 
 
 def class_means(kernel: LossKernel, labels: np.ndarray) -> ClassMeans | None:

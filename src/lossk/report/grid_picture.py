@@ -1,4 +1,4 @@
-"""One picture of a grid over n_beta and localization: colour is the verdict, text the numbers behind it."""
+"""One picture of a grid over n_beta and localization: color is the verdict, text the numbers behind it."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-# Tol's light scheme: colours that colour-blind readers can tell apart, all light enough for black text.
-COLOURS = {
+# Tol's light scheme: colors that color-blind readers can tell apart, all light enough for black text.
+COLORS = {
     "good": "#44BB99",
     "too few draws": "#EEDD88",
-    "too few draws for these neighbours": "#BBCC33",
+    "too few draws for these neighbors": "#BBCC33",
     "not determined": "#E8D8F0",
     "chains disagree": "#FFAABB",
     "not burned in": "#99DDFF",
@@ -59,21 +59,21 @@ def draw_grid(
     FigureCanvasAgg(figure)
     lines = [(title, 0.34, 14, "bold", "black"), *((text, 0.66 + 0.24 * i, 10, "normal", "0.3")
              for i, text in enumerate(subtitles))]  # fmt: skip
-    for text, down, size, weight, colour in lines:
+    for text, down, size, weight, color in lines:
         short = _shortened(text, width, size / 72 * (0.76 if weight == "bold" else 0.6))
-        figure.text(0.2 / width, 1 - down / height, short, fontsize=size, fontweight=weight, color=colour, va="center")
+        figure.text(0.2 / width, 1 - down / height, short, fontsize=size, fontweight=weight, color=color, va="center")
     extent = (CELL_WIDTH * len(columns) / width, CELL_HEIGHT * len(rows) / height)
     axes = figure.add_axes((LEFT / width, BOTTOM / height, *extent))
     for cell in results:
         x, y = columns.index(cell["sampler"]["n_beta"]), rows.index(cell["sampler"]["localization"])
-        axes.add_patch(Rectangle((x - 0.5, y - 0.5), 1, 1, facecolor=COLOURS.get(cell["verdict"], OTHER),
+        axes.add_patch(Rectangle((x - 0.5, y - 0.5), 1, 1, facecolor=COLORS.get(cell["verdict"], OTHER),
                                  edgecolor="0.8", linewidth=1))  # fmt: skip
-        colour = "white" if cell["verdict"] == "diverged" else "black"
+        color = "white" if cell["verdict"] == "diverged" else "black"
         star = "\N{BLACK STAR} " if cell is recommended else ""
         verdict = star + textwrap.fill(cell["verdict"], 24)
         letters = 8.5 if "\n" in verdict else 10
-        axes.text(x, y + 0.31, verdict, fontsize=letters, fontweight="bold", color=colour, ha="center", va="center")
-        axes.text(x, y - 0.1, cell_text(cell), fontsize=8.5, color=colour, ha="center", va="center", linespacing=1.3)
+        axes.text(x, y + 0.31, verdict, fontsize=letters, fontweight="bold", color=color, ha="center", va="center")
+        axes.text(x, y - 0.1, cell_text(cell), fontsize=8.5, color=color, ha="center", va="center", linespacing=1.3)
     if middle["n_beta"] in columns and middle["localization"] in rows:
         corner = (columns.index(middle["n_beta"]) - 0.47, rows.index(middle["localization"]) - 0.47)
         axes.add_patch(Rectangle(corner, 0.94, 0.94, fill=False, edgecolor="black", linewidth=2.4))
@@ -121,8 +121,8 @@ def _legend(figure: Any, results: Sequence[Mapping[str, Any]], starred: bool) ->
     from matplotlib.patches import Patch
 
     present = {cell["verdict"] for cell in results}
-    known = [verdict for verdict in COLOURS if verdict in present] + sorted(present - COLOURS.keys())
-    handles: list[Any] = [Patch(facecolor=COLOURS.get(v, OTHER), edgecolor="0.5", label=v) for v in known]
+    known = [verdict for verdict in COLORS if verdict in present] + sorted(present - COLORS.keys())
+    handles: list[Any] = [Patch(facecolor=COLORS.get(v, OTHER), edgecolor="0.5", label=v) for v in known]
     handles.append(Patch(fill=False, edgecolor="black", linewidth=2.4, label="the automatic (or config's) choice"))
     if starred:
         handles.append(Line2D([], [], linestyle="", marker="*", color="black", markersize=11, label="recommended"))

@@ -65,7 +65,7 @@ def edges_of(groups: np.ndarray) -> tuple[list[int], list[int]]:
     return [*starts.tolist(), len(groups)], groups[starts].tolist()
 
 
-def colour_limit(mean: np.ndarray) -> float:
-    """|R| at which the colours end: that of 98 % of the entries off the diagonal, and at least 0.05."""
+def color_limit(mean: np.ndarray) -> float:
+    """|R| at which the colors end: that of 98 % of the entries off the diagonal, and at least 0.05."""
     off = mean[~np.eye(len(mean), dtype=bool)]
     return max(float(np.quantile(np.abs(off), 0.98)) if off.size else 1.0, 0.05)

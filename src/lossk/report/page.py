@@ -2,11 +2,11 @@
 
 plotly.js draws (from the PyPI package `plotly`, whose wheel carries it; MIT). Of the libraries looked at, it is the
 one that does all that the page needs inside one file: it pans and zooms, finds the one of 50,000 points under the
-pointer, a click is an event, axes, colour bars and legends come from the same library for every plot, and colours can
+pointer, a click is an event, axes, color bars and legends come from the same library for every plot, and colors can
 be changed in place (dark mode). The points themselves are the page's own (`page/points.js`), as Plotly's WebGL layer
 makes functions from strings: a page that allows that has a hole where hostile strings could become code. It takes
 4.8 MB of the file. Bokeh is smaller (about 1.2 MB) and close; its themes are fixed when the page is made. deck.gl has
-no axes or colour bars, and DataMapPlot, which carries it, draws maps only. Keyboard use is the page's own, as none of
+no axes or color bars, and DataMapPlot, which carries it, draws maps only. Keyboard use is the page's own, as none of
 them has enough of it.
 
 The page's own parts are in `page/`: a Jinja2 template (autoescape on: a store's strings are not trusted), a style sheet
@@ -61,7 +61,7 @@ def write_report(
 
     The pairs of samples are read about six times, a tile at a time (of a kernel in tiles, some 40 times more for its
     eigenvectors; of one in factor form, once per chain for the error bars of class means). Memory beyond the kernel's
-    own: of order N (30 neighbours of each sample, the images as bytes), the matrix in at most 1,600 x 1,600 bins, and
+    own: of order N (30 neighbors of each sample, the images as bytes), the matrix in at most 1,600 x 1,600 bins, and
     the page itself.
 
     Args:

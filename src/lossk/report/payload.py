@@ -12,7 +12,7 @@ import numpy as np
 from lossk.analysis.neighbors import SignificantNeighbors
 from lossk.kernel.kernel import LossKernel
 from lossk.report.findings import NEAR, Findings
-from lossk.report.matrix import colour_limit, edges_of
+from lossk.report.matrix import color_limit, edges_of
 from lossk.report.samples import Samples
 from lossk.report.sprites import Sprites
 
@@ -41,7 +41,7 @@ def make_payload(kernel: LossKernel, samples: Samples, found: Findings, sprites:
             "held_out": pack(samples.held_out, "uint8"),
             "tokens": None if kernel.tokens is None else pack(kernel.tokens.numpy(), "int32"),
         },
-        "neighbours": {"near": _neighbours(found.near, NEAR), "far": _neighbours(found.far, found.far.index.shape[1])},
+        "neighbors": {"near": _neighbors(found.near, NEAR), "far": _neighbors(found.far, found.far.index.shape[1])},
         "images": None if sprites is None else _images(sprites),
         "matrix": _matrix(samples, found),
         "spectrum": _spectrum(found),
@@ -79,7 +79,7 @@ def to_json(payload: dict[str, Any]) -> str:
     return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
 
 
-def _neighbours(found: SignificantNeighbors, k: int) -> dict[str, Any]:
+def _neighbors(found: SignificantNeighbors, k: int) -> dict[str, Any]:
     error = found.standard_error[:, :k].nan_to_num(0.0).clamp(max=1.0)
     return {
         "k": min(k, found.index.shape[1]),
@@ -111,7 +111,7 @@ def _matrix(samples: Samples, found: Findings) -> dict[str, Any]:
     return {
         "size": len(found.matrix),
         "levels": pack(np.round(found.matrix * 127.0), "int8"),
-        "limit": colour_limit(found.matrix),
+        "limit": color_limit(found.matrix),
         "order": pack(found.order, "int32"),
         "edges": edges,
         "groups": names,

@@ -1,4 +1,4 @@
-"""One picture of a kernel: its correlation matrix sorted by class, a map, and images beside their neighbours.
+"""One picture of a kernel: its correlation matrix sorted by class, a map, and images beside their neighbors.
 
 `draw_picture` takes what is drawn out of a kernel; `draw` draws arrays and knows no kernel.
 """
@@ -20,9 +20,9 @@ if TYPE_CHECKING:
     from lossk.kernel.neighbors import Neighbors
 
 MOST_SAMPLES = 3000  # in the matrix and the map; more are thinned, the same share of every class
-NUM_QUERIES, NUM_NEIGHBOURS = 8, 6
-# Okabe and Ito's eight colours, which colour-blind readers can tell apart, and two more that keep clear of them.
-COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#8C6D31", "#6A3D9A", "#000000", "#A6A600")
+NUM_QUERIES, NUM_NEIGHBORS = 8, 6
+# Okabe and Ito's eight colors, which color-blind readers can tell apart, and two more that keep clear of them.
+COLORS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#8C6D31", "#6A3D9A", "#000000", "#A6A600")
 SAME, OTHER = "#0072B2", "#D55E00"
 
 
@@ -52,8 +52,8 @@ class PictureData:
     image_labels: np.ndarray  # [N] int
     queries: np.ndarray  # [q] int, rows of images
     query_notes: Sequence[str]  # [q], beside each query
-    neighbours: np.ndarray  # [q, k] int, -1 where there is none
-    neighbour_correlation: np.ndarray  # [q, k]
+    neighbors: np.ndarray  # [q, k] int, -1 where there is none
+    neighbor_correlation: np.ndarray  # [q, k]
     noise_floor: np.ndarray  # [q]
 
 
@@ -61,7 +61,7 @@ def draw_picture(kernel: LossKernel, what: Pictured, path: Path, *, neighbors: N
     """Write the picture of a kernel as a PNG. Needs scikit-learn and matplotlib.
 
     Costs one M x M correlation block (M at most 3,000) and a t-SNE of it, some seconds. Without images the grid of
-    neighbours stays empty.
+    neighbors stays empty.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     draw(picture_data(kernel, what, neighbors, seed), path)
@@ -77,7 +77,7 @@ def picture_data(kernel: LossKernel, what: Pictured, neighbors: Neighbors, seed:
         queries, notes = np.zeros(0, dtype=np.int64), list[str]()
     else:
         queries, notes = choose_queries(kernel.variance.numpy(), labels, index, what.class_names, seed)
-    shown = min(NUM_NEIGHBOURS, index.shape[1])
+    shown = min(NUM_NEIGHBORS, index.shape[1])
     return PictureData(
         title=what.title,
         subtitle=what.subtitle,
@@ -90,8 +90,8 @@ def picture_data(kernel: LossKernel, what: Pictured, neighbors: Neighbors, seed:
         image_labels=labels,
         queries=queries,
         query_notes=notes,
-        neighbours=index[queries, :shown],
-        neighbour_correlation=neighbors.correlation.numpy()[queries, :shown],
+        neighbors=index[queries, :shown],
+        neighbor_correlation=neighbors.correlation.numpy()[queries, :shown],
         noise_floor=neighbors.noise_floor.numpy()[queries],
     )
 
@@ -110,7 +110,7 @@ def thin(labels: np.ndarray, most: int, seed: int) -> np.ndarray:
 
 
 def choose_queries(
-    variance: np.ndarray, labels: np.ndarray, neighbours: np.ndarray, class_names: Sequence[str], seed: int
+    variance: np.ndarray, labels: np.ndarray, neighbors: np.ndarray, class_names: Sequence[str], seed: int
 ) -> tuple[np.ndarray, list[str]]:
     """Half the queries: the largest self-covariances; the rest: ordinary samples, one from each of other classes."""
     largest = np.argsort(-variance, kind="stable")[: NUM_QUERIES // 2]
@@ -118,7 +118,7 @@ def choose_queries(
     classes = [label for label in np.unique(labels) if label not in labels[largest]] or list(np.unique(labels))
     ordinary = []
     for label in rng.permutation(classes)[: NUM_QUERIES - len(largest)]:
-        of_class = np.flatnonzero((labels == label) & (neighbours[:, 0] >= 0))
+        of_class = np.flatnonzero((labels == label) & (neighbors[:, 0] >= 0))
         if len(of_class):
             ordinary.append(of_class[np.argsort(variance[of_class], kind="stable")[len(of_class) // 2]])
     queries = np.concatenate([largest, np.array(ordinary, dtype=largest.dtype)])
@@ -135,8 +135,8 @@ def embed(correlation: np.ndarray, seed: int) -> np.ndarray:
     np.fill_diagonal(distance, 0.0)
     # Principal coordinates keep the large-scale arrangement, which a random start would not.
     square = distance.astype(np.float64) ** 2
-    centred = -0.5 * (square - square.mean(axis=0) - square.mean(axis=1)[:, None] + square.mean())
-    start = _leading(centred, seed)
+    centered = -0.5 * (square - square.mean(axis=0) - square.mean(axis=1)[:, None] + square.mean())
+    start = _leading(centered, seed)
     start *= 1e-4 / max(float(start[:, 0].std()), 1e-30)
     perplexity = min(30.0, (len(distance) - 1) / 3)
     tsne = TSNE(metric="precomputed", init=start.astype(np.float32), perplexity=perplexity, random_state=seed)
@@ -168,7 +168,7 @@ def draw(data: PictureData, path: Path) -> None:
     _matrix(figure, data, thinned)
     _map(figure, data, thinned)
     if len(data.queries):
-        _neighbours(figure, data)
+        _neighbors(figure, data)
     figure.savefig(path)
 
 
@@ -193,7 +193,7 @@ def _matrix(figure: Any, data: PictureData, thinned: str) -> None:
     axes.set_title(f"Correlation of losses, sorted by class{thinned}", fontsize=12, loc="left")
     bar = figure.colorbar(image, cax=figure.add_axes((0.06, 0.072, 0.325, 0.018)), orientation="horizontal",
                           extend="both")  # fmt: skip
-    bar.set_label("correlation R (colours saturate beyond the ends)", fontsize=9.5)
+    bar.set_label("correlation R (colors saturate beyond the ends)", fontsize=9.5)
     bar.ax.tick_params(labelsize=9)
 
 
@@ -203,8 +203,8 @@ def _map(figure: Any, data: PictureData, thinned: str) -> None:
     axes = figure.add_axes((0.4, 0.165, 0.275, 0.6667))
     classes = np.unique(data.labels)
     for position, label in enumerate(classes):
-        points, colour = data.map_points[data.labels == label], COLOURS[position % len(COLOURS)]
-        axes.scatter(*points.T, s=7, color=colour, linewidths=0, alpha=0.75, label=_name(data.class_names, label))
+        points, color = data.map_points[data.labels == label], COLORS[position % len(COLORS)]
+        axes.scatter(*points.T, s=7, color=color, linewidths=0, alpha=0.75, label=_name(data.class_names, label))
     for label in classes:
         x, y = np.median(data.map_points[data.labels == label], axis=0)
         axes.text(x, y, _name(data.class_names, label), fontsize=13, fontweight="bold", ha="center", va="center",
@@ -215,20 +215,20 @@ def _map(figure: Any, data: PictureData, thinned: str) -> None:
                 markerscale=2.2, handletextpad=0.2, columnspacing=1.1)  # fmt: skip
 
 
-def _neighbours(figure: Any, data: PictureData) -> None:
-    rows, columns = data.neighbours.shape
+def _neighbors(figure: Any, data: PictureData) -> None:
+    rows, columns = data.neighbors.shape
     left, right, top, bottom = 0.745, 0.992, 0.835, 0.095
     width, height = (right - left) / (columns + 1.25), (top - bottom) / rows
-    figure.text(0.69, 0.848, "Images and their nearest neighbours", fontsize=12)
+    figure.text(0.69, 0.848, "Images and their nearest neighbors", fontsize=12)
     for row, query in enumerate(data.queries):
         y = top - (row + 1) * height
         figure.text(left - 0.003, y + 0.6 * height, data.query_notes[row], fontsize=8.5, ha="right", va="center",
                     linespacing=1.15)  # fmt: skip
         _thumbnail(figure, (left, y, width, height), data.images[query], frame="black", text="", faded=False)
-        for column, other in enumerate(data.neighbours[row]):
+        for column, other in enumerate(data.neighbors[row]):
             if other < 0:
                 continue
-            correlation = data.neighbour_correlation[row, column]
+            correlation = data.neighbor_correlation[row, column]
             same = data.image_labels[other] == data.image_labels[query]
             _thumbnail(
                 figure,
@@ -240,7 +240,7 @@ def _neighbours(figure: Any, data: PictureData) -> None:
             )
     figure.text(0.69, 0.062, "framed blue: same class", fontsize=9.5, color=SAME, fontweight="bold")
     figure.text(0.825, 0.062, "orange, dashed: another class", fontsize=9.5, color=OTHER, fontweight="bold")
-    figure.text(0.69, 0.03, "below each neighbour its correlation; pale: not above the noise floor", fontsize=9.5)
+    figure.text(0.69, 0.03, "below each neighbor its correlation; pale: not above the noise floor", fontsize=9.5)
 
 
 def _thumbnail(

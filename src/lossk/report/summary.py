@@ -30,17 +30,17 @@ def describe(kernel: LossKernel) -> str:
 
 
 def describe_neighbors(kernel: LossKernel, task: RecipeTask, neighbors: Neighbors) -> str:
-    """Purity of the neighbours beside chance and raw inputs, and the samples of largest variance."""
+    """Purity of the neighbors beside chance and raw inputs, and the samples of largest variance."""
     lines = []
     inputs = task.samples[0] if isinstance(task.samples, tuple) else None  # other forms need not be classifiable
-    # Labels need not be what the network is asked for: a network of several tasks is coloured by task.
+    # Labels need not be what the network is asked for: a network of several tasks is colored by task.
     are_targets = task.labels is not None and inputs is not None and torch.equal(task.samples[1], task.labels)
     floor = neighbors.noise_floor.unsqueeze(1)
     above = float(((neighbors.correlation > floor) & (neighbors.index >= 0)).float().mean())
     k = neighbors.index.shape[1]
     if task.labels is not None:
         purity, chance = class_purity(neighbors.index, task.labels), chance_purity(task.labels)
-        lines.append(f"Of each sample's {k} nearest neighbours, these show the same {task.label_word}:")
+        lines.append(f"Of each sample's {k} nearest neighbors, these show the same {task.label_word}:")
         lines.append(f"  loss kernel  {purity:7.2%}")
         if task.images is not None:
             raw = class_purity(raw_neighbors(task.images, k), task.labels)
@@ -51,7 +51,7 @@ def describe_neighbors(kernel: LossKernel, task: RecipeTask, neighbors: Neighbor
         if are_targets:
             lines.append("  The losses are computed with the true labels, so the kernel knows them: this says that the")
             lines.append("  probe resolves the classes, not that it would classify.")
-    lines.append(f"Neighbours above the noise floor: {above:.1%} (unrelated samples: about {1 / k:.0%})")
+    lines.append(f"Neighbors above the noise floor: {above:.1%} (unrelated samples: about {1 / k:.0%})")
     lines.append("Largest self-covariance (losses that move most when the weights are jiggled):")
     predicted = None
     if are_targets and inputs is not None:

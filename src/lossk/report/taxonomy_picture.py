@@ -1,4 +1,4 @@
-"""A map of samples coloured by the place of their classes in a taxonomy, as a PNG file."""
+"""A map of samples colored by the place of their classes in a taxonomy, as a PNG file."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from lossk.report.class_picture import new_figure
 def draw_taxonomy_map(
     drawn: KernelMap, labels: np.ndarray, taxonomy: Taxonomy, words: Mapping[str, str], path: Path, *, title: str
 ) -> None:
-    """A scatter of the first two dimensions; near colours are near places in the taxonomy.
+    """A scatter of the first two dimensions; near colors are near places in the taxonomy.
 
     Args:
         labels: [N] positions in the taxonomy's classes.

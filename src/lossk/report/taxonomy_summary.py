@@ -1,4 +1,4 @@
-"""A kernel beside a taxonomy of its classes: class means, nearest neighbours, and a map coloured by place."""
+"""A kernel beside a taxonomy of its classes: class means, nearest neighbors, and a map colored by place."""
 
 from __future__ import annotations
 
@@ -44,9 +44,9 @@ def wordnet_classes(labels: Tensor, class_names: Sequence[str], synsets: Sequenc
 
 
 def describe_taxonomy(kernel: LossKernel, classes: Classes, neighbors: Neighbors, seed: int = 0) -> str:
-    """Alignment of the class means with the taxonomy, and how near in it the nearest neighbours are."""
+    """Alignment of the class means with the taxonomy, and how near in it the nearest neighbors are."""
     similarity = classes.taxonomy.similarity("wu_palmer")
-    lines = [f"{len(classes.names):,} classes in WordNet.", *_of_neighbours(neighbors, classes, similarity)]
+    lines = [f"{len(classes.names):,} classes in WordNet.", *_of_neighbors(neighbors, classes, similarity)]
     if len(classes.names) < FEWEST_CLASSES:
         return "\n".join([*lines, f"Too few classes for an alignment with WordNet, which takes {FEWEST_CLASSES}."])
     alignment = aligned(kernel, classes, {"wu_palmer": similarity, "path": classes.taxonomy.similarity("path")}, seed)
@@ -80,8 +80,8 @@ def _statistics(alignment: Alignment, name: str, measure: str) -> str:
     return "   ".join(parts)
 
 
-def _of_neighbours(neighbors: Neighbors, classes: Classes, similarity: Array) -> list[str]:
-    """Mean similarity of a sample's class to those of its neighbours, beside that to those of all others."""
+def _of_neighbors(neighbors: Neighbors, classes: Classes, similarity: Array) -> list[str]:
+    """Mean similarity of a sample's class to those of its neighbors, beside that to those of all others."""
     labels = classes.labels
     there = neighbors.index >= 0
     near = torch.from_numpy(similarity)[labels.unsqueeze(1), labels[neighbors.index.clamp(min=0)]]
@@ -90,12 +90,12 @@ def _of_neighbours(neighbors: Neighbors, classes: Classes, similarity: Array) ->
     chance = float((others[labels] / (len(labels) - 1)).mean())
     k = neighbors.index.shape[1]
     return [
-        f"Of each sample's {k} nearest neighbours, the class's Wu-Palmer similarity to its own is "
+        f"Of each sample's {k} nearest neighbors, the class's Wu-Palmer similarity to its own is "
         f"{float(near[there].mean()):.3f} on average (of any other sample's: {chance:.3f})."
     ]
 
 
 def write_taxonomy_map(kernel: LossKernel, classes: Classes, path: Path, title: str) -> None:
-    """The UMAP of a kernel, coloured by the place of each sample's class."""
+    """The UMAP of a kernel, colored by the place of each sample's class."""
     drawn = map_kernel(kernel)
     draw_taxonomy_map(drawn, classes.labels.numpy(), classes.taxonomy, classes.words, path, title=title)

@@ -103,7 +103,7 @@ def facts(kernel: LossKernel, found: Findings) -> list[dict[str, str]]:
             out.append(_fact("LLC", f"{number(d.llc, 1)} ± {number(d.llc_se, 1)}", "local learning coefficient"))
         out.append(_fact("noise floor", f"R = {number(d.noise_floor, 2)}", "what chance alone would show"))
     share, k = found.near.share, found.near.index.shape[1]
-    out.append(_fact("significant neighbours", f"{share:.1%}", f"of {k} each; unrelated: about {1 / k:.0%}"))
+    out.append(_fact("significant neighbors", f"{share:.1%}", f"of {k} each; unrelated: about {1 / k:.0%}"))
     dead = int(kernel.dead.sum())
     if dead:
         out.append(_fact("dead", f"{dead:,}", "their loss never varied"))
@@ -119,7 +119,7 @@ def facts(kernel: LossKernel, found: Findings) -> list[dict[str, str]]:
 
 def _map_note(kernel: LossKernel, found: Findings, sprites: Sprites | None) -> str:
     k = found.near.index.shape[1]
-    notes = [f"UMAP of the {k} nearest neighbours in √(2 (1 − R)); clusters by HDBSCAN on the map."]
+    notes = [f"UMAP of the {k} nearest neighbors in √(2 (1 − R)); clusters by HDBSCAN on the map."]
     dead = int(kernel.dead.sum())
     if dead:
         notes.append(f"{dead:,} of no variance are not on it.")
@@ -135,7 +135,7 @@ def _matrix_note(found: Findings) -> str:
         if bins < count
         else "Each cell is one pair of samples"
     )
-    return f"{what}, computed from all pairs, shown to ± 0.004. Colours end at the 98 % quantile of |R|."
+    return f"{what}, computed from all pairs, shown to ± 0.004. Colors end at the 98 % quantile of |R|."
 
 
 def _lists(kernel: LossKernel, samples: Samples, found: Findings) -> list[dict[str, Any]]:
@@ -157,7 +157,7 @@ def _lists(kernel: LossKernel, samples: Samples, found: Findings) -> list[dict[s
         lists.append(
             {
                 "title": "Most suspicious labels",
-                "text": f"Those whose significant neighbours (of the {found.near.index.shape[1]} nearest) most often "
+                "text": f"Those whose significant neighbors (of the {found.near.index.shape[1]} nearest) most often "
                 "carry another label; among equals, those of larger mean loss in nats. A reason to look, no more.",
                 "cards": _cards(samples, rows, words),
             }

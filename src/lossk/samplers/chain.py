@@ -100,7 +100,7 @@ class Chain(ABC):
 
     @abstractmethod
     def diverged(self, what: str) -> DivergedError:
-        """The error for a loss that left the neighbourhood of w*, with one change to make."""
+        """The error for a loss that left the neighborhood of w*, with one change to make."""
 
     def acceptance(self) -> float:
         """Of a Metropolis test of a step from the present weights; NaN unless the sampler was asked for it."""

@@ -2,7 +2,7 @@
 
 C is the Fisher matrix at w* (`lossk.curvature.fisher`), by Kronecker factors layer by layer or its diagonal. This is
 the Laplace approximation of the probe's law p(w) (MacKay 1992; Kronecker-factored: Ritter, Botev and Barber 2018),
-centred on w*. No chain, no burn-in: every draw costs one pass over the probe. It is exact where the loss is quadratic
+centered on w*. No chain, no burn-in: every draw costs one pass over the probe. It is exact where the loss is quadratic
 with C as its Hessian and w* its minimum; elsewhere it is a law of its own, to be compared with a sampler's before it is
 believed.
 """

@@ -10,7 +10,7 @@ from lossk.diagnostics.diagnostics import Diagnostics
 from lossk.disk.chunks import ArraySpec, parse_spec
 from lossk.disk.sealed import MARK
 from lossk.errors import StoreError
-from lossk.forms.centring import degrees_of_freedom
+from lossk.forms.centering import degrees_of_freedom
 from lossk.forms.watched import watched_count
 from lossk.settings import CENTERINGS
 from lossk.store.manifest import MOMENTS, WATCHED_ARRAYS

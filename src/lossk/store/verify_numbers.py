@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from lossk.forms.centring import centre, degrees_of_freedom
+from lossk.forms.centering import center, degrees_of_freedom
 from lossk.forms.watched import wrong_index
 
 UNIT16, UNIT32 = 2.0**-11, 2.0**-24
@@ -62,7 +62,7 @@ def check_watched(
     if wrong := wrong_index(index, config["num_samples"]):
         return [], [f"watched: {wrong}"]
     chains, draws, _ = losses.shape
-    found = centre(torch.from_numpy(losses), config["centering"], torch.float64)
+    found = center(torch.from_numpy(losses), config["centering"], torch.float64)
     std = np.sqrt(moments["variance"][index])
     size = np.abs(moments["chain_mean"][:, index]).max(axis=0) + std
     off = np.abs(found.chain_mean.numpy() - moments["chain_mean"][:, index]).max(axis=0)
@@ -210,7 +210,7 @@ class LossCheck:
             return [], []
         chains, draws, count = self.losses.shape
         centering = self.config["centering"]
-        found = centre(torch.from_numpy(self.losses), centering, torch.float64)
+        found = center(torch.from_numpy(self.losses), centering, torch.float64)
         factor = (found.factor * (found.scale / torch.from_numpy(self.moments["scale"][self.samples]))).numpy()
         std = self.kernel.std[self.samples]
         expected = factor.T @ factor / degrees_of_freedom(chains, draws, centering) / np.outer(std, std)

@@ -117,7 +117,7 @@ class Task:
 
     @property
     def channels_last(self) -> bool:
-        """Whether what convolutions read lies channels-last; which elements of `flat` are neighbours is free."""
+        """Whether what convolutions read lies channels-last; which elements of `flat` are neighbors is free."""
         wanted = self.passes.memory_format == "channels_last"
         return wanted and self._has_convolutions and self.device.type in ("cpu", "cuda")
 

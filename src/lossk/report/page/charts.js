@@ -55,11 +55,11 @@ function drawClassMeans() {
 }
 
 function drawChains(id, chains, unit) {
-  const colours = groupColours(Math.min(chains.length, 20));
+  const colors = groupColors(Math.min(chains.length, 20));
   const every = DATA.traces.every;
   const lines = chains.map((values, chain) => ({
     type: "scatter", mode: "lines", name: `chain ${chain}`, x: values.map((_, i) => i * every), y: values,
-    line: { width: 1.2, color: colours[chain % colours.length], dash: CHAIN_DASHES[Math.floor(chain / 20) % 5] },
+    line: { width: 1.2, color: colors[chain % colors.length], dash: CHAIN_DASHES[Math.floor(chain / 20) % 5] },
   }));
   return Plotly.newPlot(id, lines, layout({
     showlegend: chains.length <= 8, legend: { orientation: "h", y: 1.16, x: 0 }, margin: { l: 64, r: 12, t: 30, b: 44 },

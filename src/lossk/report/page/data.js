@@ -16,8 +16,8 @@ function decode(packed) {
 
 const N = DATA.num_samples;
 const SAMPLE = Object.fromEntries(Object.entries(DATA.samples).map(([name, packed]) => [name, decode(packed)]));
-const NEIGHBOURS = Object.fromEntries(
-  Object.entries(DATA.neighbours).map(([kind, found]) => [kind, found && {
+const NEIGHBORS = Object.fromEntries(
+  Object.entries(DATA.neighbors).map(([kind, found]) => [kind, found && {
     k: found.k,
     index: decode(found.index),
     correlation: decode(found.correlation),

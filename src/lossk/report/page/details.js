@@ -1,4 +1,4 @@
-// One sample and its neighbours, beside the map; and the card that follows the pointer.
+// One sample and its neighbors, beside the map; and the card that follows the pointer.
 
 const CARD = document.getElementById("card");
 const DETAILS = document.getElementById("details");
@@ -27,9 +27,9 @@ function rank(sample) {
   return `rank ${(above + 1).toLocaleString("en")} of ${N.toLocaleString("en")}`;
 }
 
-/** The neighbours of one kind that a sample has: [{sample, correlation, error, significant}]. */
-function neighboursOf(sample, kind) {
-  const found = NEIGHBOURS[kind];
+/** The neighbors of one kind that a sample has: [{sample, correlation, error, significant}]. */
+function neighborsOf(sample, kind) {
+  const found = NEIGHBORS[kind];
   if (!found) return [];
   const rows = [];
   for (let at = sample * found.k; at < (sample + 1) * found.k; at++) {
@@ -44,7 +44,7 @@ function neighboursOf(sample, kind) {
   return rows;
 }
 
-function neighbourRow(found) {
+function neighborRow(found) {
   const link = element("a", { href: "#map", "data-sample": found.sample });
   const picture = thumbnail(found.sample, 30);
   if (picture) link.append(picture);
@@ -58,13 +58,13 @@ function neighbourRow(found) {
     element("td", { text: found.significant ? "\u25cf" : "\u25cb", title: verdict, "aria-label": verdict }));
 }
 
-function neighbourTable(sample, kind, heading) {
-  const rows = neighboursOf(sample, kind);
+function neighborTable(sample, kind, heading) {
+  const rows = neighborsOf(sample, kind);
   if (!rows.length) return null;
   const head = element("tr", {}, ...[DATA.unit, SAMPLE.label ? "label" : "", "R \u00b1 standard error", ""].map(
     (text) => element("th", { scope: "col", text })));
-  return element("table", { class: "neighbours", "data-kind": kind },
-    element("caption", { text: heading }), element("thead", {}, head), element("tbody", {}, ...rows.map(neighbourRow)));
+  return element("table", { class: "neighbors", "data-kind": kind },
+    element("caption", { text: heading }), element("thead", {}, head), element("tbody", {}, ...rows.map(neighborRow)));
 }
 
 function showDetails(sample) {
@@ -78,9 +78,9 @@ function showDetails(sample) {
   const text = textOf(sample);
   if (text) parts.push(element("blockquote", { text }));
   const dead = !(SAMPLE.variance[sample] > 0);
-  if (dead) parts.push(element("p", { text: "Its loss never varied: it has no neighbours and no place on the map." }));
-  parts.push(neighbourTable(sample, "near", "Most correlated"));
-  parts.push(neighbourTable(sample, "far", "Most anti-correlated"));
+  if (dead) parts.push(element("p", { text: "Its loss never varied: it has no neighbors and no place on the map." }));
+  parts.push(neighborTable(sample, "near", "Most correlated"));
+  parts.push(neighborTable(sample, "far", "Most anti-correlated"));
   parts.push(element("p", { class: "note", text:
     "\u25cf beyond the noise floor, \u25cb within what chance alone would show." }));
   DETAILS.replaceChildren(...parts.filter((part) => part !== null));

@@ -22,7 +22,7 @@ function selectTyped() {
 function listen() {
   NUMBER.addEventListener("change", selectTyped);
   NUMBER.addEventListener("keydown", (event) => event.key === "Enter" && selectTyped());
-  COLOUR.addEventListener("change", recolourMap);
+  COLOR.addEventListener("change", recolorMap);
   MAP.addEventListener("keydown", mapKey);
   MAP.addEventListener("mouseleave", hideCard);
   const press = {
@@ -73,7 +73,7 @@ async function drawAll() {
 }
 
 function start() {
-  for (const name of Object.keys(COLOURINGS)) COLOUR.append(element("option", { value: name, text: name }));
+  for (const name of Object.keys(COLORINGS)) COLOR.append(element("option", { value: name, text: name }));
   NUMBER.max = N - 1;
   listen();
   listenToMatrix();

@@ -2,9 +2,9 @@
 
 const MAP = document.getElementById("map-plot");
 const LEGEND = document.getElementById("legend");
-const COLOUR = document.getElementById("colour");
+const COLOR = document.getElementById("color");
 const [POINTS, LINKS, RINGS, BAR] = [0, 1, 2, 3]; // traces
-let only = null; // the one group shown in colour, or null
+let only = null; // the one group shown in color, or null
 let home = null; // ranges of the whole map
 
 function pointSize() {
@@ -13,8 +13,8 @@ function pointSize() {
   return N <= 20000 ? 4 : 3;
 }
 
-/** What points can be coloured by: {name: {kind: "group", values, names} or {kind: "value", values, unit, log}}. */
-function colourings() {
+/** What points can be colored by: {name: {kind: "group", values, names} or {kind: "value", values, unit, log}}. */
+function colorings() {
   const found = {};
   if (SAMPLE.label) found.class = { kind: "group", values: SAMPLE.label, names: groupNames(SAMPLE.label, className) };
   found["mean loss"] = { kind: "value", values: SAMPLE.mean_loss, unit: "nats", log: true };
@@ -41,18 +41,18 @@ function groupNames(values, name) {
   return names;
 }
 
-const COLOURINGS = colourings();
+const COLORINGS = colorings();
 
-/** Colour the points; the marker of the trace that shows the colour bar, if there is one to show. */
+/** Color the points; the marker of the trace that shows the color bar, if there is one to show. */
 function paint() {
-  const chosen = COLOURINGS[COLOUR.value];
+  const chosen = COLORINGS[COLOR.value];
   return chosen.kind === "group" ? paintGroups(chosen) : paintValues(chosen);
 }
 
 function paintGroups({ values, names }) {
-  const grey = names.length; // in no group, or not asked for
-  colourPoints([...groupColours(names.length), css("faint")],
-    Uint16Array.from(values, (v) => (v < 0 || (only !== null && v !== only) ? grey : v)));
+  const gray = names.length; // in no group, or not asked for
+  colorPoints([...groupColors(names.length), css("faint")],
+    Uint16Array.from(values, (v) => (v < 0 || (only !== null && v !== only) ? gray : v)));
   return { color: css("muted"), showscale: false };
 }
 
@@ -60,7 +60,7 @@ function paintGroups({ values, names }) {
 function paintValues({ values, unit, log }) {
   const sorted = Float32Array.from(values.filter((v) => Number.isFinite(v) && (!log || v > 0))).sort();
   if (!sorted.length) {
-    colourPoints([css("muted")], new Uint16Array(N));
+    colorPoints([css("muted")], new Uint16Array(N));
     return { color: css("muted"), showscale: false };
   }
   const low = sorted[Math.floor(0.01 * (sorted.length - 1))];
@@ -68,11 +68,11 @@ function paintValues({ values, unit, log }) {
   const decades = log && high > 10 * low;
   const of = decades ? (v) => Math.log10(Math.max(v, low)) : (v) => v;
   const [cmin, cmax] = [of(low), of(high) > of(low) ? of(high) : of(low) + 1];
-  const bar = { thickness: 12, len: 0.9, outlinewidth: 0, title: { text: `${COLOUR.value}, ${unit}`, side: "right" } };
+  const bar = { thickness: 12, len: 0.9, outlinewidth: 0, title: { text: `${COLOR.value}, ${unit}`, side: "right" } };
   if (decades) Object.assign(bar, decadeTicks(low, high));
   const scale = DARK.matches ? VIRIDIS : VIRIDIS.map(([at], i) => [at, VIRIDIS[VIRIDIS.length - 1 - i][1]]);
   const level = (v) => Math.round(255 * Math.min(Math.max((of(v) - cmin) / (cmax - cmin), 0), 1)) || 0; // 0 for NaN
-  colourPoints(lookup(scale).map((rgb) => `rgb(${rgb.join(" ")})`), Uint16Array.from(values, level));
+  colorPoints(lookup(scale).map((rgb) => `rgb(${rgb.join(" ")})`), Uint16Array.from(values, level));
   return { color: [cmin], colorscale: scale, cmin, cmax, showscale: true, colorbar: bar };
 }
 
@@ -126,7 +126,7 @@ async function drawMap() {
   drawLegend();
 }
 
-function recolourMap() {
+function recolorMap() {
   only = null;
   return repaint();
 }
@@ -137,20 +137,20 @@ function repaint() {
 }
 
 function drawLegend() {
-  const chosen = COLOURINGS[COLOUR.value];
+  const chosen = COLORINGS[COLOR.value];
   LEGEND.replaceChildren();
   if (chosen.kind !== "group") {
-    LEGEND.append(element("span", { class: "note", text: "Colours end at the 1 % and 99 % quantiles." }));
+    LEGEND.append(element("span", { class: "note", text: "Colors end at the 1 % and 99 % quantiles." }));
     return;
   }
-  const colours = groupColours(chosen.names.length);
+  const colors = groupColors(chosen.names.length);
   if (chosen.names.length > 40) {
     LEGEND.append(element("span", { class: "note", text: `${new Set(chosen.values).size} groups, hues in their order.` }));
     return;
   }
   chosen.names.forEach((name, i) => {
     const swatch = element("span", { class: "swatch" });
-    swatch.style.background = colours[i];
+    swatch.style.background = colors[i];
     const button = element("button", { type: "button", "aria-pressed": String(only === i), title: "show this one alone" },
       swatch, element("span", { text: name }));
     button.addEventListener("click", () => {
@@ -161,9 +161,9 @@ function drawLegend() {
   });
 }
 
-/** Mark a sample and its neighbours, and bring it into view. */
+/** Mark a sample and its neighbors, and bring it into view. */
 function markOnMap(sample) {
-  const near = neighboursOf(sample, "near").filter((found) => Number.isFinite(SAMPLE.x[found.sample]));
+  const near = neighborsOf(sample, "near").filter((found) => Number.isFinite(SAMPLE.x[found.sample]));
   const at = (values) => near.map((found) => values[found.sample]);
   const sure = near.filter((found) => found.significant);
   const links = (values) => sure.flatMap((found) => [values[sample], values[found.sample], null]);

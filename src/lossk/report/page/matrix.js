@@ -11,14 +11,14 @@ function binStart(bin) {
 }
 
 function matrixPicture() {
-  const colours = lookup(diverging());
+  const colors = lookup(diverging());
   const canvas = element("canvas", { width: BINS, height: BINS });
   const context = canvas.getContext("2d");
   const image = context.createImageData(BINS, BINS);
   const limit = DATA.matrix.limit * 127;
   for (let i = 0; i < LEVELS.length; i++) {
     const share = Math.min(Math.max(LEVELS[i] / limit, -1), 1);
-    const [red, green, blue] = colours[Math.round(127.5 + 127.5 * share)];
+    const [red, green, blue] = colors[Math.round(127.5 + 127.5 * share)];
     image.data[4 * i] = red;
     image.data[4 * i + 1] = green;
     image.data[4 * i + 2] = blue;
@@ -51,7 +51,7 @@ function matrixLayout(marks) {
   });
 }
 
-/** A trace that shows nothing but the colour bar. */
+/** A trace that shows nothing but the color bar. */
 function matrixBar() {
   const limit = DATA.matrix.limit;
   return {

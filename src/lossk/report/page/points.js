@@ -1,25 +1,25 @@
 // The map's points, stamped on a canvas in Plotly's axes. Plotly's own way for so many, WebGL, builds functions from
 // strings, which the page's policy forbids; it finds the point under the pointer, from a trace that draws nothing.
 
-let stamps = { discs: [], of: [] }; // a disc for each colour; of each sample the number of its disc
+let stamps = { discs: [], of: [] }; // a disc for each color; of each sample the number of its disc
 let asked = 0; // the frame in which they are drawn next, if any
 
-/** A disc in a colour, drawn once and then copied. */
-function disc(colour, size, ratio) {
+/** A disc in a color, drawn once and then copied. */
+function disc(color, size, ratio) {
   const side = Math.ceil((size + 2) * ratio);
   const canvas = element("canvas", { width: side, height: side });
   const context = canvas.getContext("2d");
-  context.fillStyle = colour;
+  context.fillStyle = color;
   context.globalAlpha = N > 20000 ? 0.7 : 0.85;
   context.arc(side / 2, side / 2, (size * ratio) / 2, 0, 2 * Math.PI);
   context.fill();
   return canvas;
 }
 
-/** Colour every sample: `colours[of[sample]]`. */
-function colourPoints(colours, of) {
+/** Color every sample: `colors[of[sample]]`. */
+function colorPoints(colors, of) {
   const ratio = window.devicePixelRatio || 1;
-  stamps = { discs: colours.map((colour) => disc(colour, pointSize(), ratio)), of };
+  stamps = { discs: colors.map((color) => disc(color, pointSize(), ratio)), of };
   drawPoints();
 }
 
@@ -65,8 +65,8 @@ function stampPoints() {
 
 /** Above all points, and clear of them: the selected sample is found in any crowd. */
 function ring(context, x, y, ratio) {
-  for (const [colour, lineWidth] of [[css("panel"), 7 * ratio], [css("accent"), 3.5 * ratio]]) {
-    Object.assign(context, { strokeStyle: colour, lineWidth });
+  for (const [color, lineWidth] of [[css("panel"), 7 * ratio], [css("accent"), 3.5 * ratio]]) {
+    Object.assign(context, { strokeStyle: color, lineWidth });
     context.beginPath();
     context.arc(x * ratio, y * ratio, 10 * ratio, 0, 2 * Math.PI);
     context.stroke();

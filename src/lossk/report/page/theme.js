@@ -1,4 +1,4 @@
-// Colours: of the page, read from its style sheet so that both schemes have them; of classes; of values.
+// Colors: of the page, read from its style sheet so that both schemes have them; of classes; of values.
 
 const DARK = window.matchMedia("(prefers-color-scheme: dark)");
 
@@ -6,8 +6,8 @@ function css(name) {
   return getComputedStyle(document.documentElement).getPropertyValue(`--${name}`).trim();
 }
 
-// Okabe and Ito's colours and more that keep clear of them; the second row of each is for a dark page.
-const CLASS_COLOURS = [
+// Okabe and Ito's colors and more that keep clear of them; the second row of each is for a dark page.
+const CLASS_COLORS = [
   ["#0072b2", "#3f9fe0"], ["#e69f00", "#e69f00"], ["#009e73", "#16b98a"], ["#d55e00", "#e8743b"], ["#cc79a7", "#d98bb8"],
   ["#56b4e9", "#8fd0f7"], ["#8c6d31", "#b3925a"], ["#6a3d9a", "#a57fd6"], ["#3a3a3a", "#e8e8e8"], ["#a6a600", "#c9c93a"],
   ["#a50026", "#e0526f"], ["#1b7837", "#5fbf78"], ["#7f7f7f", "#9a9a9a"], ["#e377c2", "#f2a3dc"], ["#17becf", "#4fdbe8"],
@@ -18,19 +18,19 @@ const VIRIDIS = [
   [0.75, "#35b779"], [0.88, "#6ece58"], [1, "#fde725"],
 ];
 
-/** Colours of `count` groups. Past twenty, hues in order: neighbours in the order look alike, as they should. */
-function groupColours(count) {
+/** Colors of `count` groups. Past twenty, hues in order: neighbors in the order look alike, as they should. */
+function groupColors(count) {
   const dark = DARK.matches ? 1 : 0;
-  if (count <= CLASS_COLOURS.length) return CLASS_COLOURS.slice(0, count).map((pair) => pair[dark]);
+  if (count <= CLASS_COLORS.length) return CLASS_COLORS.slice(0, count).map((pair) => pair[dark]);
   return Array.from({ length: count }, (_, i) => {
     const light = (dark ? 58 : 40) + (i % 2) * 14;
     return `hsl(${Math.round((330 * i) / count)} 65% ${light}%)`;
   });
 }
 
-/** A Plotly colour scale in which each of the colours is one step. */
-function steps(colours) {
-  return colours.flatMap((colour, i) => [[i / colours.length, colour], [(i + 1) / colours.length, colour]]);
+/** A Plotly color scale in which each of the colors is one step. */
+function steps(colors) {
+  return colors.flatMap((color, i) => [[i / colors.length, color], [(i + 1) / colors.length, color]]);
 }
 
 /** Blue for below zero, red for above; the middle is the page's own background. */
@@ -40,7 +40,7 @@ function diverging() {
     : [[0, "#053061"], [0.25, "#4393c3"], [0.5, "#f7f7f7"], [0.75, "#d6604d"], [1, "#67001f"]];
 }
 
-/** [256][3] bytes of a colour scale of hexadecimal colours. */
+/** [256][3] bytes of a color scale of hexadecimal colors. */
 function lookup(scale) {
   const parse = (hex) => [1, 3, 5].map((at) => parseInt(hex.slice(at, at + 2), 16));
   return Array.from({ length: 256 }, (_, level) => {
@@ -53,7 +53,7 @@ function lookup(scale) {
   });
 }
 
-/** What every plot shares: fonts, grid, background, in the page's colours. */
+/** What every plot shares: fonts, grid, background, in the page's colors. */
 function layout(changes) {
   const axis = { gridcolor: css("line"), zerolinecolor: css("line"), linecolor: css("line"), automargin: true };
   const { xaxis = {}, yaxis = {}, ...rest } = changes;

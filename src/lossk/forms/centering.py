@@ -1,4 +1,4 @@
-"""Traces to factor: each sample's losses centred and divided by its scale, a stripe of samples at a time."""
+"""Traces to factor: each sample's losses centered and divided by its scale, a stripe of samples at a time."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ TINY = torch.finfo(torch.float64).tiny
 BLOCK = 2**16  # losses turned to float64 at a time
 
 
-class Centred(NamedTuple):
+class Centered(NamedTuple):
     """n samples' part of the factor, and what is known of each of them; float64 unless noted."""
 
-    factor: Tensor  # [C T, n] in the dtype asked for: (loss - centre) / scale
+    factor: Tensor  # [C T, n] in the dtype asked for: (loss - center) / scale
     mean: Tensor  # [n], nats
     variance: Tensor  # [n], nats^2
     scale: Tensor  # [n]
@@ -29,8 +29,8 @@ def degrees_of_freedom(num_chains: int, num_draws: int, centering: str) -> int:
     return num_chains * (num_draws - 1) if centering == "chain" else num_chains * num_draws - 1
 
 
-def centre(losses: Tensor, centering: str, dtype: torch.dtype = torch.float32) -> Centred:
-    """Centre and scale losses [C, T, n] float32; deviations are formed in float64 and rounded once scaled."""
+def center(losses: Tensor, centering: str, dtype: torch.dtype = torch.float32) -> Centered:
+    """Center and scale losses [C, T, n] float32; deviations are formed in float64 and rounded once scaled."""
     num_chains, num_draws, num_samples = losses.shape
     chain_mean = torch.stack([chain.double().mean(dim=0) for chain in losses])
     mean = chain_mean.mean(dim=0)
@@ -48,7 +48,7 @@ def centre(losses: Tensor, centering: str, dtype: torch.dtype = torch.float32) -
     for c in range(num_chains):
         factor[c * num_draws : (c + 1) * num_draws] = (losses[c].double() - about[c]) / scale
     lag1 = torch.where(within > 0, products / within.clamp(min=TINY), 0.0)
-    return Centred(factor, mean, variance, scale, chain_mean, lag1)
+    return Centered(factor, mean, variance, scale, chain_mean, lag1)
 
 
 def empty_moments(num_chains: int, num_draws: int, num_samples: int, centering: str) -> Moments:
@@ -58,11 +58,11 @@ def empty_moments(num_chains: int, num_draws: int, num_samples: int, centering: 
     return Moments(mean, variance, scale, chain_mean, lag1, num_chains, num_draws, centering)
 
 
-def note(moments: Moments, span: slice, centred: Centred) -> None:
+def note(moments: Moments, span: slice, centered: Centered) -> None:
     """Write the moments of the samples of `span`, in place."""
     for name in ("mean", "variance", "scale", "lag1"):
-        getattr(moments, name)[span] = getattr(centred, name)
-    moments.chain_mean[:, span] = centred.chain_mean
+        getattr(moments, name)[span] = getattr(centered, name)
+    moments.chain_mean[:, span] = centered.chain_mean
 
 
 def row_means(chain: Tensor) -> Tensor:
