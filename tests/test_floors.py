@@ -53,7 +53,11 @@ def house_with(folder: Path, file: str, more: str, *, whole: tuple[str, ...] = (
 PLANTED = [
     ("store/store.py", "from lossk.kernel.kernel import LossKernel", "{}"),
     ("kernel/kernel.py", "import lossk.samplers.sgld", "def later():\n    {}"),
-    ("pilot/tune.py", "from lossk.accumulate import panel", "class It:\n    async def f(self): {}"),  # the same floor
+    (
+        "pilot/automatic.py",
+        "from lossk.accumulate import panel",
+        "class It:\n    async def f(self): {}",
+    ),  # same floor
     ("checks.py", "from lossk.ops import philox", "def later():\n    {}"),
     ("data/data.py", "import lossk", "try:\n    {}\nexcept ImportError:\n    pass"),
 ]

@@ -14,7 +14,7 @@ import lossk
 import oracles
 from lossk.data.reading import read_samples
 from lossk.diagnostics.bias import BIAS_BUDGET
-from lossk.pilot import trial, trial_chain, tune
+from lossk.pilot import automatic, trial, trial_chain
 from lossk.pilot.step_choice import STABILITY_BUDGET
 from lossk.samplers.chain import Surroundings
 from lossk.samplers.force import FULL_GRADIENT, full_gradient
@@ -44,10 +44,10 @@ def test_autocorrelation_time_leaves_dead_samples_out() -> None:
 
 @pytest.mark.parametrize("rho", [0.5, 0.9, 0.99])
 def test_spacing_is_the_cheapest_allowed(rho: float) -> None:
-    memory = trial_chain.Memory(tuple(rho**k for k in range(2000)))
-    assert memory.steps == pytest.approx((1 + rho) / (1 - rho))
+    measured = trial_chain.Autocorrelation(tuple(rho**k for k in range(2000)))
+    assert measured.steps == pytest.approx((1 + rho) / (1 - rho))
     for probe_cost in (0.0, 10.0, 1000.0):
-        found = trial.worth_spacing(memory, 1.0, probe_cost)
+        found = trial.worth_spacing(measured, 1.0, probe_cost)
         assert rho**found <= trial.CLOSEST
 
         def cost(s: int, probe_cost: float = probe_cost) -> float:
@@ -56,20 +56,20 @@ def test_spacing_is_the_cheapest_allowed(rho: float) -> None:
         least = min(cost(s) for s in trial.SPACINGS if rho**s <= trial.CLOSEST)
         assert cost(found) <= 1.05 * least * (1 + 1e-9)
         assert all(cost(s) > 1.05 * least * (1 - 1e-9) for s in trial.SPACINGS if s > found)
-    assert trial.worth_spacing(memory, 1.0, 1000.0) > trial.worth_spacing(memory, 1.0, 0.0)
+    assert trial.worth_spacing(measured, 1.0, 1000.0) > trial.worth_spacing(measured, 1.0, 0.0)
 
 
 def test_spacing_follows_what_was_measured() -> None:
     """Averaged noise ties consecutive steps together: 0.62 after one step, where AR(1) of the same time has 0.46."""
-    memory = trial_chain.Memory((1.0, 0.62, 0.2, 0.06))
-    assert memory.steps == pytest.approx(2.76)
-    assert (memory.at(0), memory.at(1), memory.at(1.5), memory.at(3.5), memory.at(9)) == (
+    measured = trial_chain.Autocorrelation((1.0, 0.62, 0.2, 0.06))
+    assert measured.steps == pytest.approx(2.76)
+    assert (measured.at(0), measured.at(1), measured.at(1.5), measured.at(3.5), measured.at(9)) == (
         1.0, 0.62, pytest.approx(0.41), pytest.approx(0.03), 0.0,
     )  # fmt: skip
-    assert memory.squares(1) == pytest.approx(1 + 2 * (0.62**2 + 0.2**2 + 0.06**2))
-    assert memory.squares(2) == pytest.approx(1 + 2 * 0.2**2)
-    assert trial.worth_spacing(memory, 1.0, 0.0) == 2
-    slower = memory.slowed(3.0)
+    assert measured.squares(1) == pytest.approx(1 + 2 * (0.62**2 + 0.2**2 + 0.06**2))
+    assert measured.squares(2) == pytest.approx(1 + 2 * 0.2**2)
+    assert trial.worth_spacing(measured, 1.0, 0.0) == 2
+    slower = measured.slowed(3.0)
     assert slower.at(3) == pytest.approx(0.62)
     assert slower.steps == pytest.approx(3 * 2.76)
     # 4 (1 + 2 (0.48^2 + 0.11^2)) = 5.9 and 5 (1 + 2 (0.34^2 + 0.04^2)) = 6.2 count as alike; 6 (1 + 2 0.2^2) = 6.5
@@ -326,7 +326,7 @@ def test_a_trial_too_short_for_flat_directions_does_not_space_the_draws() -> Non
         model, data, loss=lambda m, b: 0.5 * (m(b[0]).squeeze(1) - b[1]).square(),
         sampler=lossk.SGLD(localization=0.1, num_burnin_steps=10), num_chains=1, num_draws=2, progress=False,
     )  # fmt: skip
-    assert traces.meta["sampler"]["num_steps_bw_draws"] == tune.STEPS_CAP
+    assert traces.meta["sampler"]["num_steps_bw_draws"] == automatic.STEPS_CAP
     assert any("too short a trial" in reason for reason in traces.meta["reasons"])
 
 

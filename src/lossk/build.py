@@ -195,7 +195,7 @@ def build_kernel(
             chosen = None if log is None else log.chosen
             run.arrange(passes, chosen, budget=budget)
             with run.task:
-                run.tune(chosen, bar)
+                run.choose(chosen, bar)
                 run.announce(bar)
                 saved = None if chosen is None else chosen.get("layout", TILES_IN_MEMORY)
                 with run.timings.measure("plan"):
@@ -279,7 +279,7 @@ def sample_losses(
         panel = choose_panel(len(run.probe), num_draws)
         run.arrange(passes, None, budget=budget)
         with run.task:
-            run.tune(None, bar)
+            run.choose(None, bar)
             run.announce(bar)
             with run.timings.measure("plan"):
                 run.plan(bar, budget, tile=4096, panel=panel, dtype="float32", form="traces")

@@ -161,7 +161,7 @@ class RunLog:
         if state.draw == self.num_draws:
             return
         arrays = {"weights": state.weights.numpy(force=True)}
-        arrays |= {f"memory.{name}": tensor.numpy(force=True) for name, tensor in state.memory.items()}
+        arrays |= {f"memory.{name}": tensor.numpy(force=True) for name, tensor in state.carried.items()}
         content = io.BytesIO()
         np.savez(content, **arrays)  # type: ignore[arg-type]
         replace_file(self._state_path(number), content.getbuffer())

@@ -16,7 +16,7 @@ from typing import Any
 from lossk.checks import check_integer
 from lossk.cli.config import RunConfig
 from lossk.cli.grid_cell import PlannedCell, grid_data
-from lossk.pilot.tune import choose_settings
+from lossk.pilot.automatic import choose_settings
 from lossk.run.run import Run
 from lossk.samplers.samplers import kind_of, read_sampler
 from lossk.samplers.sgld import SGLD
@@ -106,7 +106,7 @@ def plan_grid(
         build["backend"] or "auto", build["device"], build["precision"], build["seed"] or 0, task.transform,
     )  # fmt: skip
     with run.task:
-        run.tune(None)
+        run.choose(None)
         assert run.pilot is not None
         middle = run.sampler
         assert isinstance(middle, SGLD)

@@ -98,7 +98,7 @@ class LoggedChain(SteppingChain):
 
     def begin(self) -> None:
         if self.sampler.preconditioner is not None:
-            self.memory["square_avg"] = torch.zeros_like(self.task.flat)
+            self.carried["square_avg"] = torch.zeros_like(self.task.flat)
         if self.law.init_noise:
             flat = self.task.flat
             noise = normals(self.around.seed, self.chain, INITIAL_NOISE_STEP, flat.numel()).to(flat.device)
@@ -126,7 +126,7 @@ class LoggedChain(SteppingChain):
                 chain=self.chain,
                 step=self.step,
                 backend=self.around.backend,
-                square_avg=self.memory.get("square_avg"),
+                square_avg=self.carried.get("square_avg"),
                 alpha=self.law.alpha,
                 stability=self.law.stability,
             )

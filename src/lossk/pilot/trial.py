@@ -19,10 +19,10 @@ from lossk.data.data import Samples
 from lossk.errors import DivergedError
 from lossk.forms.watched import watched_samples
 from lossk.ops.philox import normals
+from lossk.pilot.automatic import STEPS_CAP, Limits, choose_settings, to_half_octave
 from lossk.pilot.pilot import Pilot, batch_factor
 from lossk.pilot.step_choice import GRADIENT_PASSES, step_budget, way_of
-from lossk.pilot.trial_chain import Memory, Trial, run_trial, steps_after_burnin
-from lossk.pilot.tune import STEPS_CAP, Limits, choose_settings, to_half_octave
+from lossk.pilot.trial_chain import Autocorrelation, Trial, run_trial, steps_after_burnin
 from lossk.samplers.chain import Surroundings
 from lossk.samplers.force import FULL_GRADIENT, full_gradient
 from lossk.samplers.sgld import SGLD
@@ -36,7 +36,7 @@ RISE_NATS = 0.1  # where no such predictor is known: a loss of the caller's own
 TRIES = 12
 ANOTHER, MOST_QUARTERS = 220.0, 40  # n_beta L_n may rise by half of it a weight; steps of a factor 4 until it does
 MOST_STEPS = 4000  # of all tries; whatever the number of draws, which must not change the law
-NEAR = 2.0  # times the localization of a trial: so far its noise and memory can be foreseen
+NEAR = 2.0  # times the localization of a trial: so far its noise and autocorrelation can be foreseen
 UNSTABLE = 1.5  # times the budget of the step: so long a step may itself have raised the loss
 CLOSEST = 0.5  # autocorrelation of a loss from one draw to the next
 ALIKE = 1.05  # times the least cost
@@ -126,8 +126,9 @@ def settle(
             refined = _refine(sampler, chosen, pilot, limits, around)
             if refined is None:
                 continue
-            if trial.memory is not None:
-                trial = dataclasses.replace(trial, memory=trial.memory.slowed(_pull(chosen) / _pull(refined[0])))
+            if trial.autocorrelation is not None:
+                slowed = trial.autocorrelation.slowed(_pull(chosen) / _pull(refined[0]))
+                trial = dataclasses.replace(trial, autocorrelation=slowed)
             chosen, reasons = refined
         if sampler.num_burnin_steps == "auto" and trial.whole and not trial.settled and limits.burnin < 8:
             limits = dataclasses.replace(limits, burnin=2 * limits.burnin)
@@ -267,14 +268,14 @@ def _space(
 ) -> tuple[SGLD, list[str]]:
     """The spacing of the draws, and what else the trial has to say."""
     # A trial cut short has not seen the slowest memories: the spacing that flat directions need then stays.
-    if sampler.num_steps_bw_draws == "auto" and trial.whole and trial.memory is not None:
-        step_cost, memory = way_of(chosen, len(around.train)).passes(len(around.train)), trial.memory
-        spacing = worth_spacing(memory, step_cost, num_probe)
+    if sampler.num_steps_bw_draws == "auto" and trial.whole and trial.autocorrelation is not None:
+        step_cost, rho = way_of(chosen, len(around.train)).passes(len(around.train)), trial.autocorrelation
+        spacing = worth_spacing(rho, step_cost, num_probe)
         chosen = dataclasses.replace(chosen, num_steps_bw_draws=spacing)
         reasons = [reason for reason in reasons if not reason.startswith("num_steps_bw_draws")]
         reasons.append(
-            f"num_steps_bw_draws = {spacing}: the median loss remembers {memory.steps:.3g} steps, "
-            f"{memory.at(spacing):.2f} of it after {spacing}; a probe pass costs {num_probe / step_cost:.2g} steps"
+            f"num_steps_bw_draws = {spacing}: the median loss remembers {rho.steps:.3g} steps, "
+            f"{rho.at(spacing):.2f} of it after {spacing}; a probe pass costs {num_probe / step_cost:.2g} steps"
         )
     plateau = "has reached its plateau" if trial.settled else "has NOT reached a plateau"
     if not trial.whole:
@@ -283,13 +284,13 @@ def _space(
     return chosen, reasons
 
 
-def worth_spacing(memory: Memory, step_cost: float, probe_cost: float) -> int:
+def worth_spacing(rho: Autocorrelation, step_cost: float, probe_cost: float) -> int:
     """Steps between draws: the least cost per effective draw of a kernel entry.
 
     That is (s steps + probe) (1 + 2 sum_k rho(k s)^2): an entry is a mean of products of two losses, which forget as
     the square of rho does. Draws closer than rho(s) = 1/2 are never taken, for draws are also asked to count. Of
     spacings whose costs are within 5 %, which no trial can tell apart, the widest: fewer draws to hold and to add.
     """
-    allowed = [steps for steps in SPACINGS if memory.at(steps) <= CLOSEST] or [STEPS_CAP]
-    costs = {steps: (steps * step_cost + probe_cost) * memory.squares(steps) for steps in allowed}
+    allowed = [steps for steps in SPACINGS if rho.at(steps) <= CLOSEST] or [STEPS_CAP]
+    costs = {steps: (steps * step_cost + probe_cost) * rho.squares(steps) for steps in allowed}
     return max(steps for steps, cost in costs.items() if cost <= ALIKE * min(costs.values()))

@@ -40,7 +40,7 @@ DRIFT_Z, DRIFTING = 3.0, 0.1  # of a sample, and the share of samples that may h
 
 
 @dataclass(frozen=True)
-class Memory:
+class Autocorrelation:
     """How a loss forgets: its autocorrelations at multiples of so many steps, 1 first; 0 after the last."""
 
     rho: tuple[float, ...]
@@ -63,7 +63,7 @@ class Memory:
         lags = range(1, int(self.every * len(self.rho) / steps) + 1)
         return 1 + 2 * sum(self.at(k * steps) ** 2 for k in lags)
 
-    def slowed(self, factor: float) -> Memory:
+    def slowed(self, factor: float) -> Autocorrelation:
         """The same, with that many times the steps."""
         return dataclasses.replace(self, every=self.every * factor)
 
@@ -76,7 +76,7 @@ class Trial:
     steps: int
     whole: bool  # long enough to see flat directions forget
     cut: bool = False  # of no use beyond its burn-in: curvature, variance and noise are what it says
-    memory: Memory | None = None  # of the median sample's loss
+    autocorrelation: Autocorrelation | None = None  # of the median sample's loss
     drift: float = 0.0  # of the mean loss between the two halves after burn-in, as a normal z
     drifting: float = 0.0  # share of samples whose own loss drifts by |z| > 3 between them
     curvature: float | None = None  # h_max at its draws, their mean
@@ -169,9 +169,9 @@ def run_trial(
         raise chain.diverged("a training sample has a loss that is not finite")
     drift, drifting = _drift(traces)
     whole = after == wanted and burnin == int(sampler.num_burnin_steps)
-    memory = Memory(tuple(autocorrelations(traces)), every)
+    autocorrelation = Autocorrelation(tuple(autocorrelations(traces)), every)
     return dataclasses.replace(
-        shown(sum(excess[burnin:]) / last, whole=whole), memory=memory, drift=drift, drifting=drifting
+        shown(sum(excess[burnin:]) / last, whole=whole), autocorrelation=autocorrelation, drift=drift, drifting=drifting
     )
 
 
@@ -205,7 +205,7 @@ def steps_after_burnin(sampler: SGLD) -> float:
 
 def autocorrelation_time(traces: Tensor) -> float:
     """1 + 2 sum rho_k of the median sample: [T, w] -> in records."""
-    return Memory(tuple(autocorrelations(traces))).steps
+    return Autocorrelation(tuple(autocorrelations(traces))).steps
 
 
 def autocorrelations(traces: Tensor) -> list[float]:

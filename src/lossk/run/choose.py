@@ -7,10 +7,10 @@ import math
 
 from lossk.diagnostics.bias import BIAS_BUDGET
 from lossk.pilot import modes
+from lossk.pilot.automatic_baoab import choose_baoab, kick_noise, steps_to_forget
 from lossk.pilot.pilot import Pilot, default_n_beta, run_pilot
 from lossk.pilot.step_choice import STABILITY_BUDGET
 from lossk.pilot.trial import settle
-from lossk.pilot.tune_baoab import choose_baoab, kick_noise, steps_to_forget
 from lossk.samplers.baoab import BAOAB
 from lossk.samplers.chain import Surroundings
 from lossk.samplers.gaussian import Gaussian

@@ -89,7 +89,7 @@ def chosen_by_first(
     chosen = ranks.decide(lambda: None if before is None else {"passes": before["passes"]})
     run.arrange(passes, chosen, ranks, budget=budget)
     with run.task:
-        run.tune(before, bar, ranks)
+        run.choose(before, bar, ranks)
         run.take_turns()  # what a device has left is not asked here
 
         def plan() -> dict[str, Any]:

@@ -208,7 +208,7 @@ class Run:
         """The run's passes with that sampler, in forward passes of one sample."""
         return self._load(sampler).forward_passes(self.probe.num_samples)
 
-    def tune(self, chosen: dict[str, Any] | None, bar: Progress | None = None, ranks: Ranks | None = None) -> None:
+    def choose(self, chosen: dict[str, Any] | None, bar: Progress | None = None, ranks: Ranks | None = None) -> None:
         """Losses at w*, the pilot's measurements, and every "auto" filled in (or all as `chosen` before).
 
         Args:

@@ -83,7 +83,7 @@ class BAOAB(SteppingSettings):
 
 
 class BAOABChain(SteppingChain):
-    """One chain from w*, its velocity from N(0, I). `memory`: `velocity` and the `force` at the weights, [P] each."""
+    """One chain from w*, its velocity from N(0, I). `carried`: `velocity` and the `force` at the weights, [P] each."""
 
     def __init__(self, around: Surroundings, sampler: BAOAB, chain: int) -> None:
         super().__init__(around, sampler, chain, control_variate=sampler.control_variate)
@@ -92,13 +92,13 @@ class BAOABChain(SteppingChain):
 
     def begin(self) -> None:
         velocity = normals(self.around.seed, self.chain, 0, self.task.num_weights, stream=STREAM)
-        self.memory["velocity"] = velocity.to(self.task.device)
-        self.memory["force"] = torch.zeros_like(self.task.flat)
+        self.carried["velocity"] = velocity.to(self.task.device)
+        self.carried["force"] = torch.zeros_like(self.task.flat)
         self._renew_force(0)
 
     def advance(self) -> float:
         """One step; returns L_B(w) - L_B(w*) at the weights after it, where its one gradient is taken."""
-        velocity, force = self.memory["velocity"], self.memory["force"]
+        velocity, force = self.carried["velocity"], self.carried["force"]
         h = float(self.sampler.step_size)
         with self.around.timings.measure("step"):
             velocity.add_(force, alpha=-h / 2)
@@ -117,7 +117,7 @@ class BAOABChain(SteppingChain):
     def _thermostat(self, c: float) -> None:
         """v <- c v + sqrt(1 - c^2) xi, which is an SGLD step of v: lr = 1 - c^2 and a pull 2 / (1 + c) towards 0."""
         sgld_step(
-            self.memory["velocity"],
+            self.carried["velocity"],
             self._zero,
             self._zero,
             lr=1.0 - c * c,
@@ -130,9 +130,9 @@ class BAOABChain(SteppingChain):
         )
 
     def _renew_force(self, minibatch: int) -> float:
-        """F = n_beta g_B(w) + localization (w - w*) into memory; returns L_B(w) - L_B(w*)."""
+        """F = n_beta g_B(w) + localization (w - w*) into `carried`; returns L_B(w) - L_B(w*)."""
         excess = self.gradient(minibatch)
-        force = self.memory["force"]
+        force = self.carried["force"]
         torch.sub(self.task.flat, self.task.anchor, out=force).mul_(self.localization)
         force.add_(self.task.grad, alpha=self.n_beta)
         return excess

@@ -30,7 +30,7 @@ class ChainState:
     step: int  # steps taken, burn-in included
     draw: int  # draws given
     weights: Tensor  # [P] float32
-    memory: dict[str, Tensor] = field(default_factory=dict)  # what the sampler remembers besides: momenta, say
+    carried: dict[str, Tensor] = field(default_factory=dict)  # what the sampler remembers besides: momenta, say
 
 
 @dataclass(frozen=True)
@@ -89,10 +89,10 @@ class Chain(ABC):
         self.around, self.task, self.chain = around, around.task, chain
         self.num_burnin_steps, self.num_steps_bw_draws = num_burnin_steps, num_steps_bw_draws
         self.step, self.draw = 0, 0
-        self.memory: dict[str, Tensor] = {}
+        self.carried: dict[str, Tensor] = {}
 
     def begin(self) -> None:  # noqa: B027 - most samplers remember nothing but the weights
-        """Fill `memory` as it is at w*, step 0."""
+        """Fill `carried` as it is at w*, step 0."""
 
     @abstractmethod
     def advance(self) -> float:
@@ -120,8 +120,8 @@ class Chain(ABC):
         return (self.draw * glances) // num_draws > ((self.draw - 1) * glances) // num_draws
 
     def state(self) -> ChainState:
-        memory = {name: tensor.clone() for name, tensor in self.memory.items()}
-        return ChainState(self.chain, self.step, self.draw, self.task.flat.clone(), memory)
+        carried = {name: tensor.clone() for name, tensor in self.carried.items()}
+        return ChainState(self.chain, self.step, self.draw, self.task.flat.clone(), carried)
 
     def run(self, num_draws: int, start: ChainState | None = None) -> Iterator[Draw | None]:
         """From w* (or from after `start`) to draw number `num_draws`: a Draw at each draw, None at other steps."""
@@ -131,7 +131,7 @@ class Chain(ABC):
         else:
             self.step, self.draw = start.step, start.draw
             self.task.flat.copy_(start.weights)
-            self.memory = {name: tensor.to(self.task.device).clone() for name, tensor in start.memory.items()}
+            self.carried = {name: tensor.to(self.task.device).clone() for name, tensor in start.carried.items()}
         while self.step < self.num_burnin_steps:
             self.advance()
             yield None

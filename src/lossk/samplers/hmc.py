@@ -73,7 +73,7 @@ class HMC(SamplerSettings):
 
 
 class HMCChain(Chain):
-    """One chain from w*. `memory` holds grad U at the weights, `force` [P], and L_n there, `loss` [] float64."""
+    """One chain from w*. `carried` holds grad U at the weights, `force` [P], and L_n there, `loss` [] float64."""
 
     def __init__(self, around: Surroundings, sampler: HMC, chain: int) -> None:
         assert sampler.n_beta is not None
@@ -92,12 +92,12 @@ class HMCChain(Chain):
         force = torch.empty_like(self.task.flat)
         with self.around.timings.measure("gradient"):
             loss = self.energy.gradient(force)
-        self.memory = {"force": force, "loss": torch.tensor(loss, dtype=torch.float64, device="cpu")}
+        self.carried = {"force": force, "loss": torch.tensor(loss, dtype=torch.float64, device="cpu")}
 
     def advance(self) -> float:
         """One trajectory and its test; returns L_n(w) - L_n(w*) at the weights after it."""
-        weights, loss = self.task.flat.clone(), float(self.memory["loss"])
-        force = self.memory["force"].clone()
+        weights, loss = self.task.flat.clone(), float(self.carried["loss"])
+        force = self.carried["force"].clone()
         momentum = normals(self.around.seed, self.chain, self.step, self.task.num_weights).to(self.task.device)
         before = self.energy.value(loss) + kinetic(momentum)
         with self.around.timings.measure("gradient"):
@@ -108,8 +108,8 @@ class HMCChain(Chain):
         word = int(uint32_stream(self.around.seed, self.chain, self.step, STREAM, 1)[0])
         passed = (word + 0.5) / 2**32 < probability(rise)
         if passed:
-            loss, self.memory["force"] = proposed, force
-            self.memory["loss"] = torch.tensor(loss, dtype=torch.float64, device="cpu")
+            loss, self.carried["force"] = proposed, force
+            self.carried["loss"] = torch.tensor(loss, dtype=torch.float64, device="cpu")
         else:
             self.task.flat.copy_(weights)
         self._tests, self._passed = self._tests + 1, self._passed + passed

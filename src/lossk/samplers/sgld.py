@@ -165,7 +165,7 @@ class SGLDChain(SteppingChain):
 
     def begin(self) -> None:
         if self.sampler.preconditioner is not None:
-            self.memory["square_avg"] = torch.zeros_like(self.task.flat)
+            self.carried["square_avg"] = torch.zeros_like(self.task.flat)
 
     @property
     def reach(self) -> float:
@@ -214,7 +214,7 @@ class SGLDChain(SteppingChain):
             chain=self.chain,
             step=step,
             backend=self.around.backend,
-            square_avg=self.memory.get("square_avg"),
+            square_avg=self.carried.get("square_avg"),
             alpha=ALPHA,
             stability=STABILITY,
             update_square_avg=not self._frozen,
@@ -226,8 +226,8 @@ class SGLDChain(SteppingChain):
             return math.nan
         energy = Energy(self.task, self.around.train, n_beta=self.n_beta, localization=self.localization)
         gain: Tensor | float = 1.0
-        if "square_avg" in self.memory:
-            gain = (self.memory["square_avg"].sqrt() + STABILITY).rsqrt()
+        if "square_avg" in self.carried:
+            gain = (self.carried["square_avg"].sqrt() + STABILITY).rsqrt()
         with self.around.timings.measure("acceptance"):
             return mala_acceptance(
                 energy,

@@ -11,9 +11,9 @@ from torch import nn
 
 import lossk
 from lossk.diagnostics.bias import BIAS_BUDGET
+from lossk.pilot.automatic_baoab import choose_baoab, longest_step, steps_to_forget
 from lossk.pilot.pilot import Pilot, batch_factor
 from lossk.pilot.step_choice import Way, batches
-from lossk.pilot.tune_baoab import choose_baoab, longest_step, steps_to_forget
 from lossk.run import choose
 
 NOISY = Pilot(

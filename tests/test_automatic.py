@@ -14,8 +14,8 @@ from torch import Tensor, nn
 import lossk
 from lossk.data.reading import read_samples
 from lossk.diagnostics.bias import BIAS_BUDGET
+from lossk.pilot import automatic
 from lossk.pilot import pilot as pilots
-from lossk.pilot import tune
 from lossk.pilot.step_choice import STABILITY_BUDGET
 from lossk.task.losses import resolve_loss
 from lossk.task.task import Task
@@ -222,15 +222,15 @@ def test_a_law_is_foreseen_by_how_steep_it_will_be_there() -> None:
         drawn_curvature=10.0, drawn_localization=50.0,
     )  # fmt: skip
     with Task(model, resolve_loss(half_squares)) as task:
-        chosen, _ = tune.choose_settings(lossk.SGLD(batch_size=None), pilot, task, num_train=100)
+        chosen, _ = automatic.choose_settings(lossk.SGLD(batch_size=None), pilot, task, num_train=100)
         elsewhere = dataclasses.replace(pilot, drawn_localization=None)
-        unmoved, _ = tune.choose_settings(lossk.SGLD(batch_size=None), elsewhere, task, num_train=100)
+        unmoved, _ = automatic.choose_settings(lossk.SGLD(batch_size=None), elsewhere, task, num_train=100)
     exact = (400.0 + math.sqrt(400.0**2 + 4 * 21.5 * 200 * 8 * 50.0)) / (2 * 21.5)  # (200 h + gamma) / 22.5 = gamma
     for found, law, curvature in ((chosen, exact, 2.0 + 8.0 * 50.0 / float(chosen.localization)),
                                   (unmoved, 2000 / 21.5, 10.0)):  # fmt: skip
         lr, localization = float(found.lr), float(found.localization)
         assert abs(math.log2(localization / law)) <= 0.25 + 1e-6
-        assert localization == tune.to_half_octave(localization)
+        assert localization == automatic.to_half_octave(localization)
         assert lr * (200.0 * curvature + localization) / 4 == pytest.approx(STABILITY_BUDGET)
     assert pilot.typical(50.0) == 10.0
 

@@ -7,9 +7,9 @@ import math
 
 from lossk.diagnostics.bias import BIAS_BUDGET
 from lossk.pilot import modes
+from lossk.pilot.automatic import BURNIN_CAP, BURNIN_TARGET, LAG1_TARGET, STEPS_CAP
 from lossk.pilot.pilot import Pilot, batch_factor
 from lossk.pilot.step_choice import Way, batches
-from lossk.pilot.tune import BURNIN_CAP, BURNIN_TARGET, LAG1_TARGET, STEPS_CAP
 from lossk.samplers.baoab import BAOAB
 from lossk.settings import FEWEST_BATCH, minibatch_of
 
