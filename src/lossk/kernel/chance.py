@@ -19,7 +19,7 @@ from itertools import permutations
 
 import numpy as np
 import torch
-from scipy import stats
+from scipy.special import stdtr, stdtrit
 from torch import Tensor
 
 from lossk.ambient import without_autocast
@@ -80,14 +80,14 @@ class LagLaws:
         lag1 = self.moments.lag1.clamp(-0.99, 0.99)
         mean = lag1[self.alive].mean() if self.alive.any() else torch.zeros((), dtype=torch.float64, device="cpu")
         freedom = self._freedom(lag1[self.rows] * mean)
-        t = stats.t.ppf(1.0 - 1.0 / max(self.others, 2), freedom)
+        t = stdtrit(freedom, 1.0 - 1.0 / max(self.others, 2))
         return torch.from_numpy(t / np.sqrt(freedom + np.square(t))).float()
 
     def share_above(self, size: Tensor, index: Tensor) -> Tensor:
         lag1 = self.moments.lag1.clamp(-0.99, 0.99)
         freedom = self._freedom(lag1[self.rows].unsqueeze(1) * lag1[index])
         r = size.double().numpy()
-        return torch.from_numpy(stats.t.sf(r * np.sqrt(freedom / (1 - np.square(r)).clip(1e-15)), freedom))
+        return torch.from_numpy(stdtr(freedom, -r * np.sqrt(freedom / (1 - np.square(r)).clip(1e-15))))
 
     def _freedom(self, product: Tensor) -> np.ndarray:
         draws = self.moments.num_chains * (self.moments.num_draws - 1)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from scipy.stats import norm, t
+from scipy.special import ndtri, stdtr
 from torch import Tensor
 
 from lossk.curvature.curvature import (
@@ -252,7 +252,7 @@ def _drift(traces: Tensor) -> tuple[float, float]:
         error = (2 * noise.square().mean(dim=0) * time / half).sqrt().clamp(min=1e-300)
         ratio = ((second.mean(dim=0) - first.mean(dim=0)) / error).abs().numpy()
         freedom = max(2 * half / time - 4, 1.0)  # less two means and two trends
-        return torch.from_numpy(norm.isf(t.sf(ratio, freedom)))
+        return torch.from_numpy(-ndtri(stdtr(freedom, -ratio)))
 
     mean = traces.mean(dim=1, keepdim=True)
     samples = traces[:, traces.var(dim=0) > 0]
