@@ -181,7 +181,7 @@ def test_bench_lds_runs(tmp_path: Path) -> None:
         "--num-query", "20", "--hidden", "3", "--epochs", "2", "--num-chains", "1", "--num-draws", "4",
     ])  # fmt: skip
     found = json.loads(record.read_text())["found"]
-    assert len(found["scores"]) == 9
+    assert len(found["scores"]) == 8
     assert all(-1 <= score["lds"] <= 1 and score["error"] >= 0 for score in found["scores"].values())
     assert out.read_text().count("\n| ") == 11
     assert "nan" not in out.read_text()

@@ -165,8 +165,9 @@ def test_in_memory_and_on_disk_agree(tmp_path: Path) -> None:
     assert (mine.sets, mine.meta, mine.num_chains, mine.num_draws) == (sets, {"made": "here"}, 2, 11)
     for key, value in theirs.diagnostics.to_dict().items():
         other = mine.diagnostics.to_dict()[key]
+        rel = 1e-6 if key == "noise_floor" else 1e-9  # the floor is of float32, of traces with and without their means
         assert other == (
-            value if value is None or isinstance(value, str) else pytest.approx(value, rel=1e-9, nan_ok=True)
+            value if value is None or isinstance(value, str) else pytest.approx(value, rel=rel, nan_ok=True)
         )
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
 
 import torch
 
 from lossk.float32 import float32_products
+from lossk.switch import Switch
 
 
 @contextmanager
@@ -24,18 +26,16 @@ def without_autocast() -> Iterator[None]:
         yield
 
 
-@contextmanager
-def without_trials() -> Iterator[None]:
+def without_trials() -> AbstractContextManager[Any]:
     """Where the caller has asked torch for deterministic algorithms, cuDNN does not choose among them by the clock."""
-    before = torch.backends.cudnn.benchmark
-    if not torch.are_deterministic_algorithms_enabled():
-        yield
-        return
-    torch.backends.cudnn.benchmark = False
-    try:
-        yield
-    finally:
-        torch.backends.cudnn.benchmark = before
+    return TRIALS.at(False) if torch.are_deterministic_algorithms_enabled() else nullcontext()
+
+
+def _set_trials(wanted: bool) -> None:
+    torch.backends.cudnn.benchmark = wanted
+
+
+TRIALS = Switch(lambda: torch.backends.cudnn.benchmark, _set_trials, _set_trials)
 
 
 @contextmanager

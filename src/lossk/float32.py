@@ -6,28 +6,36 @@ A100 or later keep 10 bits), and since 2.9 a second set of names for the same sw
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 
+from lossk.switch import Switch
 
-@contextmanager
-def float32_products(*, tf32: bool = False) -> Iterator[None]:
+
+def float32_products(*, tf32: bool = False) -> AbstractContextManager[None]:
     """Matrix products and convolutions of float32 in full precision, or in TF32, whatever the caller has set."""
-    matmul, convolutions, named = _matmul(), _convolutions(), _named()
-    try:
-        torch.set_float32_matmul_precision("high" if tf32 else "highest")
-        torch.backends.cudnn.allow_tf32 = tf32
-        # A caller's setting for all of a library outlives the two lines above.
-        _name(["tf32" if tf32 else "ieee" if each == "tf32" else each for each in _named()])
-        yield
-    finally:
-        torch.set_float32_matmul_precision(matmul)
-        if convolutions is not None:
-            torch.backends.cudnn.allow_tf32 = convolutions
-        _name(named)
+    return PRODUCTS.at(tf32)
+
+
+def _put(tf32: bool) -> None:
+    torch.set_float32_matmul_precision("high" if tf32 else "highest")
+    torch.backends.cudnn.allow_tf32 = tf32
+    # A caller's setting for all of a library outlives the two lines above.
+    _name(["tf32" if tf32 else "ieee" if each == "tf32" else each for each in _named()])
+
+
+def _read() -> tuple[str, bool | None, list[str]]:
+    return _matmul(), _convolutions(), _named()
+
+
+def _back(before: tuple[str, bool | None, list[str]]) -> None:
+    matmul, convolutions, named = before
+    torch.set_float32_matmul_precision(matmul)
+    if convolutions is not None:
+        torch.backends.cudnn.allow_tf32 = convolutions
+    _name(named)
 
 
 def _matmul() -> str:
@@ -60,3 +68,6 @@ def _name(values: list[str]) -> None:
     for place, value in zip(_places(), values, strict=True):
         if place.fp32_precision != value:
             place.fp32_precision = value
+
+
+PRODUCTS = Switch(_read, _put, _back)

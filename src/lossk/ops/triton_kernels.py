@@ -83,7 +83,7 @@ def refusal(device: torch.device) -> str:
     return ""
 
 
-def outside(version: str) -> str:
+def _outside(version: str) -> str:
     """What a version of Triton is that lies outside `OLDEST` to `NEWEST`, in words; "" for one within."""
     found = tuple(int(part) for part in re.findall(r"\d+", version)[:2])
     if found < OLDEST:
@@ -105,8 +105,8 @@ def _check_call(op: str, device: torch.device) -> None:
 def _load(op: str, device: torch.device) -> tuple[KernelStatus, ModuleType | None]:
     try:
         version = importlib.import_module("triton").__version__
-        if outside(version).startswith(f"Triton {version} is older"):
-            return KernelStatus(False, f'{outside(version)}: pip install "lossk[triton]"', False), None
+        if _outside(version).startswith(f"Triton {version} is older"):
+            return KernelStatus(False, f'{_outside(version)}: pip install "lossk[triton]"', False), None
         from triton import knobs
     except ImportError as error:
         return KernelStatus(False, f"triton does not import ({error})", False), None
@@ -129,6 +129,6 @@ def _tested(op: str, device: torch.device, interpreted: bool) -> tuple[KernelSta
     except Exception as error:  # whatever a compiler or a driver does, the reference still runs
         problem = f"{type(error).__name__}: {error}"
     if problem:
-        problem = "; ".join(filter(None, (problem, outside(importlib.import_module("triton").__version__))))
+        problem = "; ".join(filter(None, (problem, _outside(importlib.import_module("triton").__version__))))
         return KernelStatus(False, f"the {op} kernel fails its self-test ({problem})", interpreted), None
     return KernelStatus(True, "", interpreted), module
