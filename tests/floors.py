@@ -71,6 +71,7 @@ GROUND = (
     "provenance",
     "records",
     "settings",
+    "switch",
     "timings",
 )  # modules that lie in no package
 

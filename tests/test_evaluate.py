@@ -183,7 +183,7 @@ def test_bench_lds_runs(tmp_path: Path) -> None:
     found = json.loads(record.read_text())["found"]
     assert len(found["scores"]) == 8
     assert all(-1 <= score["lds"] <= 1 and score["error"] >= 0 for score in found["scores"].values())
-    assert out.read_text().count("\n| ") == 11
+    assert out.read_text().count("\n| ") == 10
     assert "nan" not in out.read_text()
 
 
@@ -197,7 +197,7 @@ def test_bench_mislabels_runs(tmp_path: Path) -> None:
     runs = json.loads(record.read_text())["runs"]
     assert [set(run["auroc"]) == set(mislabels.NAMES) for run in runs] == [True, True]
     assert all(0 <= value <= 1 for run in runs for value in run["auroc"].values())
-    assert out.read_text().count("\n| ") == 11
+    assert out.read_text().count("\n| ") == 10
     assert "nan" not in out.read_text()
 
 
