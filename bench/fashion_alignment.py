@@ -40,8 +40,8 @@ def similarities(kernel: LossKernel, task: RecipeTask) -> dict[str, ClassMatrix]
     found = {"loss kernel, mean R": of_kernel.signed, "loss kernel, mean |R|": of_kernel.absolute}
     gradients = gradient_cosine(task.model, task.samples)
     features = {
-        "raw pixels": raw_inputs(task.samples, centered=True),
-        "penultimate features": penultimate_features(task.model, task.samples, centered=True),
+        "raw pixels": raw_inputs(task.samples, centred=True),
+        "penultimate features": penultimate_features(task.model, task.samples, centred=True),
         "gradient cosine": gradients,
     }
     found |= {name: class_similarity(source, task.labels, names).signed for name, source in features.items()}
