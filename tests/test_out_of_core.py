@@ -56,7 +56,7 @@ def make(
         for chain, part in panels(losses, panel):
             start = first.get(chain, 0)
             draw = Draw(chain, start, excess_loss=0.0, distance=0.0, acceptance=1.0)
-            state = SimpleNamespace(step=start, draw=start + len(part), weights=torch.zeros(1), memory={})
+            state = SimpleNamespace(step=start, draw=start + len(part), weights=torch.zeros(1), carried={})
             log.append(
                 SimpleNamespace(chain=chain, first_draw=start, losses=part, draws=[draw] * len(part), state=state)
             )
