@@ -52,6 +52,7 @@ FINE = {
         ({"sample_ess": 20.0}, "too few draws", "20 effective draws"),
         ({"reliability": 0.46}, "not determined", "R would correlate 0.46"),
         ({"reliability": 0.5}, "not determined", "draw 4.0 times as many"),
+        ({"reliability": 0.75, "reliability_kernel": 0.5}, "not determined", "draw 4.0 times as many"),
         ({"reliability": -0.1}, "not determined", "draw more than 100 times as many"),
         ({"reliability_kernel": 0.5}, "not determined", "K would correlate 0.50"),
         ({"size_error": 0.2}, "not determined", "draw 4.0 times as many"),

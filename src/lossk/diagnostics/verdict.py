@@ -121,13 +121,13 @@ RULES = (
         "not determined",
         lambda n: n.reliability < RELIABLE,
         "R would correlate {n.reliability:.2f} with that of another such run (least {RELIABLE}), K "
-        "{n.reliability_kernel:.2f}; draw {n.more_for_r} as many",
+        "{n.reliability_kernel:.2f}; draw {n.more_for_both} as many",
     ),
     Rule(
         "not determined",
         lambda n: n.reliability_kernel < RELIABLE,
         "K would correlate {n.reliability_kernel:.2f} with that of another such run (least {RELIABLE}), R "
-        "{n.reliability:.2f}; draw {n.more_for_k} as many",
+        "{n.reliability:.2f}; draw {n.more_for_both} as many",
     ),
     Rule(
         "not determined",
@@ -173,9 +173,10 @@ def judge(numbers: Mapping[str, Any], *, rejects: bool = False) -> tuple[str, st
     n.noisy = n.gradient_noise_ratio > n.foreseen_bias / 2
     n.length = "step_size" if math.isnan(n.discretisation) else "lr"
     n.too_steep, n.too_biased = n.stability / STEEPEST_BUDGET, n.foreseen_bias / BIAS_BUDGET
-    n.more_for_r, n.more_for_k = (
-        _times(times_as_many(found, RELIABLE)) for found in (n.reliability, n.reliability_kernel)
-    )
+    needed = [
+        times_as_many(found, RELIABLE) for found in (n.reliability, n.reliability_kernel) if not math.isnan(found)
+    ]
+    n.more_for_both = _times(max(needed, default=math.nan))
     n.more_for_size = _times((n.size_error / (UNEVEN_LIMIT if n.unevenness > UNEVEN else SIZE_LIMIT)) ** 2)
     rule = next(rule for rule in RULES if rule.broken(n))
     return rule.verdict, rule.advice.format(n=n, **LIMITS)

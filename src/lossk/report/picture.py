@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 MOST_SAMPLES = 3000  # in the matrix and the map; more are thinned, the same share of every class
 NUM_QUERIES, NUM_NEIGHBORS = 8, 6
+LINE = 150  # characters of the usual size beneath the title
 # Okabe and Ito's eight colors, which color-blind readers can tell apart, and two more that keep clear of them.
 COLORS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#8C6D31", "#6A3D9A", "#000000", "#A6A600")
 SAME, OTHER = "#0072B2", "#D55E00"
@@ -163,7 +164,8 @@ def draw(data: PictureData, path: Path) -> None:
     figure = Figure(figsize=(16, 7.8), dpi=150, facecolor="white")  # not pyplot: no global state, no display
     FigureCanvasAgg(figure)
     figure.text(0.02, 0.952, data.title, fontsize=19, fontweight="bold", va="center")
-    figure.text(0.02, 0.9, data.subtitle, fontsize=11.5, color="0.3", va="center")
+    size = min(11.5, 11.5 * LINE / max(len(data.subtitle), 1))
+    figure.text(0.02, 0.9, data.subtitle, fontsize=size, color="0.3", va="center")
     thinned = "" if len(data.labels) == data.num_samples else f" ({len(data.labels):,} of {data.num_samples:,})"
     _matrix(figure, data, thinned)
     _map(figure, data, thinned)
