@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 MOST_SAMPLES = 3000  # in the matrix and the map; more are thinned, the same share of every class
 NUM_QUERIES, NUM_NEIGHBORS = 8, 6
-LINE = 150  # characters of the usual size beneath the title
+LINE = 205  # characters of the usual size beneath the title
 # Okabe and Ito's eight colors, which color-blind readers can tell apart, and two more that keep clear of them.
 COLORS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#8C6D31", "#6A3D9A", "#000000", "#A6A600")
 SAME, OTHER = "#0072B2", "#D55E00"
