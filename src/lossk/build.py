@@ -18,7 +18,6 @@ from lossk.accumulate.tiles import TileAccumulator
 from lossk.ambient import usual_modes
 from lossk.data.data import Transform
 from lossk.disk.files import full_disk_named
-from lossk.forms.blocks import TileBlocks
 from lossk.kernel.from_store import kernel_of
 from lossk.kernel.kernel import LossKernel
 from lossk.kernel.traces import LossTraces
@@ -32,7 +31,7 @@ from lossk.run.distributed_build import build_on_ranks
 from lossk.run.distributed_traces import sample_on_ranks
 from lossk.run.restart import until_it_lasts
 from lossk.run.run import Run
-from lossk.run.run_diagnostics import diagnose_run
+from lossk.run.run_diagnostics import diagnosed_kernel
 from lossk.samplers.chain import ChainState
 from lossk.samplers.samplers import Sampler, check_sampler
 from lossk.settings import check_settings
@@ -111,8 +110,8 @@ def build_kernel(
         backend: of the ops: "torch", "cpp" (CPU), "triton" (CUDA), each explicit one or an error; "auto" takes what
             passes its self-test here: on a CUDA device the Triton kernels, on a CPU the C++ ones. `meta["ops"]` says.
         device: where to run; None is the model's own. The model is back on its own device afterwards.
-        precision: of the forward pass: None (float32, though torch's flags may allow TF32), "bf16", "fp16" or (CUDA)
-            "tf32". Weights stay float32.
+        precision: of the forward pass: None (float32, whatever torch's flags allow), "bf16", "fp16" or (CUDA) "tf32".
+            Weights stay float32.
         passes: how forward and backward passes are run; None has a pilot choose (it is printed, and kept in `meta`), or
             in a run of some seconds takes `Passes()`.
         seed: of noise and minibatches, from 0 to 2^32 - 1. The same seed and passes give the same kernel bitwise
@@ -298,10 +297,7 @@ def _accumulate(
     tiles = _accumulator(run, request, log, layout, budget)
     starts: dict[int, ChainState | None] = dict.fromkeys(range(run.num_chains))
     if log is not None:
-        for commit in log.commits:
-            losses = log.read_panel(commit)
-            tiles.update(commit["chain"], losses)
-            run.watch.note(losses, log.read_draws(commit))
+        log.replay(tiles, run.watch)
         starts = {chain: log.state_of(chain) for chain in log.unfinished()}
         if log.commits:
             last = log.commits[-1]
@@ -319,12 +315,7 @@ def _accumulate(
         bar.say("all draws are logged; making the tiles from them")
     with run.timings.measure({"store": "tiles", "factor": "store"}.get(layout.tiles, "update")):
         blocks, moments = tiles.finalize()
-    with run.timings.measure("diagnostics"):
-        diagnostics = diagnose_run(run, moments, tiles.totals)
-    kernel = LossKernel(
-        blocks, moments, diagnostics=diagnostics, tokens=run.probe.tokens, sets=run.probe.sets,
-        watched=run.watch.watched if isinstance(blocks, TileBlocks) else None,
-    )  # fmt: skip
+    kernel = diagnosed_kernel(run, blocks, moments, tiles.totals)
     kernel.meta = {**record.meta(run, request), "memory": {**layout.to_dict(), "planned_peak_bytes": layout.peak_bytes}}
     if log is not None:
         log.finish(kernel.contents, with_tiles=layout.tiles not in ("store", "factor"))

@@ -8,13 +8,14 @@ import zipfile
 from collections.abc import Sequence
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from lossk.accumulate.panel import Panel
+from lossk.accumulate.trace_watch import TraceWatch
 from lossk.disk.chunks import ArraySpec, At, ChunkError, Chunks
 from lossk.disk.files import Digest, digest, read_file, remove, replace_file, sync_tree
 from lossk.disk.locks import LOCK, Lock
@@ -29,6 +30,13 @@ from lossk.store.store import refuse_other_run, write_contents
 
 BEFORE_CONFIG = ("zarr.json", "losses", ".lock", *CUT_OFF)  # what an earlier version's run, killed at its start, leaves
 STATE_BYTES = 2**40  # the largest state, of an earlier version's run, that is read
+
+
+class Sums(Protocol):
+    """Tiles or a factor, as panels are added to them."""
+
+    def update(self, chain: int, losses: Tensor) -> Any:
+        """Take in losses [k, N] of a chain."""
 
 
 class RunLog:
@@ -239,6 +247,13 @@ class RunLog:
             weights,
             {name.removeprefix("memory."): tensor for name, tensor in arrays.items()},
         )
+
+    def replay(self, sums: Sums, watch: TraceWatch) -> None:
+        """Give the committed panels, in order, to what adds up losses and to what watches them."""
+        for commit in self.commits:
+            losses = self.read_panel(commit)
+            sums.update(commit["chain"], losses)
+            watch.note(losses, self.read_draws(commit))
 
     def read_draws(self, commit: dict[str, Any]) -> list[Draw]:
         """What the chain said of a committed panel's draws."""

@@ -32,7 +32,7 @@ from lossk.run import record
 from lossk.run.distributed_run import Work, chosen_by_first, meta, rounds, start_clock, usual_panel
 from lossk.run.restart import until_it_lasts
 from lossk.run.run import Run
-from lossk.run.run_diagnostics import diagnose_run
+from lossk.run.run_diagnostics import diagnosed_kernel
 from lossk.store.store import open_finished, saved_panel
 from lossk.store.stored_tiles import CACHE_BYTES, StoredTiles, create_tiles
 from lossk.task.passes import Passes
@@ -135,10 +135,7 @@ def _accumulate(work: Work) -> LossKernel:
     sums = _sums(work)
     log, run = work.log, work.run
     if log is not None:
-        for commit in log.commits:
-            losses = log.read_panel(commit)
-            sums.update(commit["chain"], losses)
-            run.watch.note(losses, log.read_draws(commit))
+        log.replay(sums, run.watch)
         if log.commits:
             work.bar.say(f"resuming after {sum(len(commit['excess']) for commit in log.commits)} draws")
     for received, sent in rounds(work):
@@ -243,12 +240,6 @@ def _write_tiles(work: Work, log: RunLog, blocks: TileBlocks) -> None:
 
 
 def _kernel(work: Work, blocks: Blocks, moments: Moments, sums: Sums) -> LossKernel:
-    run = work.run
-    with run.timings.measure("diagnostics"):
-        diagnostics = diagnose_run(run, moments, sums.totals)
-    kernel = LossKernel(
-        blocks, moments, diagnostics=diagnostics, tokens=run.probe.tokens, sets=run.probe.sets,
-        watched=run.watch.watched if isinstance(blocks, TileBlocks) else None,
-    )  # fmt: skip
+    kernel = diagnosed_kernel(work.run, blocks, moments, sums.totals)
     kernel.meta = meta(work)
     return kernel

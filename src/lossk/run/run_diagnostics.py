@@ -7,13 +7,24 @@ import torch
 from lossk.accumulate.panel import ChainTotals
 from lossk.diagnostics.diagnostics import Diagnostics, diagnose
 from lossk.diagnostics.information import Criteria, lost_variance, reach_of_variance
-from lossk.forms.blocks import Moments
+from lossk.forms.blocks import Blocks, Moments, TileBlocks
+from lossk.kernel.kernel import LossKernel
 from lossk.kernel.neighbors import median_noise_floor
 from lossk.pilot.trial import uninformed_loss
 from lossk.run.choose import burnin_spread, momentum_noise_ratio
 from lossk.run.run import Run
 from lossk.samplers.hmc import HMC
 from lossk.samplers.sgld import SGLD
+
+
+def diagnosed_kernel(run: Run, blocks: Blocks, moments: Moments, totals: ChainTotals) -> LossKernel:
+    """The kernel of a run whose every draw has been noted; its meta is yet to be written."""
+    with run.timings.measure("diagnostics"):
+        diagnostics = diagnose_run(run, moments, totals)
+    watched = run.watch.watched if isinstance(blocks, TileBlocks) else None
+    return LossKernel(
+        blocks, moments, diagnostics=diagnostics, tokens=run.probe.tokens, sets=run.probe.sets, watched=watched
+    )
 
 
 def diagnose_run(run: Run, moments: Moments, totals: ChainTotals) -> Diagnostics:
