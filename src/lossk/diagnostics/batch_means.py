@@ -119,6 +119,12 @@ def spread_of_mean(series: Tensor) -> Spread:
     return Spread(long_run / (num_chains * num_draws), batches, freedom, skewness)
 
 
+def summed_squares(losses: Tensor) -> Tensor:
+    """[C, T] float64: squared distances from the mean over a chain's draws, summed over samples, of [C, T, w]."""
+    chains = (chain.double() for chain in losses)
+    return torch.stack([(chain - chain.mean(dim=0)).square().sum(dim=1) for chain in chains])
+
+
 def _shape(second: Tensor, third: Tensor, fourth: Tensor, share: Tensor, draws: float) -> tuple[Tensor, Tensor]:
     """Skewness of the mean, and the freedom of its variance, from sums of powers of the draws' deviations.
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lossk.checks import check_number
-from lossk.diagnostics.batch_means import of_skewness, reach, spread_of_mean, widening
+from lossk.diagnostics.batch_means import of_skewness, reach, spread_of_mean, summed_squares, widening
 
 
 class Estimate(NamedTuple):
@@ -92,11 +92,9 @@ def reach_of_variance(losses: Tensor) -> float:
     Args:
         losses: [C, T, w], of some of the samples.
     """
-    wide = losses.double()
-    if wide.shape[1] < 2 or not torch.isfinite(wide).all():
+    if losses.shape[1] < 2 or not torch.isfinite(losses).all():
         return 1.0
-    squares = (wide - wide.mean(dim=1, keepdim=True)).square().sum(dim=2, keepdim=True)
-    return float(of_skewness(spread_of_mean(squares)))
+    return float(of_skewness(spread_of_mean(summed_squares(losses).unsqueeze(2))))
 
 
 def _over_chains(values: Tensor, bias: float = 0.0, reach: float = 1.0) -> Estimate:

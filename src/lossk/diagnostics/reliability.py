@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lossk.diagnostics.batch_means import spread_of_mean
+from lossk.diagnostics.batch_means import spread_of_mean, summed_squares
 from lossk.optional import require
 
 SPLITS = 10  # of the chains into halves, at most
@@ -57,16 +57,11 @@ def size_error(losses: Tensor) -> float | None:
     """
     if losses.shape[1] < 4:
         return None
-    squares = torch.stack([_squares(chain.double()) for chain in losses])  # [C, T]
+    squares = summed_squares(losses)
     total = float(squares.mean())
     if not (math.isfinite(total) and total > 0):
         return None
     return float(spread_of_mean(squares.unsqueeze(2)).variance) ** 0.5 / total
-
-
-def _squares(losses: Tensor) -> Tensor:
-    """[T] the sum over samples of squared distances from their means over the chain's draws, of [T, w]."""
-    return (losses - losses.mean(dim=0)).square().sum(dim=1)
 
 
 def mean_error(traces: np.ndarray) -> float:
