@@ -85,12 +85,17 @@ def refusal(device: torch.device) -> str:
 
 def _outside(version: str) -> str:
     """What a version of Triton is that lies outside `OLDEST` to `NEWEST`, in words; "" for one within."""
-    found = tuple(int(part) for part in re.findall(r"\d+", version)[:2])
+    found = _numbers(version)
     if found < OLDEST:
         return f"Triton {version} is older than {_dotted(OLDEST)}, the oldest that the kernels compile under"
     if found > NEWEST:
         return f"Triton {version} is newer than {_dotted(NEWEST)}, the newest that the kernels were tried under"
     return ""
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    """(3, 6) of "3.6.1+git"."""
+    return tuple(int(part) for part in re.findall(r"\d+", version)[:2])
 
 
 def _dotted(version: tuple[int, int]) -> str:
@@ -105,7 +110,7 @@ def _check_call(op: str, device: torch.device) -> None:
 def _load(op: str, device: torch.device) -> tuple[KernelStatus, ModuleType | None]:
     try:
         version = importlib.import_module("triton").__version__
-        if _outside(version).startswith(f"Triton {version} is older"):
+        if _numbers(version) < OLDEST:
             return KernelStatus(False, f'{_outside(version)}: pip install "lossk[triton]"', False), None
         from triton import knobs
     except ImportError as error:
