@@ -56,7 +56,7 @@ class Run:
     probe: Probe
     train: Samples
     asked: Sampler
-    sampler: Sampler  # as asked for, until `tune` resolves it
+    sampler: Sampler  # as asked for, until `choose` resolves it
     num_chains: int
     num_draws: int
     backend: str
