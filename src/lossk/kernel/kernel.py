@@ -225,7 +225,7 @@ class LossKernel(AsArray):
         Args:
             method: "interval": from the draws' own products, by batches of every length, whatever the law and memory of
                 the losses (`lossk.kernel.product_errors`), as long as the skewness and tails of these products ask for:
-                +- 1.96 of it cover 92 to 97 % (docs/calibration.md). Needs the factor form. "watched": "lag1" times the
+                +- 1.96 of it cover 91 to 97 % (docs/calibration.md). Needs the factor form. "watched": "lag1" times the
                 ratio "interval" over "lag1" of the up to 256 samples whose traces are kept
                 (`lossk.kernel.watched_errors`). "products": "interval" without that length, the size that errors
                 usually have; +- 1.96 of it cover less where losses are skewed and effective draws are few.
