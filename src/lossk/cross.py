@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from lossk.ambient import usual_modes
 from lossk.build import sample_losses
 from lossk.checks import check_choice, check_instance, check_tensor
-from lossk.data.data import Transform, map_tensors
+from lossk.data.data import Transform
 from lossk.data.probe_sets import ProbeSets
 from lossk.data.reading import check_source, read_samples
+from lossk.data.trees import map_tensors
 from lossk.diagnostics.diagnostics import Diagnostics
 from lossk.kernel.dense import AsArray, refuse_too_large
 from lossk.kernel.indexing import resolve, rows_and_columns

@@ -23,8 +23,9 @@ from lossk.checks import (
     check_tensor,
     check_text,
 )
-from lossk.data.data import Samples, Transform, leaves, map_tensors
+from lossk.data.data import Samples, Transform
 from lossk.data.probe_sets import ProbeSets, read_sources
+from lossk.data.trees import leaves, map_tensors
 from lossk.task.agreement import prove
 from lossk.task.losses import LossFunction, resolve_loss
 from lossk.task.passes import Passes

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -10,10 +10,9 @@ from torch import Tensor
 
 from lossk.available import gigabytes
 from lossk.data.accepted import as_tensors
-from lossk.data.data import map_tensors
 from lossk.data.room import Room
+from lossk.data.trees import Path, flat, map_tensors
 
-Path = tuple[Any, ...]  # of keys and numbers, from the batch to one of its tensors
 LOOK_AFTER = 2**24  # bytes read until the room is looked at again
 
 Form = dict[Path, tuple[torch.dtype, torch.device, tuple[int, ...]]]
@@ -45,7 +44,7 @@ class Columns:
             MemoryError: no more can be held.
         """
         tree = as_tensors(batch, f"{self.name}: batch {self.batches}", self.room)
-        parts = dict(_flat(tree))
+        parts = dict(flat(tree))
         count = self._check(parts)
         size = sum(part.nbytes for part in parts.values() if part.device.type == "cpu")
         if self.batches == 0:
@@ -126,15 +125,6 @@ class Columns:
     def _so_far(self) -> str:
         length = "has no known length and" if self.total is None else f"has {self.total:,} samples, it says, and"
         return f"{self.name} {length} has not ended after {self.rows:,} samples, {gigabytes(self.nbytes)}"
-
-
-def _flat(tree: Any, path: Path = ()) -> Iterator[tuple[Path, Tensor]]:
-    """Every tensor of a tree with its path, in the order of `leaves`."""
-    if isinstance(tree, Tensor):
-        yield path, tree
-        return
-    for key, value in tree.items() if isinstance(tree, Mapping) else enumerate(tree):
-        yield from _flat(value, (*path, key))
 
 
 def _form(part: Tensor) -> tuple[torch.dtype, torch.device, tuple[int, ...]]:

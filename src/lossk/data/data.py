@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from lossk.data.trees import leaves, map_tensors
 from lossk.device import SideStream, ahead
 
 FEW = 8  # samples that a check looks at
@@ -129,22 +130,3 @@ def spread(total: int, count: int) -> Tensor:
     """[k] int64: at most `count` of the numbers below `total`, spread evenly from the first to the last."""
     numbers = torch.linspace(0, max(total - 1, 0), min(count, total), dtype=torch.float64, device="cpu")
     return numbers.round().long()
-
-
-def map_tensors(function: Callable[[Tensor], Tensor], tree: Any) -> Any:
-    """Apply a function to every tensor of a tree of tuples, lists and mappings."""
-    if isinstance(tree, Tensor):
-        return function(tree)
-    if isinstance(tree, Mapping):
-        return {key: map_tensors(function, value) for key, value in tree.items()}
-    if isinstance(tree, tuple | list):
-        parts = [map_tensors(function, value) for value in tree]
-        return type(tree)(*parts) if hasattr(tree, "_fields") else tuple(parts)
-    raise TypeError(f"loader: batches must be made of tensors, got {type(tree).__name__}")
-
-
-def leaves(tree: Any) -> list[Tensor]:
-    """The tensors of a tree, in order."""
-    if isinstance(tree, Tensor):
-        return [tree]
-    return [leaf for value in (tree.values() if isinstance(tree, Mapping) else tree) for leaf in leaves(value)]

@@ -16,11 +16,12 @@ from lossk.ambient import usual_modes
 from lossk.available import gigabytes
 from lossk.data.accepted import as_tensors
 from lossk.data.columns import Columns
-from lossk.data.data import Samples, leaves
+from lossk.data.data import Samples
 from lossk.data.generators import generators_kept
 from lossk.data.loaders import AS_GIVEN, READ_BATCH, Reader, no_word_of_workers, reader_of
 from lossk.data.room import Room
 from lossk.data.streams import streams_kept
+from lossk.data.trees import leaves
 from lossk.timings import Progress
 
 _END = object()

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lossk.ambient import usual_modes
-from lossk.data.data import Samples, few_of, leaves, map_tensors, widen
+from lossk.data.data import Samples, few_of, widen
 from lossk.data.streams import Streams
+from lossk.data.trees import leaves, map_tensors
 from lossk.task.attributes import address
 from lossk.task.losses import forward, split_batch
 from lossk.task.parameters import is_compiled

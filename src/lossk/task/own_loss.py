@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lossk.data.data import map_tensors
+from lossk.data.trees import map_tensors
 from lossk.task.criteria import WRITE, spell
 
 Evaluated = tuple[Tensor, Tensor | None]  # losses [B] and None, or losses [B, T] and mask [B, T] bool; float32, nats

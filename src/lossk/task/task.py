@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from lossk.ambient import usual_modes
 from lossk.checks import check_choice
-from lossk.data.data import Samples, map_tensors
+from lossk.data.data import Samples
 from lossk.data.streams import streams_kept
+from lossk.data.trees import map_tensors
 from lossk.device import SideStream, pinned
 from lossk.float32 import float32_products
 from lossk.settings import PRECISIONS
