@@ -94,7 +94,7 @@ def cross_kernel(
         if len(index) == 0:
             raise ValueError("rows must select at least one training sample, got none")
         # What was read is passed on, so that a loader is read once and its random augmentation drawn once.
-        train, shown = read.tree, map_tensors(lambda t: t[index.to(t.device)], read.tree)
+        train, shown = read, map_tensors(lambda t: t[index.to(t.device)], read.tree)
     traces = sample_losses(
         model,
         ProbeSets(train=shown, query=query),

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lossk.data.padding import Padding
 from lossk.data.trees import leaves, map_tensors
 from lossk.device import SideStream, ahead
 
@@ -39,6 +40,7 @@ class Samples:
     device: torch.device | None = None  # where batches are wanted, if the data are not held there
     side: SideStream | None = field(default=None, repr=False, compare=False)  # on which they are copied there
     copied: bool = True  # a batch is a copy, never a view: what it is given to may write into it
+    padding: Padding | None = None  # of samples that came in different lengths
     _views: dict[int, list[tuple[int, Any]]] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __len__(self) -> int:
@@ -46,7 +48,16 @@ class Samples:
 
     def __getitem__(self, index: slice | Tensor) -> Any:
         copied = self.copied and isinstance(index, slice)  # indexing by a tensor copies anyway
-        batch = map_tensors(lambda t: widen(self._moved(t[index].clone() if copied else t[index])), self.tree)
+        return self._given(map_tensors(lambda t: t[index].clone() if copied else t[index], self.tree))
+
+    def alone(self, sample: int) -> Any:
+        """A batch of one sample, without the padding that it has among longer ones."""
+        assert self.padding is not None
+        return self._given(map_tensors(torch.clone, self.padding.alone(self.tree, sample)))
+
+    def _given(self, tree: Any) -> Any:
+        """A part of the tree as the model is given it."""
+        batch = map_tensors(lambda t: widen(self._moved(t)), tree)
         if self.transform is None:
             return batch
         inputs, targets = batch
@@ -77,7 +88,7 @@ class Samples:
         """Some of them, consecutive, as views."""
         start, stop, _ = span.indices(len(self))
         tree = map_tensors(lambda t: t[start:stop], self.tree)
-        return dataclasses.replace(self, tree=tree, num_samples=stop - start)
+        return dataclasses.replace(self, tree=tree, num_samples=stop - start, padding=None)
 
     def transformed(self, transform: Transform | None, name: str) -> Samples:
         """The same data with a transform, tried on one batch.

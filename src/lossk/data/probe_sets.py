@@ -52,6 +52,7 @@ def read_sources(
     name: str = "loader",
     bar: Progress | None = None,
     budget: Budget | None = None,
+    pads: bool = False,
 ) -> tuple[dict[str, Samples], Samples]:
     """Read the probe (a lone one under the name "") and the training data; what is given twice is read once.
 
@@ -59,6 +60,7 @@ def read_sources(
         name: of the public argument `loader`, for messages.
         bar: where progress is shown.
         budget: of the call; None is what is free.
+        pads: as for `read_samples`.
 
     Raises:
         ValueError: `train` is None where the probe is several sets; what `read_samples` refuses.
@@ -80,7 +82,7 @@ def read_sources(
     room = Room(budget)
     for source, what in given:
         if id(source) not in read:
-            read[id(source)] = read_samples(source, what, bar=bar, room=room).transformed(transform, what)
+            read[id(source)] = read_samples(source, what, bar=bar, room=room, pads=pads).transformed(transform, what)
     sets = {key: read[id(source)] for key, source in sources.items()}
     return sets, read[id(loader if train is None else train)]
 

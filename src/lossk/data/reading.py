@@ -19,6 +19,7 @@ from lossk.data.columns import Columns
 from lossk.data.data import Samples
 from lossk.data.generators import generators_kept
 from lossk.data.loaders import AS_GIVEN, READ_BATCH, Reader, no_word_of_workers, reader_of
+from lossk.data.padding import Filling, Padding
 from lossk.data.room import Room
 from lossk.data.streams import streams_kept
 from lossk.data.trees import leaves
@@ -28,7 +29,7 @@ _END = object()
 
 
 def read_samples(
-    source: Any, name: str = "loader", *, bar: Progress | None = None, room: Room | None = None
+    source: Any, name: str = "loader", *, bar: Progress | None = None, room: Room | None = None, pads: bool = False
 ) -> Samples:
     """Read every sample of `source` once.
 
@@ -41,6 +42,7 @@ def read_samples(
         name: the public argument, for messages.
         bar: where progress is shown.
         room: how much may be read; None is what is free.
+        pads: pad batches of different lengths to the longest, which the caller then proves (`Samples.padding`).
 
     Raises:
         TypeError: not one of these, or samples that are not dense tensors.
@@ -49,8 +51,11 @@ def read_samples(
         RuntimeError: the caller's own code failed; its error is the cause. A TypeError or ValueError keeps its type.
     """
     check_source(source, name)
+    if isinstance(source, Samples):  # read already
+        return source
     with streams_kept(), generators_kept(source), _plain_modes(source):
-        tree = _read_tree(source, name, bar or Progress(False), room or Room())
+        filling = Filling(getattr(source, "collate_fn", None)) if pads else None
+        tree, padding = _read_tree(source, name, bar or Progress(False), room or Room(), filling)
         tensors = leaves(tree)
         if any(t.ndim == 0 for t in tensors):
             raise ValueError(f"{name}: every tensor must have the sample as its first dimension, got a 0-d tensor")
@@ -60,12 +65,12 @@ def read_samples(
         if len(lengths) > 1:
             raise ValueError(f"{name}: all tensors must have the same number of samples, got {lengths}")
         _check_finite(tensors, name)
-        return Samples(tree, lengths[0])
+        return Samples(tree, lengths[0], padding=padding)
 
 
 def check_source(source: Any, name: str) -> None:
     """Raise a TypeError for what cannot be read at all."""
-    if isinstance(source, DataLoader | Dataset | Mapping):
+    if isinstance(source, DataLoader | Dataset | Mapping | Samples):
         return
     got = f"got {type(source).__name__}"
     if isinstance(source, Iterator):
@@ -77,14 +82,16 @@ def check_source(source: Any, name: str) -> None:
     raise TypeError(f"{name} must be a DataLoader, a Dataset or a tuple (inputs, targets) of tensors, {got}")
 
 
-def _read_tree(source: Any, name: str, bar: Progress, room: Room) -> Any:
+def _read_tree(
+    source: Any, name: str, bar: Progress, room: Room, filling: Filling | None
+) -> tuple[Any, Padding | None]:
     if not isinstance(source, DataLoader | Dataset):
-        return as_tensors(source, name, room)
+        return as_tensors(source, name, room), None
     reader = reader_of(source, name)
     dataset, collate = reader.loader.dataset, reader.loader.collate_fn
     if reader.num_batches is not None and collate is default_collate and _is_only_tensors(dataset):
-        return as_tensors(tuple(dataset.tensors), name, room)  # type: ignore[attr-defined]
-    return _gather(reader, name, bar, room)
+        return as_tensors(tuple(dataset.tensors), name, room), None  # type: ignore[attr-defined]
+    return _gather(reader, name, bar, Columns(name, room, reader.total, filling))
 
 
 def _is_only_tensors(dataset: Any) -> bool:
@@ -95,8 +102,7 @@ def _is_only_tensors(dataset: Any) -> bool:
     )
 
 
-def _gather(reader: Reader, name: str, bar: Progress, room: Room) -> Any:
-    columns = Columns(name, room, reader.total)
+def _gather(reader: Reader, name: str, bar: Progress, columns: Columns) -> tuple[Any, Padding | None]:
     known = reader.total is not None or reader.num_batches is not None
     length = "" if known else ", of no known length, until it ends"
     bar.start(reader.total, what=f"reading {name}{length}", unit=" samples", stays=False)

@@ -101,7 +101,7 @@ class Run:
         task.loss = resolve_loss(loss, chosen.ops["sample_loss"])
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            sets, train_samples = read_sources(loader, train, transform, bar=bar, budget=budget)
+            sets, train_samples = read_sources(loader, train, transform, bar=bar, budget=budget, pads=True)
         for warning in caught:  # shown all the same; kept with the result
             warnings.warn(warning.message, warning.category, stacklevel=3)
         fingerprints = {"model": provenance.model_fingerprint(model), "probe": rows_fingerprint(sets)}
