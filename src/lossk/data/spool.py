@@ -89,7 +89,7 @@ class Spool:
         assert tensor.stride(0) == tensor[0].numel(), "samples must lie one after the other"
         start = tensor.data_ptr() - file.addresses.start
         taken = torch.empty(len(index) * each, dtype=torch.uint8, device="cpu")
-        rows = memoryview(taken.numpy())
+        rows = taken.numpy().data
         for number, row in enumerate(index.tolist()):
             _read_fully(file.descriptor, rows[number * each : (number + 1) * each], start + row * each)
         return taken.view(tensor.dtype).as_strided((len(index), *tensor.shape[1:]), tensor.stride())
