@@ -17,8 +17,8 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 import lossk
 from loader_items import Items, N, batches_of, labels, numbers, quiet
-from lossk.data.data import leaves
 from lossk.data.reading import read_samples
+from lossk.data.trees import leaves
 
 
 def inference() -> Tensor:

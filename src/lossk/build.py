@@ -17,6 +17,7 @@ from lossk.accumulate.tile_pass import OutOfCore
 from lossk.accumulate.tiles import TileAccumulator
 from lossk.ambient import usual_modes
 from lossk.data.data import Transform
+from lossk.data.room import Room
 from lossk.disk.files import full_disk_named
 from lossk.kernel.from_store import kernel_of
 from lossk.kernel.kernel import LossKernel
@@ -60,6 +61,7 @@ def build_kernel(
     centering: str = "chain",
     form: str = "tiles",
     memory: int | str | None = None,
+    data: str = "auto",
     out: str | Path | None = None,
     resume: bool = False,
     backend: str = "auto",
@@ -105,6 +107,9 @@ def build_kernel(
         memory: what the call may use beyond what the process holds when it begins: bytes, or text such as "8GB"; None
             is what is free. The plan is printed before work starts. Tiles are held in memory if they fit; if not, and
             `out` is given, they are made in that store at the end, from the log of the draws, within rounding the same.
+        data: where the samples of a DataLoader or Dataset are kept: in "memory"; in a "spool", unnamed mapped files
+            beside `out` or in a temporary folder, which are gone after the call; "auto" spools what would take more
+            than half of `memory`. The numbers are the same, bit for bit.
         out: path of a `.lossk` store to write; None keeps the kernel in memory only.
         resume: continue an interrupted run in `out`, to the result of a run that was not (bitwise, or as `seed` says).
         backend: of the ops: "torch", "cpp" (CPU), "triton" (CUDA), each explicit one or an error; "auto" takes what
@@ -146,6 +151,7 @@ def build_kernel(
         precision=precision,
         seed=seed,
         memory=memory,
+        data=data,
         transform=transform,
         device=device,
         out=out,
@@ -174,7 +180,7 @@ def build_kernel(
             device = ranks.own_device(device)
         run = Run.prepare(
             model, loader, train, loss, sampler, num_chains, num_draws, backend, device, precision, seed, transform,
-            bar, budget,
+            bar, Room(budget, plain["data"], path),
         )  # fmt: skip
         settings = {"tile": tile, "dtype": dtype, "centering": centering, "form": None if form == "tiles" else form}
         if ranks is not None:
@@ -238,6 +244,7 @@ def sample_losses(
     device: str | torch.device | None = None,
     precision: str | None = None,
     passes: Passes | None = None,
+    data: str = "auto",
     seed: int = 0,
     progress: bool = True,
     distributed: bool | None = None,
@@ -252,6 +259,7 @@ def sample_losses(
         backend=backend,
         precision=precision,
         seed=seed,
+        data=data,
         transform=transform,
         device=device,
         progress=progress,
@@ -271,7 +279,7 @@ def sample_losses(
             device = ranks.own_device(device)
         run = Run.prepare(
             model, loader, train, loss, sampler, num_chains, num_draws, backend, device, precision, seed, transform,
-            bar, budget,
+            bar, Room(budget, plain["data"]),
         )  # fmt: skip
         if ranks is not None:
             return sample_on_ranks(ranks, run, passes=passes, budget=budget, bar=bar)

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from lossk.ambient import usual_modes
 from lossk.build import sample_losses
 from lossk.checks import check_choice, check_instance, check_tensor
-from lossk.data.data import Transform, map_tensors
+from lossk.data.data import Transform
 from lossk.data.probe_sets import ProbeSets
 from lossk.data.reading import check_source, read_samples
+from lossk.data.trees import map_tensors
 from lossk.diagnostics.diagnostics import Diagnostics
 from lossk.kernel.dense import AsArray, refuse_too_large
 from lossk.kernel.indexing import resolve, rows_and_columns
@@ -93,7 +94,7 @@ def cross_kernel(
         if len(index) == 0:
             raise ValueError("rows must select at least one training sample, got none")
         # What was read is passed on, so that a loader is read once and its random augmentation drawn once.
-        train, shown = read.tree, map_tensors(lambda t: t[index.to(t.device)], read.tree)
+        train, shown = read, map_tensors(lambda t: t[index.to(t.device)], read.tree)
     traces = sample_losses(
         model,
         ProbeSets(train=shown, query=query),

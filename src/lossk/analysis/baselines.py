@@ -31,7 +31,8 @@ from lossk.checks import (
     check_optional,
     check_tensor,
 )
-from lossk.data.data import Samples, Transform, leaves
+from lossk.data.data import Samples, Transform
+from lossk.data.trees import leaves
 from lossk.forms.blocks import tile_spans
 from lossk.kernel.dense import AsArray, refuse_too_large
 from lossk.kernel.indexing import resolve, rows_and_columns

@@ -23,8 +23,9 @@ from lossk.checks import (
     check_tensor,
     check_text,
 )
-from lossk.data.data import Samples, Transform, leaves, map_tensors
+from lossk.data.data import Samples, Transform
 from lossk.data.probe_sets import ProbeSets, read_sources
+from lossk.data.trees import leaves, map_tensors
 from lossk.task.agreement import prove
 from lossk.task.losses import LossFunction, resolve_loss
 from lossk.task.passes import Passes
@@ -122,13 +123,12 @@ def _vectorised(task: Task, value: SampleValue) -> Callable[[Any], Tensor]:
     within = _Within(task.model, value)
     weights = {f"model.{name}": p.detach() for name, p in zip(task.names, task.sampled, strict=True)}
 
-    def of_one(parameters: dict[str, Tensor], sample: Any) -> Tensor:
-        return functional_call(within, parameters, (map_tensors(lambda t: t.unsqueeze(0), sample),))
-
-    gradients_of = vmap(grad(of_one), in_dims=(None, 0))
-
     def of_batch(batch: Any) -> Tensor:
-        found = gradients_of(weights, batch)
+        def of_one(parameters: dict[str, Tensor], parts: list[Tensor]) -> Tensor:
+            rest = iter(parts)
+            return functional_call(within, parameters, (map_tensors(lambda _: next(rest).unsqueeze(0), batch),))
+
+        found = vmap(grad(of_one), in_dims=(None, 0))(weights, leaves(batch))
         parts = list(found.values())
         return torch.cat([part.reshape(len(part), -1) for part in parts], dim=1).float()
 

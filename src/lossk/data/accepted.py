@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -11,6 +10,7 @@ from torch import Tensor
 
 from lossk.available import gigabytes
 from lossk.data.room import Room
+from lossk.data.trees import children, rebuilt
 
 DTYPES = {
     torch.bool, torch.uint8, torch.uint16, torch.uint32, torch.uint64, torch.int8, torch.int16, torch.int32,
@@ -33,8 +33,6 @@ def as_tensors(tree: Any, where: str, room: Room) -> Any:
         return _plain(tree, where, room)
     if isinstance(tree, np.ndarray):
         return _of_array(tree, where, room)
-    if isinstance(tree, Mapping):
-        return {key: as_tensors(value, f"{where}[{key!r}]", room) for key, value in tree.items()}
     if isinstance(tree, tuple | list):
         odd = next((value for value in tree if isinstance(value, int | float | complex | str | np.generic)), None)
         if odd is not None:
@@ -42,8 +40,9 @@ def as_tensors(tree: Any, where: str, room: Room) -> Any:
                 f"{where} must be a tensor or an array, or be made of them, got a {type(tree).__name__} with "
                 f"{type(odd).__name__} in it"
             )
-        parts = [as_tensors(value, f"{where}[{i}]", room) for i, value in enumerate(tree)]
-        return type(tree)(*parts) if hasattr(tree, "_fields") else tuple(parts)
+    parts = children(tree)
+    if parts is not None:
+        return rebuilt(tree, {key: as_tensors(value, f"{where}[{key!r}]", room) for key, value in parts.items()})
     raise TypeError(f"{where} must be a tensor or an array, or be made of them, got {type(tree).__name__}{_hint(tree)}")
 
 

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from lossk.data.padding import Padding
+from lossk.data.spool import PIECE, Spool, pieces
+from lossk.data.trees import leaves, map_tensors
 from lossk.device import SideStream, ahead
 
 FEW = 8  # samples that a check looks at
@@ -38,18 +41,54 @@ class Samples:
     device: torch.device | None = None  # where batches are wanted, if the data are not held there
     side: SideStream | None = field(default=None, repr=False, compare=False)  # on which they are copied there
     copied: bool = True  # a batch is a copy, never a view: what it is given to may write into it
+    padding: Padding | None = None  # of samples that came in different lengths
+    spool: Spool | None = field(default=None, repr=False, compare=False)  # of the files that the tree may lie in
     _views: dict[int, list[tuple[int, Any]]] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __len__(self) -> int:
         return self.num_samples
 
     def __getitem__(self, index: slice | Tensor) -> Any:
-        copied = self.copied and isinstance(index, slice)  # indexing by a tensor copies anyway
-        batch = map_tensors(lambda t: widen(self._moved(t[index].clone() if copied else t[index])), self.tree)
+        return self._given(map_tensors(lambda t: self._part(t, index), self.tree))
+
+    def _part(self, tensor: Tensor, index: slice | Tensor) -> Tensor:
+        if isinstance(index, Tensor):
+            return tensor[index] if self.spool is None else self.spool.take(tensor, index)
+        self._touch(index)
+        return tensor[index].clone() if self.copied else tensor[index]
+
+    def held(self, index: Tensor) -> Any:
+        """Copies of some samples as they are held: [k] int64."""
+        return map_tensors(lambda t: self._part(t, index.to(t.device)), self.tree)
+
+    def alone(self, sample: int) -> Any:
+        """A batch of one sample, without the padding that it has among longer ones."""
+        assert self.padding is not None
+        return self._given(map_tensors(torch.clone, self.padding.alone(self.tree, sample)))
+
+    def _given(self, tree: Any) -> Any:
+        """A part of the tree as the model is given it."""
+        batch = map_tensors(lambda t: widen(self._moved(t)), tree)
         if self.transform is None:
             return batch
         inputs, targets = batch
         return self.transform(inputs), targets
+
+    def pieces(self) -> Iterator[tuple[int, Any]]:
+        """(first sample, tree) of all samples: at once where they lie in memory, else a few megabytes a time."""
+        if self.spool is None:
+            yield 0, self.tree
+            return
+        step = max(1, len(self) * PIECE // max(self.nbytes, 1))
+        for start in range(0, len(self), step):
+            yield start, map_tensors(lambda t: t[start : start + step], self.tree)  # noqa: B023
+            self._touch(slice(start, start + step))
+
+    def _touch(self, index: slice) -> None:
+        """Have the spool let pages go, now and then, of a tree in files of which these samples are read."""
+        if self.spool is not None:
+            start, stop, _ = index.indices(len(self))
+            self.spool.touched(max(stop - start, 0) * self.nbytes // len(self))
 
     def _moved(self, part: Tensor) -> Tensor:
         return part if self.device is None else part.to(self.device, non_blocking=True)
@@ -70,13 +109,15 @@ class Samples:
             return
         if size not in self._views:
             self._views[size] = [(start, self[start : start + size]) for start in starts]
-        yield from self._views[size]
+        for start, batch in self._views[size]:
+            self._touch(slice(start, start + size))
+            yield start, batch
 
     def cut(self, span: slice) -> Samples:
         """Some of them, consecutive, as views."""
         start, stop, _ = span.indices(len(self))
         tree = map_tensors(lambda t: t[start:stop], self.tree)
-        return dataclasses.replace(self, tree=tree, num_samples=stop - start)
+        return dataclasses.replace(self, tree=tree, num_samples=stop - start, padding=None)
 
     def transformed(self, transform: Transform | None, name: str) -> Samples:
         """The same data with a transform, tried on one batch.
@@ -109,7 +150,9 @@ class Samples:
         digest = hashlib.blake2b(digest_size=16)
         for tensor in leaves(self.tree):
             digest.update(f"{tensor.dtype}{list(tensor.shape)}".encode())
-            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+            for span in pieces(tensor):
+                digest.update(tensor[span].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+                self._touch(span)
         if self.transform is not None:  # a function has no digest; what it makes of a few samples has
             few = Samples(self[: min(8, len(self))], min(8, len(self)))
             digest.update(few.fingerprint().encode())
@@ -129,22 +172,3 @@ def spread(total: int, count: int) -> Tensor:
     """[k] int64: at most `count` of the numbers below `total`, spread evenly from the first to the last."""
     numbers = torch.linspace(0, max(total - 1, 0), min(count, total), dtype=torch.float64, device="cpu")
     return numbers.round().long()
-
-
-def map_tensors(function: Callable[[Tensor], Tensor], tree: Any) -> Any:
-    """Apply a function to every tensor of a tree of tuples, lists and mappings."""
-    if isinstance(tree, Tensor):
-        return function(tree)
-    if isinstance(tree, Mapping):
-        return {key: map_tensors(function, value) for key, value in tree.items()}
-    if isinstance(tree, tuple | list):
-        parts = [map_tensors(function, value) for value in tree]
-        return type(tree)(*parts) if hasattr(tree, "_fields") else tuple(parts)
-    raise TypeError(f"loader: batches must be made of tensors, got {type(tree).__name__}")
-
-
-def leaves(tree: Any) -> list[Tensor]:
-    """The tensors of a tree, in order."""
-    if isinstance(tree, Tensor):
-        return [tree]
-    return [leaf for value in (tree.values() if isinstance(tree, Mapping) else tree) for leaf in leaves(value)]

@@ -16,18 +16,20 @@ from lossk.ambient import usual_modes
 from lossk.available import gigabytes
 from lossk.data.accepted import as_tensors
 from lossk.data.columns import Columns
-from lossk.data.data import Samples, leaves
+from lossk.data.data import Samples
 from lossk.data.generators import generators_kept
 from lossk.data.loaders import AS_GIVEN, READ_BATCH, Reader, no_word_of_workers, reader_of
+from lossk.data.padding import Filling
 from lossk.data.room import Room
 from lossk.data.streams import streams_kept
+from lossk.data.trees import leaves
 from lossk.timings import Progress
 
 _END = object()
 
 
 def read_samples(
-    source: Any, name: str = "loader", *, bar: Progress | None = None, room: Room | None = None
+    source: Any, name: str = "loader", *, bar: Progress | None = None, room: Room | None = None, pads: bool = False
 ) -> Samples:
     """Read every sample of `source` once.
 
@@ -40,6 +42,7 @@ def read_samples(
         name: the public argument, for messages.
         bar: where progress is shown.
         room: how much may be read; None is what is free.
+        pads: pad batches of different lengths to the longest, which the caller then proves (`Samples.padding`).
 
     Raises:
         TypeError: not one of these, or samples that are not dense tensors.
@@ -48,8 +51,12 @@ def read_samples(
         RuntimeError: the caller's own code failed; its error is the cause. A TypeError or ValueError keeps its type.
     """
     check_source(source, name)
+    if isinstance(source, Samples):  # read already
+        return source
     with streams_kept(), generators_kept(source), _plain_modes(source):
-        tree = _read_tree(source, name, bar or Progress(False), room or Room())
+        filling = Filling(getattr(source, "collate_fn", None)) if pads else None
+        samples = _read(source, name, bar or Progress(False), room or Room(), filling)
+        tree = samples.tree
         tensors = leaves(tree)
         if any(t.ndim == 0 for t in tensors):
             raise ValueError(f"{name}: every tensor must have the sample as its first dimension, got a 0-d tensor")
@@ -58,13 +65,14 @@ def read_samples(
             raise ValueError(f"{name} must hold at least one sample, got none")
         if len(lengths) > 1:
             raise ValueError(f"{name}: all tensors must have the same number of samples, got {lengths}")
-        _check_finite(tensors, name)
-        return Samples(tree, lengths[0])
+        for start, part in samples.pieces():
+            _check_finite(leaves(part), name, start)
+        return samples
 
 
 def check_source(source: Any, name: str) -> None:
     """Raise a TypeError for what cannot be read at all."""
-    if isinstance(source, DataLoader | Dataset | Mapping):
+    if isinstance(source, DataLoader | Dataset | Mapping | Samples):
         return
     got = f"got {type(source).__name__}"
     if isinstance(source, Iterator):
@@ -76,14 +84,18 @@ def check_source(source: Any, name: str) -> None:
     raise TypeError(f"{name} must be a DataLoader, a Dataset or a tuple (inputs, targets) of tensors, {got}")
 
 
-def _read_tree(source: Any, name: str, bar: Progress, room: Room) -> Any:
+def _read(source: Any, name: str, bar: Progress, room: Room, filling: Filling | None) -> Samples:
     if not isinstance(source, DataLoader | Dataset):
-        return as_tensors(source, name, room)
+        return _as_one(as_tensors(source, name, room))
     reader = reader_of(source, name)
     dataset, collate = reader.loader.dataset, reader.loader.collate_fn
     if reader.num_batches is not None and collate is default_collate and _is_only_tensors(dataset):
-        return as_tensors(tuple(dataset.tensors), name, room)  # type: ignore[attr-defined]
-    return _gather(reader, name, bar, room)
+        return _as_one(as_tensors(tuple(dataset.tensors), name, room))  # type: ignore[attr-defined]
+    return _gather(reader, name, bar, Columns(name, room, reader.total, filling))
+
+
+def _as_one(tree: Any) -> Samples:
+    return Samples(tree, next((len(tensor) for tensor in leaves(tree) if tensor.ndim), 0))
 
 
 def _is_only_tensors(dataset: Any) -> bool:
@@ -94,8 +106,7 @@ def _is_only_tensors(dataset: Any) -> bool:
     )
 
 
-def _gather(reader: Reader, name: str, bar: Progress, room: Room) -> Any:
-    columns = Columns(name, room, reader.total)
+def _gather(reader: Reader, name: str, bar: Progress, columns: Columns) -> Samples:
     known = reader.total is not None or reader.num_batches is not None
     length = "" if known else ", of no known length, until it ends"
     bar.start(reader.total, what=f"reading {name}{length}", unit=" samples", stays=False)
@@ -118,7 +129,8 @@ def _gather(reader: Reader, name: str, bar: Progress, room: Room) -> Any:
             UserWarning,
             stacklevel=2,
         )
-    return columns.tree()
+    tree, padding = columns.tree()
+    return Samples(tree, columns.rows, padding=padding, spool=columns.spool)
 
 
 def _batches(reader: Reader, name: str) -> Generator[Any, None, None]:
@@ -165,7 +177,7 @@ def _plain_modes(source: Any) -> Iterator[None]:
         yield
 
 
-def _check_finite(tensors: list[Tensor], name: str) -> None:
+def _check_finite(tensors: list[Tensor], name: str, first: int) -> None:
     for tensor in tensors:
         if not (tensor.is_floating_point() or tensor.is_complex()):
             continue
@@ -174,5 +186,5 @@ def _check_finite(tensors: list[Tensor], name: str) -> None:
             bad = (~torch.isfinite(part)).reshape(part.shape[0], -1).any(dim=1).nonzero()
             if bad.numel():
                 raise ValueError(
-                    f"{name} must hold finite numbers only; sample {start + int(bad[0])} has NaN or infinity"
+                    f"{name} must hold finite numbers only; sample {first + start + int(bad[0])} has NaN or infinity"
                 )

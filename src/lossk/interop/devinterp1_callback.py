@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from lossk.checks import check_choice, check_instance, check_integer, check_number, check_optional
-from lossk.data.data import map_tensors
 from lossk.data.reading import read_samples
+from lossk.data.trees import map_tensors
 from lossk.kernel.kernel import LossKernel
 from lossk.kernel.traces import LossTraces
 from lossk.settings import CENTERINGS, MOST_DRAWS

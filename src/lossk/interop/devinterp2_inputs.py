@@ -17,9 +17,10 @@ from lossk.checks import (
     check_tensor,
     shown,
 )  # fmt: skip
-from lossk.data.data import Samples, leaves
+from lossk.data.data import Samples
 from lossk.data.reading import read_samples
 from lossk.data.streams import streams_kept
+from lossk.data.trees import leaves
 
 ObservableSpec = Any  # a dataset with "input_ids", or (dataset, batches per draw)
 ParamMasks = dict[str, Tensor | None]  # parameter -> its elements to sample, None for all of them

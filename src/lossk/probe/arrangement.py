@@ -9,7 +9,8 @@ from typing import Any
 
 from torch import nn
 
-from lossk.data.data import Samples, leaves
+from lossk.data.data import Samples
+from lossk.data.trees import leaves
 from lossk.probe.head_choice import fuse_head
 from lossk.probe.prefix_cache import cut_prefix
 from lossk.probe.probe import Probe

@@ -18,9 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lossk.data.data import Samples, few_of, spread
+from lossk.data.data import FEW, Samples, few_of, spread
 from lossk.task.attributes import Attributes
-from lossk.task.called import Called, as_called
+from lossk.task.called import Called, as_called, check_data
 from lossk.task.gradient_check import MOVED, check_gradient, moved
 from lossk.task.parameters import is_compiled
 from lossk.task.snapshot import Switch, acting
@@ -54,7 +54,7 @@ def prove(task: Task, named: Mapping[str, Samples]) -> tuple[dict[str, Samples],
         ValueError: naming the argument, the rule and the value.
     """
     for samples in named.values():
-        task.loss.check(samples.tree, None)
+        check_data(task, samples, None)
     task.draws = False
     called = {name: as_called(task, samples, name) for name, samples in named.items()}
     ways = {each.arguments for each in called.values()}
@@ -72,6 +72,9 @@ def prove(task: Task, named: Mapping[str, Samples]) -> tuple[dict[str, Samples],
             if number == len(attempts) - 1:
                 raise _explained(task, error) from error.__cause__
             task.notes.append(_unused(attempts[number], attempts[number + 1], error))
+    for name, samples in placed.items():
+        if samples.padding is not None:
+            task.notes.append(f"padding = {name} to the longest, losses do not depend on it: {samples.padding}")
     return placed, {name: None if each.mask is None else each.mask.shape[1] for name, each in called.items()}
 
 
@@ -145,6 +148,7 @@ def compare(task: Task, samples: Samples, called: Called) -> Called:
             called, task.loss.rows(task.run_model, samples[called.index])[0], "with float32 weights and gradients"
         )
     _check_alone(task, samples, called, rows)
+    check_padding(task, samples, called.name, own if own > size else size)
     check_mean(called, task.gradient(samples, called.index), "in a gradient pass")
     if len(rows):
         check_gradient(task, lambda: samples[called.index], rows, called.allowed)
@@ -239,6 +243,31 @@ def _check_alone(task: Task, samples: Samples, called: Called, rows: Tensor) -> 
         raise ValueError(
             "loss of a sample must not depend on the other samples of its batch, but evaluating it alone changed it "
             f"by {float((alone - rows).abs().amax()):.3g} (largest loss {float(rows.abs().amax()):.3g})"
+        )
+
+
+def check_padding(task: Task, samples: Samples, name: str, size: float) -> None:
+    """A sample's loss does not depend on what it was padded with; the task is entered, at w*.
+
+    Args:
+        size: relative error of a layer.
+
+    Raises:
+        ValueError: samples in the length of their own batch have another loss; the message says what was filled in.
+    """
+    if samples.padding is None:
+        return
+    order = samples.padding.by_share(samples.tree)
+    index = order[spread(len(samples), FEW)]
+    rows = task.rows(samples[index])[0]
+    alone = torch.cat([task.rows(samples.alone(i))[0] for i in index.tolist()])
+    allowed = rounding_of(task, samples, index, rows, size)
+    if not _within(alone, rows, allowed):
+        off = f"by {float((alone - rows).abs().amax()):.3g} nats" if len(alone) == len(rows) else "in what is masked"
+        raise ValueError(
+            f"{name}: the loss of a sample must not depend on its padding, but losses change {off} where batches of "
+            f"different lengths are padded to the longest ({samples.padding}); rounding explains {allowed:.2g}. Have "
+            "the model and the loss use an attention mask, or pad to a fixed length in collate_fn"
         )
 
 

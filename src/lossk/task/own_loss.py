@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lossk.data.data import map_tensors
+from lossk.data.trees import leaves, map_tensors
 from lossk.task.criteria import WRITE, spell
 
 Evaluated = tuple[Tensor, Tensor | None]  # losses [B] and None, or losses [B, T] and mask [B, T] bool; float32, nats
@@ -26,7 +26,7 @@ def per_sample_losses(function: Callable[..., Any]) -> Callable[[nn.Module, Any]
 
     def evaluate(model: nn.Module, batch: Any) -> Evaluated:
         size = batch_length(batch)
-        given = map_tensors(lambda t: t, batch) if isinstance(batch, Mapping) else batch  # a loss may take it apart
+        given = batch if isinstance(batch, Tensor) else map_tensors(lambda t: t, batch)  # a loss may take it apart
         losses = _call(function, model, given)
         if isinstance(losses, tuple):
             return _checked_tokens(losses, size)
@@ -98,7 +98,4 @@ def _check_floating(losses: Tensor) -> None:
 
 def batch_length(batch: Any) -> int:
     """The number of samples in a batch: the first dimension of its first tensor."""
-    if isinstance(batch, Tensor):
-        return batch.shape[0]
-    children = batch.values() if isinstance(batch, Mapping) else batch
-    return batch_length(next(iter(children)))
+    return leaves(batch)[0].shape[0]
