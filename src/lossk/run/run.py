@@ -165,7 +165,7 @@ class Run:
         elif passes is not None:
             plain = dataclasses.replace(plain, passes=passes)
         with self.timings.measure("prefix"):
-            arranged, reasons = cut(self.task, plain, self.ops["head_loss"])
+            arranged, reasons = cut(self.task, plain, self.ops["head_loss"], budget)
         self.probe, self.train = arranged.probe, arranged.train
         self.passes_reasons += reasons
         if passes is None and chosen is None:
