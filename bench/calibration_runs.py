@@ -14,6 +14,7 @@ from lossk.errors import DivergedError
 
 STATED = 0.10  # of trace K or the LLC: what a bias of 5 % of a variance makes of a variance of squares
 ERRORS = 3.0  # stated standard errors that a right run may be off beyond that
+COVERS = 1.96  # errors that nominally hold 95 %
 LIKE = 0.8  # correlation of R's entries with the true ones, below which R is not determined
 SMALL: dict[str, Any] = {"num_chains": 2, "num_draws": 20}
 
@@ -57,7 +58,38 @@ def run(problem: Problem, sampler: Any = None, **settings: Any) -> dict[str, Any
     gamma = float(chosen["localization"])
     if chosen.get("metric") is not None:  # a law in scaled coordinates, of which no truth is worked out here
         return record
-    return record | beside(record, known_truth(problem, chosen["n_beta"], gamma), _block(kernel, problem))
+    truth = known_truth(problem, chosen["n_beta"], gamma)
+    return record | beside(record, truth, _block(kernel, problem)) | {"covered": covered(kernel, problem, truth)}
+
+
+def covered(kernel: lossk.LossKernel, problem: Problem, truth: Truth) -> dict[str, float]:
+    """The shares of K_ij, K_ii and R_ij (i < j) within 1.96 errors of the truth, and of trace K and the LLC: 0 or 1.
+
+    Errors are the run's own, with the truth's. Samples that never move are left out.
+    """
+    rows, found = watched(problem.n), kernel.diagnostics
+    variance = np.diag(truth.block)
+    alive = variance > 0
+    apart = np.triu(np.ones((alive.sum(),) * 2, dtype=bool), 1)
+
+    def inside(correlation: bool) -> np.ndarray:
+        scale = np.sqrt(np.outer(variance, variance)) if correlation else 1.0
+        value = kernel.correlation(rows, rows) if correlation else kernel[rows, rows]
+        own = kernel.standard_error(rows, rows, correlation=correlation)
+        error = np.hypot(own.double().numpy(), truth.correlation_se if correlation else truth.block_se)
+        with np.errstate(invalid="ignore", divide="ignore"):
+            held = np.abs(value.double().numpy() - truth.block / scale) <= COVERS * error
+        return held[alive][:, alive]
+
+    k, r = inside(False), inside(True)
+    shares = {"K_ij": k[apart].mean(), "K_ii": np.diag(k).mean(), "R_ij": r[apart].mean()}
+    scalars = {"V": ("functional_variance", truth.trace, truth.trace_se), "LLC": ("llc", truth.llc, truth.llc_se)}
+    for name, (kind, value, error) in scalars.items():
+        ends = None if found is None else found.interval(kind)
+        if ends is not None and np.isfinite(ends).all():
+            middle, half = sum(ends) / 2, (ends[1] - ends[0]) / 2
+            shares[name] = abs(middle - value) <= np.hypot(half, COVERS * error)
+    return {name: float(share) for name, share in shares.items()}
 
 
 def _block(kernel: lossk.LossKernel, problem: Problem) -> np.ndarray:

@@ -30,6 +30,8 @@ class Truth:
     llc: float
     llc_se: float
     block: np.ndarray  # [q, q] float64
+    block_se: np.ndarray | float = 0.0  # [q, q]
+    correlation_se: np.ndarray | float = 0.0  # [q, q], of the block's correlations
     rhat: float = 1.0  # of HMC: over its chains, for the mean loss
 
 
@@ -155,7 +157,7 @@ def _moments(losses: Tensor, n_beta: float) -> Truth:
     mean = losses.double().mean(dim=(0, 1))
     rise = losses.double().mean(dim=2)  # [T, C]
     per_chain = torch.stack([(losses[:, c].double() - mean).square().mean(dim=0).sum() for c in range(losses.shape[1])])
-    block = (losses - mean.float())[..., watched(losses.shape[2])].double().flatten(0, 1)
+    block, block_se, correlation_se = _block((losses - mean.float())[..., watched(losses.shape[2])].double())
     num, chains = len(rise), losses.shape[1]
     within = float(rise.var(dim=0).mean())
     rhat = math.sqrt((within * (num - 1) / num + float(rise.mean(dim=0).var())) / within)
@@ -166,6 +168,20 @@ def _moments(losses: Tensor, n_beta: float) -> Truth:
         float(per_chain.std()) * scale,
         n_beta * float(rise.mean()),
         n_beta * float(rise.mean(dim=0).std()) * scale,
-        (block.T @ block / len(block)).numpy(),
+        block,
+        block_se,
+        correlation_se,
         rhat,
     )
+
+
+def _block(losses: Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """K of losses [T, C, q] about their mean, its errors and those of R to first order, from the chains' spread."""
+    num, chains, _ = losses.shape
+    own = torch.einsum("tci,tcj->cij", losses, losses) / num
+    k = own.mean(dim=0)
+    std = k.diagonal().sqrt().clamp(min=1e-300)
+    share = own / (std.unsqueeze(1) * std)
+    r, own_variance = share.mean(dim=0), share.diagonal(dim1=1, dim2=2)
+    first_order = share - r / 2 * (own_variance.unsqueeze(2) + own_variance.unsqueeze(1))
+    return k.numpy(), (own.std(dim=0) * chains**-0.5).numpy(), (first_order.std(dim=0) * chains**-0.5).numpy()

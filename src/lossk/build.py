@@ -12,6 +12,7 @@ from torch import nn
 from lossk.accumulate.runlog import RunLog
 from lossk.ambient import usual_modes
 from lossk.data.data import Transform
+from lossk.data.room import Room
 from lossk.disk.files import full_disk_named
 from lossk.kernel.from_store import open_kernel
 from lossk.kernel.kernel import LossKernel
@@ -56,6 +57,7 @@ def build_kernel(
     centering: str = "chain",
     form: str = "tiles",
     memory: int | str | None = None,
+    data: str = "auto",
     out: str | Path | None = None,
     resume: bool = False,
     backend: str = "auto",
@@ -101,6 +103,9 @@ def build_kernel(
         memory: what the call may use beyond what the process holds when it begins: bytes, or text such as "8GB"; None
             is what is free. The plan is printed before work starts. Tiles are held in memory if they fit; if not, and
             `out` is given, they are made in that store at the end, from the log of the draws, within rounding the same.
+        data: where the samples of a DataLoader or Dataset are kept: in "memory"; in a "spool", unnamed mapped files
+            beside `out` or in a temporary folder, which are gone after the call; "auto" spools what would take more
+            than half of `memory`. The numbers are the same, bit for bit.
         out: path of a `.lossk` store to write; None keeps the kernel in memory only.
         resume: continue an interrupted run in `out`, to the result of a run that was not (bitwise, or as `seed` says).
         backend: of the ops: "torch", "cpp" (CPU), "triton" (CUDA), each explicit one or an error; "auto" takes what
@@ -142,6 +147,7 @@ def build_kernel(
         precision=precision,
         seed=seed,
         memory=memory,
+        data=data,
         transform=transform,
         device=device,
         out=out,
@@ -167,7 +173,7 @@ def build_kernel(
         saved = world.decide(lambda: _look(path, resume))
         run = Run.prepare(
             model, loader, train, loss, sampler, num_chains, num_draws, backend, world.own_device(device), precision,
-            seed, transform, bar, budget,
+            seed, transform, bar, Room(budget, plain["data"], path),
         )  # fmt: skip
         run.started = world.begin(run.timings, run.started)
         settings = {"tile": tile, "dtype": dtype, "centering": centering, "form": None if form == "tiles" else form}
@@ -253,6 +259,7 @@ def sample_losses(
     device: str | torch.device | None = None,
     precision: str | None = None,
     passes: Passes | None = None,
+    data: str = "auto",
     seed: int = 0,
     progress: bool = True,
     distributed: bool | None = None,
@@ -267,6 +274,7 @@ def sample_losses(
         backend=backend,
         precision=precision,
         seed=seed,
+        data=data,
         transform=transform,
         device=device,
         progress=progress,
@@ -280,7 +288,7 @@ def sample_losses(
     with joined(distributed) as world, shortage_named(budget), Progress(progress and world.first) as bar:
         run = Run.prepare(
             model, loader, train, loss, sampler, num_chains, num_draws, backend, world.own_device(device), precision,
-            seed, transform, bar, budget,
+            seed, transform, bar, Room(budget, plain["data"]),
         )  # fmt: skip
         run.started = world.begin(run.timings, run.started)
         config = record.request(run)

@@ -23,6 +23,7 @@ from lossk.memory import parse_memory
 DTYPES = ("float32", "float16")
 CENTERINGS = ("chain", "pooled")
 FORMS = ("tiles", "factor")
+PLACES = ("auto", "memory", "spool")  # of data
 BACKENDS = ("auto", "torch", "cpp", "triton", "cuda")
 METRICS = (None, "fisher")
 PRECISIONS = (None, "bf16", "fp16", "tf32")
@@ -45,6 +46,7 @@ def check_settings(
     precision: Any = None,
     seed: Any = 0,
     memory: Any = None,
+    data: Any = "auto",
     transform: Any = None,
     device: Any = None,
     out: Any = None,
@@ -69,6 +71,7 @@ def check_settings(
         "precision": check_choice("precision", precision, PRECISIONS),
         "seed": check_integer("seed", seed, 0, MOST_SEED),
         "memory": parse_memory(memory),
+        "data": check_choice("data", data, PLACES),
         "transform": check_optional(check_callable, "transform", transform, "a callable or None"),
         "device": check_device("device", device),
         "out": check_optional(check_path, "out", out),

@@ -82,7 +82,7 @@ def significant_neighbors(
 def _standard_error(kernel: LossKernel, rows: Tensor, index: Tensor, size: Tensor) -> Tensor:
     """Of the correlations of rows [r] with their neighbors [r, k]: float32."""
     method = method_for(kernel.contents.blocks, watched=kernel._watched() is not None)
-    if method == "products":
+    if method == "interval":
         none = torch.zeros(0, index.shape[1], dtype=torch.float32, device="cpu")
         pairs = zip(rows.tolist(), index, strict=True)
         return torch.cat([none, *(kernel.standard_error([i], to, correlation=True) for i, to in pairs)])

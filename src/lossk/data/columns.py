@@ -12,6 +12,7 @@ from lossk.available import gigabytes
 from lossk.data.accepted import as_tensors
 from lossk.data.padding import Filling, Padding, Sizes, inner, spelled
 from lossk.data.room import Room
+from lossk.data.spool import PIECE, Spool, pieces
 from lossk.data.trees import Path, flat, map_tensors
 
 LOOK_AFTER = 2**24  # bytes read until the room is looked at again
@@ -37,12 +38,13 @@ class Columns:
         self._form: dict[Path, Form] = {}
         self._columns: dict[Path, Column] = {}
         self._counts: list[int] = []  # samples of each batch
+        self.spool: Spool | None = None  # of the files that samples lie in, if not in memory
         self._counted = 0  # bytes that the room has been told of
         self._looked_at = 0  # bytes that were read when the room was looked at
 
     @property
     def nbytes(self) -> int:
-        """Of the samples read so far, in host memory."""
+        """Of the samples read so far, in host memory or files."""
         return sum(self.rows * column.bytes_each for column in self._columns.values() if column.on_host)
 
     def add(self, batch: Any) -> int:
@@ -62,11 +64,12 @@ class Columns:
             self.filling.look(parts)
         self._reserve(parts, count)
         for path, part in parts.items():
-            self._columns[path].write(self.rows, part, self._left)
+            self._columns[path].write(self.rows, part, self._left, self.spool)
         self._counts.append(count)
         self.rows, self.batches = self.rows + count, self.batches + 1
-        self.room.read += self.nbytes - self._counted
-        self._counted = self.nbytes
+        held = 0 if self.spool is not None else self.nbytes
+        self.room.read += held - self._counted
+        self._counted = held
         return count
 
     def tree(self) -> tuple[Any, Padding | None]:
@@ -75,8 +78,8 @@ class Columns:
         for path, column in self._columns.items():
             if self.filling is not None and column.ragged:
                 values[path] = self.filling.value(path, column.tensor)
-                own[path] = column.fill(self._counts, values[path], self._left)
-        tensors = (column.only(self.rows) for column in self._columns.values())
+                own[path] = column.fill(self._counts, values[path], self._left, self.spool)
+        tensors = (column.only(self.rows, self.spool) for column in self._columns.values())
         tree = map_tensors(lambda _: next(tensors), self._first)
         return tree, Padding(own, self._left, values) if own else None
 
@@ -136,13 +139,26 @@ class Columns:
         promised = self.total or 0
         if self.rows + count > capacity:
             capacity = promised if self.rows + count <= promised else max(self.rows + count, self.rows * 3 // 2)
-        if promised > count > 0 and (self.batches == 0 or longer):
+        known = max(promised, self.rows + count) * each if promised else None
+        if self.spool is None and self.room.spools(known):
+            self.spool = self.room.spool
+        if self.spool is not None:
+            self._check_disk(max(capacity * each, known or 0))
+        elif promised > count > 0 and (self.batches == 0 or longer):
             takes, read = f"{promised:,} samples, which take {gigabytes(promised * each)}", self.rows + count
             self.room.check(promised * each - self._counted, f"{self.name} has {takes} ({read:,} are read)")
         else:
             self.room.check(size, f"{self._so_far()} (twice that while room for more is made)")
         for path, column in self._columns.items():
-            column.grow(capacity, sizes[path], self.rows, self._left)
+            column.grow(capacity, sizes[path], self.rows, self._left, self.spool)
+
+    def _check_disk(self, size: int) -> None:
+        assert self.spool is not None
+        if size > self.spool.free:
+            raise MemoryError(
+                f"{self._so_far()}: {gigabytes(size)} do not fit into files in {self.spool.folder}, where "
+                f"{gigabytes(self.spool.free)} may be taken; give fewer samples, or set TMPDIR to a larger disk"
+            )
 
     def _so_far(self) -> str:
         length = "has no known length and" if self.total is None else f"has {self.total:,} samples, it says, and"
@@ -183,19 +199,27 @@ class Column:
         """The sizes of a sample once this part of a batch is in."""
         return tuple(max(pair) for pair in zip(self.sizes, part.shape[1:], strict=True))
 
-    def grow(self, capacity: int, sizes: Sizes, rows: int, left: bool) -> None:
-        """Make room for more or longer samples, `rows` being there."""
-        grown = torch.empty((capacity, *sizes), dtype=self.tensor.dtype, device=self.tensor.device)
-        grown[:rows][inner(self.sizes, sizes, left)] = self.tensor[:rows]
+    def grow(self, capacity: int, sizes: Sizes, rows: int, left: bool, spool: Spool | None) -> None:
+        """Make room for more or longer samples, `rows` being there; in a file of the spool, if there is one."""
+        if spool is not None and self.on_host:
+            grown = spool.empty((capacity, *sizes), self.tensor.dtype)
+        else:
+            grown = torch.empty((capacity, *sizes), dtype=self.tensor.dtype, device=self.tensor.device)
+        for span in pieces(self.tensor[:rows]):
+            grown[span][inner(self.sizes, sizes, left)] = self.tensor[span]
+            if spool is not None:
+                spool.touched(2 * PIECE)
         self.tensor, self.sizes = grown, sizes
 
-    def write(self, rows: int, part: Tensor, left: bool) -> None:
+    def write(self, rows: int, part: Tensor, left: bool, spool: Spool | None) -> None:
         """Put a batch's part behind the rows that are there."""
         own = tuple(part.shape[1:])
         self._own.append(own)
         self.tensor[rows : rows + len(part)][inner(own, self.sizes, left)] = part
+        if spool is not None:
+            spool.touched(part.nbytes)
 
-    def fill(self, counts: list[int], value: float, left: bool) -> Tensor:
+    def fill(self, counts: list[int], value: float, left: bool, spool: Spool | None) -> Tensor:
         """Fill up the shorter samples; [N, d] int32, the sizes that each had."""
         start = 0
         for count, own in zip(counts, self._own, strict=True):
@@ -204,13 +228,16 @@ class Column:
                 kept = rows[inner(own, self.sizes, left)].clone()
                 rows.fill_(value)
                 rows[inner(own, self.sizes, left)] = kept
+                if spool is not None:
+                    spool.touched(rows.nbytes)
             start += count
         sizes = torch.tensor(self._own, dtype=torch.int32, device="cpu")
         return sizes.repeat_interleave(torch.tensor(counts, dtype=torch.int64, device="cpu"), dim=0)
 
-    def only(self, rows: int) -> Tensor:
+    def only(self, rows: int, spool: Spool | None) -> Tensor:
         """The tensor, without room for more than these."""
-        return self.tensor if len(self.tensor) == rows else self.tensor[:rows].clone()
+        few = self.tensor[:rows]
+        return few if len(self.tensor) == rows or (spool is not None and self.on_host) else few.clone()
 
 
 def bytes_of(sizes: Sizes, part: Tensor) -> int:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from lossk.data.padding import Padding
+from lossk.data.spool import PIECE, Spool, pieces
 from lossk.data.trees import leaves, map_tensors
 from lossk.device import SideStream, ahead
 
@@ -41,14 +42,24 @@ class Samples:
     side: SideStream | None = field(default=None, repr=False, compare=False)  # on which they are copied there
     copied: bool = True  # a batch is a copy, never a view: what it is given to may write into it
     padding: Padding | None = None  # of samples that came in different lengths
+    spool: Spool | None = field(default=None, repr=False, compare=False)  # of the files that the tree may lie in
     _views: dict[int, list[tuple[int, Any]]] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __len__(self) -> int:
         return self.num_samples
 
     def __getitem__(self, index: slice | Tensor) -> Any:
-        copied = self.copied and isinstance(index, slice)  # indexing by a tensor copies anyway
-        return self._given(map_tensors(lambda t: t[index].clone() if copied else t[index], self.tree))
+        return self._given(map_tensors(lambda t: self._part(t, index), self.tree))
+
+    def _part(self, tensor: Tensor, index: slice | Tensor) -> Tensor:
+        if isinstance(index, Tensor):
+            return tensor[index] if self.spool is None else self.spool.take(tensor, index)
+        self._touch(index)
+        return tensor[index].clone() if self.copied else tensor[index]
+
+    def held(self, index: Tensor) -> Any:
+        """Copies of some samples as they are held: [k] int64."""
+        return map_tensors(lambda t: self._part(t, index.to(t.device)), self.tree)
 
     def alone(self, sample: int) -> Any:
         """A batch of one sample, without the padding that it has among longer ones."""
@@ -62,6 +73,22 @@ class Samples:
             return batch
         inputs, targets = batch
         return self.transform(inputs), targets
+
+    def pieces(self) -> Iterator[tuple[int, Any]]:
+        """(first sample, tree) of all samples: at once where they lie in memory, else a few megabytes a time."""
+        if self.spool is None:
+            yield 0, self.tree
+            return
+        step = max(1, len(self) * PIECE // max(self.nbytes, 1))
+        for start in range(0, len(self), step):
+            yield start, map_tensors(lambda t: t[start : start + step], self.tree)  # noqa: B023
+            self._touch(slice(start, start + step))
+
+    def _touch(self, index: slice) -> None:
+        """Have the spool let pages go, now and then, of a tree in files of which these samples are read."""
+        if self.spool is not None:
+            start, stop, _ = index.indices(len(self))
+            self.spool.touched(max(stop - start, 0) * self.nbytes // len(self))
 
     def _moved(self, part: Tensor) -> Tensor:
         return part if self.device is None else part.to(self.device, non_blocking=True)
@@ -82,7 +109,9 @@ class Samples:
             return
         if size not in self._views:
             self._views[size] = [(start, self[start : start + size]) for start in starts]
-        yield from self._views[size]
+        for start, batch in self._views[size]:
+            self._touch(slice(start, start + size))
+            yield start, batch
 
     def cut(self, span: slice) -> Samples:
         """Some of them, consecutive, as views."""
@@ -121,7 +150,9 @@ class Samples:
         digest = hashlib.blake2b(digest_size=16)
         for tensor in leaves(self.tree):
             digest.update(f"{tensor.dtype}{list(tensor.shape)}".encode())
-            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+            for span in pieces(tensor):
+                digest.update(tensor[span].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+                self._touch(span)
         if self.transform is not None:  # a function has no digest; what it makes of a few samples has
             few = Samples(self[: min(8, len(self))], min(8, len(self)))
             digest.update(few.fingerprint().encode())

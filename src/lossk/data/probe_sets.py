@@ -7,7 +7,6 @@ from typing import Any
 from lossk.data.data import Samples, Transform
 from lossk.data.reading import check_source, read_samples
 from lossk.data.room import Room
-from lossk.memory import Budget
 from lossk.timings import Progress
 
 
@@ -51,7 +50,7 @@ def read_sources(
     *,
     name: str = "loader",
     bar: Progress | None = None,
-    budget: Budget | None = None,
+    room: Room | None = None,
     pads: bool = False,
 ) -> tuple[dict[str, Samples], Samples]:
     """Read the probe (a lone one under the name "") and the training data; what is given twice is read once.
@@ -59,13 +58,13 @@ def read_sources(
     Args:
         name: of the public argument `loader`, for messages.
         bar: where progress is shown.
-        budget: of the call; None is what is free.
+        room: what the call may read, and where to; None is into what is free of memory.
         pads: as for `read_samples`.
 
     Raises:
         ValueError: `train` is None where the probe is several sets; what `read_samples` refuses.
         TypeError: a transform that cannot be called; what `read_samples` refuses.
-        MemoryError: more data than the budget has room for.
+        MemoryError: more data than there is room for.
     """
     if isinstance(loader, ProbeSets) and train is None:
         raise ValueError("train must be given with ProbeSets: it says which data the training loss is over, got None")
@@ -79,7 +78,7 @@ def read_sources(
     for source, what in given:  # nothing is read in vain
         check_source(source, what)
     read: dict[int, Samples] = {}
-    room = Room(budget)
+    room = room or Room()
     for source, what in given:
         if id(source) not in read:
             read[id(source)] = read_samples(source, what, bar=bar, room=room, pads=pads).transformed(transform, what)

@@ -19,7 +19,7 @@ from lossk.data.columns import Columns
 from lossk.data.data import Samples
 from lossk.data.generators import generators_kept
 from lossk.data.loaders import AS_GIVEN, READ_BATCH, Reader, no_word_of_workers, reader_of
-from lossk.data.padding import Filling, Padding
+from lossk.data.padding import Filling
 from lossk.data.room import Room
 from lossk.data.streams import streams_kept
 from lossk.data.trees import leaves
@@ -55,7 +55,8 @@ def read_samples(
         return source
     with streams_kept(), generators_kept(source), _plain_modes(source):
         filling = Filling(getattr(source, "collate_fn", None)) if pads else None
-        tree, padding = _read_tree(source, name, bar or Progress(False), room or Room(), filling)
+        samples = _read(source, name, bar or Progress(False), room or Room(), filling)
+        tree = samples.tree
         tensors = leaves(tree)
         if any(t.ndim == 0 for t in tensors):
             raise ValueError(f"{name}: every tensor must have the sample as its first dimension, got a 0-d tensor")
@@ -64,8 +65,9 @@ def read_samples(
             raise ValueError(f"{name} must hold at least one sample, got none")
         if len(lengths) > 1:
             raise ValueError(f"{name}: all tensors must have the same number of samples, got {lengths}")
-        _check_finite(tensors, name)
-        return Samples(tree, lengths[0], padding=padding)
+        for start, part in samples.pieces():
+            _check_finite(leaves(part), name, start)
+        return samples
 
 
 def check_source(source: Any, name: str) -> None:
@@ -82,16 +84,18 @@ def check_source(source: Any, name: str) -> None:
     raise TypeError(f"{name} must be a DataLoader, a Dataset or a tuple (inputs, targets) of tensors, {got}")
 
 
-def _read_tree(
-    source: Any, name: str, bar: Progress, room: Room, filling: Filling | None
-) -> tuple[Any, Padding | None]:
+def _read(source: Any, name: str, bar: Progress, room: Room, filling: Filling | None) -> Samples:
     if not isinstance(source, DataLoader | Dataset):
-        return as_tensors(source, name, room), None
+        return _as_one(as_tensors(source, name, room))
     reader = reader_of(source, name)
     dataset, collate = reader.loader.dataset, reader.loader.collate_fn
     if reader.num_batches is not None and collate is default_collate and _is_only_tensors(dataset):
-        return as_tensors(tuple(dataset.tensors), name, room), None  # type: ignore[attr-defined]
+        return _as_one(as_tensors(tuple(dataset.tensors), name, room))  # type: ignore[attr-defined]
     return _gather(reader, name, bar, Columns(name, room, reader.total, filling))
+
+
+def _as_one(tree: Any) -> Samples:
+    return Samples(tree, next((len(tensor) for tensor in leaves(tree) if tensor.ndim), 0))
 
 
 def _is_only_tensors(dataset: Any) -> bool:
@@ -102,7 +106,7 @@ def _is_only_tensors(dataset: Any) -> bool:
     )
 
 
-def _gather(reader: Reader, name: str, bar: Progress, columns: Columns) -> tuple[Any, Padding | None]:
+def _gather(reader: Reader, name: str, bar: Progress, columns: Columns) -> Samples:
     known = reader.total is not None or reader.num_batches is not None
     length = "" if known else ", of no known length, until it ends"
     bar.start(reader.total, what=f"reading {name}{length}", unit=" samples", stays=False)
@@ -125,7 +129,8 @@ def _gather(reader: Reader, name: str, bar: Progress, columns: Columns) -> tuple
             UserWarning,
             stacklevel=2,
         )
-    return columns.tree()
+    tree, padding = columns.tree()
+    return Samples(tree, columns.rows, padding=padding, spool=columns.spool)
 
 
 def _batches(reader: Reader, name: str) -> Generator[Any, None, None]:
@@ -172,7 +177,7 @@ def _plain_modes(source: Any) -> Iterator[None]:
         yield
 
 
-def _check_finite(tensors: list[Tensor], name: str) -> None:
+def _check_finite(tensors: list[Tensor], name: str, first: int) -> None:
     for tensor in tensors:
         if not (tensor.is_floating_point() or tensor.is_complex()):
             continue
@@ -181,5 +186,5 @@ def _check_finite(tensors: list[Tensor], name: str) -> None:
             bad = (~torch.isfinite(part)).reshape(part.shape[0], -1).any(dim=1).nonzero()
             if bad.numel():
                 raise ValueError(
-                    f"{name} must hold finite numbers only; sample {start + int(bad[0])} has NaN or infinity"
+                    f"{name} must hold finite numbers only; sample {first + start + int(bad[0])} has NaN or infinity"
                 )

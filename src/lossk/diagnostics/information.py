@@ -12,6 +12,8 @@ from torch import Tensor
 from lossk.checks import check_number
 from lossk.diagnostics.batch_means import of_skewness, reach, spread_of_mean, summed_squares, widening
 
+MOST_VARIANCE = 20.0  # of a loss, nats^2, that a bias is foreseen for
+
 
 class Estimate(NamedTuple):
     """A number and its Monte Carlo standard error (NaN where there is one chain only)."""
@@ -65,8 +67,10 @@ class Criteria:
     @property
     def waic(self) -> Estimate:
         beta = self.n_beta / self.num_train
-        of_mean = 0.0 if self.num_draws is None else self.lost + float(self.chain_variance.mean()) / self.num_draws
-        bias = of_mean / 2 - beta * self.lost  # log E[exp(-loss)] of few draws is low by half the variance of the mean
+        each = min(float(self.chain_variance.mean()) / self.num_train, MOST_VARIANCE)
+        of_mean = 0.0 if self.num_draws is None else self.lost + self.num_train * math.expm1(each) / self.num_draws
+        bias = of_mean / 2 - beta * self.lost  # log E[exp(-loss)] of few draws is low by half the relative variance of
+        # the mean, which of normal losses is exp(Var) - 1 over the draws
         return _over_chains(
             (beta * self.chain_variance - self.chain_log_likelihood) / self.num_train, bias / self.num_train, self.reach
         )

@@ -223,18 +223,18 @@ class LossKernel(AsArray):
         """Monte Carlo standard error of a covariance block (or correlation block): [r, c] float32, nats^2 (or 1).
 
         Args:
-            method: "products": from the draws' own products, by batches of every length, whatever the law and memory of
-                the losses (`lossk.kernel.product_errors`); needs the factor form. "watched": "lag1" times the ratio
-                "products" over "lag1" of the up to 256 samples whose traces are kept (`lossk.kernel.watched_errors`).
-                +- 1.96 of either cover about 95 % where draws are many, and less where losses are skewed and effective
-                draws are few. "interval": "products", longer by what skewness and heavy tails of the products ask for:
-                +- 1.96 of it cover nearer to 95 % there. It may be several times the error's usual size.
+            method: "interval": from the draws' own products, by batches of every length, whatever the law and memory of
+                the losses (`lossk.kernel.product_errors`), as long as the skewness and tails of these products ask for:
+                +- 1.96 of it cover 91 to 97 % (docs/calibration.md). Needs the factor form. "watched": "lag1" times the
+                ratio "interval" over "lag1" of the up to 256 samples whose traces are kept
+                (`lossk.kernel.watched_errors`). "products": "interval" without that length, the size that errors
+                usually have; +- 1.96 of it cover less where losses are skewed and effective draws are few.
                 "chains": the spread of the C chains' own kernels over sqrt(C); needs the factor form, chain centering
                 and at least 2 chains. Read it with t of C - 1 degrees of freedom (4 chains: +- 3.18 cover 95 %).
                 "lag1": with each loss's lag-1 autocorrelation r, D = C (T - 1), f = (1 + r_i r_j) / (1 - r_i r_j),
                 se(K_ij)^2 = (K_ii K_jj + K_ij^2) f / D,  se(R_ij) = (1 - R_ij^2) sqrt(f / D) (Bartlett 1935): right for
                 normal AR(1) traces; for those of networks it can be several times too small or too large.
-                "auto": "products" where the draws are in memory, else "watched"; "lag1" where no traces are kept.
+                "auto": "interval" where the draws are in memory, else "watched"; "lag1" where no traces are kept.
         """
         method, correlation = check_choice("method", method, METHODS), check_flag("correlation", correlation)
         rows, columns = self._index(rows), self._index(columns, "columns")

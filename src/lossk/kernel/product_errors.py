@@ -43,16 +43,34 @@ def product_spread(
     blocks: FactorBlocks, moments: Moments, rows: Tensor, columns: Tensor, correlation: bool, *, wide: bool = False
 ) -> Tensor:
     """Of a block of a factor's kernel: [r, c] float32, nats^2 or, of correlations, 1."""
+    return _spreads(blocks, moments, rows, columns, correlation, (wide,))[0]
+
+
+def both_spreads(
+    blocks: FactorBlocks, moments: Moments, rows: Tensor, columns: Tensor, correlation: bool
+) -> tuple[Tensor, Tensor]:
+    """The plain errors and the wide ones, in one pass over the products."""
+    plain, wide = _spreads(blocks, moments, rows, columns, correlation, (False, True))
+    return plain, wide
+
+
+def _spreads(
+    blocks: FactorBlocks, moments: Moments, rows: Tensor, columns: Tensor, correlation: bool, wanted: tuple[bool, ...]
+) -> list[Tensor]:
+    """[r, c] float32 for each of `wanted`: whether wide."""
     if not len(rows) or not len(columns):
-        return torch.zeros(len(rows), len(columns), dtype=torch.float32, device="cpu")
+        return [torch.zeros(len(rows), len(columns), dtype=torch.float32, device="cpu") for _ in wanted]
     left = _samples(blocks, moments, rows)
     right = left if torch.equal(rows, columns) else _samples(blocks, moments, columns)
-    variance, longer = _variances(left, right, moments, blocks.freedom, correlation, wide)
-    error = _assembled(left, right, moments, blocks.freedom, variance, correlation, longer)
-    same = rows.unsqueeze(1) == columns
-    if correlation:
-        return error.masked_fill(same, 0.0).clamp(max=1.0).float()
-    return (error * moments.scale[rows].unsqueeze(1) * moments.scale[columns]).float()
+    variance, longer = _variances(left, right, moments, blocks.freedom, correlation, any(wanted))
+    same, found = rows.unsqueeze(1) == columns, []
+    for wide in wanted:
+        error = _assembled(left, right, moments, blocks.freedom, variance, correlation, longer if wide else None)
+        if correlation:
+            found.append(error.masked_fill(same, 0.0).clamp(max=1.0).float())
+        else:
+            found.append((error * moments.scale[rows].unsqueeze(1) * moments.scale[columns]).float())
+    return found
 
 
 def _samples(blocks: FactorBlocks, moments: Moments, index: Tensor) -> Samples:

@@ -39,9 +39,9 @@ def lag1_error(moments: Moments, rows: Tensor, columns: Tensor, entry: Tensor, *
 
 
 def method_for(blocks: Blocks, *, watched: bool = False) -> str:
-    """What "auto" means: "products" where the draws are in memory, else "watched" where some are kept, else "lag1"."""
+    """What "auto" means: "interval" where the draws are in memory, else "watched" where some are kept, else "lag1"."""
     if isinstance(blocks, FactorBlocks):
-        return "products" if blocks.in_memory else "watched"
+        return "interval" if blocks.in_memory else "watched"
     return "watched" if watched else "lag1"
 
 

@@ -13,6 +13,7 @@ import time
 from functools import partial
 
 import torch
+from torch import Tensor
 
 from lossk.curvature.curvature import PILOT_CHAIN, STREAM
 from lossk.data.data import Samples
@@ -51,8 +52,7 @@ def uninformed_loss(name: str, train: Samples) -> tuple[float, str] | None:
     of the caller's own, or for targets that do not vary.
     """
     if name in ("cross_entropy", "token_cross_entropy"):
-        _, targets = split_batch(train.tree)
-        counts = torch.unique(targets[targets != IGNORED], return_counts=True)[1].double()
+        counts = _label_counts(train)
         share = counts / counts.sum()
         return max(float(-(share * share.log()).sum()), 0.1), "the training labels' entropy"
     if name == "mse":
@@ -60,6 +60,17 @@ def uninformed_loss(name: str, train: Samples) -> tuple[float, str] | None:
         spread = float(targets.double().var(dim=0, correction=0).mean())
         return (spread, "the targets' variance") if spread > 0 else None
     return None
+
+
+def _label_counts(train: Samples) -> Tensor:
+    """[C] float64: how often each label comes, in their order."""
+    total: dict[int, int] = {}
+    for _, tree in train.pieces():
+        _, targets = split_batch(tree)
+        labels, counts = torch.unique(targets[targets != IGNORED], return_counts=True)
+        for label, count in zip(labels.tolist(), counts.tolist(), strict=True):
+            total[label] = total.get(label, 0) + count
+    return torch.tensor([total[label] for label in sorted(total)], dtype=torch.float64, device="cpu")
 
 
 def rise_bound(name: str, train: Samples) -> tuple[float, str]:

@@ -15,14 +15,21 @@ from lossk.task.task import Task
 
 def place_data(task: Task, every: Sequence[Samples]) -> list[str]:
     """Settle whether data are resident on the task's device or streamed to it (`task.streams`), and say so."""
+    once = {id(each): each for each in every}.values()
     if task.device.type != "cuda":
-        return []
-    size = sum(samples.nbytes for samples in {id(each): each for each in every}.values())
+        return _describe_spooled([each for each in once if each.spool is not None])
+    size = sum(samples.nbytes for samples in once)
     task.streams = not data_fits(free_bytes(task.device), size, task.num_weights)
     where = "in pinned host memory, streamed" if task.streams else "resident on the device"
     how = repeats(task.device)
     why = "as torch.use_deterministic_algorithms has it" if how == "bitwise" else "gradients add up in any order here"
     return [f"data = {where}: {gigabytes(size)} in their own dtypes", f"repeats = {how}: {why}"]
+
+
+def _describe_spooled(every: Sequence[Samples]) -> list[str]:
+    """Which data lie in files, and where, as a reason."""
+    size, folders = sum(each.nbytes for each in every), sorted({str(each.spool.folder) for each in every if each.spool})
+    return [f"data = in mapped files: {gigabytes(size)} in their own dtypes, in {', '.join(folders)}"] if every else []
 
 
 def measure_room(task: Task, probe: Samples, train: Samples) -> Room:

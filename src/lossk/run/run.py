@@ -19,6 +19,7 @@ from lossk.accumulate.trace_watch import TraceWatch
 from lossk.curvature.metric import describe_metric, set_metric
 from lossk.data.data import Samples, Transform
 from lossk.data.probe_sets import read_sources
+from lossk.data.room import Room
 from lossk.memory import Budget
 from lossk.pilot.effective_dimension import count_directions
 from lossk.pilot.passes_pilot import Load, choose_passes, load_of
@@ -89,7 +90,7 @@ class Run:
         seed: int,
         transform: Transform | None = None,
         bar: Progress | None = None,
-        budget: Budget | None = None,
+        room: Room | None = None,
     ) -> Run:
         started = time.perf_counter()
         task = Task(model, resolve_loss(loss), params=sampler.params, device=device, precision=precision)
@@ -97,7 +98,7 @@ class Run:
         task.loss = resolve_loss(loss, chosen.ops["sample_loss"])
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            sets, train_samples = read_sources(loader, train, transform, bar=bar, budget=budget, pads=True)
+            sets, train_samples = read_sources(loader, train, transform, bar=bar, room=room, pads=True)
         for warning in caught:  # shown all the same; kept with the result
             warnings.warn(warning.message, warning.category, stacklevel=3)
         fingerprints = {"model": provenance.model_fingerprint(model), "probe": rows_fingerprint(sets)}

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from lossk.data.data import FEW, Samples, few_of, spread
 from lossk.task.attributes import Attributes
-from lossk.task.called import Called, as_called
+from lossk.task.called import Called, as_called, check_data
 from lossk.task.gradient_check import MOVED, check_gradient, moved
 from lossk.task.parameters import is_compiled
 from lossk.task.snapshot import Switch, acting
@@ -54,7 +54,7 @@ def prove(task: Task, named: Mapping[str, Samples]) -> tuple[dict[str, Samples],
         ValueError: naming the argument, the rule and the value.
     """
     for samples in named.values():
-        task.loss.check(samples.tree, None)
+        check_data(task, samples, None)
     task.draws = False
     called = {name: as_called(task, samples, name) for name, samples in named.items()}
     ways = {each.arguments for each in called.values()}

@@ -79,7 +79,7 @@ def _call(task: Task, samples: Samples, name: str, index: Tensor, *, in_own_dtyp
     batch = _given(task, samples, held, in_own_dtype=in_own_dtype)
     if task.loss.takes_outputs:
         inputs = split_batch(map_tensors(torch.clone, batch))[0]
-        task.loss.check(samples.tree, forward(task.model, inputs))
+        check_data(task, samples, forward(task.model, inputs))
     given_before = _Contents(batch)
     with _listening(task.model) as heard:
         losses, mask = task.loss.evaluate(task.model, batch)
@@ -89,6 +89,17 @@ def _call(task: Task, samples: Samples, name: str, index: Tensor, *, in_own_dtyp
     arguments = heard[0] if len(set(heard)) == 1 else None
     mask = None if mask is None else mask.detach().cpu()
     return Called(name, index, rows.detach().double().cpu(), mask, mean, task.sampled[0].dtype, writes, arguments)
+
+
+def check_data(task: Task, samples: Samples, outputs: Tensor | None) -> None:
+    """Raise a ValueError for samples that the loss cannot take, given what the model makes of the first."""
+    for start, tree in samples.pieces():
+        try:
+            task.loss.check(tree, outputs)
+        except ValueError as error:
+            if start:
+                error.add_note(f"counted from sample {start} of the data")
+            raise
 
 
 @contextmanager
@@ -111,7 +122,7 @@ def _listening(model: nn.Module) -> Iterator[list[Arguments]]:
 
 def _held(task: Task, samples: Samples, index: Tensor, *, widened: bool) -> Any:
     """Copies of the samples as they are held, where the model is."""
-    parts = map_tensors(lambda t: t[index.to(t.device)].to(task.sampled[0].device), samples.tree)
+    parts = map_tensors(lambda t: t.to(task.sampled[0].device), samples.held(index))
     return map_tensors(widen, parts) if widened else parts
 
 

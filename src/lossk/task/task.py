@@ -216,20 +216,18 @@ class Task:
         return gradient
 
     def place(self, samples: Samples) -> Samples:
-        """Samples on the task's device in the passes' layout and their own dtype (float64 in float32).
-
-        Of data that are streamed, what is not on the device already is held in pinned host memory.
-        """
+        """Samples on the task's device, or streamed, in the passes' layout and their own dtype (float64 in float32)."""
 
         def placed(tensor: Tensor) -> Tensor:
             dtype = torch.float32 if tensor.dtype == torch.float64 else tensor.dtype
+            if samples.spool is not None and (self.streams or self.device.type == "cpu"):
+                return samples.spool.changed(tensor, lambda part: self.lay_out(part.to(dtype)))
             if self.streams and tensor.device != self.device:
                 return pinned(self.lay_out(tensor.to(dtype=dtype)))
             return self.lay_out(tensor.to(self.device, dtype))
 
         device = self.device if self.streams else None
-        if self.streams and self._copies is None:
-            self._copies = SideStream(self.device)
+        self._copies = self._copies or (SideStream(self.device) if self.streams else None)
         return dataclasses.replace(samples, tree=map_tensors(placed, samples.tree), device=device, side=self._copies)
 
     def lay_out(self, tensor: Tensor) -> Tensor:
