@@ -156,7 +156,7 @@ def arrange(
     elif passes is not None:
         plain = dataclasses.replace(plain, passes=passes)
     with run.timings.measure("prefix"):
-        arranged, reasons = cut(run.task, plain, run.ops["head_loss"])
+        arranged, reasons = cut(run.task, plain, run.ops["head_loss"], budget)
     run = dataclasses.replace(run.because(*reasons), probe=arranged.probe, train=arranged.train)
     if passes is None and chosen is None:
         found, reasons = world.decide(partial(_measured_passes, run))
