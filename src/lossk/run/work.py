@@ -112,7 +112,7 @@ def chosen_by_first(
         budget.plan(planned.layout.peak_bytes)
         world.together(lambda: None if world.first else _check_share(planned.layout, budget))
         if planned.overlap is not None:
-            run.task.passes = dataclasses.replace(run.task.passes, overlap=planned.overlap)
+            run.task.set_overlap(planned.overlap)
         yield dataclasses.replace(run, passes_reasons=(*run.passes_reasons, *planned.reasons)), planned
 
 
