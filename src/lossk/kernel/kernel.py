@@ -27,6 +27,7 @@ from lossk.forms.watched import Watched, watched_in
 from lossk.kernel.chance import Chance
 from lossk.kernel.column_checks import check_diagnostics, check_sets, check_tokens
 from lossk.kernel.dense import AsArray, Whole, dense, refuse_too_large, times
+from lossk.kernel.described import Described
 from lossk.kernel.export import write_npy, write_zarr
 from lossk.kernel.indexing import resolve, rows_and_columns
 from lossk.kernel.neighbors import Neighbors, device_for_neighbors, nearest, nearest_of_rows, nearest_on_device
@@ -42,7 +43,7 @@ from lossk.store.contents import Contents
 from lossk.store.store import save_contents
 
 
-class LossKernel(AsArray):
+class LossKernel(Described, AsArray):
     """K_ij = Cov(loss_i, loss_j) over SGLD draws around the trained weights (arXiv 2509.26537).
 
     Held as dense triangular tiles (streamed) or as the low-rank factor of centered traces; both give the same numbers.
@@ -102,89 +103,6 @@ class LossKernel(AsArray):
             tokens=self._tokens,
             sets=self._sets,
             watched=self._beside,
-        )
-
-    # -- what it is -------------------------------------------------------------------------------------------------
-
-    @property
-    def num_samples(self) -> int:
-        """N, the rows: probe samples or, of a loss per token, their unmasked tokens."""
-        return self._blocks.num_samples
-
-    @property
-    def tokens(self) -> Tensor | None:
-        """[N, 2] int64: (sample, position) of each row of a loss per token; None of a loss per sample.
-
-        The sample's number is that within its own set, where the probe was several.
-        """
-        return self._tokens
-
-    @property
-    def sets(self) -> dict[str, slice]:
-        """The rows of each probe set of a `ProbeSets`, in order; empty for a single probe."""
-        return dict(self._sets)
-
-    @property
-    def num_draws(self) -> int:
-        """Draws per chain."""
-        return self._moments.num_draws
-
-    @property
-    def num_chains(self) -> int:
-        """Chains."""
-        return self._moments.num_chains
-
-    @property
-    def tile(self) -> int:
-        """Side of a tile, in samples."""
-        return self._blocks.tile
-
-    @property
-    def dtype(self) -> str:
-        """Of the stored tiles or factor: "float32" or "float16"."""
-        return str(self._blocks.dtype).removeprefix("torch.")
-
-    @property
-    def form(self) -> str:
-        """How it is held: "tiles" or "factor"."""
-        return self._blocks.kind
-
-    @property
-    def centering(self) -> str:
-        """ "chain" or "pooled"."""
-        return self._moments.centering
-
-    @property
-    def variance(self) -> Tensor:
-        """[N] float64, nats^2: the diagonal."""
-        return self._moments.variance
-
-    @property
-    def mean_loss(self) -> Tensor:
-        """[N] float64, nats: each sample's loss averaged over all draws."""
-        return self._moments.mean
-
-    @property
-    def lag1(self) -> Tensor:
-        """[N] float64: lag-1 autocorrelation of each sample's losses within chains; 0 where they never vary."""
-        return self._moments.lag1
-
-    @property
-    def dead(self) -> Tensor:
-        """[N] bool: samples whose loss never varied."""
-        return self._moments.variance == 0
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(N, N)."""
-        return self.num_samples, self.num_samples
-
-    def __repr__(self) -> str:
-        unit = "samples" if self.tokens is None else "tokens"
-        sets = f", sets {', '.join(self._sets)}" if self._sets else ""
-        return (
-            f"LossKernel({self.num_samples} {unit}, {self.num_chains} chains x {self.num_draws} draws, "
-            f"{self.form} in {self.dtype}, {int(self.dead.sum())} dead{sets})"
         )
 
     # -- blocks -----------------------------------------------------------------------------------------------------
