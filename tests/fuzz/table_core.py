@@ -182,6 +182,7 @@ def _append(w: World, losses: Any) -> None:
 def _kernel(table: Table, w: World) -> None:
     from lossk.diagnostics.diagnostics import Diagnostics
     from lossk.forms.blocks import Moments
+    from lossk.forms.names import Names
     from lossk.forms.watched import Watched
 
     span = {"rows": r.rows, "columns": r.rows}
@@ -196,6 +197,7 @@ def _kernel(table: Table, w: World) -> None:
             "tokens": TOKENS,
             "sets": r.optional(SPANS),
             "watched": r.optional(r.instance(Watched)),
+            "names": r.optional(r.instance(Names)),
         },
     )
     table.add("lossk.LossKernel.from_traces", {"traces": w.traces},
@@ -214,7 +216,13 @@ def _kernel(table: Table, w: World) -> None:
     table.add("lossk.LossKernel.to_numpy", {}, on=on)
     for name, suffix in (("to_zarr", ".zarr"), ("to_memmap", ".npy"), ("save", ".lossk")):
         table.add(f"lossk.LossKernel.{name}", lambda suffix=suffix: {"path": w.fresh(suffix)}, on=on)
+    table.add("lossk.LossKernel.named", {"labels": w.labels}, {"ids": names_of_rows, "labels": names_of_rows}, on=on)
     table.add("lossk.open", {"path": w.store})
+
+
+def names_of_rows(value: Any) -> bool:
+    """Nothing, or an entry for each row: integers or texts."""
+    return value is None or r.array(1, kinds="iu")(value) or r.sequence_of(r.text, least=1)(value)
 
 
 def _key(value: Any) -> bool:

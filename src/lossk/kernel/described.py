@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import numpy as np
+import torch
 from torch import Tensor
 
 from lossk.forms.blocks import Blocks, Moments
+from lossk.forms.names import Names
 
 
 class Described:
@@ -14,6 +17,7 @@ class Described:
     _moments: Moments
     _tokens: Tensor | None
     _sets: dict[str, slice]
+    _names: Names
 
     @property
     def num_samples(self) -> int:
@@ -88,8 +92,33 @@ class Described:
         """(N, N)."""
         return self.num_samples, self.num_samples
 
+    @property
+    def unit(self) -> str:
+        """What a row is: "samples" or "tokens"."""
+        return "samples" if self.tokens is None else "tokens"
+
+    @property
+    def names(self) -> Names:
+        """Ids and classes of the rows together, as data."""
+        return self._names
+
+    @property
+    def ids(self) -> np.ndarray | None:
+        """[N] int64 or texts: what whoever made the kernel calls its rows; None where nobody said."""
+        return self._names.ids
+
+    @property
+    def labels(self) -> Tensor | None:
+        """[N] int64, class numbers; None where nobody gave any."""
+        return None if self._names.labels is None else torch.from_numpy(self._names.labels)
+
+    @property
+    def class_names(self) -> list[str]:
+        """Of class 0, 1, ...; empty where classes are numbers."""
+        return list(self._names.class_names)
+
     def __repr__(self) -> str:
-        unit = "samples" if self.tokens is None else "tokens"
+        unit = self.unit
         sets = f", sets {', '.join(self._sets)}" if self._sets else ""
         return (
             f"LossKernel({self.num_samples} {unit}, {self.num_chains} chains x {self.num_draws} draws, "
