@@ -6,7 +6,7 @@ time the log is read about (n / g + 1) / 2 times, n being the tile rows of the k
 
 Against the tiles kept in memory (`lossk.accumulate.tiles`): both sum the same D products, there of deviations from
 panel means with a row for each step of the mean, here of deviations from the final mean. Each is within (D + 12) u
-sqrt(K_ii K_jj) of the exact sum, u = 2^-24 (tests/test_streaming.py), so they differ by at most twice that, and in
+sqrt(K_ii K_jj) of the exact sum, u = 2^-24 (test_streaming.py), so they differ by at most twice that, and in
 float16 by the spacing of float16 besides. A tile depends on the log, the moments and `super_panel` only: made again, it
 is the same to the bit.
 """
@@ -60,6 +60,11 @@ class OutOfCore(MomentsFirst):
             num_samples, tile, num_chains=num_chains, num_draws=num_draws, centering=centering, dtype=dtype
         )
         self.log, self.layout, self.cache_bytes, self.share = log, layout, cache_bytes, share or Share()
+
+    def prepare(self) -> None:
+        """Make the array, unless a killed run has; of one process, before any's `finalize`; one alone need not."""
+        if self.share.name != DONE:
+            prepare_tiles(self.log.path, self.num_samples, min(self.tile, self.num_samples), self.dtype)
 
     def finalize(self) -> tuple[TileBlocks, Moments]:
         """Make the tiles that are not in the store yet, from a log that is whole; read lazily from then on."""
