@@ -14,6 +14,7 @@ from lossk.ambient import usual_modes
 from lossk.data.data import Transform
 from lossk.data.room import Room
 from lossk.disk.files import full_disk_named
+from lossk.forms.names import read_names
 from lossk.kernel.from_store import open_kernel
 from lossk.kernel.kernel import LossKernel
 from lossk.kernel.traces import LossTraces
@@ -67,6 +68,8 @@ def build_kernel(
     seed: int = 0,
     progress: bool = True,
     distributed: bool | None = None,
+    ids: Any = None,
+    labels: Any = None,
 ) -> LossKernel:
     """Build the loss kernel K_ij = Cov(loss_i, loss_j) of a trained model (arXiv 2509.26537).
 
@@ -120,6 +123,9 @@ def build_kernel(
         progress: print choices and cost, and show a progress bar, on stderr.
         distributed: None spreads the run over the processes of torchrun, or of a process group that is there: every one
             of them must then make this call, with the same arguments. False keeps to this process; True insists.
+        ids: [N] integers or texts, each another, what the rows are called: kept with the kernel and in its store, and
+            shown in tables, pictures and reports. A store that is complete keeps its own.
+        labels: [N] classes of the rows, integers from 0 or texts; likewise.
 
     Returns:
         A LossKernel, in nats^2. Of a distributed run: with `out`, or as a factor, on every rank; tiles without `out` on
@@ -160,6 +166,7 @@ def build_kernel(
     precision, seed, path, resume = (plain[key] for key in ("precision", "seed", "out", "resume"))
     progress, distributed = plain["progress"], plain["distributed"]
     passes, sampler = check_passes(passes), check_sampler(sampler, num_draws, params)
+    names = read_names(ids, labels)
     check_run(stored=path is not None)
     budget = Budget.now(plain["memory"])
     if resume and out is None:
@@ -175,6 +182,7 @@ def build_kernel(
             model, loader, train, loss, sampler, num_chains, num_draws, backend, world.own_device(device), precision,
             seed, transform, bar, Room(budget, plain["data"], path),
         )  # fmt: skip
+        names.check(len(run.probe))
         run.started = world.begin(run.timings, run.started)
         settings = {"tile": tile, "dtype": dtype, "centering": centering, "form": None if form == "tiles" else form}
         panel = panel or saved or usual_panel(world, run, budget)
@@ -194,7 +202,7 @@ def build_kernel(
                     log = _log_of_all(world, run, path, log, request, layout, mesh)
 
                 def attempt() -> LossKernel:
-                    return make_kernel(Work(world, run, request, layout, mesh, budget, bar, log))
+                    return make_kernel(Work(world, run, request, layout, mesh, budget, bar, log, names))
 
                 def forget() -> None:
                     nonlocal log

@@ -37,6 +37,11 @@ def source(value: Any) -> bool:
     )  # fmt: skip
 
 
+def names_of_rows(value: Any) -> bool:
+    """Nothing, or an entry for each row: integers or texts."""
+    return value is None or r.array(1, kinds="iu")(value) or r.sequence_of(r.text, least=1)(value)
+
+
 RUN: dict[str, r.Rule] = {
     "train": r.optional(source),
     "query": source,
@@ -60,8 +65,8 @@ RUN: dict[str, r.Rule] = {
     "memory": r.optional(r.either(r.integer(1), r.number(above=0.0), r.text)),
     "data": r.choice("auto", "memory", "spool"),
     "out": r.optional(r.path),
-    "ids": r.optional(r.array(1, 2)),
-    "labels": r.optional(r.array(1, 2)),
+    "ids": names_of_rows,
+    "labels": names_of_rows,
 }
 
 
@@ -218,11 +223,6 @@ def _kernel(table: Table, w: World) -> None:
         table.add(f"lossk.LossKernel.{name}", lambda suffix=suffix: {"path": w.fresh(suffix)}, on=on)
     table.add("lossk.LossKernel.named", {"labels": w.labels}, {"ids": names_of_rows, "labels": names_of_rows}, on=on)
     table.add("lossk.open", {"path": w.store})
-
-
-def names_of_rows(value: Any) -> bool:
-    """Nothing, or an entry for each row: integers or texts."""
-    return value is None or r.array(1, kinds="iu")(value) or r.sequence_of(r.text, least=1)(value)
 
 
 def _key(value: Any) -> bool:

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 import lossk
+from conftest import sgld
 from damage import flipped
 from lossk.analysis import significant_neighbors
 from lossk.errors import LosskError, MissingPackageError, StoreError
@@ -118,6 +119,22 @@ def test_damaged_names_are_found(named: lossk.LossKernel, tmp_path: Path, name: 
     with pytest.raises(StoreError, match=f"array '{name.partition('/')[0]}'"):
         lossk.open(path)
     assert verify_store(path).problems
+
+
+@pytest.mark.parametrize("form", ["tiles", "factor"])
+@pytest.mark.parametrize("stored", [False, True])
+def test_a_run_keeps_them(tmp_path: Path, form: str, stored: bool) -> None:
+    model, data = torch.nn.Linear(3, 4), (torch.randn(N, 3), torch.arange(N) % 4)
+    settings: dict[str, Any] = {"sampler": sgld(), "num_chains": 2, "num_draws": 4, "tile": 16, "progress": False}
+    out = tmp_path / "k.lossk" if stored else None
+    kernel = lossk.build_kernel(model, data, **settings, form=form, out=out, ids=IDS, labels=LABELS)
+    for found in [kernel, lossk.open(out)] if stored else [kernel]:
+        assert found.ids.tolist() == IDS
+        assert [found.class_names[i] for i in found.labels] == LABELS
+    plain = lossk.build_kernel(model, data, **settings, form=form)
+    assert torch.equal(plain[:], kernel[:])
+    with pytest.raises(ValueError, match="labels must have one entry for each of the 37 rows, got 36"):
+        lossk.build_kernel(model, data, **settings, labels=LABELS[1:])
 
 
 def test_texts_survive_packing() -> None:
@@ -313,7 +330,7 @@ def test_a_report_shows_the_names(named: lossk.LossKernel, tmp_path: Path) -> No
 
 
 def test_every_view_is_an_entry_point(monkeypatch: pytest.MonkeyPatch, plain: lossk.LossKernel) -> None:
-    text = (Path(__file__).parents[1] / "pyproject.toml").read_text()
+    text = (Path(__file__).parents[3] / "pyproject.toml").read_text()
     said = tomllib.loads(text)["project"]["entry-points"][views.GROUP]
     public = {name for name in vars(views.Views) if not name.startswith("_")}
     assert set(said) == public
