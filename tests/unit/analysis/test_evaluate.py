@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from bench import lds, mislabels
+from bench.studies import lds, mislabels
 from torch import Tensor, nn
 
 import lossk

@@ -1,4 +1,4 @@
-"""`bench.multitask` and `bench.imagenet`: what they measure on planted traces and tiny networks. No times."""
+"""The studies `multitask` and `imagenet`: what they measure on planted traces and tiny networks. No times."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from bench import imagenet, multitask
 from bench.markdown import replace_between
-from bench.multitask import MARKS, Case, measure
+from bench.studies import imagenet, multitask
+from bench.studies.multitask import MARKS, Case, measure
 
 import lossk
 from lossk.recipes.photos import find_photos

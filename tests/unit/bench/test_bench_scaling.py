@@ -1,4 +1,4 @@
-"""`bench.scaling`'s page and `bench.simulate_scaling`'s model: consistent with themselves, and with lossk's dealing."""
+"""`bench.scaling`'s page and the model of the study `simulate_scaling`: consistent, and with lossk's dealing."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ import math
 from typing import Any
 
 import pytest
-from bench import scaling, simulate_scaling
-from bench.simulate_scaling import CHAINS, DRAWS, NETWORKS, TILE, Device, forecast
+from bench import scaling
+from bench.studies import simulate_scaling
+from bench.studies.simulate_scaling import CHAINS, DRAWS, NETWORKS, TILE, Device, forecast
 
 
 def record(seconds: float, losses: str, rows: int, shards: int) -> dict[str, Any]:

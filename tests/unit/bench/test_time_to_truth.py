@@ -1,4 +1,4 @@
-"""bench.time_to_truth: its statistics against known truths, clocks and page, and a tiny run without the peer."""
+"""The study `time_to_truth`: its statistics against known truths, clocks and page, and a tiny run without the peer."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 import torch
 from bench import peers_devinterp as script
-from bench import time_to_truth as bench
-from bench import time_to_truth_ours as ours
-from bench.time_to_truth_networks import Network, as_layers
-from bench.time_to_truth_page import page
-from bench.time_to_truth_peer import Cost, PeerRun, Settings, at_defaults, grid, measure_grid, wholly_default
-from bench.time_to_truth_statistics import (
+from bench.studies import time_to_truth as bench
+from bench.studies import time_to_truth_ours as ours
+from bench.studies.time_to_truth_networks import Network, as_layers
+from bench.studies.time_to_truth_page import page
+from bench.studies.time_to_truth_peer import Cost, PeerRun, Settings, at_defaults, grid, measure_grid, wholly_default
+from bench.studies.time_to_truth_statistics import (
     Entries,
     Running,
     draws_needed,

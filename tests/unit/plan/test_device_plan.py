@@ -175,7 +175,7 @@ def test_a_kernel_of_streamed_data(
         return replace(place(task, samples), device=task.device)
 
     place = Task.place
-    monkeypatch.setattr("lossk.run.run.place_data", stream)
+    monkeypatch.setattr("lossk.run.prepare.place_data", stream)
     monkeypatch.setattr(Task, "place", placed)
     found = build(problem.model(), problem.data)
     np.testing.assert_array_equal(found.to_numpy(), expected.to_numpy())

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from bench import check_cost
+from bench.studies import check_cost
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrize

@@ -1,6 +1,6 @@
 """The pictures of docs/report.md: a report in headless Chromium, at the size of a laptop's screen.
 
-    python -m bench.report_pictures fashion.html --out docs/images
+    python -m bench.studies.report_pictures fashion.html --out docs/images
 
 Needs lossk[dev] and Chromium. No GPU is needed.
 """

@@ -1,6 +1,6 @@
 """Fashion-MNIST's classes in a loss kernel and in WordNet, beside what needs no sampling.
 
-    python -m bench.fashion_alignment --config RUN.yaml --out docs/fashion_alignment.md
+    python -m bench.studies.fashion_alignment --config RUN.yaml --out docs/fashion_alignment.md
 
 RUN.yaml is what `lossk run fashion` leaves beside its store: it names the network, the images and the store itself.
 """
@@ -105,7 +105,7 @@ def main() -> None:
     found = similarities(kernel, task)
     controls = {name: found[name] for name in CONTROLS}
     alignment = align(found, wordnet_taxonomy(FASHION_SYNSETS), controls=controls, partitions=PARTS)
-    command = "python -m bench.fashion_alignment --config RUN.yaml --out docs/fashion_alignment.md"
+    command = "python -m bench.studies.fashion_alignment --config RUN.yaml --out docs/fashion_alignment.md"
     options.out.write_text(page(found, alignment, kernel, command), encoding="utf-8")
     print(options.out.read_text(encoding="utf-8"))
 

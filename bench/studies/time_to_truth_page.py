@@ -1,4 +1,4 @@
-"""The page of `bench.time_to_truth`, from its record alone."""
+"""The page of `bench.studies.time_to_truth`, from its record alone."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ How it is measured:
   the same samples. One thread each, one process after the other.
 - {clock}
 - **The truth** is a long run of `lossk.BAOAB` at half its automatic step (or, where that is said, the long run of
-  `bench.fashion_auto`, tuned by hand) and with other noise. Its
+  `bench.studies.fashion_auto`, tuned by hand) and with other noise. Its
   reliability, from two halves of its chains (Spearman-Brown), is stated: a perfect kernel would show the square root
   of it. The correlation is Pearson's, over the entries above the diagonal: of R (the correlation kernel, in which every
   sample weighs alike) for the headline, of K beside it.
@@ -90,7 +90,7 @@ def _network(name: str, network: Mapping[str, Any]) -> list[str]:
         f"Reference: {reference['num_chains']} chains x {reference['num_draws']} draws, {reference['seconds']:.0f} s, "
         f"step {reference['settings']['step_size']:.2g}, {reference['settings']['num_steps_bw_draws']} steps a draw, "
         f"reliability of R {reference['reliability']['R']:.4f}, of K {reference['reliability']['K']:.4f}"
-        f"{' (the long run of bench.fashion_auto)' if network.get('runs') else ''}. "
+        f"{' (the long run of bench.studies.fashion_auto)' if network.get('runs') else ''}. "
         f"Level to reach: {network['level']:g}. git {network['git_sha']}.",
         "",
         "| sampler | lr | chains | steps between draws | seconds (R) | draws per chain | seconds (K) | reached R, K |",
@@ -195,6 +195,6 @@ def _made_by(record: Mapping[str, Any]) -> str:
         versions.update({f"peer's {k}": v for k, v in network.get("peer", {}).get("versions", {}).items()})
     listed = ", ".join(f"{name} {version}" for name, version in versions.items())
     return (
-        f"`python -m bench.time_to_truth`: {machine['device']}, {machine['num_threads']} thread; {listed}; "
+        f"`python -m bench.studies.time_to_truth`: {machine['device']}, {machine['num_threads']} thread; {listed}; "
         f"seed {record['seed']}."
     )

@@ -1,6 +1,6 @@
 """The imagenet recipe end to end on generated pictures, with a real pretrained network; what real photos would cost.
 
-    python -m bench.imagenet --work FOLDER [--classes 100] [--out docs/recipes/imagenet.md] [--picture FILE.png]
+    python -m bench.studies.imagenet --work FOLDER [--classes 100] [--out docs/recipes/imagenet.md] [--picture FILE.png]
 
 The pictures have ImageNet's layout, names and classes but show nothing: what is tested is everything else, and their
 kernel must not be aligned with WordNet. That the alignment and the map find what is there is shown on the network's own
@@ -172,7 +172,7 @@ def costs(found: dict[str, Any]) -> str:
     return table(head, rows)
 
 
-MARKS = "<!-- made by python -m bench.imagenet -->", "<!-- end -->"
+MARKS = "<!-- made by python -m bench.studies.imagenet -->", "<!-- end -->"
 
 
 def page(found: dict[str, Any]) -> str:
@@ -185,8 +185,8 @@ def page(found: dict[str, Any]) -> str:
         if row["statistic"] in ("spearman", "triplets", "cophenetic")
     )
     made = (
-        f"`python -m bench.imagenet --work FOLDER --classes {found['classes']} --num-draws {found['draws']} --out "
-        f"docs/recipes/imagenet.md` (git {machine['git_sha'][:7]}, {machine['device']}, one thread, load "
+        f"`python -m bench.studies.imagenet --work FOLDER --classes {found['classes']} --num-draws {found['draws']} "
+        f"--out docs/recipes/imagenet.md` (git {machine['git_sha'][:7]}, {machine['device']}, one thread, load "
         f"{machine['load_average']:.0f}; processor time). The whole recipe took "
         f"{seconds['the whole recipe, last layer']:.0f} s, the process held {found['peak'] / 1e9:.2f} GB at most."
     )

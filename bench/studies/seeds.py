@@ -1,6 +1,6 @@
 """How far do the automatic settings depend on the seed?  The law and the step that the defaults choose, over seeds.
 
-python -m bench.seeds [--networks digits multitask] [--seeds 6]
+python -m bench.studies.seeds [--networks digits multitask] [--seeds 6]
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ import argparse
 import torch
 
 from bench.machine import described, processor
-from bench.time_to_truth_networks import NETWORKS
-from bench.time_to_truth_ours import timed
+from bench.studies.time_to_truth_networks import NETWORKS
+from bench.studies.time_to_truth_ours import timed
 from lossk import provenance
 
 SHOWN = ("localization", "lr", "num_burnin_steps", "num_steps_bw_draws")

@@ -1,6 +1,6 @@
 """Do the tasks of one network come apart in its kernel?  Networks, controls and snapshots; writes docs/multitask.md.
 
-    python -m bench.multitask --out docs/multitask.md [--picture FILE.png] [--work FOLDER] [--only NAME ...]
+    python -m bench.studies.multitask --out docs/multitask.md [--picture FILE.png] [--work FOLDER] [--only NAME ...]
 
 A case is run once: its numbers are kept in FOLDER, and a case that is there is not run again.
 """
@@ -362,7 +362,7 @@ def main() -> None:
         options.out.write_text(replace_between(options.out.read_text(), MARKS, text))
 
 
-MARKS = "<!-- made by python -m bench.multitask -->", "<!-- end -->"
+MARKS = "<!-- made by python -m bench.studies.multitask -->", "<!-- end -->"
 
 
 if __name__ == "__main__":

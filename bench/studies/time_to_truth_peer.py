@@ -1,4 +1,4 @@
-"""devinterp's side of `bench.time_to_truth`: its defaults, and the grid of its settings."""
+"""devinterp's side of `bench.studies.time_to_truth`: its defaults, and the grid of its settings."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.time_to_truth_networks import Network
-from bench.time_to_truth_ours import NUM_CHAINS, Law, Reference, Result
-from bench.time_to_truth_statistics import Running
+from bench.studies.time_to_truth_networks import Network
+from bench.studies.time_to_truth_ours import NUM_CHAINS, Law, Reference, Result
+from bench.studies.time_to_truth_statistics import Running
 
 # devinterp 1.3.2: `sample()` and `SGLD()`.
 DEFAULTS = {"lr": 0.01, "num_chains": 10, "num_draws": 100, "num_steps_bw_draws": 1, "num_burnin_steps": 0}
@@ -115,7 +115,7 @@ class Peer:
         spec, out = self.folder / "spec.json", self.folder / "out.pt"
         out.unlink(missing_ok=True)
         spec.write_text(json.dumps(settings.spec(self.saved, num_draws, self.clock)))
-        script = Path(__file__).with_name("peers_devinterp.py")
+        script = Path(__file__).parents[1] / "peers_devinterp.py"
         done = subprocess.run([self.python, str(script), str(spec), str(out)], capture_output=True, text=True)
         if done.returncode or not out.exists():
             raise RuntimeError(f"{self.python} {script.name} failed: {done.stderr.strip()[-2000:]}")

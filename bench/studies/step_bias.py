@@ -1,6 +1,6 @@
 """From which step on does a chain draw from another law, and does the verdict know?  Two MLPs, multiples of their step.
 
-    python -m bench.step_bias --out docs/step_bias.md [--networks digits multitask] [--seconds 12] [--reference 100]
+    python -m bench.studies.step_bias --out docs/step_bias.md [--networks digits multitask] [--seconds 12]
 
 All sample the law that lossk's defaults choose. The reference is a long run of `lossk.BAOAB` at half its own step.
 Likeness is Pearson's correlation of kernel entries above the diagonal; divided by the square root of both reliabilities
@@ -24,9 +24,9 @@ from torch import Tensor
 import lossk
 from bench.machine import described, processor
 from bench.markdown import table
-from bench.time_to_truth_networks import NETWORKS, Network
-from bench.time_to_truth_ours import NUM_CHAINS, find_law, make_reference, timed
-from bench.time_to_truth_statistics import MEASURES, entries, reliability
+from bench.studies.time_to_truth_networks import NETWORKS, Network
+from bench.studies.time_to_truth_ours import NUM_CHAINS, find_law, make_reference, timed
+from bench.studies.time_to_truth_statistics import MEASURES, entries, reliability
 from lossk import provenance
 from lossk.curvature import curvature
 from lossk.data.reading import read_samples
@@ -146,8 +146,9 @@ def main() -> None:
     lines = [
         "# Steps and the law they draw from",
         "",
-        "`python -m bench.step_bias --out docs/step_bias.md`: the automatic settings at multiples of their step, "
-        "against a long run of another sampler. Likeness with the noise of both runs taken out: 1 is the right law.",
+        "`python -m bench.studies.step_bias --out docs/step_bias.md`: the automatic settings at multiples of their "
+        "step, against a long run of another sampler. "
+        "Likeness with the noise of both runs taken out: 1 is the right law.",
         "",
         "A step that looks moderate at w\\* can be near or beyond the limit where the draws are. So a trial chain "
         "measures the curvature at its draws, and every run again at its chains' last ones, for the verdict: a step is "

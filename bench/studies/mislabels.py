@@ -1,6 +1,6 @@
 """Who finds wrong labels?  Scores of the loss kernel beside loss, features and gradients, on Fashion-MNIST.
 
-    python -m bench.mislabels --out docs/mislabels.md
+    python -m bench.studies.mislabels --out docs/mislabels.md
 
 For each seed a random subset of the training images gets 5 % wrong labels (another class, uniformly), the recipe's CNN
 is trained on it, and every score ranks the training images; AUROC of finding the wrong ones, mean and standard error
@@ -113,7 +113,7 @@ def page(record: dict[str, Any]) -> str:
     return "\n".join([
         "# Finding wrong labels on Fashion-MNIST",
         "",
-        f"`python -m bench.mislabels --out docs/mislabels.md`: {options['num_train']:,} training images, "
+        f"`python -m bench.studies.mislabels --out docs/mislabels.md`: {options['num_train']:,} training images, "
         f"{options['rate']:.0%} of their labels moved to another class at random, the recipe's CNN trained for "
         f"{options['epochs']} epochs, {len(runs)} seeds (images, noise, weights and chains all anew). The kernel is of "
         f"the training images with the labels they were given, {options['num_chains']} chains x {options['num_draws']} "

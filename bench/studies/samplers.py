@@ -1,6 +1,6 @@
 """The samplers at one and the same law: what an effective draw costs, and whether the kernel is the right one.
 
-    python -m bench.samplers [--out docs/samplers.md] [--seconds 2] [--seed 1]
+    python -m bench.studies.samplers [--out docs/samplers.md] [--seconds 2] [--seed 1]
 
 Every sampler of p(w) ~ exp(-n_beta L_n - localization/2 |w - w*|^2) is given the same n_beta and localization and
 chooses the rest itself. An effective draw is one of arviz's bulk ESS; its cost counts steps and probe passes after
@@ -199,7 +199,7 @@ def main() -> None:
         lines += table(case, results)
     versions = ", ".join(f"{name} {version}" for name, version in provenance.versions().items())
     lines += [
-        f"`python -m bench.samplers --seconds {arguments.seconds:g}`: {CHAINS} chains, seed {arguments.seed}, "
+        f"`python -m bench.studies.samplers --seconds {arguments.seconds:g}`: {CHAINS} chains, seed {arguments.seed}, "
         f"{time.perf_counter() - start:.0f} s on 1 thread ({platform.machine()}); {versions}; git {sha or 'unknown'}.",
         "",
     ]

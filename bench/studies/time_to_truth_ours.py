@@ -1,4 +1,4 @@
-"""lossk's side of `bench.time_to_truth`: the law, the reference kernel, and the seconds of each sampler."""
+"""lossk's side of `bench.studies.time_to_truth`: the law, the reference kernel, and the seconds of each sampler."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from typing import Any
 import torch
 
 import lossk
-from bench.time_to_truth_networks import Network
-from bench.time_to_truth_statistics import MEASURES, Entries, Running, draws_needed, entries, reliability
+from bench.studies.time_to_truth_networks import Network
+from bench.studies.time_to_truth_statistics import MEASURES, Entries, Running, draws_needed, entries, reliability
 
 NUM_CHAINS, NUM_DRAWS = 4, 200  # build_kernel's defaults
 REFERENCE_CHAINS, REFERENCE_SEED = 8, 20_000
@@ -188,7 +188,7 @@ def measure(
 
 
 def saved_reference(runs: Path, network: Network, *, seed: int) -> tuple[Law, Reference]:
-    """The law and the long run of `bench.fashion_auto`."""
+    """The law and the long run of `bench.studies.fashion_auto`."""
     auto, long = (torch.load(runs / f"{name}.pt", weights_only=True) for name in ("auto", "long"))
     law = {key: float(json.loads(auto["meta"])["sampler"][key]) for key in ("n_beta", "localization")}
     euler = timed(network, lossk.SGLD(**law, integrator="euler"), num_chains=1, num_draws=2, seed=seed)[0]
@@ -200,7 +200,7 @@ def saved_reference(runs: Path, network: Network, *, seed: int) -> tuple[Law, Re
 
 
 def saved_run(runs: Path, network: Network, reference: Reference, *, level: float, seed: int, clock: str) -> Result:
-    """The automatic run of `bench.fashion_auto`, and one of two draws for what comes before the draws."""
+    """The automatic run of `bench.studies.fashion_auto`, and one of two draws for what comes before the draws."""
     auto = torch.load(runs / "auto.pt", weights_only=True)
     short = timed(network, None, num_chains=NUM_CHAINS, num_draws=2, seed=seed, clock=clock)[1]
     each = max(auto["seconds"] - short, 0.0) / (auto["losses"].shape[1] - 2)

@@ -1,6 +1,6 @@
 """On paper: time and memory for N = 50 thousand, 1.28 and 10 million on 1, 8 and 64 GPUs. A model, not a measurement.
 
-python -m bench.simulate_scaling [--record RECORD_OF_bench.scaling] [--out FILE]
+python -m bench.studies.simulate_scaling [--record RECORD_OF_bench.scaling] [--out FILE]
 
 Every constant is printed with its source. With the record of `bench.scaling`, the same model predicts that run's two
 processes from its one process, which is all that can be checked here.

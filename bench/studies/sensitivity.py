@@ -1,6 +1,6 @@
 """How much does the kernel depend on its settings?  Curves over n_beta, localization and lr on the digits network.
 
-    python -m bench.sensitivity --out docs/images/sensitivity.png
+    python -m bench.studies.sensitivity --out docs/images/sensitivity.png
 
 One setting of the probe law (n_beta, localization) or of SGLD (lr; its burn-in and spacing stay) is multiplied by a
 factor. Other laws are sampled by lossk.BAOAB with full gradients: where n_beta is large, what noise a control variate
@@ -20,8 +20,8 @@ import matplotlib
 import torch
 
 import lossk
-from bench.fashion_auto import CHAINS
-from bench.time_to_truth_statistics import entries, reliability
+from bench.studies.fashion_auto import CHAINS
+from bench.studies.time_to_truth_statistics import entries, reliability
 from lossk import provenance
 from lossk.cli.grid_cell import choose_probe
 from lossk.recipes import digits

@@ -1,4 +1,4 @@
-"""The three networks of `bench.time_to_truth`, and what both sides are given of them."""
+"""The three networks of `bench.studies.time_to_truth`, and what both sides are given of them."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Which attribution predicts retraining?  Linear datamodeling scores on scikit-learn's digits.
 
-    python -m bench.lds --out docs/lds.md
+    python -m bench.studies.lds --out docs/lds.md
 
 A small MLP is trained on 400 digits with each of several seeds, and retrained on random halves of them. Every
 attribution (training samples x queries, of the networks trained on all 400, averaged over the seeds) predicts the query
@@ -160,8 +160,9 @@ def page(record: dict[str, Any]) -> str:
     return "\n".join([
         "# Linear datamodeling score on digits",
         "",
-        f"`python -m bench.lds --out docs/lds.md`: an MLP 64-{options['hidden']}-10 trained on {options['num_train']} "
-        f"digits with {options['seeds']} seeds (accuracy on {options['num_query']} other digits, the queries: "
+        f"`python -m bench.studies.lds --out docs/lds.md`: an MLP 64-{options['hidden']}-10 trained on "
+        f"{options['num_train']} digits with {options['seeds']} seeds "
+        f"(accuracy on {options['num_query']} other digits, the queries: "
         f"{accuracy}), and retrained on {options['subsets']} random halves with the same seeds, whose query losses are "
         "averaged. Each attribution is averaged over the networks trained on all samples. Spearman's correlation over "
         "the halves between the sum of a half's attributions and the query's loss (sign such that right is positive), "

@@ -1,6 +1,6 @@
 """Are the automatic settings right on a real network?  Fashion-MNIST: against a run ten times as long, tuned by hand.
 
-    python -m bench.fashion_auto --out docs/fashion_auto.md [--work FOLDER] [--checkpoint FILE]
+    python -m bench.studies.fashion_auto --out docs/fashion_auto.md [--work FOLDER] [--checkpoint FILE]
 
 Both runs sample one law, the automatic run's (n_beta, localization). The long one has ten times its draws, another
 seed and another sampler: kinetic Langevin dynamics with a short step, wide spacing and noise kept low by a
@@ -20,8 +20,8 @@ import torch
 
 import lossk
 from bench.machine import described, processor
-from bench.time_to_truth_ours import CLOCKS
-from bench.time_to_truth_statistics import entries, reliability
+from bench.studies.time_to_truth_ours import CLOCKS
+from bench.studies.time_to_truth_statistics import entries, reliability
 from lossk import provenance
 from lossk.diagnostics.diagnostics import diagnose
 from lossk.forms.watched import watched_samples
@@ -115,8 +115,9 @@ def main() -> None:
     lines = [
         "# Fashion-MNIST: the automatic settings against a longer run tuned by hand",
         "",
-        f"`python -m bench.fashion_auto --out docs/fashion_auto.md`, {options.num_probe:,} test images, {CHAINS} "
-        "chains, 1 thread. Entries above the diagonal. The ceiling is the geometric mean of the two reliabilities "
+        f"`python -m bench.studies.fashion_auto --out docs/fashion_auto.md`, {options.num_probe:,} test images, "
+        f"{CHAINS} chains, 1 thread. Entries above the diagonal. "
+        "The ceiling is the geometric mean of the two reliabilities "
         "(halves of the chains, Spearman-Brown corrected).",
         "",
         "| entries | correlation, automatic with long run | ceiling | reliability, automatic | reliability, long |",

@@ -1,6 +1,6 @@
 """Chains that all start at w* beside chains dispersed by a Laplace step: what the verdict sees, and what is wrong.
 
-python -m bench.starts [--runs 20] [--out docs/samplers.md]
+python -m bench.studies.starts [--runs 20] [--out docs/samplers.md]
 
 Without the engine's samplers: Langevin dynamics with averaged noise and full gradients, float64; the verdict is the
 engine's. A Laplace step is a draw of N(w*, (n_beta H + localization)^-1), H the Hessian at w*; it costs a run most of
@@ -120,7 +120,7 @@ def row(law: Law, runs: int) -> list[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m bench.starts", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m bench.studies.starts", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--runs", type=int, default=20)
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "samplers.md")

@@ -1,6 +1,6 @@
 """What it costs to prove, before a run, that its passes are the user's model: seconds, and share of a default run.
 
-    python -m bench.check_cost --out docs/checks.md
+    python -m bench.studies.check_cost --out docs/checks.md
 
 Two cases, each in this process: the digits demo as `lossk demo` runs it, whose stages `meta["timings"]` has; and a
 causal language model of 100M parameters, whose default run of 4 x 200 draws would take hours on a CPU and is reckoned
@@ -91,7 +91,7 @@ def main() -> None:
     small = options.tiny
     found = [of_language_model(SMALL, 16, 4)] if small else [of_digits(), of_language_model(LARGE, 64, 16)]
     made = f"{processor()}, {torch.get_num_threads()} threads; {described(provenance.versions())}"
-    text = f"{section(found)}\n\n`python -m bench.check_cost`, git {provenance.git_sha()}, {made}."
+    text = f"{section(found)}\n\n`python -m bench.studies.check_cost`, git {provenance.git_sha()}, {made}."
     print(text)
     if options.out is not None:
         options.out.write_text(replace_between(options.out.read_text(), MARKS, text))

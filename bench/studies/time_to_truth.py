@@ -1,6 +1,6 @@
 """Time to truth: seconds until a kernel's entries correlate 0.95 with a long reference run's, lossk and devinterp 1.3.
 
-    python -m bench.time_to_truth [--peer-python PATH] [--out docs/time_to_truth.md] [--record FILE.json]
+    python -m bench.studies.time_to_truth [--peer-python PATH] [--out docs/time_to_truth.md] [--record FILE.json]
 
 PATH is a Python that has devinterp 1.3.2; without it the peer is left out. One thread for everyone. How every number
 is made is in the page that it writes.
@@ -21,8 +21,8 @@ from typing import Any
 import torch
 
 from bench.sgld_step import environment
-from bench.time_to_truth_networks import NETWORKS, Network
-from bench.time_to_truth_ours import (
+from bench.studies.time_to_truth_networks import NETWORKS, Network
+from bench.studies.time_to_truth_ours import (
     CLOCKS,
     VARIANTS,
     Law,
@@ -35,8 +35,8 @@ from bench.time_to_truth_ours import (
     saved_reference,
     saved_run,
 )
-from bench.time_to_truth_page import page
-from bench.time_to_truth_peer import DEFAULTS, Peer, at_defaults, grid, measure_grid, outcome, wholly_default
+from bench.studies.time_to_truth_page import page
+from bench.studies.time_to_truth_peer import DEFAULTS, Peer, at_defaults, grid, measure_grid, outcome, wholly_default
 from lossk import provenance
 from lossk.ops import extension
 
@@ -67,7 +67,8 @@ def compare(
     """All of one network, as plain data: its law, its reference, and a result per sampler.
 
     Args:
-        runs: folder of `bench.fashion_auto`, whose long run then is the reference, and whose automatic run is ours.
+        runs: folder of `bench.studies.fashion_auto`, whose long run then is the reference, and whose automatic run
+            is ours.
     """
     say(f"{network.name}: {network.what}")
     ready = None if peer is None else peer(network)  # first: better to fail now than after the reference
@@ -152,7 +153,7 @@ def main() -> None:
         "--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS), help="the first is ours"
     )
     parser.add_argument("--fashion-checkpoint", type=Path, help="trained weights, read if there and else written")
-    parser.add_argument("--fashion-runs", type=Path, metavar="FOLDER", help="of bench.fashion_auto: used again")
+    parser.add_argument("--fashion-runs", type=Path, metavar="FOLDER", help="of bench.studies.fashion_auto: used again")
     parser.add_argument("--add", action="store_true", help="to the networks that --record has already")
     parser.add_argument("--clock", choices=list(CLOCKS), default="wall", help="cpu: the processor's, on a busy machine")
     parser.add_argument("--seed", type=int, default=0)
