@@ -164,7 +164,7 @@ def _slopes(task: Task, probe: Samples, train: Samples) -> tuple[Line, Line]:
 
 def _some(samples: Samples) -> Samples:
     count = min(MORE, len(samples))
-    return Samples(samples[:count], count, copied=samples.copied)
+    return samples.cut(slice(0, count))
 
 
 def _line(measure: Callable[[int], int], most: int) -> Line:

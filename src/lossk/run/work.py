@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from lossk.accumulate.runlog import RunLog
 from lossk.available import gigabytes
 from lossk.errors import DivergedError
 from lossk.forms.blocks import tile_spans
+from lossk.forms.names import Names
 from lossk.memory import Budget
 from lossk.plan.layout import TILES_IN_MEMORY, Layout
 from lossk.probe.shards import ProbeShard, cut_probe
@@ -46,6 +47,7 @@ class Work:
     budget: Budget
     bar: Progress
     log: RunLog | None
+    names: Names = field(default_factory=Names)  # of the rows
 
     @property
     def layout(self) -> Layout:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from functools import partial
@@ -17,7 +16,6 @@ from lossk.ambient import usual_modes
 from lossk.checks import check_choice
 from lossk.data.data import Samples
 from lossk.data.streams import streams_kept
-from lossk.data.trees import map_tensors
 from lossk.device import SideStream, pinned
 from lossk.float32 import float32_products
 from lossk.settings import PRECISIONS
@@ -221,9 +219,8 @@ class Task(Configured):
                 return pinned(self.lay_out(tensor.to(dtype=dtype)))
             return self.lay_out(tensor.to(self.device, dtype))
 
-        device = self.device if self.streams else None
         self._copies = self._copies or (SideStream(self.device) if self.streams else None)
-        return dataclasses.replace(samples, tree=map_tensors(placed, samples.tree), device=device, side=self._copies)
+        return samples.placed(placed, self.device, self._copies)
 
     def lay_out(self, tensor: Tensor) -> Tensor:
         """A tensor in the memory format the passes run fastest in; values and shape stay."""
