@@ -14,6 +14,7 @@ from lossk.ambient import usual_modes
 from lossk.data.data import Transform
 from lossk.data.room import Room
 from lossk.disk.files import full_disk_named
+from lossk.forms.names import read_names
 from lossk.kernel.from_store import open_kernel
 from lossk.kernel.kernel import LossKernel
 from lossk.kernel.traces import LossTraces
@@ -68,6 +69,8 @@ def build_kernel(
     seed: int = 0,
     progress: bool = True,
     distributed: bool | None = None,
+    ids: Any = None,
+    labels: Any = None,
 ) -> LossKernel:
     """Build the loss kernel K_ij = Cov(loss_i, loss_j) of a trained model (arXiv 2509.26537).
 
@@ -106,7 +109,8 @@ def build_kernel(
             `out` is given, they are made in that store at the end, from the log of the draws, within rounding the same.
         data: where the samples of a DataLoader or Dataset are kept: in "memory"; in a "spool", unnamed mapped files
             beside `out` or in a temporary folder, which are gone after the call; "auto" spools what would take more
-            than half of `memory`. The numbers are the same, bit for bit.
+            than half of `memory`. Or nowhere: a "stream" reads a map-style dataset again at every pass, which must then
+            give the same samples, in batches of any form if the loss is a callable. The numbers are the same.
         out: path of a `.lossk` store to write; None keeps the kernel in memory only.
         resume: continue an interrupted run in `out`, to the result of a run that was not (bitwise, or as `seed` says).
         backend: of the ops: "torch", "cpp" (CPU), "triton" (CUDA), each explicit one or an error; "auto" takes what
@@ -121,6 +125,9 @@ def build_kernel(
         progress: print choices and cost, and show a progress bar, on stderr.
         distributed: None spreads the run over the processes of torchrun, or of a process group that is there: every one
             of them must then make this call, with the same arguments. False keeps to this process; True insists.
+        ids: [N] integers or texts, each another, what the rows are called: kept with the kernel and in its store, and
+            shown in tables, pictures and reports. A store that is complete keeps its own.
+        labels: [N] classes of the rows, integers from 0 or texts; likewise.
 
     Returns:
         A LossKernel, in nats^2. Of a distributed run: with `out`, or as a factor, on every rank; tiles without `out` on
@@ -161,6 +168,7 @@ def build_kernel(
     precision, seed, path, resume = (plain[key] for key in ("precision", "seed", "out", "resume"))
     progress, distributed = plain["progress"], plain["distributed"]
     passes, sampler = check_passes(passes), check_sampler(sampler, num_draws, params)
+    names = read_names(ids, labels)
     check_run(stored=path is not None)
     budget = Budget.now(plain["memory"])
     if resume and out is None:
@@ -176,6 +184,7 @@ def build_kernel(
             model, loader, train, loss, sampler, num_chains, num_draws, backend, device, precision, seed, transform,
             bar, Room(budget, plain["data"], path), world,
         )  # fmt: skip
+        names.check(len(prepared.probe))
         settings = {"tile": tile, "dtype": dtype, "centering": centering, "form": None if form == "tiles" else form}
         panel = panel or saved or usual_panel(world, prepared, budget)
         request = {**record.request(prepared), **settings, "panel": panel}
@@ -194,7 +203,7 @@ def build_kernel(
                     log = _log_of_all(world, run, path, log, request, planned)
 
                 def attempt(run: Run) -> LossKernel:
-                    return make_kernel(Work(world, run, request, planned, budget, bar, log))
+                    return make_kernel(Work(world, run, request, planned, budget, bar, log, names))
 
                 def forget(run: Run) -> None:
                     nonlocal log
@@ -223,7 +232,7 @@ def _log_of_all(
 ) -> RunLog:
     """The log of the run on every rank; rank 0 makes it where it has not been opened."""
     if world.first and log is None:
-        columns = log_columns(len(run.probe), request["tile"]) if planned.layout.tiles in ("store", "factor") else None
+        columns = log_columns(len(run.probe), request["tile"]) if planned.layout.place.of_log else None
         with run.timings.measure("store"):
             log = RunLog.create(path, request, chosen_by(run, planned), columns)
     world.barrier()

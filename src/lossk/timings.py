@@ -8,8 +8,10 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import TracebackType
+from typing import TYPE_CHECKING
 
-from tqdm import tqdm
+if TYPE_CHECKING:
+    from tqdm import tqdm
 
 
 class Timings:
@@ -48,6 +50,8 @@ class Progress:
         """Show the bar, at once, over `total` steps (None: nobody knows how many); one that `stays` is seen later."""
         self.stop()
         if self.enabled:
+            from tqdm.auto import tqdm  # a notebook's own bar there; slow to import
+
             self._bar = tqdm(
                 total=total, initial=done, desc=what, unit=unit, mininterval=0.5, dynamic_ncols=True, leave=stays
             )

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from lossk.accumulate.runlog import RunLog
 from lossk.available import gigabytes
 from lossk.errors import DivergedError
 from lossk.forms.blocks import tile_spans
+from lossk.forms.names import Names
 from lossk.memory import Budget
 from lossk.plan.layout import TILES_IN_MEMORY, Layout
 from lossk.probe.shards import ProbeShard, cut_probe
@@ -46,6 +47,7 @@ class Work:
     budget: Budget
     bar: Progress
     log: RunLog | None
+    names: Names = field(default_factory=Names)  # of the rows
 
     @property
     def layout(self) -> Layout:
@@ -106,13 +108,13 @@ def chosen_by_first(
                 step = run.time_a_step()
                 mesh = _mesh(run, world, log, step)
                 saved = None if before is None else before.get("layout", TILES_IN_MEMORY)
-                return dataclasses.asdict(plan(run, request, mesh, budget, bar, step, path, saved))
+                return plan(run, request, mesh, budget, bar, step, path, saved).told()
 
-        planned = Planned.of(world.decide(settled))
+        planned = Planned.heard(world.decide(settled))
         budget.plan(planned.layout.peak_bytes)
         world.together(lambda: None if world.first else _check_share(planned.layout, budget))
         if planned.overlap is not None:
-            run.task.passes = dataclasses.replace(run.task.passes, overlap=planned.overlap)
+            run.task.set_overlap(planned.overlap)
         yield dataclasses.replace(run, passes_reasons=(*run.passes_reasons, *planned.reasons)), planned
 
 
