@@ -232,7 +232,7 @@ def _log_of_all(
 ) -> RunLog:
     """The log of the run on every rank; rank 0 makes it where it has not been opened."""
     if world.first and log is None:
-        columns = log_columns(len(run.probe), request["tile"]) if planned.layout.tiles in ("store", "factor") else None
+        columns = log_columns(len(run.probe), request["tile"]) if planned.layout.place.of_log else None
         with run.timings.measure("store"):
             log = RunLog.create(path, request, chosen_by(run, planned), columns)
     world.barrier()
