@@ -21,11 +21,18 @@ import torch
 
 import lossk
 from lossk.accumulate.panel import Panel
-from lossk.accumulate.runlog import RunLog
+from lossk.accumulate.runlog import RunLog, commit_of
 from lossk.samplers.chain import ChainState, Draw
 
 SIZES = ((1_000, 10_000, 25), (10_000, 100_000, 25), (50_000, 1_000_000, 25))  # samples, weights, draws of a panel
 PANELS = 12
+
+
+def append(log: RunLog, part: Panel) -> None:
+    """Make a panel durable, as a process alone does."""
+    crcs = log.write_losses(part.chain, part.first_draw, part.losses)
+    log.write_state(part.state, len(log.commits))
+    log.commit([commit_of(part.chain, part.first_draw, part.state.step, part.draws, crcs)])
 
 
 def measure(num_samples: int, num_weights: int, panel: int, folder: Path) -> dict[str, Any]:
@@ -46,7 +53,7 @@ def measure(num_samples: int, num_weights: int, panel: int, folder: Path) -> dic
             state = ChainState(0, first + panel, first + panel, torch.rand(num_weights))
             part = Panel(0, first, losses, draws, state)
             start = time.perf_counter()
-            log.append(part)
+            append(log, part)
             seconds.append(time.perf_counter() - start)
     finally:
         os.fsync = sync

@@ -217,21 +217,21 @@ def watched(seen: dict[str, int]) -> Any:
 
 def run_case(case: Case) -> Found:
     """In this process, after a small call that loads what is loaded at first use."""
-    from lossk.run.run import Run
+    import lossk.run.work
 
     torch.set_num_threads(1)
     if case.call in READS:
         with tempfile.TemporaryDirectory() as name:
             return run_read(case, Path(name))
     plans: list[int] = []
-    planned = Run.plan
+    planned = lossk.run.work.plan
 
     def noted(*arguments: Any, **settings: Any) -> Any:
         layout = planned(*arguments, **settings)
         plans.append(layout.peak_bytes)
         return layout
 
-    Run.plan = noted  # type: ignore[method-assign]
+    lossk.run.work.plan = noted
     seen: dict[str, int] = {}
     with tempfile.TemporaryDirectory(dir=os.environ.get("LOSSK_BENCH_DIR")) as name:
         folder = Path(name)

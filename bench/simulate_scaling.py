@@ -16,9 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from bench.markdown import table
-from lossk.plan.layout import Size
+from lossk.plan.layout import Size, largest_share
 from lossk.ranks.mesh import Mesh, choose_mesh
-from lossk.run.distributed_plan import largest_share
 from lossk.timings import duration
 
 CHAINS, DRAWS, BURNIN, SPACING, BATCH = 4, 200, 200, 10, 256

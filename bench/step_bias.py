@@ -64,7 +64,7 @@ def by_subsets(network: Network, chosen: dict[str, Any]) -> dict[str, Tensor]:
     measures = {"curvature": curvature.largest_curvature, "gradient variance": curvature.gradient_variance}
     found: dict[str, list[list[list[float]]]] = {name: [] for name in measures}
     with Task(network.model, resolve_loss("cross_entropy")) as task:
-        losses, _ = evaluate_anchor(task, train, Timings(), None)
+        losses, _ = evaluate_anchor(task, train, Timings())
         around = Surroundings(task, train, losses, SEED, "torch", Timings(), fitted={})
 
         def shares(measure: Callable[..., float], which: int) -> list[list[float]]:

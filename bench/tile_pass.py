@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bench.commit import append
 from bench.machine import environment
 from bench.memory_watch import MemoryWatch
 from bench.options import Found
@@ -71,7 +72,7 @@ def write_log(made: Pass, path: Path) -> RunLog:
             part = losses[first : first + made.panel]
             draws = [Draw(chain, first + i, 0.0, 0.0) for i in range(len(part))]
             state = ChainState(chain, first + len(part), first + len(part), torch.zeros(1))
-            log.append(Panel(chain, first, part, draws, state))
+            append(log, Panel(chain, first, part, draws, state))
     return log
 
 

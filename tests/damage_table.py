@@ -88,7 +88,7 @@ def make_stores(folder: Path) -> dict[str, Path]:
     tokens = torch.stack([torch.arange(37) // 5, torch.arange(37) % 5], dim=1)
     lossk.LossTraces(losses(), tokens=tokens).save(stores["traces"])
     lossk.LossKernel.from_traces(lossk.LossTraces(losses())).save(stores["saved"])
-    _stop(RunLog, "append", 3, lambda: build(stores["stopped"]))
+    _stop(RunLog, "write_losses", 3, lambda: build(stores["stopped"]))
     (folder / "making").mkdir()
     _stop(lossk.accumulate.tile_pass.TileWriter, "_write", 3, lambda: out_of_core(folder / "making"))
     (folder / "making" / "k.lossk").rename(stores["making"])
@@ -103,11 +103,11 @@ def _stop(kind: Any, method: str, after: int, run: Callable[[], Any]) -> None:
     """Have a run end after some calls of a method."""
     call, count = getattr(kind, method), [0]
 
-    def stopping(*arguments: Any) -> Any:
+    def stopping(*arguments: Any, **options: Any) -> Any:
         count[0] += 1
         if count[0] > after:
             raise KeyboardInterrupt
-        return call(*arguments)
+        return call(*arguments, **options)
 
     setattr(kind, method, stopping)
     try:

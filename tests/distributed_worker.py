@@ -16,11 +16,11 @@ import yaml
 from torch import Tensor, nn
 
 import lossk
-import lossk.run.distributed_plan
-import lossk.run.distributed_run
+import lossk.run.cost
 import lossk.run.run
+import lossk.run.work
 from lossk.cli.main import main
-from lossk.plan.layout import in_store
+from lossk.plan.layout import Layout, Size, in_store
 from lossk.plan.pass_memory import pass_bytes
 from lossk.recipes import RecipeTask
 
@@ -148,7 +148,7 @@ def restarted(folder: Path | None) -> dict[str, Any]:
 
 def planned() -> dict[str, Any]:
     """Wide layers, whose passes take most of the memory: what a rank plans of them, and the batches that it runs."""
-    chosen, seen = lossk.run.distributed_run.plan_share, []
+    chosen, seen = lossk.run.work.plan, []
 
     def noted(run: Any, *rest: Any) -> Any:
         layout = chosen(run, *rest)
@@ -159,11 +159,11 @@ def planned() -> dict[str, Any]:
     wide = nn.Sequential(nn.Linear(4, 2048), nn.Tanh(), nn.Linear(2048, 3))
     for number, parameter in enumerate(wide.parameters()):
         nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(number))
-    lossk.run.distributed_run.plan_share = noted
+    lossk.run.work.plan = noted
     try:
         kernel = lossk.build_kernel(wide, data(1000), memory="60MB", **settings(passes=None))
     finally:
-        lossk.run.distributed_run.plan_share = chosen
+        lossk.run.work.plan = chosen
     return {"seen": seen, "passes": kernel.meta["passes"], "variance": float(kernel.variance.sum())}
 
 
@@ -187,18 +187,16 @@ def run(scenario: str, folder: Path, rank: int) -> Any:
         changes = {"num_chains": 1, "tile": 4096}
         return numbers(build(model, samples, loss=loss, out=folder / "tokens.lossk", **settings(**changes)))
     if scenario == "outofcore":
-        chosen = lossk.run.distributed_run.plan_share
+        chosen = lossk.run.cost.choose_layout
 
-        def in_the_store(run: Any, request: Any, *rest: Any) -> Any:
-            chosen(run, request, *rest)
-            size = lossk.run.distributed_plan.size_of(request, run.task.num_weights)
+        def in_the_store(size: Size, *_: Any, **__: Any) -> Layout:
             return in_store(size, 0, super_panel=size.draws, stripes=1)
 
-        lossk.run.distributed_run.plan_share = in_the_store
+        lossk.run.cost.choose_layout = in_the_store
         try:
             return numbers(build(network(), data(), out=folder / "outofcore.lossk", **settings()))
         finally:
-            lossk.run.distributed_run.plan_share = chosen
+            lossk.run.cost.choose_layout = chosen
     if scenario == "planned":
         return planned()
     if scenario in ("factor", "factor16"):  # in the store

@@ -22,8 +22,8 @@ FLOORS: tuple[dict[str, str], ...] = (
     {"analysis": "what a finished kernel says about the data: reads (`pairs.py`), never samples"},
     {"lossk": "the public names; `build.py` and `cross.py` order the stages. No numerics"},
     {
-        "run": "one run: what was asked for, what was chosen, what it costs, what is written down of it "
-        "(`record.py`); the same on many ranks (`distributed_*.py`), where rank 0 decides and commits"
+        "run": "one run, of one rank or of many: what was asked for, what was chosen, what it costs (`cost.py`), what "
+        "each rank samples (`work.py`), the kernel of it (`making.py`), what is written down of it (`record.py`)"
     },
     {
         "accumulate": "panels of draws into tiles or a factor, in memory or by way of the log of a run in progress",
@@ -42,7 +42,8 @@ FLOORS: tuple[dict[str, str], ...] = (
         "minibatches are counted",
         "kernel": "`LossKernel`, its neighbors, spectrum and errors; traces, which are its factor form; export. Never "
         "samples",
-        "ranks": "who is there, what ranks tell one another, how work is dealt: JSON and tensors only",
+        "ranks": "who is there, what ranks tell one another, how work is dealt: JSON and tensors only; a process alone "
+        "is a world of one (`world.py`)",
     },
     {
         "store": "what a `.lossk` store consists of: reads and writes `Contents`, a kernel's parts as data; the log of "

@@ -24,7 +24,7 @@ import lossk.accumulate.tile_pass
 import lossk.accumulate.tiles
 import lossk.disk.chunks
 import lossk.ops.rank_update
-import lossk.run.run
+import lossk.run.cost
 from lossk.accumulate.runlog import RunLog
 from lossk.disk.files import part_of
 from lossk.plan.layout import in_store
@@ -38,7 +38,7 @@ def build(path: Path, tiles: str) -> None:
     """BAOAB, whose momenta are state; 2 x 12 draws of 300 samples by panels of 3; 15 tiles, or a factor of 5 chunks."""
     torch.set_num_threads(1)
     if tiles == "store":
-        lossk.run.run.choose_layout = lambda size, _, taken, **__: in_store(
+        lossk.run.cost.choose_layout = lambda size, _, taken, **__: in_store(
             size, taken, super_panel=size.draws, stripes=2
         )
     generator = torch.Generator().manual_seed(0)

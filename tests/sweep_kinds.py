@@ -13,7 +13,7 @@ from torch import nn
 
 import lossk
 import lossk.disk.swap
-import lossk.run.run
+import lossk.run.cost
 from lossk.disk.replacement import Replacement
 from lossk.disk.swap import folder_beside
 from lossk.plan.layout import in_store
@@ -58,12 +58,12 @@ def in_memory(path: Path) -> None:
 
 
 def out_of_core(path: Path) -> None:
-    choose = lossk.run.run.choose_layout
-    lossk.run.run.choose_layout = lambda size, _, taken, **__: in_store(size, taken, super_panel=size.draws, stripes=2)
+    choose = lossk.run.cost.choose_layout
+    lossk.run.cost.choose_layout = lambda size, _, taken, **__: in_store(size, taken, super_panel=size.draws, stripes=2)
     try:
         build(path / NAME)
     finally:
-        lossk.run.run.choose_layout = choose
+        lossk.run.cost.choose_layout = choose
 
 
 def factor(path: Path) -> None:

@@ -275,15 +275,15 @@ def test_an_unfinished_store_says_how_far_it_got_and_resumes(
 
     from lossk.accumulate.runlog import RunLog
 
-    append = RunLog.append
+    commit = RunLog.commit
 
-    def stop_at_third(self: RunLog, panel: Any) -> None:
+    def stop_at_third(self: RunLog, new: Any, **how: Any) -> None:
         if len(self.commits) == 2:
             raise KeyboardInterrupt
-        append(self, panel)
+        commit(self, new, **how)
 
     with monkeypatch.context() as patch:
-        patch.setattr(RunLog, "append", stop_at_third)
+        patch.setattr(RunLog, "commit", stop_at_third)
         assert run("run", "mine.yaml", build=build).status == 130
     told = run("info", "tiny.lossk")
     assert told.status == 0

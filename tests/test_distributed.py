@@ -134,7 +134,7 @@ def test_tiles_made_in_the_store_are_the_same_to_the_bit(
 ) -> None:
     """However many make them: each is a product of the logged draws, in the order of chain and draw."""
     monkeypatch.setattr(
-        "lossk.run.run.choose_layout",
+        "lossk.run.cost.choose_layout",
         lambda size, _, taken, **__: in_store(size, taken, super_panel=size.draws, stripes=2),
     )
     alone(tmp_path / "k.lossk")

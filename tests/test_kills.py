@@ -116,7 +116,7 @@ def test_a_disk_that_fills_up_while_tiles_are_made(
     from lossk.plan.layout import in_store
 
     monkeypatch.setattr(
-        "lossk.run.run.choose_layout",
+        "lossk.run.cost.choose_layout",
         lambda size, _, taken, **__: in_store(size, taken, super_panel=size.draws, stripes=1),
     )
     whole, path = build(problem.model(), problem.data, out=tmp_path / "whole.lossk"), tmp_path / "k.lossk"
@@ -137,15 +137,15 @@ def test_a_disk_that_fills_up_while_tiles_are_made(
 @pytest.fixture
 def stopped(build: Build, problem: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A store whose run stopped in its second chain."""
-    path, append = tmp_path / "k.lossk", lossk.accumulate.runlog.RunLog.append
+    path, commit = tmp_path / "k.lossk", lossk.accumulate.runlog.RunLog.commit
 
-    def stopping(log: Any, panel: Any) -> None:
-        append(log, panel)
+    def stopping(log: Any, new: Any, **how: Any) -> None:
+        commit(log, new, **how)
         if len(log.commits) == 3:
             raise RuntimeError("stopped by the test")
 
     with monkeypatch.context() as patch:
-        patch.setattr(lossk.accumulate.runlog.RunLog, "append", stopping)
+        patch.setattr(lossk.accumulate.runlog.RunLog, "commit", stopping)
         with pytest.raises(RuntimeError, match="stopped by the test"):
             build(problem.model(), problem.data, out=path)
     return path

@@ -16,7 +16,6 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -27,12 +26,12 @@ import zarr
 import lossk
 import oracles
 from lossk.accumulate.panel import ChainTotals
-from lossk.accumulate.runlog import RunLog
+from lossk.accumulate.runlog import RunLog, commit_of
 from lossk.accumulate.tile_pass import OutOfCore, TileWriter
 from lossk.accumulate.tiles import TileAccumulator
 from lossk.kernel.kernel import LossKernel
 from lossk.plan.layout import Layout, in_store, log_columns
-from lossk.samplers.chain import Draw
+from lossk.samplers.chain import ChainState, Draw
 from lossk.store.stored_tiles import StoredTiles
 from test_streaming import correlated, late, near_two, outgrown, panels, tiny, wide
 
@@ -56,10 +55,9 @@ def make(
         for chain, part in panels(losses, panel):
             start = first.get(chain, 0)
             draw = Draw(chain, start, excess_loss=0.0, distance=0.0, acceptance=1.0)
-            state = SimpleNamespace(step=start, draw=start + len(part), weights=torch.zeros(1), carried={})
-            log.append(
-                SimpleNamespace(chain=chain, first_draw=start, losses=part, draws=[draw] * len(part), state=state)
-            )
+            log.write_state(ChainState(chain, start, start + len(part), torch.zeros(1)), len(log.commits))
+            crcs = log.write_losses(chain, start, part)
+            log.commit([commit_of(chain, start, start, [draw] * len(part), crcs)])
             first[chain] = start + len(part)
             sums.update(chain, part)
         blocks, moments = sums.finalize()
@@ -158,7 +156,7 @@ def tiles_in_store(monkeypatch: pytest.MonkeyPatch) -> None:
     def choose(size: Any, budget: Any, taken: int, **_: Any) -> Layout:
         return in_store(size, taken, super_panel=size.draws, stripes=1)
 
-    monkeypatch.setattr("lossk.run.run.choose_layout", choose)
+    monkeypatch.setattr("lossk.run.cost.choose_layout", choose)
 
 
 @pytest.mark.parametrize("change", [{}, {"centering": "pooled"}, {"dtype": "float16"}], ids=str)
@@ -227,7 +225,7 @@ def test_killed_at_any_sync(
     whole = build(problem.model(), problem.data, out=path)
     monkeypatch.undo()
     monkeypatch.setattr(
-        "lossk.run.run.choose_layout", lambda size, _, taken, **__: in_store(size, taken, super_panel=12, stripes=2)
+        "lossk.run.cost.choose_layout", lambda size, _, taken, **__: in_store(size, taken, super_panel=12, stripes=2)
     )
     assert len(copies) >= 9
     for number, copy in enumerate([*copies[:10], *copies[10::9]]):
@@ -303,12 +301,12 @@ def test_the_cache_of_read_tiles_is_bounded(tmp_path: Path) -> None:
 
 SCRIPT = """
 import json, resource, sys
-import torch, lossk, lossk.run.run
+import torch, lossk, lossk.run.cost
 from lossk.plan.layout import in_store
 path, samples, tile, memory, mode = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4], sys.argv[5]
 resume = "resume" in mode
 if "forced" in mode:
-    lossk.run.run.choose_layout = lambda size, _, taken, **__: in_store(size, taken, super_panel=size.draws, stripes=2)
+    lossk.run.cost.choose_layout = lambda size, _, taken, **__: in_store(size, taken, super_panel=size.draws, stripes=2)
 torch.set_num_threads(1)
 generator = torch.Generator().manual_seed(0)
 data = torch.randn(samples, 4, generator=generator), torch.arange(samples) % 3

@@ -13,7 +13,7 @@ from torch import nn
 
 import lossk
 from lossk.memory import parse_memory
-from lossk.plan.pass_memory import LiveBytes, fit_on_ranks, peak_of
+from lossk.plan.pass_memory import LiveBytes, fit_together, peak_of
 
 Build = Callable[..., lossk.LossKernel]
 KB = 1000
@@ -126,9 +126,10 @@ class TwoRanks:
     def __init__(self, others: list[int], problem: str | None) -> None:
         self.others, self.problem = others, problem
 
-    def all_or_none(self, problem: str | None) -> None:
-        if problem or self.problem:
-            raise MemoryError(f"rank 1: {problem or self.problem}")
+    def together(self, work: Callable[[], Any]) -> Any:
+        if self.problem:
+            raise MemoryError(f"rank 1: {self.problem}")
+        return work()
 
     def gather_json(self, content: Any) -> list[Any]:
         return [content, self.others]
@@ -138,17 +139,17 @@ def test_ranks_run_the_batches_that_fit_on_each_of_them() -> None:
     class Two:
         passes = lossk.Passes(probe_batch=64, gradient_batch=8)
 
-    found = fit_on_ranks(Two, TwoRanks([32, 16], None), lambda: ["why"])
+    found = fit_together(Two, TwoRanks([32, 16], None), lambda: ["why"])
     assert found == ["why"]
     assert (Two.passes.probe_batch, Two.passes.gradient_batch) == (32, 8)
     with pytest.raises(MemoryError, match="rank 1: no room"):
-        fit_on_ranks(Two, TwoRanks([32, 16], "no room"), list)
+        fit_together(Two, TwoRanks([32, 16], "no room"), list)
 
     def refuse() -> list[str]:
         raise MemoryError("none here")
 
     with pytest.raises(MemoryError, match="none here"):
-        fit_on_ranks(Two, TwoRanks([32, 16], None), refuse)
+        fit_together(Two, TwoRanks([32, 16], None), refuse)
 
 
 @pytest.mark.parametrize("only", ["wide MLP, little", "cross_kernel, many", "eigsh of a kernel in tiles"])

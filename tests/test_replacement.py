@@ -59,10 +59,10 @@ def cut_off(monkeypatch: pytest.MonkeyPatch, where: str, after: int = 1) -> Any:
     """Within it, a run is interrupted in its second panel, or where it would have moved its store."""
     patch = pytest.MonkeyPatch.context()
     inside = patch.__enter__()
-    left, append = [after], lossk.accumulate.runlog.RunLog.append
+    left, commit = [after], lossk.accumulate.runlog.RunLog.commit
 
-    def stopping(log: Any, panel: Any) -> None:
-        append(log, panel)
+    def stopping(log: Any, new: Any, **how: Any) -> None:
+        commit(log, new, **how)
         left[0] -= 1
         if left[0] < 0:
             raise KeyboardInterrupt
@@ -71,7 +71,7 @@ def cut_off(monkeypatch: pytest.MonkeyPatch, where: str, after: int = 1) -> Any:
         raise KeyboardInterrupt
 
     if where == "panel":
-        inside.setattr(lossk.accumulate.runlog.RunLog, "append", stopping)
+        inside.setattr(lossk.accumulate.runlog.RunLog, "commit", stopping)
     else:
         inside.setattr(Replacement, "place", stopped)
     return patch
@@ -91,8 +91,10 @@ def test_the_old_store_stays_until_the_new_one_is_complete(
     assert sorted(path.name for path in Path(".k.lossk.new").iterdir()) == ["k.lossk"]
 
     written: list[int] = []
-    append = lossk.accumulate.runlog.RunLog.append
-    monkeypatch.setattr(lossk.accumulate.runlog.RunLog, "append", lambda *a: (written.append(1), append(*a))[1])
+    commit = lossk.accumulate.runlog.RunLog.commit
+    monkeypatch.setattr(
+        lossk.accumulate.runlog.RunLog, "commit", lambda *a, **how: (written.append(1), commit(*a, **how))[1]
+    )
     assert run("of6.yaml", then) == 0
     assert len(written) == {"--overwrite": 6, "--resume": 4 if where == "panel" else 0}[then]
     assert lossk.open("k.lossk").num_draws == 6

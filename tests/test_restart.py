@@ -60,10 +60,10 @@ def test_killed_after_a_restart_it_goes_on_to_the_same_bits(
     panels: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Killed in the fresh log after its first panel, or among those of the second chain."""
-    append, written = RunLog.append, [0]
+    commit, written = RunLog.commit, [0]
 
-    def killed(log: RunLog, panel: Any) -> None:
-        append(log, panel)
+    def killed(log: RunLog, new: Any, **how: Any) -> None:
+        commit(log, new, **how)
         written[0] += any(line.startswith("restart") for line in (log.chosen or {}).get("reasons", []))
         if written[0] == panels:
             raise KeyboardInterrupt
@@ -72,7 +72,7 @@ def test_killed_after_a_restart_it_goes_on_to_the_same_bits(
     whole, cut = tmp_path / "whole.lossk", tmp_path / "cut.lossk"
     build(lossk.SGLD(), out=whole)
     with monkeypatch.context() as patched:
-        patched.setattr(RunLog, "append", killed)
+        patched.setattr(RunLog, "commit", killed)
         with pytest.raises(KeyboardInterrupt):
             build(lossk.SGLD(), out=cut)
     monkeypatch.setattr(lossk.run.run, "choose", None)  # what was chosen is in the store

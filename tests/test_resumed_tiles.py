@@ -47,7 +47,7 @@ def test_a_committed_tile_that_is_damaged_is_made_again(
 ) -> None:
     """Whether its line in the log says what was written, as this version's does, or only that it was."""
     monkeypatch.setattr(
-        "lossk.run.run.choose_layout",
+        "lossk.run.cost.choose_layout",
         lambda size, _, taken, **__: in_store(size, taken, super_panel=size.draws, stripes=1),
     )
     whole, stopped = build(problem.model(), problem.data, out=tmp_path / "whole.lossk"), tmp_path / "stopped.lossk"

@@ -33,15 +33,15 @@ def path(tmp_path: Path) -> Path:
 @pytest.fixture
 def stopped(path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A run that stopped after three of its four panels."""
-    append = RunLog.append
+    commit = RunLog.commit
 
-    def stopping(log: RunLog, panel: Any) -> None:
-        append(log, panel)
+    def stopping(log: RunLog, new: Any, **how: Any) -> None:
+        commit(log, new, **how)
         if len(log.commits) == 3:
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(RunLog, "append", stopping)
+        patch.setattr(RunLog, "commit", stopping)
         with pytest.raises(KeyboardInterrupt):
             build(path)
     return path

@@ -193,14 +193,14 @@ def test_broken_descriptions(what: str, tmp_path: Path) -> None:
 
 def test_an_unfinished_store(build: Callable, problem: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It says how far it got; a committed panel that is lost or damaged is named."""
-    path, append = tmp_path / "k.lossk", RunLog.append
+    path, commit = tmp_path / "k.lossk", RunLog.commit
 
-    def stopping(log: RunLog, panel: Any) -> None:
-        append(log, panel)
+    def stopping(log: RunLog, new: Any, **how: Any) -> None:
+        commit(log, new, **how)
         if len(log.commits) == 2:
             raise RuntimeError("stopped by the test")
 
-    monkeypatch.setattr(RunLog, "append", stopping)
+    monkeypatch.setattr(RunLog, "commit", stopping)
     with pytest.raises(RuntimeError, match="stopped by the test"):
         build(problem.model(), problem.data, out=path)
     (problem_,) = verify_store(path).problems

@@ -9,38 +9,34 @@ from typing import Any
 import torch
 from torch import nn
 
-from lossk.accumulate.factor_pass import HeldFactor, LoggedFactor
-from lossk.accumulate.host_tiles import HostTiles
-from lossk.accumulate.panel import choose_panel
 from lossk.accumulate.runlog import RunLog
-from lossk.accumulate.tile_pass import OutOfCore
-from lossk.accumulate.tiles import TileAccumulator
 from lossk.ambient import usual_modes
 from lossk.data.data import Transform
 from lossk.data.room import Room
 from lossk.disk.files import full_disk_named
-from lossk.kernel.from_store import kernel_of
+from lossk.kernel.from_store import open_kernel
 from lossk.kernel.kernel import LossKernel
 from lossk.kernel.traces import LossTraces
 from lossk.memory import Budget
 from lossk.optional import check_run
-from lossk.plan.layout import TILES_IN_MEMORY, Layout, log_columns
+from lossk.plan.layout import Layout, log_columns
 from lossk.ranks.distributed import joined
+from lossk.ranks.mesh import Mesh
+from lossk.ranks.world import World
 from lossk.run import record
 from lossk.run.allocation import shortage_named
-from lossk.run.distributed_build import build_on_ranks
-from lossk.run.distributed_traces import sample_on_ranks
+from lossk.run.making import make_kernel
 from lossk.run.restart import until_it_lasts
 from lossk.run.run import Run
-from lossk.run.run_diagnostics import diagnosed_kernel
-from lossk.samplers.chain import ChainState
+from lossk.run.work import Work, chosen_by, chosen_by_first, meta, rounds, usual_panel
 from lossk.samplers.samplers import Sampler, check_sampler
 from lossk.settings import check_settings
 from lossk.store.store import open_finished, saved_panel
-from lossk.store.stored_tiles import CACHE_BYTES
 from lossk.task.losses import LossFunction
 from lossk.task.passes import Passes, check_passes
 from lossk.timings import Progress
+
+NO_TILES = {"tile": 4096, "dtype": "float32", "centering": "chain", "form": "traces"}  # of traces: no tile is made
 
 
 @usual_modes()
@@ -169,63 +165,82 @@ def build_kernel(
     if resume and out is None:
         raise ValueError("resume=True needs out=, the store to continue, got None")
     with (
-        joined(distributed) as ranks,
+        joined(distributed) as world,
         full_disk_named(path),
         shortage_named(budget),
-        Progress(progress and (ranks is None or ranks.first)) as bar,
+        Progress(progress and world.first) as bar,
     ):
-        if ranks is None and path is not None and path.exists() and not resume:
-            raise FileExistsError(f"out={str(path)!r} exists; pass resume=True to continue it, or another path")
-        if ranks is not None:
-            device = ranks.own_device(device)
+        saved = world.decide(lambda: _look(path, resume))
         run = Run.prepare(
-            model, loader, train, loss, sampler, num_chains, num_draws, backend, device, precision, seed, transform,
-            bar, Room(budget, plain["data"], path),
+            model, loader, train, loss, sampler, num_chains, num_draws, backend, world.own_device(device), precision,
+            seed, transform, bar, Room(budget, plain["data"], path),
         )  # fmt: skip
+        run.started = world.begin(run.timings, run.started)
         settings = {"tile": tile, "dtype": dtype, "centering": centering, "form": None if form == "tiles" else form}
-        if ranks is not None:
-            return build_on_ranks(
-                ranks, run, settings, passes=passes, panel=panel, path=path, resume=resume, budget=budget, bar=bar
-            )
-        panel = panel or saved_panel(path) or choose_panel(len(run.probe), num_draws, budget.asked)
+        panel = panel or saved or usual_panel(world, run, budget)
         request = {**record.request(run), **settings, "panel": panel}
-        if path is not None and path.exists():
-            finished = open_finished(path, request)
-            if finished is not None:
-                bar.say(f"{path} is already complete")
-                return kernel_of(finished)
+        asked = {"passes": None if passes is None else passes.to_dict(), "out": str(path), "resume": resume}
+        world.agree({**request, **asked})
+        if path is not None and world.decide(lambda: path.exists() and open_finished(path, request) is not None):
+            bar.say(f"{path} is already complete")
+            return open_kernel(path)
         # A new store is made only once the pilot and the memory plan have passed: a refused run leaves nothing behind.
-        log = RunLog.open(path, request) if path is not None and path.exists() else None
+        log: RunLog | None = None
         try:
-            chosen = None if log is None else log.chosen
-            run.arrange(passes, chosen, budget=budget)
-            with run.task:
-                run.choose(chosen, bar)
-                run.announce(bar)
-                saved = None if chosen is None else chosen.get("layout", TILES_IN_MEMORY)
-                with run.timings.measure("plan"):
-                    layout = run.plan(
-                        bar, budget, tile=tile, panel=panel, dtype=dtype, out=path, form=form, saved=saved
-                    )
-                if path is not None and log is None:
-                    read_back = layout.tiles in ("store", "factor")
-                    columns = log_columns(len(run.probe), tile) if read_back else None
-                    with run.timings.measure("store"):
-                        log = RunLog.create(
-                            path, request, {**run.choices.to_dict(), "layout": layout.to_dict()}, columns
-                        )
+            log = world.first_makes(lambda: None if path is None else _open_log(path, request))
+            with chosen_by_first(world, run, request, passes, path, log, budget, bar) as (layout, mesh):
+                world.use_device(run.task.device)
+                if path is not None:
+                    log = _log_of_all(world, run, path, log, request, layout, mesh)
 
                 def attempt() -> LossKernel:
-                    return _accumulate(run, request, log, layout, budget, bar)
+                    return make_kernel(Work(world, run, request, layout, mesh, budget, bar, log))
 
                 def forget() -> None:
-                    if log is not None:
-                        log.restart(request, {**run.choices.to_dict(), "layout": layout.to_dict()})
+                    nonlocal log
+                    if log is not None and path is not None:
+                        log = _restart(world, log, path, request, chosen_by(run, layout, mesh))
 
                 return until_it_lasts(run, bar, attempt, forget)
         finally:
             if log is not None:
                 log.close()
+
+
+def _look(path: Path | None, resume: bool) -> int | None:
+    """Refuse a taken path; the panel of a run to go on with."""
+    if path is not None and path.exists() and not resume:
+        raise FileExistsError(f"out={str(path)!r} exists; pass resume=True to continue it, or another path")
+    return saved_panel(path)
+
+
+def _open_log(path: Path, request: dict[str, Any]) -> RunLog | None:
+    return RunLog.open(path, request) if path.exists() else None
+
+
+def _log_of_all(
+    world: World, run: Run, path: Path, log: RunLog | None, request: dict[str, Any], layout: Layout, mesh: Mesh
+) -> RunLog:
+    """The log of the run on every rank; rank 0 makes it where it has not been opened."""
+    if world.first and log is None:
+        columns = log_columns(len(run.probe), request["tile"]) if layout.tiles in ("store", "factor") else None
+        with run.timings.measure("store"):
+            log = RunLog.create(path, request, chosen_by(run, layout, mesh), columns)
+    world.barrier()
+    with run.timings.measure("store"):
+        found = log or RunLog.open(path, request, lock=False)
+    assert found is not None
+    return found
+
+
+def _restart(world: World, log: RunLog, path: Path, request: dict[str, Any], chosen: dict[str, Any]) -> RunLog:
+    """The log without draws, for other settings: rank 0 forgets them, the others read that they are gone."""
+    if world.first:
+        log.restart(request, chosen)
+    world.barrier()
+    again = log if world.first else RunLog.open(path, request, lock=False)
+    assert again is not None
+    return again
 
 
 @usual_modes()
@@ -270,84 +285,21 @@ def sample_losses(
     distributed = plain["distributed"]
     passes, sampler = check_passes(passes), check_sampler(sampler, num_draws, params)
     budget = Budget.now(None)
-    with (
-        joined(distributed) as ranks,
-        shortage_named(budget),
-        Progress(progress and (ranks is None or ranks.first)) as bar,
-    ):
-        if ranks is not None:
-            device = ranks.own_device(device)
+    with joined(distributed) as world, shortage_named(budget), Progress(progress and world.first) as bar:
         run = Run.prepare(
-            model, loader, train, loss, sampler, num_chains, num_draws, backend, device, precision, seed, transform,
-            bar, Room(budget, plain["data"]),
+            model, loader, train, loss, sampler, num_chains, num_draws, backend, world.own_device(device), precision,
+            seed, transform, bar, Room(budget, plain["data"]),
         )  # fmt: skip
-        if ranks is not None:
-            return sample_on_ranks(ranks, run, passes=passes, budget=budget, bar=bar)
-        panel = choose_panel(len(run.probe), num_draws)
-        run.arrange(passes, None, budget=budget)
-        with run.task:
-            run.choose(None, bar)
-            run.announce(bar)
-            with run.timings.measure("plan"):
-                run.plan(bar, budget, tile=4096, panel=panel, dtype="float32", form="traces")
+        run.started = world.begin(run.timings, run.started)
+        config = record.request(run)
+        request = {**config, **NO_TILES, "panel": usual_panel(world, run, budget)}
+        world.agree({**request, "passes": None if passes is None else passes.to_dict()})
+        with chosen_by_first(world, run, request, passes, None, None, budget, bar) as (layout, mesh):
+            world.use_device(run.task.device)
+            work = Work(world, run, request, layout, mesh, budget, bar, None)
 
             def attempt() -> torch.Tensor:
-                panels = run.panels(panel, bar, dict.fromkeys(range(num_chains)))
-                return record.losses(run, (part.on_host() for part in panels))
+                return record.losses(run, (part.on_host() for received, _ in rounds(work) for part in received))
 
             losses = until_it_lasts(run, bar, attempt)
-        return record.traces(run, losses, record.meta(run, record.request(run)))
-
-
-def _accumulate(
-    run: Run, request: dict[str, Any], log: RunLog | None, layout: Layout, budget: Budget, bar: Progress
-) -> LossKernel:
-    tiles = _accumulator(run, request, log, layout, budget)
-    starts: dict[int, ChainState | None] = dict.fromkeys(range(run.num_chains))
-    if log is not None:
-        log.replay(tiles, run.watch)
-        starts = {chain: log.state_of(chain) for chain in log.unfinished()}
-        if log.commits:
-            last = log.commits[-1]
-            bar.say(f"resuming after draw {last['first_draw'] + len(last['excess'])} of chain {last['chain']}")
-    for part in run.panels(request["panel"], bar, starts):
-        with run.timings.measure("update"):
-            tiles.update(part.chain, part.losses)
-            part = part.on_host()
-        with run.timings.measure("diagnostics"):
-            run.watch.note(part.losses, part.draws)
-        if log is not None:
-            with run.timings.measure("store"):
-                log.append(part)
-    if layout.tiles == "store":
-        bar.say("all draws are logged; making the tiles from them")
-    with run.timings.measure({"store": "tiles", "factor": "store"}.get(layout.tiles, "update")):
-        blocks, moments = tiles.finalize()
-    kernel = diagnosed_kernel(run, blocks, moments, tiles.totals)
-    kernel.meta = {**record.meta(run, request), "memory": {**layout.to_dict(), "planned_peak_bytes": layout.peak_bytes}}
-    if log is not None:
-        log.finish(kernel.contents, with_tiles=layout.tiles not in ("store", "factor"))
-    return kernel
-
-
-def _accumulator(
-    run: Run, request: dict[str, Any], log: RunLog | None, layout: Layout, budget: Budget
-) -> TileAccumulator | OutOfCore | HeldFactor | LoggedFactor:
-    """Where panels go: into tiles or a factor in memory, or, by way of the log, in the store."""
-    num_samples, tile = len(run.probe), request["tile"]
-    settings = {key: request[key] for key in ("num_chains", "num_draws", "centering", "dtype")}
-    if layout.tiles in ("memory", "device"):
-        settings |= {"backend": run.ops["rank_update"], "precision": run.task.passes.update_precision}
-        if layout.tiles == "device" or run.task.device.type == "cpu":
-            return TileAccumulator(num_samples, tile, **settings, device=run.task.device)
-        if layout.super_panel:
-            waiting = layout.super_panel
-            return HostTiles(num_samples, tile, **settings, device=run.task.device, waiting=waiting)
-        return TileAccumulator(num_samples, tile, **settings | {"backend": "torch"})
-    if layout.tiles == "traces":
-        return HeldFactor(num_samples, tile, **settings)
-    assert log is not None
-    if layout.tiles == "factor":
-        return LoggedFactor(log, num_samples, tile, **settings)
-    cache = CACHE_BYTES if budget.asked is None else min(CACHE_BYTES, budget.asked // 4)
-    return OutOfCore(log, num_samples, tile, **settings, layout=layout, cache_bytes=cache)
+            return record.traces(run, losses, {**meta(work), "config": config})

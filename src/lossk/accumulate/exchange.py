@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
@@ -13,6 +13,7 @@ from lossk.accumulate.panel import Panel
 from lossk.errors import DivergedError
 from lossk.ranks.distributed import Ranks
 from lossk.ranks.mesh import Item, Mesh
+from lossk.ranks.world import World
 from lossk.samplers.chain import Draw, numbers_of
 
 NO_PANEL = -1.0  # in place of the panel's last step, from a rank whose chain has diverged
@@ -27,8 +28,54 @@ class Received:
     chain: int
     first_draw: int
     step: int  # of the chain, after the last draw
-    losses: Tensor  # [k, N] float32, nats
+    losses: Tensor  # [k, N] float32, nats; on the CPU, but for those of a process alone
     draws: list[Draw]
+
+    def on_host(self) -> Received:
+        """The same with its losses in host memory."""
+        return self if self.losses.device.type == "cpu" else replace(self, losses=self.losses.cpu())
+
+
+@dataclass(frozen=True)
+class Turn:
+    """What is worked on in one round."""
+
+    items: Sequence[Item | None]  # of each row of the mesh
+    part: Panel | None  # this rank's own
+    error: DivergedError | None  # why it has none
+
+
+def exchanged(
+    world: World, mesh: Mesh, rows: Sequence[slice], panel: int, turns: Iterable[Turn]
+) -> Iterator[tuple[list[Received], Panel | None]]:
+    """The panels of every row, round by round, and this rank's own; valid until the next round is asked for.
+
+    While the panels of one round are on their way the next ones are computed. A process alone has nothing to wait for.
+
+    Args:
+        rows: the kernel rows of each shard of the mesh.
+        panel: draws at most.
+
+    Raises:
+        DivergedError: on every rank, with the same words, where a chain of one of them has diverged.
+    """
+    if not isinstance(world, Ranks):
+        for turn in turns:
+            if turn.part is None:
+                assert turn.error is not None
+                raise turn.error
+            part = turn.part
+            yield [Received(0, part.chain, part.first_draw, part.state.step, part.losses, part.draws)], part
+        return
+    exchange = Exchange(world, mesh, rows, panel)
+    sent: Turn | None = None
+    for turn in turns:
+        if sent is not None:
+            yield exchange.receive(), sent.part
+        exchange.send(turn.items, turn.part, turn.error)
+        sent = turn
+    if sent is not None:
+        yield exchange.receive(), sent.part
 
 
 class Exchange:

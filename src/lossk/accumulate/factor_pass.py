@@ -52,25 +52,27 @@ class LoggedFactor(MomentsFirst):
     """In the store of `log`, written in chunks [D, tile] from the draws read back; no more than a few chunks are held.
 
     Args:
-        share: (rank, ranks) where several processes write their own chunks into an array that `create_factor` made.
+        share: (rank, ranks) where several processes write their own chunks into the array that one has prepared.
     """
 
     def __init__(
         self, log: RunLog, num_samples: int, tile: int, *, num_chains: int, num_draws: int, centering: str, dtype: str,
-        share: tuple[int, int] | None = None,
+        share: tuple[int, int] = (0, 1),
     ) -> None:  # fmt: skip
         super().__init__(
             num_samples, tile, num_chains=num_chains, num_draws=num_draws, centering=centering, dtype=dtype
         )
         self.log, self.share = log, share
 
+    def prepare(self) -> None:
+        """Make the array, empty; `finalize`, of any process, comes after it."""
+        create_factor(self.log, self.tile, self.dtype)
+
     def finalize(self) -> tuple[FactorBlocks, Moments]:
         """The factor and the per-sample moments."""
         moments, store = self.running.finish(), self.log.path
-        if self.share is None:
-            create_factor(self.log, self.tile, self.dtype)
         array, known = Chunks.open(store, "factor"), self.log.known
-        rank, ranks = self.share or (0, 1)
+        rank, ranks = self.share
         for i, span in list(enumerate(tile_spans(self.num_samples, array.chunks[1])))[rank::ranks]:
             values = scaled(self._read(span), moments, span).to(DTYPES[self.dtype]).numpy()
             known[array.key((0, i))] = array.write((0, i), values)

@@ -14,7 +14,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lossk.accumulate.panel import Panel
 from lossk.accumulate.trace_watch import TraceWatch
 from lossk.disk.chunks import ArraySpec, At, ChunkError, Chunks
 from lossk.disk.files import Digest, digest, read_file, remove, replace_file, sync_tree
@@ -139,12 +138,6 @@ class RunLog:
         for state in self.path.glob("state-*.npz"):
             remove(state)
         self.commits, self._states, self.chosen = [], {}, chosen
-
-    def append(self, panel: Panel) -> None:
-        """Make a panel durable."""
-        crcs = self.write_losses(panel.chain, panel.first_draw, panel.losses)
-        self.write_state(panel.state, len(self.commits))
-        self.commit([commit_of(panel.chain, panel.first_draw, panel.state.step, panel.draws, crcs)])
 
     def write_losses(self, chain: int, first_draw: int, losses: Tensor, columns: slice = slice(None)) -> list[int]:
         """Make the losses of some draws, [k, N] float32, durable: all, or those of some samples, whole chunks.

@@ -61,6 +61,11 @@ class OutOfCore(MomentsFirst):
         )
         self.log, self.layout, self.cache_bytes, self.share = log, layout, cache_bytes, share or Share()
 
+    def prepare(self) -> None:
+        """Make the array, unless a killed run has; of one process, before any's `finalize`; one alone need not."""
+        if self.share.name != DONE:
+            prepare_tiles(self.log.path, self.num_samples, min(self.tile, self.num_samples), self.dtype)
+
     def finalize(self) -> tuple[TileBlocks, Moments]:
         """Make the tiles that are not in the store yet, from a log that is whole; read lazily from then on."""
         moments, side = self.running.finish(), min(self.tile, self.num_samples)

@@ -27,7 +27,8 @@ from lossk.disk.replacement import Replacement
 from lossk.errors import LosskError
 from lossk.kernel.kernel import LossKernel
 from lossk.kernel.neighbors import Neighbors
-from lossk.ranks.distributed import Ranks, joined, rank_name
+from lossk.ranks.distributed import joined, rank_name
+from lossk.ranks.world import World
 from lossk.recipes import RecipeTask, packaged_names
 from lossk.run.allocation import shortage_named
 
@@ -119,18 +120,16 @@ def execute(
     """
     threads = torch.get_num_threads()
     try:
-        with joined(None) as ranks:
-            share_threads(ranks, config.threads)
-            if ranks is not None and not ranks.first:
-                return follow(ranks, config, resume=resume)
-            return _execute(config, source, ranks, overwrite=overwrite, resume=resume)
+        with joined(None) as world:
+            share_threads(world, config.threads)
+            if not world.first:
+                return follow(world, config, resume=resume)
+            return _execute(config, source, world, overwrite=overwrite, resume=resume)
     finally:
         torch.set_num_threads(threads)
 
 
-def _execute(
-    config: RunConfig, source: Path | None, ranks: Ranks | None, *, overwrite: bool, resume: bool
-) -> LossKernel:
+def _execute(config: RunConfig, source: Path | None, world: World, *, overwrite: bool, resume: bool) -> LossKernel:
     from lossk.report.page import write_report
     from lossk.report.samples import samples_of, samples_path, write_samples
     from lossk.report.summary import K, describe, describe_neighbors
@@ -142,17 +141,16 @@ def _execute(
     written = (out, replay, samples_path(out), picture, report)
     outputs = [path for path in written if path is not None and not (is_replay and path == replay)]
     begin = partial(_begin, config, outputs, overwrite=overwrite, resume=resume)
-    task, place = begin() if ranks is None else ranks.first_makes(begin)
+    begun = world.first_makes(begin)
+    assert begun is not None
+    task, place = begun
     replaces = place.beside  # the replay of the old store stays as long as that does
     new_replay = replay in outputs and (replaces or not (resume and replay.exists()))
     try:
         if new_replay and not replaces:
             replay.write_text(config.to_yaml())
-        kernel = build_at(place.path if ranks is None else ranks.decide(lambda: str(place.path)), task, config, resume)
-        if ranks is None:
-            place.place()
-        else:
-            ranks.decide(place.place)
+        kernel = build_at(world.decide(lambda: str(place.path)), task, config, resume)
+        world.decide(place.place)
     except BaseException:
         if new_replay and not replaces and not out.exists():  # do not stand in the way of the next attempt
             replay.unlink(missing_ok=True)

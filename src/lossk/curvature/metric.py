@@ -26,7 +26,7 @@ from typing import Any
 
 from lossk.curvature.fisher import FisherSamples, fisher_diagonal
 from lossk.data.data import Samples
-from lossk.ranks.distributed import Ranks
+from lossk.ranks.world import World
 from lossk.task.task import Task
 
 NUM_SAMPLES = 256  # training samples of the measurement, one backward pass each
@@ -59,13 +59,13 @@ def fisher_scales(task: Task, train: Samples) -> dict[str, float]:
 
 
 def set_metric(
-    sampler: Any, task: Task, train: Samples, chosen: Mapping[str, Any] | None, ranks: Ranks | None
+    sampler: Any, task: Task, train: Samples, chosen: Mapping[str, Any] | None, world: World
 ) -> dict[str, float] | None:
     """Have the chains of an entered task move in the coordinates of a sampler's metric; returns its scales, if any.
 
     Args:
         chosen: by the run that is resumed: its scales stay.
-        ranks: of the run, which all call this; rank 0's scales are everyone's.
+        world: the ranks of the run, which all call this; rank 0's scales are everyone's.
     """
     if getattr(sampler, "metric", None) is None:
         return None
@@ -73,7 +73,7 @@ def set_metric(
     def found() -> dict[str, float]:
         return fisher_scales(task, train) if chosen is None else dict(chosen["scales"])
 
-    scales = found() if ranks is None else ranks.decide(found)
+    scales = world.decide(found)
     task.rescale([scales[name] for name in task.names])
     return scales
 

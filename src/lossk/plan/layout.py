@@ -1,4 +1,4 @@
-"""Where the tiles of a run live, in memory or in the store, and what it then holds: settled before work starts."""
+"""Where the tiles of a run live, in memory or in the store, and what a rank then holds: settled before work starts."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from lossk.available import available, gigabytes
+from lossk.forms.blocks import tile_spans
 from lossk.forms.watched import watched_bytes
 from lossk.memory import Budget, as_setting
+from lossk.ranks.mesh import ONE_RANK, Mesh, deal_tiles, tile_shapes
 
 BYTES = {"float32": 4, "float16": 2}
 TILES_IN_MEMORY = {"tiles": "memory", "super_panel": 0}
@@ -16,12 +18,13 @@ PLACES = {"memory": "memory", "store": "the store", "device": "the device's memo
 SLACK = 4_000_000  # Python objects, threads, and the small arrays of the diagnostics
 PLANNED = 4  # vectors of all weights: w, w* and the gradient, taken before a run is planned, and one of the sampler's
 STRIPE = 4096  # columns that statistics take in at a time, which bounds their float64 temporaries
+OPEN_CHAIN = 72  # bytes a sample of the statistics of a chain that is not finished, where several are stepped at a time
 LOG_COLUMNS = 1024  # least width of a chunk of the log where tiles are made from it: narrower ones are too many files
 
 
 @dataclass(frozen=True)
 class Size:
-    """What the memory of a run depends on."""
+    """What the memory of a rank of a run depends on."""
 
     num_samples: int
     tile: int
@@ -32,6 +35,7 @@ class Size:
     num_weights: int
     stack_bytes: int = 0  # of the weights of draws that are evaluated together
     pass_bytes: int = 0  # of a pass at its peak: activations, and what autograd keeps of them
+    mesh: Mesh = ONE_RANK  # of the run's ranks
 
     @property
     def side(self) -> int:
@@ -48,9 +52,29 @@ class Size:
         return self.num_samples * (self.num_samples + self.side) // 2
 
     @property
+    def own_entries(self) -> int:
+        """Of the tiles of the rank that has most."""
+        return self.entries if self.mesh.ranks == 1 else largest_share(self, self.mesh.ranks)
+
+    @property
+    def travelling_bytes(self) -> int:
+        """Panels on their way between ranks, and the statistics of the chains that are stepped side by side."""
+        if self.mesh.ranks == 1:
+            return 0
+        widest = -(-self.num_samples // self.mesh.shards) + 1024
+        panels = 4 * self.panel * ((widest + 8) * (self.mesh.ranks + 2) + self.num_samples * self.mesh.rows)
+        return panels + OPEN_CHAIN * self.num_samples * self.mesh.rows
+
+    @property
     def draws(self) -> int:
         """Of all chains."""
         return self.num_chains * self.num_draws
+
+
+def largest_share(size: Size, ranks: int) -> int:
+    """Entries of the tiles of the rank that has most."""
+    shapes = tile_shapes(tile_spans(size.num_samples, size.side))
+    return max(sum(shapes[key][0] * shapes[key][1] for key in keys) for keys in deal_tiles(shapes, ranks))
 
 
 def log_columns(num_samples: int, tile: int) -> int:
@@ -75,11 +99,12 @@ class Layout:
     rows_bytes: int = 0
     reached_bytes: int = 0  # the peak until now: the last draws are judged as a pilot measures
     device_bytes: int = 0  # of a CUDA device, beside data, weights and passes
+    gathered_bytes: int = 0  # of the tiles of all ranks, on the one that they are gathered on
 
     @property
     def peak_bytes(self) -> int:
         """The expected peak."""
-        parts = self.tile_bytes + self.panel_bytes + self.weight_bytes + self.rows_bytes
+        parts = self.tile_bytes + self.panel_bytes + self.weight_bytes + self.rows_bytes + self.gathered_bytes
         return max(parts + self.taken_bytes, self.reached_bytes) + SLACK
 
     def to_dict(self) -> dict[str, Any]:
@@ -88,10 +113,11 @@ class Layout:
 
 
 def panel_bytes(size: Size) -> int:
-    """A panel, its scaled rows or the copy being written, float64 temporaries, running moments, watched traces."""
+    """Panels, scaled rows or the copy being written, float64 temporaries, running moments, watched traces."""
     rows, n = size.panel + 1, size.num_samples
     running = 8 * n * (16 + 2 * size.num_chains)
-    return 12 * rows * n + 40 * rows * min(n, 4096) + running + watched_bytes(n, size.draws)
+    one = 12 * rows * n + 40 * rows * min(n, 4096) + running + watched_bytes(n, size.draws)
+    return one + size.travelling_bytes
 
 
 def weight_bytes(size: Size) -> int:
@@ -100,9 +126,11 @@ def weight_bytes(size: Size) -> int:
 
 
 def in_memory(size: Size, taken: int, *, on_disk: bool) -> Layout:
-    """All tiles held until the end."""
+    """All tiles of the rank held until the end; without a store those of all ranks are then gathered on one."""
     writing = 3 * BYTES[size.dtype] * size.side**2 if on_disk else 0
-    return Layout("memory", 4 * size.entries + writing, panel_bytes(size), weight_bytes(size), taken)
+    gathered = 0 if on_disk or size.mesh.ranks == 1 else BYTES[size.dtype] * size.entries
+    tiles = 4 * size.own_entries + writing
+    return Layout("memory", tiles, panel_bytes(size), weight_bytes(size), taken, gathered_bytes=gathered)
 
 
 def in_store(size: Size, taken: int, *, super_panel: int, stripes: int) -> Layout:
@@ -184,9 +212,12 @@ def _refusal(size: Size, layout: Layout, budget: Budget, limit: int, *, on_disk:
     begun = ", where the run that is resumed has them" if saved else ""
     hints = "; or ".join(_hints(size, layout, limit, on_disk=on_disk, asked=asked))
     count = _fitting_samples(size, layout, limit, on_disk)
+    whole = f"the kernel of {size.num_samples} samples"
+    needs = f"{whole} needs {gigabytes(least)}"
+    if size.mesh.ranks > 1:
+        needs = f"a rank of {size.mesh.ranks} needs {gigabytes(least)} for {whole}"
     return (
-        f"the kernel of {size.num_samples} samples needs {gigabytes(least)} with its tiles in {place}{begun}{already}, "
-        f"and {allowed}; about {count} samples would fit, or {hints}"
+        f"{needs} with its tiles in {place}{begun}{already}, and {allowed}; about {count} samples would fit, or {hints}"
     )
 
 

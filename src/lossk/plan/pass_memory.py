@@ -22,7 +22,7 @@ from lossk.task.passes import Passes
 from lossk.task.task import Task, fitting_batch
 
 if TYPE_CHECKING:
-    from lossk.ranks.distributed import Ranks
+    from lossk.ranks.world import World
 
 LITTLE = 64_000  # bytes of vectors and passes that are left to the plan to refuse, which says more
 SHARE = 4  # a pass may take a quarter of what is left for the call
@@ -130,8 +130,8 @@ def fit_passes(
     return reasons
 
 
-def fit_on_ranks(task: Task, ranks: Ranks, fit: Callable[[], list[str]]) -> list[str]:
-    """The same of a run on many ranks, which all call this: the batches that fit on each of them.
+def fit_together(task: Task, world: World, fit: Callable[[], list[str]]) -> list[str]:
+    """The same by every rank of a run: the batches that fit on each of them.
 
     Args:
         fit: `fit_passes` of this rank.
@@ -139,13 +139,8 @@ def fit_on_ranks(task: Task, ranks: Ranks, fit: Callable[[], list[str]]) -> list
     Raises:
         MemoryError: on every rank, where it is raised on one.
     """
-    problem, reasons = None, []
-    try:
-        reasons = fit()
-    except MemoryError as error:
-        problem = str(error)
-    ranks.all_or_none(problem)
-    every = ranks.gather_json([task.passes.probe_batch, task.passes.gradient_batch])
+    reasons = world.together(fit)
+    every = world.gather_json([task.passes.probe_batch, task.passes.gradient_batch])
     probe, gradient = (min(batches) for batches in zip(*every, strict=True))
     task.passes = dataclasses.replace(task.passes, probe_batch=probe, gradient_batch=gradient)
     return reasons

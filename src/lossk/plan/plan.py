@@ -14,6 +14,7 @@ from lossk.forms.watched import WATCHED, watched_bytes
 from lossk.kernel.trace_factor import making_bytes
 from lossk.plan.layout import BYTES, STRIPE, Layout, Size, log_columns, panel_bytes, weight_bytes
 from lossk.probe.probe import Probe
+from lossk.ranks.mesh import ONE_RANK, Mesh
 from lossk.timings import duration
 
 
@@ -25,10 +26,14 @@ class Plan:
     layout: Layout
     data_bytes: int
     disk_bytes: int
+    mesh: Mesh = ONE_RANK
 
     def __str__(self) -> str:
         disk = f", {gigabytes(self.disk_bytes)} on disk" if self.disk_bytes else ""
-        return f"about {duration(self.seconds)}{disk}; {describe(self.layout)}; {gigabytes(self.data_bytes)} of data"
+        each = f"{describe(self.layout)}; {gigabytes(self.data_bytes)} of data"
+        if self.mesh.ranks == 1:
+            return f"cost: about {duration(self.seconds)}{disk}; {each}"
+        return f"mesh: {self.mesh}; cost: about {duration(self.seconds)}{disk}; each rank: {each}"
 
 
 def describe(layout: Layout) -> str:
@@ -70,14 +75,16 @@ def make_plan(
         num_steps: of one chain.
         update_rate: fused multiply-adds per second of a rank update.
     """
-    sampling = size.num_chains * num_steps * step_seconds + size.draws * probe_seconds
-    update = size.entries * size.draws / update_rate if has_tiles(layout) else 0.0
-    stored = stored_bytes(size, layout) + 16 * size.num_weights
+    mesh, chains_each = size.mesh, -(-size.num_chains // size.mesh.rows)
+    sampling = chains_each * (num_steps * step_seconds + size.num_draws * probe_seconds / mesh.shards)
+    update = size.entries * size.draws / update_rate / mesh.ranks if has_tiles(layout) else 0.0
+    stored = stored_bytes(size, layout) + 16 * mesh.rows * size.num_weights
     return Plan(
         seconds=sampling + update,
         layout=layout,
         data_bytes=probe.nbytes + (0 if probe.holds(train) else train.nbytes),
         disk_bytes=stored if on_disk else 0,
+        mesh=mesh,
     )
 
 
@@ -100,7 +107,7 @@ def trace_layout(size: Size, taken: int) -> Layout:
     kept = 7 * watched_bytes(size.num_samples, size.draws) + 8 * max(BLOCK, size.num_samples)
     few = min(size.num_samples, WATCHED)
     kept += 36 * few * few + 216 * min(few, 128) * few  # of chance: nulls in float32, those of a law in float64
-    panel = max(4 * (size.panel + 1) * size.num_samples, making) + kept
+    panel = max(4 * (size.panel + 1) * size.num_samples, making) + kept + size.travelling_bytes
     return Layout("traces", 4 * size.draws * size.num_samples, panel, weight_bytes(size), taken)
 
 

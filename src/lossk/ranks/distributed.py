@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -22,18 +22,18 @@ from torch import Tensor
 from lossk.device import make_current
 from lossk.errors import DistributedError
 from lossk.ranks.roll_call import Wait, describe_gone, meet, roll_call, telling
+from lossk.ranks.world import ALONE, Made, World
 from lossk.store.witness import WITNESS, losses_apart
 from lossk.timings import Timings
 
 LAUNCHED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what torchrun sets, and env:// needs
 TIMEOUT = timedelta(hours=3)  # of a collective: longer than a panel, or a pilot that the others wait for, may take
-Made = TypeVar("Made")
 LINGERING = 5.0  # seconds that a killed process may take to be gone
 MEETING = timedelta(minutes=10)  # within which every rank must have called
 
 
-class Ranks:
-    """This process among those of the run.
+class Ranks(World):
+    """This process among the several of the run.
 
     Args:
         group: a gloo group of all of them.
@@ -53,10 +53,11 @@ class Ranks:
         self.local_rank, self.local_size = here.index(self.rank), len(here)
         self.start_seconds = time.perf_counter() - called  # until all had called
 
-    @property
-    def first(self) -> bool:
-        """Whether this is rank 0, which decides, commits, prints, and writes descriptions."""
-        return self.rank == 0
+    def begin(self, timings: Timings, started: float) -> float:
+        """Count what this rank waits for others among the run's stages, and its time from the call on."""
+        self.timings = timings
+        timings.seconds["start"] = self.start_seconds
+        return self.called
 
     def own_device(self, device: str | torch.device | None) -> str | torch.device | None:
         """A rank's own GPU where "cuda" was asked for without an index; whatever else was asked for, as it is."""
@@ -119,15 +120,11 @@ class Ranks:
             raise
         return self.broadcast_json({"found": found})["found"]
 
-    def first_makes(self, make: Callable[[], Made]) -> Made:
-        """On rank 0, what `make` returns, which need not be JSON; the others wait by `decide` instead of calling this.
-
-        Where it raises, they raise too.
-        """
-        assert self.first
+    def first_makes(self, make: Callable[[], Made]) -> Made | None:
+        """On rank 0, what `make` returns, not as JSON; None elsewhere. Where it raises, every rank raises."""
         made: list[Made] = []
         self.decide(lambda: made.append(make()))
-        return made[0]
+        return made[0] if made else None
 
     def agree(self, content: dict[str, Any]) -> None:
         """Refuse, on every rank, to go on unless all have the same content.
@@ -151,11 +148,21 @@ class Ranks:
                 + "; ".join(differing)
             )
 
-    def all_or_none(self, problem: str | None) -> None:
-        """Refuse, on every rank, to go on where one of them has a problem."""
+    def together(self, work: Callable[[], Made]) -> Made:
+        """What `work` returns on this rank, unless it raises a MemoryError on one: then every rank raises one.
+
+        Raises:
+            MemoryError: naming the ranks.
+        """
+        problem, made = None, []
+        try:
+            made.append(work())
+        except MemoryError as error:
+            problem = str(error)
         found = [f"rank {rank}: {text}" for rank, text in enumerate(self.gather_json(problem)) if text is not None]
         if found:
             raise MemoryError("; ".join(found))
+        return made[0]
 
     def broadcast(self, tensor: Tensor, source: int) -> Tensor:
         """A rank's tensor, on every rank; theirs, of the same shape and dtype, stays as it is."""
@@ -210,8 +217,8 @@ def rank_name() -> str:
 
 
 @contextmanager
-def joined(distributed: bool | None) -> Iterator[Ranks | None]:
-    """The ranks of this run while the block lasts, or None for a process alone.
+def joined(distributed: bool | None) -> Iterator[World]:
+    """The processes of this run while the block lasts; a world of one for a process alone.
 
     A process group that exists is used, and left as it is; else one is made, of gloo, and ended.
 
@@ -225,7 +232,7 @@ def joined(distributed: bool | None) -> Iterator[Ranks | None]:
     if distributed is True and not is_launched():
         raise ValueError("distributed=True needs the processes of torchrun (torchrun --nproc-per-node=K ...)")
     if distributed is False or not is_launched():
-        yield None
+        yield ALONE
         return
     own, called = not dist.is_initialized(), time.perf_counter()
     group = _form_group(own)
@@ -261,7 +268,7 @@ def _form_group(own: bool) -> Any:
 
 
 def gather_tiles(
-    ranks: Ranks, own: dict[tuple[int, int], Tensor], shapes: dict[tuple[int, int], tuple[int, int]],
+    world: World, own: dict[tuple[int, int], Tensor], shapes: dict[tuple[int, int], tuple[int, int]],
     owners: Sequence[Sequence[tuple[int, int]]], dtype: torch.dtype,
 ) -> dict[tuple[int, int], Tensor] | None:  # fmt: skip
     """All tiles on rank 0, one after the other; None elsewhere.
@@ -270,7 +277,9 @@ def gather_tiles(
         shapes: of every tile.
         owners: the tiles of each rank.
     """
-    every: dict[tuple[int, int], Tensor] = {}
+    if not isinstance(world, Ranks):
+        return own
+    ranks, every = world, dict[tuple[int, int], Tensor]()
     for rank, keys in enumerate(owners):
         for key in keys:
             with ranks.watched():

@@ -36,6 +36,9 @@ class Mesh:
         return f"{self.ranks} ranks: {at_a_time}" + (f", {self.shards} ranks to a chain" if self.shards > 1 else "")
 
 
+ONE_RANK = Mesh(1, 1)  # the mesh of a process alone
+
+
 def choose_mesh(ranks: int, remaining: Sequence[int], step_seconds: float, probe_seconds: float) -> Mesh:
     """The quickest mesh: chains side by side share nothing; ranks that share a chain all repeat its steps.
 

@@ -18,7 +18,6 @@ from lossk.store.witness import WITNESS
 
 if TYPE_CHECKING:
     from lossk.accumulate.exchange import Received
-    from lossk.accumulate.panel import Panel
     from lossk.run.run import Run
 
 
@@ -69,7 +68,7 @@ def meta(run: Run, request: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def losses(run: Run, parts: Iterable[Panel | Received]) -> Tensor:
+def losses(run: Run, parts: Iterable[Received]) -> Tensor:
     """[C, T, N] float32, nats: what panels of whole rows, in any order, hold; the run's watch notes them."""
     out = torch.empty(run.num_chains, run.num_draws, len(run.probe), dtype=torch.float32, device="cpu")
     for part in parts:

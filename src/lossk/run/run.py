@@ -5,10 +5,9 @@ from __future__ import annotations
 import dataclasses
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,15 +24,12 @@ from lossk.memory import Budget
 from lossk.pilot.effective_dimension import count_directions
 from lossk.pilot.passes_pilot import Load, choose_passes, load_of
 from lossk.pilot.pilot import Pilot
-from lossk.plan.device_plan import choose_overlap, choose_with_device, describe_room
-from lossk.plan.device_room import measure_room, place_data
-from lossk.plan.layout import Layout, Size, choose_layout
-from lossk.plan.pass_memory import fit_on_ranks, fit_passes, pass_bytes
-from lossk.plan.plan import check_disk, check_traces, factor_layout, make_plan, trace_layout
+from lossk.plan.device_room import place_data
+from lossk.plan.pass_memory import fit_passes, fit_together, pass_bytes
 from lossk.probe.anchor import evaluate_anchor
 from lossk.probe.arrangement import Arrangement, cut, settle
 from lossk.probe.probe import Probe, prepare_probe, rows_fingerprint, token_fingerprint
-from lossk.ranks.distributed import Ranks
+from lossk.ranks.world import ALONE, World
 from lossk.run.backends import choose_ops
 from lossk.run.choices import Choices
 from lossk.run.choose import choose
@@ -142,23 +138,19 @@ class Run:
         """n, the terms of the training loss: samples, or unmasked tokens."""
         return self.task.loss.num_terms(len(self.train))
 
-    def arrange(
-        self, passes: Passes | None, chosen: dict[str, Any] | None, ranks: Ranks | None = None,
-        budget: Budget | None = None,
-    ) -> None:  # fmt: skip
+    def arrange(self, passes: Passes | None, chosen: dict[str, Any] | None, world: World, budget: Budget) -> None:
         """Settle how the passes are run: as given, as `chosen` before, or by a pilot; before the task is entered.
 
         Args:
-            ranks: of the run, which all call this; rank 0's pilot is everyone's.
+            world: the ranks of the run, which all call this; rank 0's pilot is everyone's.
             budget: batches that are not given take no more than a part of it.
         """
         given = passes if chosen is None else Passes(**chosen["passes"])
-        if budget is not None:
-            budget.mark()
-            probe, batch = self.probe.parts[0].samples, self._load(self.asked).minibatch
-            vectors = foreseen_vectors(self.asked, self._passes_of(self.asked), self.num_chains, piloted=chosen is None)
-            fit = partial(fit_passes, self.task, probe, self.train, batch, budget, vectors, given)
-            self.passes_reasons += fit() if ranks is None else fit_on_ranks(self.task, ranks, fit)
+        budget.mark()
+        probe, batch = self.probe.parts[0].samples, self._load(self.asked).minibatch
+        vectors = foreseen_vectors(self.asked, self._passes_of(self.asked), self.num_chains, piloted=chosen is None)
+        fit = partial(fit_passes, self.task, probe, self.train, batch, budget, vectors, given)
+        self.passes_reasons += fit_together(self.task, world, fit)
         plain = Arrangement.plain(self.task, self.probe, self.train)
         if chosen is not None:
             plain = dataclasses.replace(plain, passes=resumed_passes(passes, Passes(**chosen["passes"])))
@@ -169,12 +161,12 @@ class Run:
         self.probe, self.train = arranged.probe, arranged.train
         self.passes_reasons += reasons
         if passes is None and chosen is None:
-            found, reasons = self._measure_passes() if ranks is None else ranks.decide(self._measure_passes)
+            found, reasons = world.decide(self._measure_passes)
             arranged = dataclasses.replace(arranged, passes=Passes(**found))
             self.passes_reasons += reasons
-        self._settle(arranged, plain, None if ranks is None else ranks.decide)
+        self._settle(arranged, plain, world)
 
-    def _settle(self, arranged: Arrangement, plain: Arrangement, decide: Callable[..., Any] | None) -> None:
+    def _settle(self, arranged: Arrangement, plain: Arrangement, world: World) -> None:
         """Prove that the passes are the user's model, and do without the rewritings that are not."""
 
         def settled() -> tuple[dict[str, Any], list[str]]:
@@ -182,7 +174,7 @@ class Run:
             return passes.to_dict(), reasons
 
         with self.timings.measure("check"):
-            found, reasons = settled() if decide is None else decide(settled)
+            found, reasons = world.decide(settled)
         arranged = arranged.as_settled(Passes(**found), plain)
         arranged.set(self.task)
         self.passes_reasons += reasons
@@ -209,28 +201,26 @@ class Run:
         """The run's passes with that sampler, in forward passes of one sample."""
         return self._load(sampler).forward_passes(self.probe.num_samples)
 
-    def choose(self, chosen: dict[str, Any] | None, bar: Progress | None = None, ranks: Ranks | None = None) -> None:
+    def choose(self, chosen: dict[str, Any] | None, bar: Progress | None = None, world: World = ALONE) -> None:
         """Losses at w*, the pilot's measurements, and every "auto" filled in (or all as `chosen` before).
 
         Args:
-            ranks: of the run, which all call this: they share the passes over all training samples, to the same bits.
+            world: its ranks all call this: they share the passes over all training samples, to the same bits.
                 Rank 0 has the pilot, or knows what was `chosen`; its choices are everyone's.
         """
         with self.timings.measure("fit"):
-            self.scales = set_metric(self.asked, self.task, self.train, chosen, ranks)
-        self.anchor_losses, self.pass_seconds = evaluate_anchor(self.task, self.train, self.timings, ranks)
+            self.scales = set_metric(self.asked, self.task, self.train, chosen, world)
+        self.anchor_losses, self.pass_seconds = evaluate_anchor(self.task, self.train, self.timings, world)
         with self.timings.measure("fit"):
-            early = fit_early(self.sampler, self.task, self.train, ranks)
+            early = fit_early(self.sampler, self.task, self.train, world)
         self.fitted = dict(early)
-        if ranks is None:
-            self._choose(chosen, bar)
-            early = self.fitted  # with what trial chains needed
-        else:
-            choices = ranks.decide(lambda: self._chosen_here(chosen, bar))
-            if not ranks.first:
-                self._choose(choices, bar)
+        choices = world.decide(lambda: self._chosen_here(chosen, bar))
+        if not world.first:
+            self._choose(choices, bar)
+        if world.size == 1:
+            early = self.fitted  # with what trial chains needed, which other ranks do not have
         with self.timings.measure("fit"):
-            self.fitted = fit(self.sampler, self.task, self.train, seed=self.seed, early=early, ranks=ranks)
+            self.fitted = fit(self.sampler, self.task, self.train, seed=self.seed, early=early, world=world)
 
     def _chosen_here(self, chosen: dict[str, Any] | None, bar: Progress | None) -> dict[str, Any]:
         self._choose(chosen, bar)
@@ -282,66 +272,6 @@ class Run:
         if isinstance(self.sampler, SGLD) and self.pilot is not None:
             bar.say(f"  expected: {self.pilot.foresee(self.sampler, n)}")
 
-    def plan(
-        self,
-        bar: Progress,
-        budget: Budget,
-        *,
-        tile: int,
-        panel: int,
-        dtype: str,
-        out: Path | None = None,
-        form: str = "tiles",
-        saved: dict[str, Any] | None = None,
-    ) -> Layout:
-        """Say what the run will cost, and where its tiles will be; refuse what cannot fit.
-
-        Args:
-            form: "tiles", "factor", or "traces" for these alone.
-            saved: `Layout.to_dict` of the run that is resumed.
-
-        Raises:
-            MemoryError: it needs more than the budget.
-            StoreError: it needs more than the disk has.
-        """
-        step_seconds, taken = self.time_a_step(), budget.taken()
-        working = self.working(budget, taken, piloted=saved is None)
-        stack, weights = self.task.stack_bytes(panel), self.task.num_weights
-        size = Size(len(self.probe), tile, panel, self.num_chains, self.num_draws, dtype, weights, stack, working.run)
-        cuda = self.task.device.type == "cuda"
-        room = measure_room(self.task, self.probe.parts[0].samples, self.train) if cuda else None
-        if form != "tiles":
-            held = form == "traces"
-            layout = trace_layout(size, taken) if held else factor_layout(size, taken, on_disk=out is not None)
-            check_traces(layout, size, budget.limit(taken))
-        elif room is not None:
-            layout = choose_with_device(size, room, budget, taken, on_disk=out is not None, saved=saved)
-            bar.say(describe_room(layout, room))
-        else:
-            layout = choose_layout(size, budget, taken, on_disk=out is not None, saved=saved)
-        if room is not None:
-            overlap, layout, why = choose_overlap(self.task.passes, size, layout, room)
-            self.task.passes = dataclasses.replace(self.task.passes, overlap=overlap)
-            self.passes_reasons.append(why)
-            bar.say(f"device: {why}")
-        layout = dataclasses.replace(layout, reached_bytes=working.pilot)
-        budget.plan(layout.peak_bytes)
-        plan = make_plan(
-            layout,
-            size,
-            num_steps=self.sampler.steps(self.num_draws),
-            probe=self.probe,
-            train=self.train,
-            probe_seconds=self.pass_seconds * self.probe.num_samples,
-            step_seconds=step_seconds,
-            update_rate=provenance.multiply_add_rate(),
-            on_disk=out is not None,
-        )
-        bar.say(f"cost: {plan}")
-        if out is not None and not out.exists():
-            check_disk(plan, out)
-        return layout
-
     def working(self, budget: Budget, taken: int, *, piloted: bool) -> Working:
         """What passes and vectors take; `piloted`: a pilot went before."""
         batch, judged = self._load(self.asked).minibatch, self._around(Timings()).judging.samples > 0
@@ -371,18 +301,6 @@ class Run:
     def time_a_step(self) -> float:
         """Seconds per step, from w* and back."""
         return time_a_step(self._chain(0, Timings()))
-
-    def panels(self, panel: int, bar: Progress, starts: Mapping[int, ChainState | None]) -> Iterator[Panel]:
-        """The panels of some chains, one chain after the other.
-
-        Args:
-            starts: where each of them goes on; None is at w*. The others are finished.
-        """
-        per_chain = self.sampler.steps(self.num_draws)
-        ahead = sum(per_chain - (0 if start is None else start.step) for start in starts.values())
-        bar.start(self.num_chains * per_chain, self.num_chains * per_chain - ahead)
-        for chain, start in starts.items():
-            yield from self.chain_panels(chain, self.probe, panel, bar, start)
 
     def chain_panels(
         self, chain: int, probe: Probe, panel: int, bar: Progress, start: ChainState | None

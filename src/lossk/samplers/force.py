@@ -9,8 +9,8 @@ from torch import Tensor
 
 from lossk.data.data import Samples
 from lossk.data.minibatches import Minibatches
-from lossk.ranks.distributed import Ranks
 from lossk.ranks.mesh import deal_batches
+from lossk.ranks.world import ALONE, World
 from lossk.samplers.chain import Surroundings
 from lossk.samplers.correction import Correction
 from lossk.task.task import Task
@@ -77,23 +77,22 @@ class MinibatchForce:
         self.task.grad += control
 
 
-def full_gradient(task: Task, samples: Samples, ranks: Ranks | None = None) -> Tensor:
+def full_gradient(task: Task, samples: Samples, world: World = ALONE) -> Tensor:
     """[P] float32: the gradient of L_n at the present weights, summed in float64, first within blocks of samples.
 
     Args:
-        ranks: they share the blocks, and each adds up all of them in the same order: to the bit what one process finds.
+        world: its ranks share the blocks; each adds up all in the same order: to the bit what one process finds.
     """
     total = torch.zeros(task.num_weights, dtype=torch.float64, device=task.device)
     count = min(max(TRAVELLING // (8 * task.num_weights), FEWEST_BLOCKS), MOST_BLOCKS)
     blocks = [block for block in deal_batches(len(samples), PART, count) if block.start < block.stop]
-    rank, size = (0, 1) if ranks is None else (ranks.rank, ranks.size)
-    for first in range(0, len(blocks), size):
-        at_once = blocks[first : first + size]
+    for first in range(0, len(blocks), world.size):
+        at_once = blocks[first : first + world.size]
         own = torch.zeros_like(total)
-        if rank < len(at_once):
-            _add_gradients(task, samples, at_once[rank], own)
+        if world.rank < len(at_once):
+            _add_gradients(task, samples, at_once[world.rank], own)
         for owner in range(len(at_once)):
-            total += own if ranks is None else ranks.broadcast(own, owner)
+            total += world.broadcast(own, owner)
     return total.float()
 
 

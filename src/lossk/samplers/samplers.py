@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lossk.checks import shown
 from lossk.data.data import Samples
-from lossk.ranks.distributed import Ranks
+from lossk.ranks.world import ALONE, World
 from lossk.samplers.baoab import BAOAB, BAOABChain
 from lossk.samplers.chain import Chain, Surroundings
 from lossk.samplers.force import FULL_GRADIENT, full_gradient
@@ -70,27 +70,27 @@ def read_sampler(plain: Mapping[str, Any]) -> Sampler:
     return KINDS[kind](**settings)
 
 
-def fit_early(sampler: Sampler, task: Task, train: Samples, ranks: Ranks | None) -> dict[str, Tensor]:
+def fit_early(sampler: Sampler, task: Task, train: Samples, world: World) -> dict[str, Tensor]:
     """Of what `fit` returns, what no "auto" has a part in: trial chains need it too."""
     if isinstance(sampler, SGLD | BAOAB) and sampler.control_variate is True:
-        return {FULL_GRADIENT: full_gradient(task, train, ranks)}
+        return {FULL_GRADIENT: full_gradient(task, train, world)}
     return {}
 
 
 def fit(
     sampler: Sampler, task: Task, train: Samples, *, seed: int, early: dict[str, Tensor] | None = None,
-    ranks: Ranks | None = None,
+    world: World = ALONE,
 ) -> dict[str, Tensor]:  # fmt: skip
     """What every chain of a resolved sampler needs and is worked out once, at w*.
 
     Args:
-        early: what `fit_early` returned, or trial chains left; with `ranks` the same on all of them.
-        ranks: of the run, which all call this and share the gradient of the training loss; the rest each works out.
+        early: what `fit_early` returned, or trial chains left; the same on all ranks.
+        world: its ranks all call this and share the gradient of the training loss; the rest each works out.
     """
     if isinstance(sampler, SGLD | BAOAB) and sampler.control_variate:
         if early and FULL_GRADIENT in early:
             return {FULL_GRADIENT: early[FULL_GRADIENT]}
-        return {FULL_GRADIENT: full_gradient(task, train, ranks)}
+        return {FULL_GRADIENT: full_gradient(task, train, world)}
     if isinstance(sampler, Laplace):
         return fit_laplace(sampler, task, train, seed)
     return {}

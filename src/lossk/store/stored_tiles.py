@@ -33,9 +33,20 @@ def create_tiles(
 def write_tiles(store: Path, blocks: TileBlocks) -> dict[str, Digest]:
     """Write all tiles of a finished kernel, to be synced; the digests of their files."""
     known: dict[str, Digest] = {}
-    dtype = str(blocks.dtype).removeprefix("torch.")
+    begin_tiles(store, blocks, str(blocks.dtype).removeprefix("torch."), known)
+    return known | write_own_tiles(store, blocks)
+
+
+def begin_tiles(store: Path, blocks: TileBlocks, dtype: str, known: MutableMapping[str, Digest] | None = None) -> None:
+    """The array of a finished kernel's tiles, for every process of the run to write some into."""
     side = min(blocks.tile, blocks.num_samples)
-    array = create_tiles(store, blocks.num_samples, side, dtype, compressed=False, known=known)
+    create_tiles(store, blocks.num_samples, side, dtype, compressed=False, known=known)
+
+
+def write_own_tiles(store: Path, blocks: TileBlocks) -> dict[str, Digest]:
+    """Write this process's tiles into the array that has begun, to be synced; the digests of their files."""
+    known: dict[str, Digest] = {}
+    array = Chunks.open(store, "tiles")
     for key, tile in blocks.tiles.items():
         known[array.key(key)] = array.write(key, tile.cpu().numpy(), durable=False)
     return known
