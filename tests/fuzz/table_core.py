@@ -37,6 +37,11 @@ def source(value: Any) -> bool:
     )  # fmt: skip
 
 
+def names_of_rows(value: Any) -> bool:
+    """Nothing, or an entry for each row: integers or texts."""
+    return value is None or r.array(1, kinds="iu")(value) or r.sequence_of(r.text, least=1)(value)
+
+
 RUN: dict[str, r.Rule] = {
     "train": r.optional(source),
     "query": source,
@@ -60,8 +65,8 @@ RUN: dict[str, r.Rule] = {
     "memory": r.optional(r.either(r.integer(1), r.number(above=0.0), r.text)),
     "data": r.choice("auto", "memory", "spool"),
     "out": r.optional(r.path),
-    "ids": r.optional(r.array(1, 2)),
-    "labels": r.optional(r.array(1, 2)),
+    "ids": names_of_rows,
+    "labels": names_of_rows,
 }
 
 
@@ -182,6 +187,7 @@ def _append(w: World, losses: Any) -> None:
 def _kernel(table: Table, w: World) -> None:
     from lossk.diagnostics.diagnostics import Diagnostics
     from lossk.forms.blocks import Moments
+    from lossk.forms.names import Names
     from lossk.forms.watched import Watched
 
     span = {"rows": r.rows, "columns": r.rows}
@@ -196,6 +202,7 @@ def _kernel(table: Table, w: World) -> None:
             "tokens": TOKENS,
             "sets": r.optional(SPANS),
             "watched": r.optional(r.instance(Watched)),
+            "names": r.optional(r.instance(Names)),
         },
     )
     table.add("lossk.LossKernel.from_traces", {"traces": w.traces},
@@ -214,6 +221,7 @@ def _kernel(table: Table, w: World) -> None:
     table.add("lossk.LossKernel.to_numpy", {}, on=on)
     for name, suffix in (("to_zarr", ".zarr"), ("to_memmap", ".npy"), ("save", ".lossk")):
         table.add(f"lossk.LossKernel.{name}", lambda suffix=suffix: {"path": w.fresh(suffix)}, on=on)
+    table.add("lossk.LossKernel.named", {"labels": w.labels}, {"ids": names_of_rows, "labels": names_of_rows}, on=on)
     table.add("lossk.open", {"path": w.store})
 
 

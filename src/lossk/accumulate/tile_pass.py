@@ -6,7 +6,7 @@ time the log is read about (n / g + 1) / 2 times, n being the tile rows of the k
 
 Against the tiles kept in memory (`lossk.accumulate.tiles`): both sum the same D products, there of deviations from
 panel means with a row for each step of the mean, here of deviations from the final mean. Each is within (D + 12) u
-sqrt(K_ii K_jj) of the exact sum, u = 2^-24 (tests/test_streaming.py), so they differ by at most twice that, and in
+sqrt(K_ii K_jj) of the exact sum, u = 2^-24 (test_streaming.py), so they differ by at most twice that, and in
 float16 by the spacing of float16 besides. A tile depends on the log, the moments and `super_panel` only: made again, it
 is the same to the bit.
 """

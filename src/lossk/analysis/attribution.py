@@ -203,7 +203,7 @@ def mislabel_ranking(
     Args:
         kernel, labels: as in `mislabel_scores`.
         score: one of its names. The default, self-influence, is the kernel's own quantity, needs no labels, and is what
-            influence functions and TracIn rank by; "mean_loss" has less Monte Carlo error. `python -m bench.mislabels`
+            influence functions and TracIn rank by; "mean_loss" has less Monte Carlo error. `bench.studies.mislabels`
             compares them all, with baselines.
     """
     score = check_choice("score", score, SCORES)

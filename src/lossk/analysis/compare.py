@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from lossk.analysis.pairs import Kernel, Pairs, as_pairs, blocks, spans_of
 from lossk.checks import check_flag, check_integer

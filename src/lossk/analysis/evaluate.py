@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from scipy import stats
 from torch import Tensor
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from lossk.analysis.baselines import Baseline
 from lossk.analysis.inputs import check_labels, check_seed

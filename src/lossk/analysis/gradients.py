@@ -11,7 +11,7 @@ import torch
 from scipy import sparse
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from lossk.analysis.inputs import check_seed
 from lossk.checks import (

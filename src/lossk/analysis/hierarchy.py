@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from lossk.analysis.class_matrix import Array, ClassMatrix
 from lossk.analysis.inputs import check_classes, check_names, check_seed, check_square

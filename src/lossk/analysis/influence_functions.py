@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from scipy.sparse.linalg import LinearOperator, cg
 from torch import Tensor, nn
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from lossk.analysis.baselines import Baseline, spans_of
 from lossk.analysis.gradients import frozen, gradient_batches, losses_of

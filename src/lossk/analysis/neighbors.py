@@ -10,14 +10,15 @@ from torch import Tensor
 
 from lossk.analysis.inputs import check_kernel
 from lossk.kernel.indexing import resolve
+from lossk.kernel.neighbor_table import NeighborTable
 from lossk.kernel.standard_error import method_for, pair_errors
 
 if TYPE_CHECKING:
     from lossk.kernel.kernel import LossKernel
 
 
-class SignificantNeighbors(NamedTuple):
-    """The k most correlated (or most anti-correlated) other samples of N samples, and how far to trust each."""
+class NearestAndSure(NamedTuple):
+    """The fields of `SignificantNeighbors`."""
 
     index: Tensor  # type: ignore[assignment]  # [N, k] int64; -1 where a sample has fewer than k
     correlation: Tensor  # [N, k] float32; 0 where the index is -1
@@ -29,6 +30,13 @@ class SignificantNeighbors(NamedTuple):
     row_false_share: Tensor  # [N, k] float64: of a row's neighbors down to this one, the share expected to be false
     table_false_share: Tensor  # [N, k] float64: of all rows' neighbors as sure as this one, the share expected false
     null: str  # where chance was learnt: "rows" (own traces), "watched" (some samples' traces) or "lag1" (a formula)
+
+
+class SignificantNeighbors(NeighborTable, NearestAndSure):
+    """The k most correlated (or most anti-correlated) other samples of N samples, and how far to trust each.
+
+    A named tuple that prints as a table; `to_dataframe()` has all of it, with the kernel's ids and labels.
+    """
 
 
 def significant_neighbors(
@@ -76,7 +84,7 @@ def significant_neighbors(
         torch.from_numpy(_false_shares(by_row)),
         torch.from_numpy(_false_shares(in_table)).reshape(chance.shape),
         kernel._chance.method,
-    )
+    ).of(None if rows is None else here, kernel.names)
 
 
 def _standard_error(kernel: LossKernel, rows: Tensor, index: Tensor, size: Tensor) -> Tensor:

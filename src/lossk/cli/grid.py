@@ -17,7 +17,8 @@ from lossk.checks import check_integer
 from lossk.cli.config import RunConfig
 from lossk.cli.grid_cell import PlannedCell, grid_data
 from lossk.pilot.automatic import choose_settings
-from lossk.run.run import Run
+from lossk.run.prepare import prepare
+from lossk.run.run import resolve
 from lossk.samplers.samplers import kind_of, read_sampler
 from lossk.samplers.sgld import SGLD
 
@@ -101,12 +102,12 @@ def plan_grid(
     asked = read_sampler(config.sampler)
     if not isinstance(asked, SGLD):
         raise ValueError(f"lossk tune needs sampler.kind: sgld in the config, got {kind_of(asked)!r}")
-    run = Run.prepare(
+    prepared = prepare(
         task.model, probe, train, task.loss, asked, settings.num_chains, settings.num_draws,
         build["backend"] or "auto", build["device"], build["precision"], build["seed"] or 0, task.transform,
     )  # fmt: skip
-    with run.task:
-        run.choose(None)
+    with prepared.task:
+        run = resolve(prepared, None)
         assert run.pilot is not None
         middle = run.sampler
         assert isinstance(middle, SGLD)

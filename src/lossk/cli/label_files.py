@@ -9,10 +9,9 @@ from pathlib import Path
 import numpy as np
 
 from lossk.analysis.tables import plain_cell
+from lossk.forms.names import MOST_CLASSES, UNUSABLE
 
-MOST_CLASSES = 1_000_000  # class numbers lie below; names are made of all of them, so a stray 2**40 would fill memory
 _INTEGER = re.compile(r"[+-]?[0-9]+")
-_CONTROL = re.compile(r"[\x00-\x08\x0a-\x1f\x7f]")  # all but the tab: no name has them, terminals and tables obey them
 
 Word = tuple[int, str]  # the line, from 1, and what stands there
 
@@ -56,7 +55,7 @@ def read_classes(path: Path) -> tuple[np.ndarray, list[str]]:
     for line, word in words:
         if not word:
             raise ValueError(f"{str(path)!r}, line {line} is empty, and must hold a class")
-        found = _CONTROL.search(word)
+        found = UNUSABLE.search(word)
         if found:
             raise ValueError(f"{str(path)!r}, line {line} holds the control character {found.group()!r}")
     if any(_is_number(word) for _, word in words) and all(_is_number(word, special=True) for _, word in words):

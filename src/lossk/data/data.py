@@ -28,6 +28,19 @@ def widen(tensor: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
+class Along:
+    """Numbers of each sample that are told whenever a batch is taken.
+
+    Attributes:
+        samples: the numbers, of as many samples.
+        tell: is called with a batch and its numbers.
+    """
+
+    samples: Samples
+    tell: Callable[[Any, Any], None] = field(compare=False)
+
+
+@dataclass(frozen=True)
 class Samples:
     """All samples of a data set as one batch: a tree of tensors whose first dimension is the sample.
 
@@ -43,13 +56,17 @@ class Samples:
     copied: bool = True  # a batch is a copy, never a view: what it is given to may write into it
     padding: Padding | None = None  # of samples that came in different lengths
     spool: Spool | None = field(default=None, repr=False, compare=False)  # of the files that the tree may lie in
+    along: Along | None = None
     _views: dict[int, list[tuple[int, Any]]] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __len__(self) -> int:
         return self.num_samples
 
     def __getitem__(self, index: slice | Tensor) -> Any:
-        return self._given(map_tensors(lambda t: self._part(t, index), self.tree))
+        batch = self._given(map_tensors(lambda t: self._part(t, index), self.tree))
+        if self.along is not None:
+            self.along.tell(batch, self.along.samples.held(index))
+        return batch
 
     def _part(self, tensor: Tensor, index: slice | Tensor) -> Tensor:
         if isinstance(index, Tensor):
@@ -57,9 +74,11 @@ class Samples:
         self._touch(index)
         return tensor[index].clone() if self.copied else tensor[index]
 
-    def held(self, index: Tensor) -> Any:
-        """Copies of some samples as they are held: [k] int64."""
-        return map_tensors(lambda t: self._part(t, index.to(t.device)), self.tree)
+    def held(self, index: slice | Tensor) -> Any:
+        """Some samples as they are held."""
+        return map_tensors(
+            lambda t: self._part(t, index.to(t.device) if isinstance(index, Tensor) else index), self.tree
+        )
 
     def alone(self, sample: int) -> Any:
         """A batch of one sample, without the padding that it has among longer ones."""
@@ -104,7 +123,12 @@ class Samples:
                 starts, lambda start: (start, self[start : start + size]), _tensors_of, self.device, self.side
             )
             return
-        if self.copied or self.transform is not None or any(t.dtype in HALVES for t in leaves(self.tree)):
+        if (
+            self.copied
+            or self.along is not None
+            or self.transform is not None
+            or any(t.dtype in HALVES for t in leaves(self.tree))
+        ):
             yield from ((start, self[start : start + size]) for start in starts)
             return
         if size not in self._views:
@@ -117,7 +141,8 @@ class Samples:
         """Some of them, consecutive, as views."""
         start, stop, _ = span.indices(len(self))
         tree = map_tensors(lambda t: t[start:stop], self.tree)
-        return dataclasses.replace(self, tree=tree, num_samples=stop - start, padding=None)
+        along = self.along and dataclasses.replace(self.along, samples=self.along.samples.cut(span))
+        return dataclasses.replace(self, tree=tree, num_samples=stop - start, padding=None, along=along)
 
     def transformed(self, transform: Transform | None, name: str) -> Samples:
         """The same data with a transform, tried on one batch.

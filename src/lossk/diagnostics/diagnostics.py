@@ -15,6 +15,7 @@ from torch import Tensor
 from lossk.checks import check_choice
 from lossk.diagnostics.information import Criteria, Estimate, mean_over_draws
 from lossk.diagnostics.reliability import mean_error, reliability, size_error
+from lossk.diagnostics.table import as_html, as_text
 from lossk.diagnostics.verdict import below_minimum, judge
 from lossk.forms.centering import never_varies, row_means
 from lossk.forms.watched import watched_samples
@@ -30,7 +31,7 @@ RANKED = 64  # of them, of which R-hat and ESS are taken: ArviZ goes through tra
 OVER_CHAINS = ("functional_variance", "singular_fluctuation", "waic", "wbic")  # errors are the spread of the chains
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class Diagnostics:
     """Numbers about a run; None where they cannot be known (a single chain, traces from elsewhere).
 
@@ -109,6 +110,12 @@ class Diagnostics:
     def no_minimum(self) -> bool:
         """Draws lower the training loss: w* is no minimum of it, and there is no learning coefficient of it."""
         return below_minimum(self.llc, self.llc_se)
+
+    def __repr__(self) -> str:
+        return as_text(self)
+
+    def _repr_html_(self) -> str:
+        return as_html(self)
 
     def __str__(self) -> str:
         llc = "unknown" if self.llc is None else f"{self.llc:.2f} +- {_number(self.llc_se)}"

@@ -28,4 +28,5 @@ def kernel_of(contents: Contents) -> LossKernel:
         tokens=contents.tokens,
         sets=contents.sets,
         watched=contents.watched,
+        names=contents.names,
     )

@@ -24,6 +24,12 @@ def rows_and_columns(key: Any) -> tuple[Any, Any]:
     return key
 
 
+def is_integer(key: Any) -> bool:
+    """A single integer, of Python, NumPy or torch; no flag, and no array of one dimension or more."""
+    plain = plain_scalar(key)
+    return hasattr(type(plain), "__index__") and not isinstance(plain, bool | Tensor | np.ndarray)
+
+
 def resolve(key: Any, num_samples: int, name: str = "index") -> Tensor:
     """An integer, slice, list, range, integer tensor or array, or boolean mask as a 1-D int64 tensor within range.
 
@@ -37,7 +43,7 @@ def resolve(key: Any, num_samples: int, name: str = "index") -> Tensor:
     if isinstance(key, slice):
         return _of_slice(key, num_samples, name)
     plain = plain_scalar(key)
-    if hasattr(type(plain), "__index__") and not isinstance(plain, bool | Tensor | np.ndarray):
+    if is_integer(plain):
         key = [_within(name, int(plain.__index__()), num_samples)]
     several = isinstance(key, Tensor | list | tuple | range) or hasattr(type(key), "__array__")
     if not several or isinstance(plain, bool | float):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -23,18 +24,22 @@ from lossk.checks import (
 )
 from lossk.diagnostics.diagnostics import Diagnostics
 from lossk.forms.blocks import Blocks, FactorBlocks, Moments, tile_spans, upper_triangle
+from lossk.forms.names import Names, read_names
 from lossk.forms.watched import Watched, watched_in
+from lossk.kernel.card import card
 from lossk.kernel.chance import Chance
 from lossk.kernel.column_checks import check_diagnostics, check_sets, check_tokens
 from lossk.kernel.dense import AsArray, Whole, dense, refuse_too_large, times
+from lossk.kernel.described import Described
 from lossk.kernel.export import write_npy, write_zarr
-from lossk.kernel.indexing import resolve, rows_and_columns
+from lossk.kernel.indexing import is_integer, resolve, rows_and_columns
 from lossk.kernel.neighbors import Neighbors, device_for_neighbors, nearest, nearest_of_rows, nearest_on_device
 from lossk.kernel.read_memory import check_block, check_dense, check_eigenpairs, check_matvec, check_neighbors
 from lossk.kernel.spectrum import leading, way_of
 from lossk.kernel.standard_error import METHODS, from_draws, from_moments, method_for
 from lossk.kernel.trace_factor import factor_of
 from lossk.kernel.traces import LossTraces
+from lossk.kernel.views import Views
 from lossk.kernel.watched_errors import WatchedErrors, watched_errors
 from lossk.ops.top_correlations import BACKENDS
 from lossk.settings import CENTERINGS
@@ -42,7 +47,7 @@ from lossk.store.contents import Contents
 from lossk.store.store import save_contents
 
 
-class LossKernel(AsArray):
+class LossKernel(Described, Views, AsArray):
     """K_ij = Cov(loss_i, loss_j) over SGLD draws around the trained weights (arXiv 2509.26537).
 
     Held as dense triangular tiles (streamed) or as the low-rank factor of centered traces; both give the same numbers.
@@ -60,6 +65,7 @@ class LossKernel(AsArray):
         tokens: Tensor | None = None,
         sets: Mapping[str, slice] | None = None,
         watched: Watched | None = None,
+        names: Names | None = None,
     ) -> None:
         if isinstance(blocks, type) or not hasattr(blocks, "row_blocks"):
             raise wrong_kind("blocks", "the blocks of a kernel", blocks)
@@ -69,6 +75,7 @@ class LossKernel(AsArray):
         self.diagnostics: Diagnostics | None = check_diagnostics(diagnostics)
         self._tokens, self._sets = check_tokens(tokens, blocks.num_samples), check_sets(sets, blocks.num_samples)
         check_instance("watched", watched, Watched, optional=True)
+        self._names = Names() if names is None else check_instance("names", names, Names).check(blocks.num_samples)
         self._beside, self._chance = watched, Chance(blocks, moments, self._watched)
         self._std_over_scale = (moments.variance.sqrt() / moments.scale).float()  # [N], 0 for a dead sample
         self._gain = torch.where(self._std_over_scale > 0, 1.0 / self._std_over_scale, 0.0)  # [N]
@@ -102,109 +109,46 @@ class LossKernel(AsArray):
             tokens=self._tokens,
             sets=self._sets,
             watched=self._beside,
+            names=self._names,
         )
 
-    # -- what it is -------------------------------------------------------------------------------------------------
+    def named(self, *, ids: Any = None, labels: Any = None) -> LossKernel:
+        """The same kernel whose rows are called so, sharing all else; tables, pictures and reports show it.
 
-    @property
-    def num_samples(self) -> int:
-        """N, the rows: probe samples or, of a loss per token, their unmasked tokens."""
-        return self._blocks.num_samples
-
-    @property
-    def tokens(self) -> Tensor | None:
-        """[N, 2] int64: (sample, position) of each row of a loss per token; None of a loss per sample.
-
-        The sample's number is that within its own set, where the probe was several.
+        Args:
+            ids: [N] integers or texts, each another; None keeps the kernel's.
+            labels: [N] classes, integers from 0 or texts; None keeps the kernel's.
         """
-        return self._tokens
+        given = read_names(ids, labels).check(self.num_samples)
+        mine = self._names if labels is None else given
+        names = Names(self.ids if ids is None else given.ids, mine.labels, mine.class_names)
+        parts = {field.name: getattr(self.contents, field.name) for field in fields(Contents)}
+        return LossKernel(parts.pop("blocks"), parts.pop("moments"), **parts | {"names": names})
 
-    @property
-    def sets(self) -> dict[str, slice]:
-        """The rows of each probe set of a `ProbeSets`, in order; empty for a single probe."""
-        return dict(self._sets)
-
-    @property
-    def num_draws(self) -> int:
-        """Draws per chain."""
-        return self._moments.num_draws
-
-    @property
-    def num_chains(self) -> int:
-        """Chains."""
-        return self._moments.num_chains
-
-    @property
-    def tile(self) -> int:
-        """Side of a tile, in samples."""
-        return self._blocks.tile
-
-    @property
-    def dtype(self) -> str:
-        """Of the stored tiles or factor: "float32" or "float16"."""
-        return str(self._blocks.dtype).removeprefix("torch.")
-
-    @property
-    def form(self) -> str:
-        """How it is held: "tiles" or "factor"."""
-        return self._blocks.kind
-
-    @property
-    def centering(self) -> str:
-        """ "chain" or "pooled"."""
-        return self._moments.centering
-
-    @property
-    def variance(self) -> Tensor:
-        """[N] float64, nats^2: the diagonal."""
-        return self._moments.variance
-
-    @property
-    def mean_loss(self) -> Tensor:
-        """[N] float64, nats: each sample's loss averaged over all draws."""
-        return self._moments.mean
-
-    @property
-    def lag1(self) -> Tensor:
-        """[N] float64: lag-1 autocorrelation of each sample's losses within chains; 0 where they never vary."""
-        return self._moments.lag1
-
-    @property
-    def dead(self) -> Tensor:
-        """[N] bool: samples whose loss never varied."""
-        return self._moments.variance == 0
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(N, N)."""
-        return self.num_samples, self.num_samples
-
-    def __repr__(self) -> str:
-        unit = "samples" if self.tokens is None else "tokens"
-        sets = f", sets {', '.join(self._sets)}" if self._sets else ""
-        return (
-            f"LossKernel({self.num_samples} {unit}, {self.num_chains} chains x {self.num_draws} draws, "
-            f"{self.form} in {self.dtype}, {int(self.dead.sum())} dead{sets})"
-        )
+    def _repr_html_(self) -> str:
+        return card(self)
 
     # -- blocks -----------------------------------------------------------------------------------------------------
 
     def __getitem__(self, key: Any) -> Tensor:
         """Covariance block `kernel[rows, columns]` (or `kernel[rows]`): [r, c] float32, nats^2.
 
-        Rows and columns may be integers, slices, lists, integer tensors or boolean masks of length N; an integer keeps
-        its dimension (of length 1). Covariances below 1e-38 underflow to 0 here; correlations do not.
+        Rows and columns may be integers, slices, lists, integer tensors or boolean masks of length N. Two integers give
+        a scalar [], as NumPy does; a lone one keeps its dimension, of length 1. Until 0.1.0 `kernel[i, j]` was [1, 1]:
+        that is `kernel[[i], [j]]`. Covariances below 1e-38 underflow to 0 here; correlations do not.
 
         Raises:
             IndexError: out of range, or a mask of another length.
             TypeError: neither integers nor a mask.
         """
         rows, columns = rows_and_columns(key)
+        entry = is_integer(rows) and is_integer(columns)
         rows, columns = self._index(rows), self._index(columns, "columns")
         check_block(self._blocks, len(rows), len(columns))
         scale = self._moments.scale.float()
         block = self._blocks.gather(rows, columns).mul_(scale[rows].unsqueeze(1)).mul_(scale[columns])
-        return torch.where(rows.unsqueeze(1) == columns, self.variance.float()[columns], block, out=block)
+        block = torch.where(rows.unsqueeze(1) == columns, self.variance.float()[columns], block, out=block)
+        return block.reshape(()) if entry else block
 
     def correlation(self, rows: Any = slice(None), columns: Any = slice(None)) -> Tensor:
         """Correlation block R_ij = K_ij / sqrt(K_ii K_jj): [r, c] float32 in [-1, 1].
@@ -340,12 +284,13 @@ class LossKernel(AsArray):
                 found = nearest(self._correlation_tile, self.dead, self.tile, k, anti=anti)
             else:
                 found = nearest_on_device(self._blocks.tile_on, self._gain, self.tile, k, device)
-            return found._replace(noise_floor=self._chance.of(self._index(slice(None)), anti=anti).floor())
+            floor = self._chance.of(self._index(slice(None)), anti=anti).floor()
+            return found._replace(noise_floor=floor).of(None, self.names)
         if backend == "triton":
             raise ValueError("rows must be None with backend='triton', which ranks whole tiles")
         assert chosen is not None
         found = nearest_of_rows(self._correlation_rows, self.dead, chosen, k, anti=anti)
-        return found._replace(noise_floor=self._chance.of(chosen, anti=anti).floor())
+        return found._replace(noise_floor=self._chance.of(chosen, anti=anti).floor()).of(chosen, self.names)
 
     def _correlation_rows(self, rows: Tensor) -> Iterator[tuple[slice, Tensor]]:
         return ((span, self._correlate(block, rows, span)) for span, block in self._blocks.row_blocks(rows))

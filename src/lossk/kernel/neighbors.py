@@ -11,16 +11,24 @@ from torch import Tensor
 from lossk.forms.blocks import Blocks, Moments, tile_spans, upper_triangle
 from lossk.forms.watched import Watched
 from lossk.kernel.chance import Chance
+from lossk.kernel.neighbor_table import NeighborTable
 from lossk.ops import triton_kernels
 from lossk.ops.top_correlations import EMPTY, MOST_BY_TRITON, merge_tile, top_correlations, unpack
 
 
-class Neighbors(NamedTuple):
-    """The k most correlated other samples of each sample, best first."""
+class Nearest(NamedTuple):
+    """The fields of `Neighbors`."""
 
     index: Tensor  # type: ignore[assignment]  # [N, k] int64; -1 where a sample has fewer than k (dead samples neither have nor are neighbors)
     correlation: Tensor  # [N, k] float32; 0 where the index is -1
     noise_floor: Tensor  # [N] float32; what the best of N - 1 unrelated samples would reach
+
+
+class Neighbors(NeighborTable, Nearest):
+    """The k most correlated other samples of each sample, best first: (index, correlation, noise_floor).
+
+    It prints as a table; `to_dataframe()` has all of it, with the kernel's ids and labels.
+    """
 
 
 BAND = 512  # rows of a block ranked at a time: a rank's keys take 8 bytes an entry, and copies of them

@@ -95,7 +95,7 @@ class _Bench:
         for name, part in (("probe_batch", 0), ("gradient_batch", 1)):
             for candidate in self.batches(best, name):
                 best, seconds = self.better(best, seconds, candidate, part)
-        if self.total(seconds) > COMPILE_WORTH:
+        if self.task.rewritable and self.total(seconds) > COMPILE_WORTH:
             best, seconds = self.try_compiling(best, seconds)
         if best == self.before:
             return best, [f"passes = default: {best}; nothing else measured was clearly quicker", *self.failed]
@@ -144,7 +144,7 @@ class _Bench:
             yield dataclasses.replace(best, memory_format="contiguous")
 
     def folding(self, best: Passes) -> Iterator[Passes]:
-        if any(isinstance(module, nn.BatchNorm2d) for module in self.task.network.modules()):
+        if self.task.rewritable and any(isinstance(module, nn.BatchNorm2d) for module in self.task.network.modules()):
             yield dataclasses.replace(best, fold_norms=True)
 
     def batches(self, best: Passes, name: str) -> Iterator[Passes]:
@@ -194,7 +194,7 @@ class _Bench:
 
     def _some(self, samples: Samples) -> Samples:
         count = min(len(samples), 2 * max(*BATCHES, self.load.minibatch))
-        return Samples(samples[:count], count, copied=samples.copied)
+        return samples.cut(slice(0, count))
 
     def _note_limit(self, part: int, work: Callable[[], Any], batch: int) -> None:
         """From what a pass takes of a CUDA device, how many samples one can have."""

@@ -11,12 +11,17 @@ from torch import nn
 
 from lossk.data.data import Samples
 from lossk.data.trees import leaves
+from lossk.memory import Budget
+from lossk.probe.frozen_outputs import keep_outputs
 from lossk.probe.head_choice import fuse_head
 from lossk.probe.prefix_cache import cut_prefix
 from lossk.probe.probe import Probe
 from lossk.task.agreement import check_passes
+from lossk.task.frozen import Frozen
 from lossk.task.head import FusedHead
+from lossk.task.losses import Loss
 from lossk.task.passes import Passes
+from lossk.task.prefix import NoCut
 from lossk.task.task import Task
 
 REWRITINGS = ("compile", "fold_norms", "fused_head", "memory_format", "frozen_prefix")  # in the order they are doubted
@@ -32,15 +37,18 @@ class Arrangement:
     suffix: nn.Module | None  # what runs in the model's place, on activations at a cut
     arguments: tuple[int, frozenset[str]] | None  # what calls give the forward of model or suffix
     head: FusedHead | None
+    loss: Loss
+    frozen: Frozen | None = None  # the calls of frozen modules that passes do without
 
     @classmethod
     def plain(cls, task: Task, probe: Probe, train: Samples) -> Arrangement:
         """The whole model, on the data as they came."""
-        return cls(task.passes, probe, train, None, task.arguments, None)
+        return cls(task.passes, probe, train, None, task.arguments, None, task.loss)
 
     def set(self, task: Task) -> None:
         """Have the task (not entered) run so."""
         task.passes, task.suffix, task.arguments, task.head = self.passes, self.suffix, self.arguments, self.head
+        task.loss, task.rewritable = self.loss, self.frozen is None
 
     def holding(self, change: Callable[[Samples], Samples]) -> Arrangement:
         """With all data held in another way; what is shared stays shared."""
@@ -52,7 +60,7 @@ class Arrangement:
     def without(self, name: str, plain: Arrangement) -> Arrangement:
         """Without one of the REWRITINGS."""
         if name == "frozen_prefix":
-            if self.suffix is None:
+            if self.suffix is None and self.frozen is None:
                 return self
             passes = dataclasses.replace(self.passes, frozen_prefix=False, fused_head=False)
             return dataclasses.replace(plain, passes=passes)
@@ -72,7 +80,9 @@ class Arrangement:
         return dataclasses.replace(arranged, passes=passes)
 
 
-def cut(task: Task, plain: Arrangement, head_backend: str) -> tuple[Arrangement, list[str]]:
+def cut(
+    task: Task, plain: Arrangement, head_backend: str, budget: Budget | None = None
+) -> tuple[Arrangement, list[str]]:
     """With what lies before the first sampled weight run once, and the head taken off, where that can be; and why."""
     plain.set(task)
     suffix, change, reasons = cut_prefix(task, plain.probe, plain.train)
@@ -81,12 +91,28 @@ def cut(task: Task, plain: Arrangement, head_backend: str) -> tuple[Arrangement,
         held = plain.holding(change)
         count = len(leaves(held.train.tree[0]))
         arranged = dataclasses.replace(held, suffix=suffix, arguments=(count, frozenset()))
+    elif task.passes.frozen_prefix is True and reasons:
+        arranged, reasons = _keeping(task, plain, reasons, budget)
     arranged.set(task)
-    head, why = fuse_head(task, arranged.train, head_backend)
+    head, why = fuse_head(task, arranged.train, head_backend, arranged.frozen)
     passes = dataclasses.replace(arranged.passes, fused_head=head is not None)
     arranged = dataclasses.replace(arranged, head=head, passes=passes)
     arranged.set(task)
     return arranged, [*reasons, *why]
+
+
+def _keeping(
+    task: Task, plain: Arrangement, reasons: list[str], budget: Budget | None
+) -> tuple[Arrangement, list[str]]:
+    """With the outputs of frozen modules kept, where that can be; and why (not), after why the model is not cut."""
+    every = {id(samples): samples for samples in (plain.train, *(part.samples for part in plain.probe.parts))}
+    try:
+        frozen, change, said = keep_outputs(task, plain.train, list(every.values()), budget)
+        held = plain.holding(change)
+    except NoCut as reason:
+        return plain, [f"{'; '.join(reasons)}; {reason}"]
+    arranged = dataclasses.replace(held, frozen=frozen, loss=frozen.loss(plain.loss))
+    return arranged, [f"frozen prefix = cached: {said}"]
 
 
 def settle(task: Task, arranged: Arrangement, plain: Arrangement, minibatch: int | None) -> tuple[Passes, list[str]]:

@@ -8,17 +8,21 @@ import torch
 from torch import Tensor
 
 from lossk.data.data import Samples, few_of
+from lossk.task.frozen import Frozen
 from lossk.task.head import NAMES, FusedHead, NoHead, agreement, find_head
 from lossk.task.losses import split_batch
 from lossk.task.task import Task
 
 
-def fuse_head(task: Task, samples: Samples, backend: str) -> tuple[FusedHead | None, list[str]]:
+def fuse_head(
+    task: Task, samples: Samples, backend: str, frozen: Frozen | None = None
+) -> tuple[FusedHead | None, list[str]]:
     """What forms the probe's losses without logits, if that was asked for and can be, and why (not).
 
     Args:
         samples: as the passes have them.
         backend: of `head_loss`.
+        frozen: the calls of frozen modules that passes do without.
 
     Raises:
         ValueError: `Passes(fused_head=True)`, and the model has no head that can be taken off.
@@ -33,8 +37,8 @@ def fuse_head(task: Task, samples: Samples, backend: str) -> tuple[FusedHead | N
         with task:
             few = samples[few_of(samples)]
             with torch.no_grad(), task.autocast():
-                head = find_head(task.network, split_batch(few)[0])
-            found = FusedHead(head, task.loss.name == "token_cross_entropy", backend, task.precision)
+                head = find_head(task.network, split_batch(few)[0], traced=frozen is None)
+            found = FusedHead(head, task.loss.name == "token_cross_entropy", backend, task.precision, frozen)
             _check(task, found, few)
     except NoHead as reason:
         if asked is True:

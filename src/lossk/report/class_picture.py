@@ -13,6 +13,7 @@ from lossk.analysis.maps import KernelMap
 from lossk.report.picture import COLORS
 
 MOST_COLORS = len(COLORS)
+NOTE = "UMAP: who lies beside whom means something; distances between groups do not"
 
 
 def new_figure(width: float, height: float) -> Any:
@@ -27,11 +28,24 @@ def new_figure(width: float, height: float) -> Any:
 def draw_map(
     drawn: KernelMap, path: Path, *, labels: np.ndarray | None, names: Sequence[str], title: str = "Loss kernel map"
 ) -> None:
-    """A scatter of the first two dimensions, colored by label (at most ten have a color of their own)."""
+    """A PNG of `scatter_map`."""
+    figure = new_figure(8.5, 7)
+    groups = scatter_map(figure.add_axes((0.04, 0.1, 0.92, 0.82)), drawn, labels=labels, names=names, title=title)
+    if 1 < groups <= 2 * MOST_COLORS:
+        figure.legend(loc="lower center", ncol=min(6, groups), fontsize=9, frameon=False, markerscale=2.5)
+    figure.text(0.04, 0.015 if groups == 1 else 0.945, NOTE, fontsize=8.5, color="0.35")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
+
+
+def scatter_map(axes: Any, drawn: KernelMap, *, labels: np.ndarray | None, names: Sequence[str], title: str) -> int:
+    """A scatter of the first two dimensions, colored by label (at most ten have a color of their own).
+
+    Returns:
+        How many labels there are, 1 without.
+    """
     points = drawn.coordinates[:, :2].numpy()
     alive = ~drawn.dead.numpy()
-    figure = new_figure(8.5, 7)
-    axes = figure.add_axes((0.04, 0.1, 0.92, 0.82))
     size = float(np.clip(20000 / max(len(points), 1), 1.0, 14.0))
     groups = [None] if labels is None else sorted(set(labels[alive].tolist()))
     for position, label in enumerate(groups):
@@ -43,12 +57,7 @@ def draw_map(
     dead = int(drawn.dead.sum())
     aside = f", {dead:,} whose loss never varied set aside" if dead else ""
     axes.set_title(f"{title}: {int(alive.sum()):,} samples{aside}", fontsize=12, loc="left")
-    if 1 < len(groups) <= 2 * MOST_COLORS:
-        figure.legend(loc="lower center", ncol=min(6, len(groups)), fontsize=9, frameon=False, markerscale=2.5)
-    figure.text(0.04, 0.015 if len(groups) == 1 else 0.945, "UMAP: who lies beside whom means something; distances "
-                "between groups do not", fontsize=8.5, color="0.35")  # fmt: skip
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
+    return len(groups)
 
 
 def _name(names: Sequence[str], label: int) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from lossk.analysis.hierarchy import class_similarity, dendrogram
 from lossk.analysis.maps import KernelMap, cluster, map_kernel

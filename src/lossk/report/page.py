@@ -19,12 +19,14 @@ from __future__ import annotations
 import importlib.util
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from lossk import provenance
 from lossk.checks import check_flag, check_integer, check_optional, check_path, check_text, shown
 from lossk.errors import LosskError
+from lossk.forms.names import Names
 from lossk.kernel.from_store import open_kernel
 from lossk.kernel.kernel import LossKernel
 from lossk.report.findings import STEPS, check_memory, check_size, find
@@ -57,7 +59,7 @@ def write_report(
     """Write a report on a kernel as one self-contained HTML file. Needs lossk[report].
 
     Of a store, the samples that `lossk run` saved beside it (STORE.samples.npz) and the config that replays it
-    (STORE.yaml) are used where they are there; what is given here comes first.
+    (STORE.yaml) are used where they are there; what is given here comes first, the kernel's own names last.
 
     The pairs of samples are read about six times, a tile at a time (of a kernel in tiles, some 40 times more for its
     eigenvectors; of one in factor form, once per chain for the error bars of class means). Memory beyond the kernel's
@@ -101,7 +103,8 @@ def write_report(
         "labels": labels, "class_names": class_names, "images": images, "texts": texts, "predictions": predictions,
         "held_out": held_out,
     }  # fmt: skip
-    samples = merge(given, saved_samples(store, kernel.num_samples)).checked(kernel.num_samples)
+    saved = with_names(saved_samples(store, kernel.num_samples), kernel.names)
+    samples = merge(given, saved).checked(kernel.num_samples)
     check_memory(kernel, samples)
     if config is None and store is not None and store.with_suffix(".yaml").is_file():
         config = store.with_suffix(".yaml").read_text(encoding="utf-8", errors="replace")  # shown, never parsed
@@ -131,6 +134,15 @@ def saved_samples(store: Path | None, num_samples: int) -> Samples:
     if store is None or not samples_path(store).exists():
         return Samples()
     return read_samples(samples_path(store), num_samples)
+
+
+def with_names(saved: Samples, names: Names) -> Samples:
+    """What was saved; where that says nothing, the kernel's own classes, and its ids as texts."""
+    if saved.labels is None and names.labels is not None:
+        saved = replace(saved, labels=names.labels, class_names=names.class_names)
+    if saved.texts is None and names.ids is not None:
+        saved = replace(saved, texts=[str(one) for one in names.ids])
+    return saved
 
 
 def merge(given: dict[str, Any], saved: Samples) -> Samples:

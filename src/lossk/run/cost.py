@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,30 @@ from lossk.timings import Progress
 OF_SIZE = ("num_samples", "tile", "panel", "num_chains", "num_draws", "dtype")  # of what a request says
 
 
+@dataclass(frozen=True, kw_only=True)
+class Planned:
+    """Where tiles are, and how the work is dealt."""
+
+    layout: Layout
+    mesh: Mesh
+    overlap: bool | None = None  # whether the probe runs beside the chain's next steps; None: as the passes say
+    reasons: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, plain: Mapping[str, Any]) -> Planned:
+        """From `dataclasses.asdict`, as rank 0 tells the others."""
+        return cls(
+            layout=Layout(**plain["layout"]),
+            mesh=Mesh(**plain["mesh"]),
+            overlap=plain["overlap"],
+            reasons=tuple(plain["reasons"]),
+        )
+
+
 def plan(
     run: Run, request: Mapping[str, Any], mesh: Mesh, budget: Budget, bar: Progress, step_seconds: float,
     path: Path | None, saved: Mapping[str, Any] | None,
-) -> Layout:  # fmt: skip
+) -> Planned:  # fmt: skip
     """Say what the run will cost, and where its tiles will be; refuse what cannot fit.
 
     Args:
@@ -47,8 +68,12 @@ def plan(
     cuda = run.task.device.type == "cuda" and mesh.ranks == 1  # what is left of the devices of ranks is not asked
     room = measure_room(run.task, run.probe.parts[0].samples, run.train) if cuda else None
     layout = _choose(size, request["form"], budget, taken, room, bar, on_disk=path is not None, saved=saved)
+    overlap: bool | None = None
+    reasons: tuple[str, ...] = ()
     if room is not None:
-        layout = _choose_overlap(run, size, layout, room, bar)
+        overlap, layout, why = choose_overlap(run.task.passes, size, layout, room)
+        reasons = (why,)
+        bar.say(f"device: {why}")
     layout = dataclasses.replace(layout, reached_bytes=working.pilot)
     cost = make_plan(
         layout,
@@ -64,7 +89,7 @@ def plan(
     bar.say(str(cost))
     if path is not None and not path.exists():
         check_disk(cost, path)
-    return layout
+    return Planned(layout=layout, mesh=mesh, overlap=overlap, reasons=reasons)
 
 
 def _choose(
@@ -81,13 +106,4 @@ def _choose(
         return choose_layout(size, budget, taken, on_disk=on_disk, saved=saved)
     layout = choose_with_device(size, room, budget, taken, on_disk=on_disk, saved=saved)
     bar.say(describe_room(layout, room))
-    return layout
-
-
-def _choose_overlap(run: Run, size: Size, layout: Layout, room: Room, bar: Progress) -> Layout:
-    """Whether the probe runs beside the chain's next steps, by what is left of the device."""
-    overlap, layout, why = choose_overlap(run.task.passes, size, layout, room)
-    run.task.passes = dataclasses.replace(run.task.passes, overlap=overlap)
-    run.passes_reasons.append(why)
-    bar.say(f"device: {why}")
     return layout

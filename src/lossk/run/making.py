@@ -150,7 +150,7 @@ def _finish(work: Work, sums: Sums) -> LossKernel:
     if log is not None and not world.first:
         world.barrier()
         return open_kernel(log.path)
-    kernel = diagnosed_kernel(work.run, blocks, moments, sums.totals)
+    kernel = diagnosed_kernel(work.run, blocks, moments, sums.totals, work.names)
     kernel.meta = meta(work)
     if log is None:
         return kernel

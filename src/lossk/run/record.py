@@ -18,10 +18,11 @@ from lossk.store.witness import WITNESS
 
 if TYPE_CHECKING:
     from lossk.accumulate.exchange import Received
+    from lossk.run.prepare import Prepared
     from lossk.run.run import Run
 
 
-def request(run: Run) -> dict[str, Any]:
+def request(run: Prepared) -> dict[str, Any]:
     """What determines the result: saved with it, and compared on resuming."""
     return {
         "num_samples": len(run.probe),
@@ -52,7 +53,7 @@ def meta(run: Run, request: dict[str, Any]) -> dict[str, Any]:
         "reasons": choices["reasons"],
         **scales,
         "passes": choices["passes"],
-        "passes_reasons": run.passes_reasons,
+        "passes_reasons": list(run.passes_reasons),
         "pilot": choices["pilot"],
         "backend": run.backend,
         "ops": run.ops,
@@ -62,7 +63,7 @@ def meta(run: Run, request: dict[str, Any]) -> dict[str, Any]:
         "peak_rss_bytes": provenance.peak_rss_bytes(),
         "versions": provenance.versions(),
         "git_sha": provenance.git_sha(),
-        "warnings": run.warnings,
+        "warnings": list(run.warnings),
         "mean_loss_trace": run.watch.mean_loss.tolist(),
         "excess_trace": run.watch.excess.tolist(),
     }

@@ -6,7 +6,6 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from lossk.accumulate.trace_watch import TraceWatch
 from lossk.errors import DivergedError
 from lossk.run.run import Run
 from lossk.samplers.baoab import BAOAB
@@ -20,9 +19,9 @@ MOST_RESTARTS = 6  # the step is then a 64th of the pilot's
 
 
 def until_it_lasts(
-    run: Run, bar: Progress, attempt: Callable[[], Result], forget: Callable[[], None] = lambda: None
+    run: Run, bar: Progress, attempt: Callable[[Run], Result], forget: Callable[[Run], None] = lambda run: None
 ) -> Result:
-    """What `attempt` returns; after each explosion of an automatic run it is made again, with half the step.
+    """What `attempt` makes of the run; after each explosion of an automatic one it is made again, with half the step.
 
     Args:
         forget: what has been kept of an attempt that exploded, before the next.
@@ -32,26 +31,24 @@ def until_it_lasts(
     """
     while True:
         try:
-            return attempt()
+            return attempt(run)
         except DivergedError as error:
-            said = _begin_again(run, error)
-            if said is None:
+            again = _with_half_the_step(run, error)
+            if again is None:
                 raise
-        bar.say(said)
-        forget()
+        run = again
+        bar.say(run.reasons[-1])
+        forget(run)
 
 
-def _begin_again(run: Run, error: DivergedError) -> str | None:
-    """Half the step of an automatic run that exploded; says so, or None where nothing is to be chosen."""
+def _with_half_the_step(run: Run, error: DivergedError) -> Run | None:
+    """An automatic run that exploded, to be made again, which it says; None where nothing is to be chosen."""
     before = sum(reason.startswith("restart") for reason in run.reasons)
     shorter = with_shorter_step(run.asked, run.sampler) if before < MOST_RESTARTS else None
     if shorter is None:
         return None
     said = f"restart {before + 1} = half the step, twice the steps: {str(error).split(';')[0]}"
-    run.sampler, run.reasons = shorter, [*run.reasons, said]
-    run.watch = TraceWatch(run.num_chains, run.num_draws, len(run.probe))
-    run.task.reset()
-    return said
+    return run.begin_again(shorter, said)
 
 
 def with_shorter_step(asked: Sampler, resolved: Sampler) -> Sampler | None:

@@ -8,6 +8,7 @@ from lossk.accumulate.panel import ChainTotals
 from lossk.diagnostics.diagnostics import Diagnostics, diagnose
 from lossk.diagnostics.information import Criteria, lost_variance, reach_of_variance
 from lossk.forms.blocks import Blocks, Moments, TileBlocks
+from lossk.forms.names import Names
 from lossk.kernel.kernel import LossKernel
 from lossk.kernel.neighbors import median_noise_floor
 from lossk.pilot.trial import uninformed_loss
@@ -17,13 +18,19 @@ from lossk.samplers.hmc import HMC
 from lossk.samplers.sgld import SGLD
 
 
-def diagnosed_kernel(run: Run, blocks: Blocks, moments: Moments, totals: ChainTotals) -> LossKernel:
+def diagnosed_kernel(run: Run, blocks: Blocks, moments: Moments, totals: ChainTotals, names: Names) -> LossKernel:
     """The kernel of a run whose every draw has been noted; its meta is yet to be written."""
     with run.timings.measure("diagnostics"):
         diagnostics = diagnose_run(run, moments, totals)
     watched = run.watch.watched if isinstance(blocks, TileBlocks) else None
     return LossKernel(
-        blocks, moments, diagnostics=diagnostics, tokens=run.probe.tokens, sets=run.probe.sets, watched=watched
+        blocks,
+        moments,
+        diagnostics=diagnostics,
+        tokens=run.probe.tokens,
+        sets=run.probe.sets,
+        watched=watched,
+        names=names,
     )
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +19,16 @@ from lossk.accumulate.runlog import RunLog
 from lossk.available import gigabytes
 from lossk.errors import DivergedError
 from lossk.forms.blocks import tile_spans
+from lossk.forms.names import Names
 from lossk.memory import Budget
 from lossk.plan.layout import TILES_IN_MEMORY, Layout
 from lossk.probe.shards import ProbeShard, cut_probe
 from lossk.ranks.mesh import Item, Mesh, choose_mesh, deal_chains, deal_tiles, schedule, tile_shapes
 from lossk.ranks.world import World
 from lossk.run import record
-from lossk.run.cost import plan
-from lossk.run.run import Run
+from lossk.run.cost import Planned, plan
+from lossk.run.prepare import Prepared, arrange, take_turns
+from lossk.run.run import Run, announce, resolve
 from lossk.samplers.chain import ChainState
 from lossk.task.passes import Passes
 from lossk.timings import Progress
@@ -41,11 +43,21 @@ class Work:
     world: World
     run: Run
     request: dict[str, Any]
-    layout: Layout
-    mesh: Mesh
+    planned: Planned
     budget: Budget
     bar: Progress
     log: RunLog | None
+    names: Names = field(default_factory=Names)  # of the rows
+
+    @property
+    def layout(self) -> Layout:
+        """Where the tiles are."""
+        return self.planned.layout
+
+    @property
+    def mesh(self) -> Mesh:
+        """Of the ranks."""
+        return self.planned.mesh
 
     @property
     def side(self) -> int:
@@ -63,7 +75,7 @@ class Work:
         return deal_tiles(self.shapes, self.world.size)
 
 
-def usual_panel(world: World, run: Run, budget: Budget) -> int:
+def usual_panel(world: World, run: Prepared, budget: Budget) -> int:
     """Draws per panel, where nobody has said: those of all chains that are stepped at a time fit where one's would."""
     at_a_time = min(world.size, run.num_chains)
     return max(1, choose_panel(len(run.probe), run.num_draws, budget.asked) // at_a_time)
@@ -71,10 +83,10 @@ def usual_panel(world: World, run: Run, budget: Budget) -> int:
 
 @contextmanager
 def chosen_by_first(
-    world: World, run: Run, request: dict[str, Any], passes: Passes | None, path: Path | None, log: RunLog | None,
-    budget: Budget, bar: Progress,
-) -> Iterator[tuple[Layout, Mesh]]:  # fmt: skip
-    """What rank 0 chooses and plans, on every rank, with the task entered.
+    world: World, prepared: Prepared, request: dict[str, Any], passes: Passes | None, path: Path | None,
+    log: RunLog | None, budget: Budget, bar: Progress,
+) -> Iterator[tuple[Run, Planned]]:  # fmt: skip
+    """The run as rank 0 chooses it, and its plan, on every rank, with the task entered.
 
     Passes over all training samples that go before are shared by the ranks; what they cannot share (placing and cutting
     data, the fit of a Gaussian) all do at the same time; only for the pilots, and for the plan, do the others wait.
@@ -84,34 +96,32 @@ def chosen_by_first(
     """
     before, budget = None if log is None else log.chosen, dataclasses.replace(budget, sharing=world.local_size)
     chosen = world.decide(lambda: None if before is None else {"passes": before["passes"]})
-    run.arrange(passes, chosen, world, budget)
-    with run.task:
-        run.choose(before, bar, world)
+    prepared = arrange(prepared, passes, chosen, world, budget)
+    with prepared.task:
+        run = resolve(prepared, before, bar, world)
         if world.size > 1:
-            run.take_turns()  # what a device has left is not asked here
+            take_turns(run.task)  # what a device has left is not asked here
 
-        def planned() -> dict[str, Any]:
-            run.announce(bar)
+        def settled() -> dict[str, Any]:
+            announce(run, bar)
             with run.timings.measure("plan"):
                 step = run.time_a_step()
                 mesh = _mesh(run, world, log, step)
                 saved = None if before is None else before.get("layout", TILES_IN_MEMORY)
-                layout = plan(run, request, mesh, budget, bar, step, path, saved)
-            return {"layout": dataclasses.asdict(layout), "mesh": dataclasses.asdict(mesh)}
+                return dataclasses.asdict(plan(run, request, mesh, budget, bar, step, path, saved))
 
-        found = world.decide(planned)
-        layout = Layout(**found["layout"])
-        budget.plan(layout.peak_bytes)
-        if not world.first:
-            layout = dataclasses.replace(layout, gathered_bytes=0)
-        world.together(lambda: None if world.first else _check_share(layout, budget))
-        yield layout, Mesh(**found["mesh"])
+        planned = Planned.of(world.decide(settled))
+        budget.plan(planned.layout.peak_bytes)
+        world.together(lambda: None if world.first else _check_share(planned.layout, budget))
+        if planned.overlap is not None:
+            run.task.passes = dataclasses.replace(run.task.passes, overlap=planned.overlap)
+        yield dataclasses.replace(run, passes_reasons=(*run.passes_reasons, *planned.reasons)), planned
 
 
-def chosen_by(run: Run, layout: Layout, mesh: Mesh) -> dict[str, Any]:
+def chosen_by(run: Run, planned: Planned) -> dict[str, Any]:
     """What a resumed run must not choose anew."""
-    dealt = {"mesh": dataclasses.asdict(mesh)} if mesh.ranks > 1 else {}
-    return {**run.choices.to_dict(), "layout": layout.to_dict(), **dealt}
+    dealt = {"mesh": dataclasses.asdict(planned.mesh)} if planned.mesh.ranks > 1 else {}
+    return {**run.choices.to_dict(), "layout": planned.layout.to_dict(), **dealt}
 
 
 def _mesh(run: Run, world: World, log: RunLog | None, step_seconds: float) -> Mesh:
@@ -129,8 +139,9 @@ def _mesh(run: Run, world: World, log: RunLog | None, step_seconds: float) -> Me
 
 
 def _check_share(layout: Layout, budget: Budget) -> None:
-    """Refuse a share, planned by rank 0, that this rank cannot hold."""
-    needed, taken = layout.peak_bytes - layout.taken_bytes, budget.taken()
+    """Refuse a share, planned by rank 0, that this rank, which gathers no tiles, cannot hold."""
+    own = dataclasses.replace(layout, gathered_bytes=0)
+    needed, taken = own.peak_bytes - own.taken_bytes, budget.taken()
     limit = budget.limit(taken) - taken
     if needed > limit:
         raise MemoryError(

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lossk.diagnostics.diagnostics import Diagnostics
 from lossk.forms.blocks import Blocks, Moments
+from lossk.forms.names import Names
 from lossk.forms.watched import Watched
 
 
@@ -24,6 +25,7 @@ class Contents:
     tokens: Tensor | None = None  # [N, 2] int64, (sample, position), of a loss per token
     sets: Mapping[str, slice] = field(default_factory=dict)  # rows of each probe set
     watched: Watched | None = None  # traces kept beside tiles
+    names: Names = field(default_factory=Names)  # ids and classes of the rows
 
     @property
     def dtype(self) -> str:

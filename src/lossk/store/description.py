@@ -11,9 +11,10 @@ from lossk.disk.chunks import ArraySpec, parse_spec
 from lossk.disk.sealed import MARK
 from lossk.errors import StoreError
 from lossk.forms.centering import degrees_of_freedom
+from lossk.forms.names import MOST_BYTES
 from lossk.forms.watched import watched_count
 from lossk.settings import CENTERINGS
-from lossk.store.manifest import MOMENTS, WATCHED_ARRAYS
+from lossk.store.manifest import MOMENTS, NAMES_ARRAYS, WATCHED_ARRAYS
 
 FORMAT = 1
 MOST = 2**48  # of anything that is counted: products of two still fit into what Zarr counts in
@@ -73,6 +74,10 @@ def _count(least: int) -> tuple[str, Callable[[Any], bool]]:
     return f"an integer of at least {least}", lambda value: type(value) is int and least <= value < MOST
 
 
+def _are_texts(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(part, str) for part in value)
+
+
 def _is_span(ends: Any, num_samples: int) -> bool:
     return (
         isinstance(ends, list)
@@ -92,6 +97,7 @@ RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "factor_chunk": ("a count", lambda value: value is None or _count(1)[1](value)),
     "panel": ("a count", lambda value: value is None or _count(1)[1](value)),
     "sets": ("names of rows", lambda value: value is None or isinstance(value, dict)),
+    "class_names": ("names", lambda value: value is None or _are_texts(value)),
     "meta": ("an object", lambda value: isinstance(value, dict)),
     "diagnostics": ("an object", lambda value: value is None or isinstance(value, dict)),
 }
@@ -120,6 +126,10 @@ def _implied(config: Config, name: str) -> dict[str, list[Any]]:
         return {"shape": [(*first, n)], "dtype": ["float64"], "chunks": chunks, "dimensions": dimensions}
     if name == "tokens":
         return {"shape": [(n, 2)], "dtype": ["int64"], "chunks": [(n, 2), (width, 2)]}
+    if name in NAMES_ARRAYS:
+        widths = range(1, MOST_BYTES + 1) if name == "ids" else ()  # of ids that are texts
+        shapes, chunks = ([(size,), *((size, bytes_) for bytes_ in widths)] for size in (n, width))
+        return {"dtype": ["int64", "int8"] if name == "ids" else ["int64"], "shape": shapes, "chunks": chunks}
     if name in WATCHED_ARRAYS:
         kept = (watched_count(n, chains * draws),)
         if name == "watched":

@@ -34,7 +34,8 @@ COMPLETE = "complete"
 COMPLETE_SPEC = ArraySpec((1,), "int8", ("format",), (1,))
 MOMENTS = ("variance", "mean", "scale", "lag1", "chain_mean")
 WATCHED_ARRAYS = ("watched", "watched_losses")  # beside tiles; a store of an earlier version has neither
-ARRAYS = ("losses", *MOMENTS, "tokens", *WATCHED_ARRAYS, "tiles", "factor")
+NAMES_ARRAYS = ("ids", "labels")  # where whoever made the kernel gave them
+ARRAYS = ("losses", *MOMENTS, "tokens", *NAMES_ARRAYS, *WATCHED_ARRAYS, "tiles", "factor")
 DESCRIPTIONS = ("zarr.json", "config.json", "commits.jsonl")
 
 

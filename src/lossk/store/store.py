@@ -6,6 +6,7 @@
     factor         [draw, sample] float16/32, instead of tiles    checksums.json  of every file
     watched        [watched] int64, up to 256 samples beside tiles; watched_losses [chain, draw, watched] float32, nats
     tokens         [sample, 2] int64, (sample of its set, position) of a loss per token only
+    ids, labels    [sample] int64 (texts: [sample, byte] int8, UTF-8), where the user gave them
     complete       moved into place last, once all of this is durable
     commits.jsonl  one line per durable panel                     state-K.npz  a chain after its last one, line K
     tiles.jsonl    one line per durable tile, while tiles are made out of core
@@ -39,6 +40,7 @@ from lossk.store.commits import COMMITS, clear_transient, is_transient, progress
 from lossk.store.contents import Contents
 from lossk.store.description import CHUNK_SAMPLES, FORMAT, read_diagnostics
 from lossk.store.manifest import MANIFEST, MOMENTS, WATCHED_ARRAYS, finish_store, is_complete, write_array
+from lossk.store.names import named_arrays, read_stored_names
 from lossk.store.opened import OpenStore, copy_store, identity
 from lossk.store.stored_factor import StoredFactor
 from lossk.store.stored_tiles import StoredTiles, write_tiles
@@ -72,6 +74,8 @@ def write_contents(contents: Contents, path: Path, *, with_tiles: bool = True, k
         files |= write_tensor(path, name, getattr(moments, name), dimensions)
     if contents.tokens is not None:
         files |= write_tensor(path, "tokens", contents.tokens, ("sample", "index"))
+    for name, (values, named) in named_arrays(contents.names).items():
+        files |= write_tensor(path, name, torch.from_numpy(values), named)
     if blocks.kind == "tiles" and (watched := contents.watched) is not None:
         files |= write_tensor(path, "watched", watched.index, ("watched",))
         files |= write_tensor(path, "watched_losses", watched.losses, ("chain", "draw", "watched"))
@@ -107,6 +111,7 @@ def write_description(path: Path, contents: Contents, description: Mapping[str, 
         "kind": contents.blocks.kind,
         "dtype": contents.dtype,
         "sets": sets,
+        **({"class_names": list(contents.names.class_names)} if contents.names.class_names else {}),
         "meta": contents.meta,
         "diagnostics": None if contents.diagnostics is None else contents.diagnostics.to_dict(),
     }
@@ -177,6 +182,7 @@ def _open(path: Path) -> Contents:
         tokens=torch.from_numpy(store.read("tokens")) if "tokens" in store.specs else None,
         sets={name: slice(*ends) for name, ends in (config.get("sets") or {}).items()},
         watched=_read_watched(store),
+        names=read_stored_names(store),
     )
 
 

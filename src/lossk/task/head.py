@@ -22,6 +22,7 @@ from torch import Tensor, fx, nn
 
 from lossk.ops.head_loss import head_loss
 from lossk.ops.sample_loss import IGNORED
+from lossk.task.frozen import Frozen
 from lossk.task.losses import Evaluated, forward, split_batch
 from lossk.task.prefix import ModuleInputs, absent_arguments
 
@@ -50,11 +51,12 @@ class Head:
         return dataclasses.replace(self, body=partial(forward, prepare(self.module)))
 
 
-def find_head(network: nn.Module, inputs: Any) -> Head:
+def find_head(network: nn.Module, inputs: Any, *, traced: bool = True) -> Head:
     """Take the head off a model (eval mode, weights and data in place).
 
     Args:
         inputs: of a few samples.
+        traced: whether it may be taken off by tracing, which calls the model's modules in another way.
 
     Raises:
         NoHead: it does not end in a plain linear layer, or that cannot be seen.
@@ -62,7 +64,7 @@ def find_head(network: nn.Module, inputs: Any) -> Head:
     if type(network) is nn.Linear:
         return _proven(Head(_usable(network), _only, None, True), network, inputs)
     reasons = []
-    for attempt in (_by_tracing, _by_its_output):
+    for attempt in (_by_tracing, _by_its_output) if traced else (_by_its_output,):
         try:
             return _proven(attempt(network, inputs), network, inputs)
         except NoHead as reason:
@@ -144,12 +146,14 @@ class FusedHead:
         tokens: the loss is one per token.
         backend: of `head_loss`.
         precision: of the passes: None, "tf32", "bf16" or "fp16".
+        frozen: the calls of frozen modules that passes do without.
     """
 
     head: Head
     tokens: bool
     backend: str
     precision: str | None
+    frozen: Frozen | None = None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -173,7 +177,8 @@ class FusedHead:
         """
         linear = self.head.linear
         weight, bias = (linear.weight, linear.bias) if heads is None else heads
-        return partial(self._losses, weight.detach().to(self.dtype), None if bias is None else bias.to(self.dtype))
+        run = partial(self._losses, weight.detach().to(self.dtype), None if bias is None else bias.to(self.dtype))
+        return run if self.frozen is None else self.frozen.armed(run, 0)
 
     def _losses(self, weight: Tensor, bias: Tensor | None, batch: Any) -> Evaluated:
         inputs, targets = split_batch(batch)

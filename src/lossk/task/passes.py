@@ -29,9 +29,11 @@ class Passes:
         memory_format: "channels_last" or "contiguous"; of the data and weights of 2-d convolutions.
         num_threads: torch's threads during the run; None leaves them as they are.
         fold_norms: run a batch norm and the convolution before it as one convolution, where the model can be traced.
-        frozen_prefix: run what lies before the first sampled weight once and keep its activations (named losses only).
-            True cuts the model by itself where it can; a name cuts at that module, whose output must be the model's.
-        prefix_bytes: memory that the activations may take; None is a quarter of what is free. More is not kept.
+        frozen_prefix: run what depends on no sampled weight once and keep its activations. True cuts a traceable model
+            before its first sampled weight (named losses), and any other at its modules, within its own forward and
+            any loss; a name cuts at that module, whose output must be the model's.
+        prefix_bytes: memory that the activations may take, more is not kept; None is a quarter of what is free, and
+            beyond it, on a CPU, what modules give goes to mapped files.
         compile: pass the model through `torch.compile`, which must be able to compile it; "graphs" has it replay CUDA
             graphs ("reduce-overhead"), on a CUDA device.
         fused_head: of a model that ends in a linear layer (named cross entropies only), form the losses of the probe

@@ -87,6 +87,7 @@ class Task:
         self.precision = precision
         self.passes = Passes()
         self.suffix: nn.Module | None = None  # what the passes run in the model's place, on activations at a cut
+        self.rewritable = True  # whether norms may be folded
         self._copies: SideStream | None = None  # of all streamed data
         self.streams = False  # data stay in pinned host memory, and batches come to the device one by one
         self.head: FusedHead | None = None  # what forms the losses of the probe without logits, if anything
@@ -97,7 +98,7 @@ class Task:
 
     def _prepare(self, network: nn.Module) -> Any:
         """What gradients and probes run."""
-        if self.passes.fold_norms:
+        if self.passes.fold_norms and self.rewritable:
             folded = fold_norms(network, self.arguments)
             self.folded, network = self.folded or folded is not None, folded or network
         if self.passes.compile == "graphs":
