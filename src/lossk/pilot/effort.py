@@ -26,6 +26,7 @@ AT_DRAWS = 0.4  # of what is left then: those at the draws of a trial
 CURVATURE, VARIANCE = 6, 5  # forward passes of an iteration on one sample: two gradients; one, and two of losses
 SIZES = ((512, 10), (256, 10), (128, 10), (64, 8), (64, 6), (32, 6), (32, 4), (16, 4), (16, 3), (8, 2))
 FEWER = (64, 6)  # samples and iterations, where every setting is a number
+ROUGH = "pilot = rough"  # how the line of the reasons begins
 COUNTED = 4  # samples of the pass whose operations are counted
 
 
@@ -116,7 +117,7 @@ class Effort:
     def describe(self) -> str:
         """For the reasons of a run."""
         return (
-            f"pilot = rough: {self.passes:,.0f} passes of a sample are all that a run as short as this pays for; more "
+            f"{ROUGH}: {self.passes:,.0f} passes of a sample are all that a run as short as this pays for; more "
             "draws, numbers for settings, or a larger pilot_budget"
         )
 

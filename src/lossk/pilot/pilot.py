@@ -18,6 +18,7 @@ from lossk.curvature.curvature import gradient_variance, largest_curvature, stee
 from lossk.data.data import Samples
 from lossk.diagnostics.bias import foreseen_bias
 from lossk.pilot.effort import Effort
+from lossk.pilot.vectors import chooses
 from lossk.samplers.sgld import SGLD
 from lossk.settings import minibatch_of
 from lossk.task.task import Task
@@ -199,10 +200,10 @@ def default_n_beta(num_train: int) -> float:
     return num_train / math.log(max(num_train, 3))
 
 
-def run_pilot(task: Task, train: Samples, sampler: SGLD, effort: Effort, *, seed: int) -> Pilot:
+def run_pilot(task: Task, train: Samples, sampler: SGLD, effort: Effort | None = None, *, seed: int) -> Pilot:
     """Measure the largest curvature and the largest gradient variance, on as many training samples as are paid for."""
     n = len(train)
-    asked = effort.at_w_star(n)
+    asked = (effort or Effort(automatic=chooses(sampler))).at_w_star(n)
     return Pilot(
         curvature=largest_curvature(task, train, seed=seed, **asked),
         gradient_variance=gradient_variance(task, train, seed=seed, **asked),
