@@ -1,6 +1,6 @@
 """Every Triton kernel in every configuration, compiled ahead of time for sm_80 (A100) and sm_90 (H100, H200).
 
-    python -m bench.aot [--out docs/aot.md] [--workers 2]
+    python -m bench.aot [--out docs/aot.md] [--workers 2] [--first]
 
 Under the Triton that is installed, or another one: `make aot-with TRITON=FOLDER`, FOLDER a wheel of it unpacked.
 Needs no GPU: Triton's wheel brings ptxas, and cuobjdump, which reads the registers, stack and shared memory of the
@@ -11,6 +11,7 @@ result. Fails if a configuration does not compile, spills (any stack or local me
 from __future__ import annotations
 
 import argparse
+import hashlib
 import os
 import re
 import subprocess
@@ -112,6 +113,19 @@ def cases() -> list[Case]:
     return [(module, i, arch) for module, count in counts.items() for i in range(count) for arch in SHARED]
 
 
+def first_cases() -> list[Case]:
+    """The first configuration of every module, for the newest architecture."""
+    return [(module, 0, max(SHARED)) for module in MODULES]
+
+
+def sources_digest() -> str:
+    """SHA-256 of the kernels' files, which hold all that `cases` compiles: a page of other files is out of date."""
+    digest = hashlib.sha256()
+    for path in sorted((Path(__file__).resolve().parents[1] / "kernels").glob("*.py")):
+        digest.update(path.name.encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()
+
+
 def table(results: list[Resources]) -> Iterator[str]:
     """Markdown: a row per configuration, sm_80 and sm_90 beside each other."""
     heads = [f"{what} sm_{arch}" for what in ("registers", "spills", "shared, bytes,") for arch in SHARED]
@@ -129,7 +143,8 @@ PREFACE = """# The Triton kernels, compiled ahead of time
 
 Written by `python -m bench.aot --out docs/aot.md`, which fails if a configuration does not compile, spills, or needs
 more shared memory than a block has ({shared80:,} bytes on sm_80, {shared90:,} on sm_90). Triton {triton} and the ptxas
-in its wheel; registers are per thread, of 255; spills are bytes of stack and local memory per thread.
+in its wheel; registers are per thread, of 255; spills are bytes of stack and local memory per thread. SHA-256 of
+kernels/*.py: `{digest}`.
 
 **No GPU was at hand.** The kernels' numbers are tested in Triton's interpreter only; block shapes are the largest tried
 that spill nothing, not tuned ones; no speed is claimed. Pointers are taken to lie on 16-byte borders; for others Triton
@@ -141,7 +156,8 @@ def page(results: list[Resources]) -> str:
     """docs/aot.md."""
     import triton
 
-    preface = PREFACE.format(shared80=SHARED[80], shared90=SHARED[90], triton=triton.__version__)
+    shared = {f"shared{arch}": most for arch, most in SHARED.items()}
+    preface = PREFACE.format(**shared, triton=triton.__version__, digest=sources_digest())
     return "\n".join([preface, *table(results), ""])
 
 
@@ -149,12 +165,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="write the table there, as Markdown")
     parser.add_argument("--workers", type=int, default=min(2, os.cpu_count() or 1))
+    parser.add_argument("--first", action="store_true", help="only the first of each module's, for sm_90")
     options = parser.parse_args()
     if os.environ.get("TRITON_INTERPRET", "0") != "0":
         print("bench.aot: unset TRITON_INTERPRET: an interpreted kernel cannot be compiled", file=sys.stderr)
         return 2
     with ProcessPoolExecutor(options.workers, mp_context=get_context("spawn")) as pool:
-        results = list(pool.map(compile_case, cases()))
+        results = list(pool.map(compile_case, first_cases() if options.first else cases()))
     print("\n".join(table(results)))
     if options.out is not None:
         options.out.write_text(page(results))

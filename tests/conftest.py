@@ -18,7 +18,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import budget
 import lossk
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.pluginmanager.register(budget)
 
 
 @pytest.fixture(scope="session", autouse=True)

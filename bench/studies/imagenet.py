@@ -29,7 +29,7 @@ from lossk import provenance
 from lossk.analysis import align, wordnet_taxonomy
 from lossk.analysis.alignment import Alignment
 from lossk.cli.config import RunConfig, load_config
-from lossk.cli.main import execute
+from lossk.cli.running import execute
 from lossk.recipes import imagenet
 from lossk.recipes.networks import LITE0, load_network
 from lossk.recipes.photos import class_wnids

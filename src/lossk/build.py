@@ -109,7 +109,8 @@ def build_kernel(
             `out` is given, they are made in that store at the end, from the log of the draws, within rounding the same.
         data: where the samples of a DataLoader or Dataset are kept: in "memory"; in a "spool", unnamed mapped files
             beside `out` or in a temporary folder, which are gone after the call; "auto" spools what would take more
-            than half of `memory`. The numbers are the same, bit for bit.
+            than half of `memory`. Or nowhere: a "stream" reads a map-style dataset again at every pass, which must then
+            give the same samples, in batches of any form if the loss is a callable. The numbers are the same.
         out: path of a `.lossk` store to write; None keeps the kernel in memory only.
         resume: continue an interrupted run in `out`, to the result of a run that was not (bitwise, or as `seed` says).
         backend: of the ops: "torch", "cpp" (CPU), "triton" (CUDA), each explicit one or an error; "auto" takes what
@@ -231,7 +232,7 @@ def _log_of_all(
 ) -> RunLog:
     """The log of the run on every rank; rank 0 makes it where it has not been opened."""
     if world.first and log is None:
-        columns = log_columns(len(run.probe), request["tile"]) if planned.layout.tiles in ("store", "factor") else None
+        columns = log_columns(len(run.probe), request["tile"]) if planned.layout.place.of_log else None
         with run.timings.measure("store"):
             log = RunLog.create(path, request, chosen_by(run, planned), columns)
     world.barrier()

@@ -42,6 +42,14 @@ def parse_memory(memory: Any) -> int | None:
         raise wrong_kind("memory", "a number of bytes, text such as '8GB', or None", memory) from None
 
 
+@dataclass
+class Marks:
+    """What is noted of a call while it runs, for whoever holds its budget."""
+
+    peak: int = 0  # bytes: the process's when passes began
+    plan: int | None = None  # bytes: what the call is expected to take
+
+
 @dataclass(frozen=True)
 class Budget:
     """What a call may use beyond what its process held when it began. Bytes."""
@@ -49,7 +57,7 @@ class Budget:
     asked: int | None  # None: what is free
     held: int  # resident when the call began
     most_held: int | None = None  # the process's peak until then
-    marks: dict[str, int] = field(default_factory=dict)
+    marks: Marks = field(default_factory=Marks)
     sharing: int = 1  # ranks on this machine, which share what is free
 
     @classmethod
@@ -69,19 +77,19 @@ class Budget:
 
     def grown(self) -> int:
         """The same where it was reached after `mark`, else 0: reading data, say, tells nothing of passes."""
-        return self.reached() if peak_rss_bytes() > self.marks.get("peak", 0) else 0
+        return self.reached() if peak_rss_bytes() > self.marks.peak else 0
 
     def mark(self) -> None:
         """Data and model are held; passes begin."""
-        self.marks["peak"] = peak_rss_bytes()
+        self.marks.peak = peak_rss_bytes()
 
     def plan(self, peak: int) -> None:
         """The call is expected to take that much at its peak."""
-        self.marks["plan"] = peak
+        self.marks.plan = peak
 
     def planned(self) -> int | None:
         """What was last planned; None before that."""
-        return self.marks.get("plan")
+        return self.marks.plan
 
     def limit(self, taken: int) -> int:
         """What the call may use in all: what was asked for, within this process's part of what is free."""

@@ -23,7 +23,7 @@ from lossk.memory import parse_memory
 DTYPES = ("float32", "float16")
 CENTERINGS = ("chain", "pooled")
 FORMS = ("tiles", "factor")
-PLACES = ("auto", "memory", "spool")  # of data
+PLACES = ("auto", "memory", "spool", "stream")  # of data
 BACKENDS = ("auto", "torch", "cpp", "triton", "cuda")
 METRICS = (None, "fisher")
 PRECISIONS = (None, "bf16", "fp16", "tf32")

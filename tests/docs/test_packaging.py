@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.long("builds a wheel and a source distribution, and installs each")
 ROOT = Path(__file__).resolve().parents[2]
 USE_IT = """
 import json, pathlib, sys, torch, lossk

@@ -60,7 +60,7 @@ def test_in_a_run(build: Any, problem: Any, call: str, way: str) -> None:
         settings |= {
             "num_chains": 2,
             "num_draws": 6,
-            "sampler": lossk.SGLD(lr=1e-3, localization=1.0, num_burnin_steps=2),
+            "sampler": lossk.SGLD(lr=1e-3, localization=1.0, num_burnin_steps=2, num_steps_bw_draws=2),
         }
         settings |= {"num_draws": 6, "progress": False}
     make = build if call == "build" else lossk.sample_losses

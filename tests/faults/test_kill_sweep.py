@@ -42,11 +42,13 @@ def check_losses(found: list[dict[str, Any]]) -> None:
         assert lost["same"] == lost["states"] > 0
 
 
+@pytest.mark.long("every kind of run is killed and resumed in processes of its own")
 def test_killed_before_some_changes(tmp_path: Path) -> None:
     """Every 61st of each kind, another one first in each."""
     check_kills(run(kill_sweep, tmp_path, 61))
 
 
+@pytest.mark.long("as above")
 def test_power_lost_after_some_changes(tmp_path: Path) -> None:
     check_losses(run(power_loss, tmp_path, 97))
 

@@ -45,6 +45,7 @@ def check(found: list[dict[str, Any]], kinds: list[str]) -> None:
     assert [attempt for attempt in found if not attempt["same"]] == []
 
 
+@pytest.mark.long("three forms are built, killed and resumed in processes of their own")
 def test_killed_and_resumed(tmp_path: Path) -> None:
     """Inside a panel's write, inside a tile's, between two tile updates, and at some random time."""
     check(kill(tmp_path, 1, FEW), FEW)

@@ -110,8 +110,8 @@ def options(w: World) -> list[Entry]:
           "--num-draws": _is(int, 4, COUNT), "--max-steps": _is(int, 8, COUNT), "--set": _of_task},
          ("lossk.cli.tune.open_grid",)),
         ("run", {"config": "digits", "--out": "fresh.lossk", "--set": ""},
-         {"config": _never, "--out": _suffix(".lossk"), "--set": _of_task}, ("lossk.cli.main.execute",)),
-        ("demo", {"--out": "fresh"}, {"--out": _folder}, ("lossk.cli.main.execute",)),
+         {"config": _never, "--out": _suffix(".lossk"), "--set": _of_task}, ("lossk.cli.running.execute",)),
+        ("demo", {"--out": "fresh"}, {"--out": _folder}, ("lossk.cli.running.execute",)),
     ]  # fmt: skip
     return [_command(*command) for command in commands]
 

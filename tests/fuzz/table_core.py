@@ -63,7 +63,7 @@ RUN: dict[str, r.Rule] = {
     "dtype": STORED,
     "form": r.choice("tiles", "factor"),
     "memory": r.optional(r.either(r.integer(1), r.number(above=0.0), r.text)),
-    "data": r.choice("auto", "memory", "spool"),
+    "data": r.choice("auto", "memory", "spool", "stream"),
     "out": r.optional(r.path),
     "ids": names_of_rows,
     "labels": names_of_rows,

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import lossk
-from lossk.cli.main import describe_triton
+from lossk.cli.doctor import describe_triton
 from lossk.errors import BackendError
 from lossk.ops import triton_kernels
 from lossk.run.backends import choose_ops, resolve_backend

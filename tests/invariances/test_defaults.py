@@ -97,6 +97,15 @@ def poisoned_memory() -> None:
     _device_constructors.cache_clear()
 
 
+@pytest.fixture(scope="module", autouse=True)
+def short_trials() -> Iterator[None]:
+    """A tenth of the steps: modes that look at every operation make each twenty times as long."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("lossk.pilot.trial_chain.LONGEST", 200)
+        patch.setattr("lossk.pilot.trial.MOST_STEPS", 400)
+        yield
+
+
 class NoHalves(TorchDispatchMode):
     """Fails at the first operation that makes bfloat16, which nothing here asks for."""
 

@@ -25,6 +25,7 @@ import lossk
 import oracles
 from lossk.plan.layout import in_store
 
+pytestmark = pytest.mark.long("two processes go through all scenarios once, for all tests")
 SCENARIOS = [
     "store",
     "shards",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import numpy as np
@@ -16,17 +17,25 @@ def agrees(rows: list[Row], least_rms: float = 0.0) -> bool:
     return all(abs(row.z) < 4.5 for row in rows) and least_rms <= table.rms(rows) <= 1.6
 
 
-@pytest.fixture(scope="module")
-def rows() -> list[Row]:
-    return table.run(table.quick())
+CASES = list(table.CASES)
 
 
-def test_every_row_is_within_its_error(rows: list[Row]) -> None:
+@functools.cache
+def rows_of(number: int) -> list[Row]:
+    """A case of the table, made once for all tests."""
+    return CASES[number](table.quick().part(number))
+
+
+@pytest.mark.parametrize("number", range(len(CASES)), ids=[case.__name__ for case in CASES])
+def test_every_row_is_within_its_error(number: int) -> None:
+    assert all(abs(row.z) < 4.5 for row in rows_of(number)), [(row.quantity, row.z) for row in rows_of(number)]
+
+
+@pytest.mark.long("makes every case where it is run alone")
+def test_the_table_is_within_its_errors() -> None:
+    rows = [row for number in range(len(CASES)) for row in rows_of(number)]
     assert agrees(rows, least_rms=0.5), [(row.oracle, row.quantity, row.z) for row in rows]
     assert len(rows) >= 30
-
-
-def test_page_has_every_row(rows: list[Row]) -> None:
     text = table.page(rows, table.quick(), 1.0)
     assert text.count("\n| T") == len(rows)
     assert "nan" not in text

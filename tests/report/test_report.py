@@ -16,8 +16,8 @@ import torch
 from PIL import Image
 
 import lossk
+from lossk.cli.label_files import read_classes
 from lossk.cli.main import main
-from lossk.cli.report import read_labels
 from lossk.errors import LosskError
 from lossk.report import page, write_report
 from lossk.report.findings import disagree, suspects
@@ -190,7 +190,7 @@ def test_a_damaged_or_foreign_file_beside_a_store_is_refused(tmp_path: Path) -> 
 def test_labels_are_read_from_csv(content: str, labels: list[int], names: list[str], tmp_path: Path) -> None:
     path = tmp_path / "labels.csv"
     path.write_text(content)
-    found, found_names = read_labels(path)
+    found, found_names = read_classes(path)
     assert found.tolist() == labels
     assert found_names == names
 
@@ -199,7 +199,7 @@ def test_a_csv_without_a_label_column_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "labels.csv"
     path.write_text("1,2\n3,4\n")
     with pytest.raises(ValueError, match="must have one column, or a heading with a column 'label'"):
-        read_labels(path)
+        read_classes(path)
 
 
 # -- lists and numbers ------------------------------------------------------------------------------------------------
@@ -350,7 +350,7 @@ def test_run_keeps_the_samples_and_report_shows_them(tmp_path: Path, monkeypatch
     assert main(["report", "tiny.lossk", "--overwrite"]) == 0
     assert Path("tiny.html").read_text() == first
     texts = Elements(first).text
-    for expected in ("task: test_cli:make_task", "planted classes: three", "Most suspicious labels"):
+    for expected in (f"task: {CONFIG['task']}", "planted classes: three", "Most suspicious labels"):
         assert any(expected in text for text in texts), expected
     Path("tiny.samples.npz").unlink()
     Path("labels.csv").write_text("label\n" + "x\ny\nz\n" * 10)

@@ -56,7 +56,7 @@ def frozen(
     params = check_optional(check_strings, "params", params, "name patterns")
     sets = read_data(data, transform)
     task = Task(model, resolve_loss(loss), params=params)
-    task.passes = Passes(memory_format="contiguous")  # weights in `task.flat` lie as in the model
+    task.use_passes(Passes(memory_format="contiguous"))  # weights in `task.flat` lie as in the model
     names = {id(samples): name or "data" for name, samples in sets.items()}
     proven, positions = prove(task, {names[id(samples)]: samples for samples in sets.values()})
     if any(each is not None for each in positions.values()):

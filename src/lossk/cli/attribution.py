@@ -6,37 +6,22 @@ import argparse
 import importlib.util
 import re
 from pathlib import Path
-from typing import Any
 
-from lossk.analysis.attribution import ORDERS, Influence, influence
+from lossk.analysis.attribution import Influence, influence
 from lossk.analysis.tables import write_csv
 from lossk.checks import shown
-from lossk.cli.options import file_path, folder, whole
+from lossk.cli.class_labels import open_named
 from lossk.cross import CrossKernel
 from lossk.errors import LosskError
-from lossk.kernel.from_store import open_kernel
 from lossk.kernel.kernel import LossKernel
 
 SUFFIXES = (".csv", ".parquet")
 SHOWN = 5  # queries that are printed
 
 
-def add_command(commands: Any) -> None:
-    """Add it to the parser's subcommands."""
-    parser = commands.add_parser("attribute", help="which training samples help and harm each query")
-    parser.add_argument("store", type=folder)
-    parser.add_argument("--query", required=True, metavar="SET", help="a set of the store, or row numbers: 3,17,40-49")
-    parser.add_argument("--train", metavar="SET", help="likewise; default: the set 'train' or, without sets, every row")
-    parser.add_argument("--top", type=whole(1), default=10, metavar="K", help="samples of either kind per query (10)")
-    parser.add_argument("--by", choices=ORDERS, default="influence", help="rank by K or by R; default: influence")
-    parser.add_argument("--out", type=file_path, metavar="TABLE", help="write the whole table: a .csv or .parquet file")
-    parser.add_argument("--overwrite", action="store_true", help="replace an earlier table")
-    parser.set_defaults(run=run_attribute)
-
-
 def run_attribute(options: argparse.Namespace) -> None:
     out = None if options.out is None else check_table(Path(options.out), overwrite=options.overwrite)
-    kernel = open_kernel(options.store)
+    kernel = open_named(options)
     train = "train" if kernel.sets else "all"
     cross = CrossKernel(
         kernel,
@@ -47,7 +32,7 @@ def run_attribute(options: argparse.Namespace) -> None:
     print(kernel)
     if kernel.diagnostics is not None:
         print(f"verdict: {kernel.diagnostics.verdict}")
-    print(describe(found))
+    print(describe(found, cross))
     if out is not None:
         frame = found.to_frame()
         write_csv(frame, out) if out.suffix == ".csv" else frame.to_parquet(out, index=False)
@@ -77,24 +62,32 @@ def _rows(option: str, kernel: LossKernel, text: str) -> str | list[int] | slice
     return rows
 
 
-def describe(found: Influence) -> str:
-    """The strongest samples of the first queries."""
+def describe(found: Influence, cross: CrossKernel) -> str:
+    """The strongest samples of the first queries, by their number in the data, and as the kernel calls them."""
     lines = ["BIF = -K in nats^2, with its Monte Carlo error; * stands above the query's noise floor"]
     for j, query in enumerate(found.query_samples[:SHOWN].tolist()):
-        lines.append(f"query {query}  (noise floor |R| {float(found.noise_floor[j]):.3f})")
+        name = _called(cross, query, int(cross._query[j]))
+        lines.append(f"query {name}  (noise floor |R| {float(found.noise_floor[j]):.3f})")
         for kind, ranked, sign in (("helpful", found.helpful, -1), ("harmful", found.harmful, 1)):
             parts = []
             for k in range(min(3, ranked.row.shape[1])):
                 value, error = float(ranked.influence[j, k]), float(ranked.standard_error[j, k])
                 if value * sign > 0:
                     star = "*" if ranked.significant[j, k] else ""
-                    parts.append(f"{int(ranked.samples[j, k])} ({value:.2e} +- {error:.1e}){star}")
+                    name = _called(cross, int(ranked.samples[j, k]), int(cross._train[int(ranked.row[j, k])]))
+                    parts.append(f"{name} ({value:.2e} +- {error:.1e}){star}")
             lines.append(f"  {kind}  {', '.join(parts) or 'none'}")
     if len(found.query_samples) > SHOWN:
         lines.append(f"... and {len(found.query_samples) - SHOWN} more queries; --out TABLE writes them all")
     above = float((found.helpful.significant & (found.helpful.influence < 0)).double().mean())
     lines.append(f"helpful samples above the noise floor: {above:.1%} of those ranked")
     return "\n".join(lines)
+
+
+def _called(cross: CrossKernel, sample: int, row: int) -> str:
+    """A sample by its number within its set, and by its id and class where the kernel's rows have them."""
+    names = cross.kernel.names
+    return f"{sample} [{names.row(row)}]" if len(names) else str(sample)
 
 
 def check_table(table: Path, *, overwrite: bool) -> Path:

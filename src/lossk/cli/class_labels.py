@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -10,6 +13,45 @@ from torch import Tensor
 from lossk.analysis import Taxonomy
 from lossk.cli.config import load_config, read_yaml
 from lossk.cli.label_files import read_classes
+from lossk.cli.options import named
+from lossk.forms.names import Names
+from lossk.kernel.from_store import kernel_of, open_kernel
+from lossk.kernel.kernel import LossKernel
+from lossk.report.samples import read_samples, samples_path
+
+
+def open_named(options: argparse.Namespace) -> LossKernel:
+    """The store of a command, its rows called as `--labels` says."""
+    return labeled(open_kernel(options.store), options)
+
+
+def labeled(kernel: LossKernel, options: argparse.Namespace) -> LossKernel:
+    """With the classes of `--labels`; else those of the store, or of the samples that `lossk run` saved beside it."""
+    if options.labels is not None:
+        read = partial(read_labels, trusted=options.trust)
+        labels, names = named("--labels", read, options.labels, options.store, len(kernel))
+        return with_classes(kernel, labels, names)
+    beside = samples_path(Path(options.store))
+    if kernel.labels is not None or not beside.exists():
+        return kernel
+    saved = read_samples(beside, len(kernel))
+    if saved.labels is None:
+        return kernel
+    numbers = torch.from_numpy(saved.labels)
+    return with_classes(kernel, numbers, [saved.name_of(i) for i in range(int(numbers.max()) + 1)])
+
+
+def with_classes(kernel: LossKernel, labels: Tensor, names: list[str]) -> LossKernel:
+    """The kernel with these classes, numbered as here."""
+    contents = replace(kernel.contents, names=Names(kernel.ids, labels.numpy(), tuple(names)))
+    return kernel_of(contents)
+
+
+def names_of_classes(kernel: LossKernel) -> list[str]:
+    """Of class 0, 1, ...: names, or numbers."""
+    if kernel.labels is None or kernel.class_names:
+        return kernel.class_names
+    return [str(number) for number in range(int(kernel.labels.max()) + 1)]
 
 
 def read_labels(source: str, store: str | Path, num_samples: int, *, trusted: bool = False) -> tuple[Tensor, list[str]]:

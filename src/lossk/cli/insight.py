@@ -3,74 +3,19 @@
 from __future__ import annotations
 
 import argparse
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from lossk.analysis.tables import PICTURES, TABLES, check_outputs, write_table
 from lossk.checks import check_integer
-from lossk.cli.class_labels import read_labels, read_taxonomy
-from lossk.cli.options import file_path, folder, named, real, whole
+from lossk.cli.class_labels import labeled, names_of_classes, open_named, read_taxonomy
+from lossk.cli.options import named
 from lossk.kernel.from_store import open_kernel
 from lossk.kernel.indexing import resolve
 
-LABELS = "one class per line, number or name (a .npy file of numbers too), or 'config': of the store's own config"
-TRUST = "with --labels config: let the YAML beside the store name code other than the packaged recipes, and run it"
-
-
-def add_commands(commands: Any) -> None:
-    """Add them to the parser's subcommands."""
-    near = commands.add_parser("neighbors", help="nearest neighbors with standard errors and the noise floor")
-    near.add_argument("store", type=folder)
-    near.add_argument("--k", type=whole(1), default=10, help="neighbors of each sample; default 10")
-    near.add_argument("--rows", type=int, nargs="+", help="only these samples'; default all")
-    near.add_argument("--anti", action="store_true", help="the most anti-correlated instead")
-    _add_out(near, TABLES)
-    near.set_defaults(run=run_neighbors)
-
-    drawn = commands.add_parser("map", help="a UMAP map of the samples, and clusters on it")
-    drawn.add_argument("store", type=folder)
-    drawn.add_argument("--labels", type=file_path, metavar="FILE", help=LABELS)
-    drawn.add_argument("--trust", action="store_true", help=TRUST)
-    drawn.add_argument("--dimensions", type=whole(1, 10), default=2, help="default 2")
-    drawn.add_argument("--num-neighbors", type=whole(2), default=30, help="default 30")
-    drawn.add_argument("--min-dist", type=real(0.0, 1.0), default=0.1, help="default 0.1")
-    drawn.add_argument("--min-cluster-size", type=whole(2), default=15, help="default 15")
-    drawn.add_argument("--seed", type=whole(0, 2**32 - 1), default=0, help="default 0")
-    _add_out(drawn, TABLES + PICTURES)
-    drawn.set_defaults(run=run_map)
-
-    classes = commands.add_parser("hierarchy", help="how classes relate, and whether a taxonomy agrees")
-    classes.add_argument("store", type=folder)
-    classes.add_argument("--labels", type=file_path, metavar="FILE", required=True, help=LABELS)
-    classes.add_argument("--trust", action="store_true", help=TRUST)
-    classes.add_argument(
-        "--taxonomy",
-        type=file_path,
-        metavar="FILE",
-        help="YAML, 'synsets: {class: WordNet synset}' or 'tree: {...}'; or 'fashion'",
-    )
-    classes.add_argument("--absolute", action="store_true", help="cluster by mean |R| instead of mean R")
-    classes.add_argument("--seed", type=whole(0, 2**32 - 1), default=0, help="default 0")
-    _add_out(classes, TABLES + PICTURES)
-    classes.set_defaults(run=run_hierarchy)
-
-    both = commands.add_parser("compare", help="two kernels of the same samples: entries, CKA, neighbors")
-    both.add_argument("a", type=folder)
-    both.add_argument("b", type=folder)
-    both.add_argument("--k", type=whole(1), default=10, help="neighbors compared; default 10")
-    _add_out(both, TABLES)
-    both.set_defaults(run=run_compare)
-
-
-def _add_out(parser: argparse.ArgumentParser, suffixes: tuple[str, ...]) -> None:
-    parser.add_argument(
-        "--out", type=file_path, action="append", default=[], metavar="FILE", help=" or ".join(suffixes)
-    )
-    parser.add_argument("--overwrite", action="store_true", help="replace what is there")
+SHOWN = 5  # pairs of classes that are printed, of either kind
 
 
 def _outputs(options: argparse.Namespace, suffixes: tuple[str, ...]) -> list[Path]:
@@ -84,22 +29,15 @@ def _wrote(paths: list[Path]) -> None:
         print("wrote " + ", ".join(map(str, paths)))
 
 
-def _labels(options: argparse.Namespace, num_samples: int) -> tuple[torch.Tensor, list[str]]:
-    read = partial(read_labels, trusted=options.trust)
-    return named("--labels", read, options.labels, options.store, num_samples)
-
-
 def run_neighbors(options: argparse.Namespace) -> None:
     from lossk.analysis import significant_neighbors
 
-    paths, kernel = _outputs(options, TABLES), open_kernel(options.store)
+    paths, kernel = _outputs(options, TABLES), open_named(options)
     check_integer("--k", options.k, 1, len(kernel) - 1, limit=f"N - 1 = {len(kernel) - 1}")
     if options.rows is not None:
         resolve(options.rows, len(kernel), "--rows")
     found = significant_neighbors(kernel, options.k, options.rows, options.anti)
     rows, k = found.index.shape
-    chosen = range(kernel.num_samples) if options.rows is None else options.rows
-    samples = torch.tensor(chosen, dtype=torch.int64, device="cpu") % kernel.num_samples
     print(f"{rows:,} samples, {k} {'most anti-correlated' if options.anti else 'nearest'} of each")
     print(f"significant   {found.share:.1%} above the noise floor (unrelated samples: about {1 / k:.0%})")
     how = {
@@ -112,28 +50,22 @@ def run_neighbors(options: argparse.Namespace) -> None:
     print(f"by_chance     {sure:.1%} are such as fewer than one row of a hundred would show by chance")
     kept = float((found.table_false_share <= 0.05).double().mean())
     print(f"discoveries   {kept:.1%}, at most 5% of them false (Benjamini and Hochberg, over the table)")
+    if options.show:
+        print(f"\n{'sample':>12s}  floor  nearest, with R; * stands above the sample's noise floor")
+    for sample, floor, near in found.lines(options.show):
+        print(f"{sample:>12s}  {floor}  {near}")
+    if len(found.rows) > options.show > 0:
+        print(f"... {len(found.rows) - options.show:,} more samples: --show N prints N, --out writes all")
     for target in paths:
-        columns = {
-            "sample": samples.repeat_interleave(k),
-            "rank": torch.arange(1, k + 1, device="cpu").repeat(rows),
-            "neighbor": found.index.reshape(-1),
-            "correlation": found.correlation.reshape(-1),
-            "standard_error": found.standard_error.reshape(-1),
-            "noise_floor": found.noise_floor.repeat_interleave(k),
-            "significant": found.significant.reshape(-1),
-            "by_chance": found.by_chance.reshape(-1),
-            "row_false_share": found.row_false_share.reshape(-1),
-            "table_false_share": found.table_false_share.reshape(-1),
-        }
-        write_table(columns, target)
+        write_table(found.columns(), target)
     _wrote(paths)
 
 
 def run_map(options: argparse.Namespace) -> None:
     from lossk.analysis import cluster, map_kernel
 
-    paths, kernel = _outputs(options, TABLES + PICTURES), open_kernel(options.store)
-    labels, names = (None, []) if options.labels is None else _labels(options, len(kernel))
+    paths, kernel = _outputs(options, TABLES + PICTURES), open_named(options)
+    labels, names = kernel.labels, names_of_classes(kernel)
     drawn = map_kernel(
         kernel,
         dimensions=options.dimensions,
@@ -169,14 +101,18 @@ def run_hierarchy(options: argparse.Namespace) -> None:
     from lossk.analysis.stored_traces import open_with_chains
 
     paths = _outputs(options, TABLES + PICTURES)
-    kernel = open_with_chains(options.store)
-    labels, names = _labels(options, len(kernel))
+    kernel = labeled(open_with_chains(options.store), options)
+    labels, names = kernel.labels, names_of_classes(kernel)
+    if labels is None:
+        raise ValueError(f"--labels must be given: the store {options.store!r} keeps none, got None")
     taxonomy = None if options.taxonomy is None else named("--taxonomy", read_taxonomy, options.taxonomy, names)
     found = class_similarity(kernel, labels, names, seed=options.seed, progress=len(kernel) > 10_000)
     shown = found.absolute if options.absolute else found.signed
     tree = dendrogram(shown, names)
     print(f"{len(names)} classes, {int(found.counts.sum()):,} live samples")
     print(f"dendrogram's cophenetic correlation {tree.cophenetic_correlation:.3f}")
+    for line in describe_pairs(shown, names):
+        print(line)
     tables = [target for target in paths if target.suffix in TABLES]
     if taxonomy is not None:
         alignment = align({"mean R": found.signed, "mean |R|": found.absolute}, taxonomy, seed=options.seed)
@@ -206,6 +142,21 @@ def run_hierarchy(options: argparse.Namespace) -> None:
 
             draw_hierarchy(found, tree, target)
     _wrote(paths)
+
+
+def describe_pairs(found: Any, names: list[str]) -> list[str]:
+    """The pairs of different classes whose mean correlation is highest, and lowest."""
+    first, second = np.triu_indices(len(names), k=1)
+    values = found.matrix[first, second]
+    order = [int(i) for i in np.argsort(-values, kind="stable") if np.isfinite(values[i])]
+    error = found.image_error
+    lines = []
+    for title, part in (("closest", order[:SHOWN]), ("farthest", order[::-1][: min(SHOWN, len(order) - SHOWN)])):
+        for i in part:
+            a, b = first[i], second[i]
+            spread = "" if error is None else f" +- {error[a, b]:.3f}"
+            lines.append(f"  {title:8s}  {values[i]:+.3f}{spread}  {names[a]} and {names[b]}")
+    return lines
 
 
 def run_compare(options: argparse.Namespace) -> None:

@@ -7,8 +7,6 @@ import sys
 from collections.abc import Callable
 from typing import Any, NoReturn, TypeVar
 
-from lossk.checks import check_integer, check_number, check_path, check_place, shown
-
 Found = TypeVar("Found")
 
 
@@ -41,8 +39,8 @@ def whole(least: int, most: int | None = None, **more: int) -> Callable[[str], i
         try:
             number = int(text)
         except ValueError:
-            raise argparse.ArgumentTypeError(f"must be an integer, got {shown(text)}") from None
-        return _named(check_integer, number, least, most, **more)
+            raise argparse.ArgumentTypeError(f"must be an integer, got {_shown(text)}") from None
+        return _named("check_integer", number, least, most, **more)
 
     return read
 
@@ -54,42 +52,50 @@ def real(least: float, most: float) -> Callable[[str], float]:
         try:
             number = float(text)
         except ValueError:
-            raise argparse.ArgumentTypeError(f"must be a number, got {shown(text)}") from None
-        return _named(check_number, number, least=least, most=most)
+            raise argparse.ArgumentTypeError(f"must be a number, got {_shown(text)}") from None
+        return _named("check_number", number, least=least, most=most)
 
     return read
 
 
 def folder(text: str) -> str:
     """The path of a folder, the current one and the root too."""
-    _named(check_place, text)
+    _named("check_place", text)
     return text
 
 
 def file_path(text: str) -> str:
     """The path of a file or of a folder; whether it is there is asked by whoever opens it."""
-    _named(check_path, text)
+    _named("check_path", text)
     return text
 
 
 def store_path(text: str) -> str:
     """The path of a store to write."""
-    if _named(check_path, text).suffix != ".lossk":
-        raise argparse.ArgumentTypeError(f"must end in .lossk, got {shown(text)}")
+    if _named("check_path", text).suffix != ".lossk":
+        raise argparse.ArgumentTypeError(f"must end in .lossk, got {_shown(text)}")
     return text
 
 
 def existing(text: str) -> str:
     """The path of a file that is there."""
-    if not _named(check_path, text).is_file():
-        raise argparse.ArgumentTypeError(f"must be a file that is there, got {shown(text)}")
+    if not _named("check_path", text).is_file():
+        raise argparse.ArgumentTypeError(f"must be a file that is there, got {_shown(text)}")
     return text
 
 
-def _named(check: Callable[..., Any], value: Any, *rules: Any, **more: Any) -> Any:
-    """argparse writes the option's name before the message."""
+def _shown(text: str) -> str:
+    from lossk.checks import shown
+
+    return shown(text)
+
+
+def _named(check: str, value: Any, *rules: Any, **more: Any) -> Any:
+    """A check of `lossk.checks`, which imports torch; argparse writes the option's name before the message."""
+    from lossk import checks
+
     try:
-        return check("", value, *rules, **more)
+        return getattr(checks, check)("", value, *rules, **more)
     except (TypeError, ValueError) as error:
         raise argparse.ArgumentTypeError(str(error).strip()) from None
 

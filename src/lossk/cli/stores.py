@@ -4,36 +4,20 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from lossk.available import gigabytes
 from lossk.checks import check_path
-from lossk.cli.options import file_path, folder, named
+from lossk.cli.options import named
+from lossk.diagnostics.table import short
 from lossk.errors import StoreError
+from lossk.forms.names import Names
 from lossk.kernel.from_store import open_kernel
 from lossk.store.commits import progress_of
 from lossk.store.manifest import is_complete
-
-
-def add_commands(commands: Any) -> None:
-    """Add them to the parser's subcommands."""
-    info = commands.add_parser("info", help="what a store holds")
-    info.add_argument("store", type=folder)
-    info.add_argument("--json", action="store_true", help="everything, as JSON")
-    info.set_defaults(run=run_info)
-
-    verify = commands.add_parser("verify", help="check every checksum of a store, and that it can be a kernel")
-    verify.add_argument("store", type=folder)
-    verify.set_defaults(run=run_verify)
-
-    export = commands.add_parser("export", help="write the whole N x N matrix for other tools")
-    export.add_argument("store", type=folder)
-    export.add_argument("out", type=file_path, help="path to write, which must not exist")
-    export.add_argument("--format", choices=("zarr", "npy"), default="zarr", help="default: zarr")
-    export.add_argument("--correlation", action="store_true", help="R instead of K")
-    export.set_defaults(run=run_export)
 
 
 def run_info(options: argparse.Namespace) -> None:
@@ -62,11 +46,30 @@ def run_info(options: argparse.Namespace) -> None:
     print(f"{store}  {gigabytes(size)}, complete")
     print(describe(kernel))
     print(f"{kernel.form:12s} side {kernel.tile}, {kernel.dtype}, centered by {kernel.centering}")
-    for key, value in kernel.meta.get("sampler", {}).items():
-        print(f"  {key:20s} {value}")
-    for name, scale in kernel.meta.get("scales", {}).items():
-        print(f"  D of {name:15s} {scale:.4g}")
-    print(f"made by      {kernel.meta.get('versions', {})}, commit {kernel.meta.get('git_sha')}")
+    if len(kernel.names):
+        print(f"named        {describe_names(kernel.names)}")
+    print("\n".join(describe_making(kernel.meta)))
+
+
+def describe_names(names: Names) -> str:
+    """Which names the rows have."""
+    ids = [] if names.ids is None else [f"ids {names.ids[0]}, ..."]
+    if names.labels is None:
+        return ids[0]
+    classes = len(names.class_names) or int(names.labels.max()) + 1
+    return ", ".join([*ids, f"{classes:,} classes" + (f": {', '.join(names.class_names[:5])}, ..." if classes else "")])
+
+
+def describe_making(meta: Mapping[str, Any]) -> list[str]:
+    """The sampler, scales and versions of a run, numbers in 4 digits; a store of bare traces has none."""
+    sampler = {key: value for key, value in meta.get("sampler", {}).items() if value is not None}
+    lines = [f"  {key:22s} {short(value) if isinstance(value, float) else value}" for key, value in sampler.items()]
+    lines = ["sampler", *lines] if lines else []
+    lines += [f"  D of {name:17s} {short(scale)}" for name, scale in meta.get("scales", {}).items()]
+    versions = ", ".join(f"{package} {version}" for package, version in (meta.get("versions") or {}).items())
+    commit = meta.get("git_sha")
+    made = ", ".join(filter(None, [versions, f"commit {commit[:12]}" if commit else ""]))
+    return [*lines, f"made by      {made}"] if made else lines
 
 
 def run_verify(options: argparse.Namespace) -> int:

@@ -14,39 +14,11 @@ from lossk.cli.config import RunConfig, load_config, parse_override
 from lossk.cli.grid import GridSettings, parse_values, plan_grid, planned_cells, request_of
 from lossk.cli.grid_cell import PlannedCell, read_cell
 from lossk.cli.grid_jobs import PICTURE, open_grid, run_grid, working_in
-from lossk.cli.options import folder, whole
 from lossk.optional import check_installed
 from lossk.report.grid_picture import draw_grid, number
 from lossk.timings import duration
 
-MOST_JOBS = 1024  # processes
 RISE_LIMIT = 0.5  # nats
-
-
-def add_command(commands: Any, recipes: Sequence[str]) -> None:
-    """Hook `lossk tune` into the command line's parser."""
-    tune = commands.add_parser("tune", help="try n_beta and localization on a grid of short runs; a verdict for each")
-    defaults = GridSettings()
-    tune.add_argument("config", help=f"a YAML file, or a recipe: {', '.join(recipes)}")
-    tune.add_argument("--out", type=folder, metavar="FOLDER", help="default: the config's out, ending in .tune")
-    tune.add_argument("--n-beta", nargs="+", metavar="VALUE", help="numbers, or multiples like 10x of the middle")
-    tune.add_argument("--localization", nargs="+", metavar="VALUE", help="likewise")
-    tune.add_argument(
-        "--jobs",
-        type=whole(1, ceiling=MOST_JOBS),
-        default=1,
-        metavar="K",
-        help="processes, of one thread each (default 1)",
-    )
-    tune.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="e.g. sampler.batch_size=64")
-    tune.add_argument("--probe", type=int, default=defaults.probe, help="most probe samples (default %(default)s)")
-    tune.add_argument("--num-chains", type=int, default=defaults.num_chains, help="per cell (default %(default)s)")
-    tune.add_argument("--num-draws", type=int, default=defaults.num_draws, help="per chain (default %(default)s)")
-    tune.add_argument("--max-steps", type=int, default=defaults.max_steps, help="per chain (default %(default)s)")
-    group = tune.add_mutually_exclusive_group()
-    group.add_argument("--overwrite", action="store_true", help="begin again in a folder that is there")
-    group.add_argument("--resume", action="store_true", help="finish or extend a grid")
-    tune.set_defaults(run=run_tune)
 
 
 def run_tune(options: argparse.Namespace) -> None:

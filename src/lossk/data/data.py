@@ -144,6 +144,11 @@ class Samples:
         along = self.along and dataclasses.replace(self.along, samples=self.along.samples.cut(span))
         return dataclasses.replace(self, tree=tree, num_samples=stop - start, padding=None, along=along)
 
+    def placed(self, change: Callable[[Tensor], Tensor], device: torch.device, side: SideStream | None) -> Samples:
+        """With every tensor changed, and batches copied to the device, if there is a stream for that."""
+        tree = map_tensors(change, self.tree)
+        return dataclasses.replace(self, tree=tree, device=None if side is None else device, side=side)
+
     def transformed(self, transform: Transform | None, name: str) -> Samples:
         """The same data with a transform, tried on one batch.
 
@@ -153,7 +158,8 @@ class Samples:
         """
         if transform is None:
             return self
-        if not isinstance(self.tree, tuple) or len(self.tree) != 2:
+        tree = self.held(slice(0, 1)) if self.tree is None else self.tree
+        if not isinstance(tree, tuple | list) or len(tree) != 2:
             raise ValueError(f"transform needs batches (inputs, targets), got another form from {name}")
         samples = dataclasses.replace(self, transform=transform)
         few = samples[: min(2, len(self))][0]

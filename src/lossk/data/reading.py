@@ -21,6 +21,7 @@ from lossk.data.generators import generators_kept
 from lossk.data.loaders import AS_GIVEN, READ_BATCH, Reader, no_word_of_workers, reader_of
 from lossk.data.padding import Filling
 from lossk.data.room import Room
+from lossk.data.stream import stream_of
 from lossk.data.streams import streams_kept
 from lossk.data.trees import leaves
 from lossk.timings import Progress
@@ -55,6 +56,8 @@ def read_samples(
         return source
     with streams_kept(), generators_kept(source), _plain_modes(source):
         filling = Filling(getattr(source, "collate_fn", None)) if pads else None
+        if room is not None and room.streams and isinstance(source, DataLoader | Dataset):
+            return stream_of(reader_of(source, name), name, bar or Progress(False))
         samples = _read(source, name, bar or Progress(False), room or Room(), filling)
         tree = samples.tree
         tensors = leaves(tree)

@@ -15,7 +15,7 @@ class Room:
     """Counts what a call has read, and refuses to read beyond `memory=` or beyond what is free on the machine.
 
     Args:
-        data: "memory" or "spool" say where data go; "auto" has larger ones go to files.
+        data: "memory" or "spool" say where data go, "stream" that they go nowhere; "auto" has larger ones go to files.
         beside: a store that files may lie beside.
     """
 
@@ -32,13 +32,18 @@ class Room:
             self._spool = Spool(*folders(self._beside))
         return self._spool
 
+    @property
+    def streams(self) -> bool:
+        """Whether data are read again at every pass."""
+        return self._data == "stream"
+
     def spools(self, size: int | None) -> bool:
         """Whether data of so many bytes go to files; None is of no known size.
 
         Raises:
             MemoryError: they were asked to, and the disk has no room.
         """
-        if self._data == "memory":
+        if self._data in ("memory", "stream"):
             return False
         fits = size is None or size < self.spool.free
         if self._data == "spool" and not fits:

@@ -13,6 +13,13 @@ from torch import Tensor
 Path = tuple[Any, ...]  # of keys, names and numbers, from a tree to one of its tensors
 
 
+class Collated:
+    """A batch of any form, which is no tree, and how many samples it holds."""
+
+    def __init__(self, batch: Any, size: int) -> None:
+        self.batch, self.size = batch, size
+
+
 def children(tree: Any) -> dict[Any, Any] | None:
     """The parts of a tuple, list, mapping or dataclass by their keys; None of anything else."""
     if isinstance(tree, Mapping):

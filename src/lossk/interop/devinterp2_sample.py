@@ -208,7 +208,7 @@ class _Sampling:
         self.backend = resolve_backend("auto", self.task.device)
         if loss_fn is None:
             self.loss = TokenLoss(None, self.backend)
-            self.task.loss = resolve_loss(self.loss)
+            self.task.use_loss(resolve_loss(self.loss))
         self._fit()
 
     def _fit(self) -> None:

@@ -62,7 +62,7 @@ def kernel_from_weights(
     progress, given = check_flag("progress", progress), _chains(weights)
     _check_lengths([len(chain) for chain in given if isinstance(chain, list | tuple)])
     task = Task(model, resolve_loss(loss), params=["*"], device=device, precision=precision)
-    task.loss = resolve_loss(loss, resolve_backend("auto", task.device))
+    task.use_loss(resolve_loss(loss, resolve_backend("auto", task.device)))
     gradients = torch.is_grad_enabled()
     with Progress(progress) as bar:
         samples = read_samples(loader, bar=bar)

@@ -19,7 +19,6 @@ from itertools import permutations
 
 import numpy as np
 import torch
-from scipy.special import stdtr, stdtrit
 from torch import Tensor
 
 from lossk.ambient import without_autocast
@@ -77,6 +76,8 @@ class LagLaws:
     others: int
 
     def floor(self) -> Tensor:
+        from scipy.special import stdtrit  # slow to import
+
         lag1 = self.moments.lag1.clamp(-0.99, 0.99)
         mean = lag1[self.alive].mean() if self.alive.any() else torch.zeros((), dtype=torch.float64, device="cpu")
         freedom = self._freedom(lag1[self.rows] * mean)
@@ -84,6 +85,8 @@ class LagLaws:
         return torch.from_numpy(t / np.sqrt(freedom + np.square(t))).float()
 
     def share_above(self, size: Tensor, index: Tensor) -> Tensor:
+        from scipy.special import stdtr
+
         lag1 = self.moments.lag1.clamp(-0.99, 0.99)
         freedom = self._freedom(lag1[self.rows].unsqueeze(1) * lag1[index])
         r = size.double().numpy()

@@ -6,7 +6,6 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
-from scipy.sparse.linalg import LinearOperator, eigsh
 from torch import Tensor
 
 from lossk.forms.blocks import FactorBlocks
@@ -40,6 +39,8 @@ def leading(
     if way == "dense":
         values, vectors = np.linalg.eigh(matvec(torch.eye(n, dtype=torch.float64, device="cpu")).numpy())
     else:
+        from scipy.sparse.linalg import LinearOperator, eigsh  # slow to import
+
         operator = LinearOperator((n, n), matvec=lambda v: matvec(torch.from_numpy(v)).numpy(), dtype=np.float64)
         start = np.random.default_rng(0).standard_normal(n)
         values, vectors = eigsh(operator, k=k, which="LA", v0=start)

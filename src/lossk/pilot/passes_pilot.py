@@ -66,7 +66,7 @@ def choose_passes(task: Task, probe: Samples, train: Samples, load: Load) -> tup
     try:
         return bench.search()
     finally:
-        task.passes = bench.before
+        task.use_passes(bench.before)
 
 
 class _Bench:
@@ -169,7 +169,7 @@ class _Bench:
             best: so far; what is far from it is not measured again.
             once: a first call alone, which says no more than the order of magnitude.
         """
-        self.task.passes = passes
+        self.task.use_passes(passes)
         timer = seconds_of if once else quickest
         forward = backward = 0.0
         with self.task:

@@ -57,7 +57,7 @@ def uninformed_loss(name: str, train: Samples) -> tuple[float, str] | None:
         counts = _label_counts(train)
         share = counts / counts.sum()
         return max(float(-(share * share.log()).sum()), 0.1), "the training labels' entropy"
-    if name == "mse":
+    if name == "mse" and train.tree is not None:
         _, targets = split_batch(train.tree)
         spread = float(targets.double().var(dim=0, correction=0).mean())
         return (spread, "the targets' variance") if spread > 0 else None

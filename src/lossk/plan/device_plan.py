@@ -13,6 +13,7 @@ from typing import Any
 from lossk.available import gigabytes
 from lossk.memory import Budget
 from lossk.plan.layout import Layout, Size, choose_layout, panel_bytes, weight_bytes
+from lossk.plan.places import BY_NAME, DEVICE, MEMORY
 from lossk.task.passes import Passes
 
 PASSES_SHARE = 0.25  # of what is free before any pass has run: kept for activations, gradients and workspaces
@@ -50,7 +51,7 @@ def on_device(size: Size, room: Room) -> Layout | None:
         return None
     # The host holds the copy of a panel that is logged, and two tiles on their way into a store.
     host = 8 * size.panel * size.num_samples + 2 * 4 * size.side**2
-    return Layout("device", 0, host, 0, device_bytes=needed)
+    return Layout(DEVICE, 0, host, 0, device_bytes=needed)
 
 
 def waiting_draws(size: Size, room: Room) -> int:
@@ -76,20 +77,20 @@ def choose_with_device(
     Raises:
         MemoryError: they fit nowhere, or no longer on the device where the run that is resumed has them.
     """
-    where = None if saved is None else saved["tiles"]
-    if where in (None, "device"):
+    where = None if saved is None else BY_NAME[saved["tiles"]]
+    if where in (None, DEVICE):
         resident = on_device(size, room)
         if resident is not None:
             resident = replace(resident, weight_bytes=weight_bytes(size), taken_bytes=taken)
             if resident.peak_bytes <= budget.limit(taken):
                 return resident
-        if where == "device":
+        if where == DEVICE:
             raise MemoryError(
                 f"the run that is resumed has its tiles on the device, where {gigabytes(room.usable)} are usable and "
                 f"{gigabytes(4 * size.entries + panel_bytes(size))} are needed"
             )
     layout = choose_layout(size, budget, taken, on_disk=on_disk, saved=saved)
-    if layout.tiles != "memory":
+    if layout.place != MEMORY:
         return layout
     waiting = waiting_draws(size, room) if saved is None else saved["super_panel"]
     visiting = panel_bytes(size) + size.stack_bytes + 2 * 4 * size.side**2 + 8 * waiting * size.num_samples
@@ -127,8 +128,8 @@ def choose_overlap(passes: Passes, size: Size, layout: Layout, room: Room) -> tu
 
 def describe_room(layout: Layout, room: Room) -> str:
     """What the device will hold, in words."""
-    where = {"device": "tiles on the device", "memory": "tiles in host memory"}.get(layout.tiles, "no tiles")
-    if layout.tiles == "memory":
+    where = {DEVICE: "tiles on the device", MEMORY: "tiles in host memory"}.get(layout.place, "no tiles")
+    if layout.place == MEMORY:
         visits = f"to the device and back once per {layout.super_panel} rows of draws"
         where += f", {visits if layout.super_panel else 'updated there: the device has no room for any'}"
     return (

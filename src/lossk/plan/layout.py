@@ -10,11 +10,11 @@ from lossk.available import available, gigabytes
 from lossk.forms.blocks import tile_spans
 from lossk.forms.watched import watched_bytes
 from lossk.memory import Budget, as_setting
+from lossk.plan.places import BY_NAME, MEMORY, STORE, Place
 from lossk.ranks.mesh import ONE_RANK, Mesh, deal_tiles, tile_shapes
 
 BYTES = {"float32": 4, "float16": 2}
-TILES_IN_MEMORY = {"tiles": "memory", "super_panel": 0}
-PLACES = {"memory": "memory", "store": "the store", "device": "the device's memory"}
+TILES_IN_MEMORY = {"tiles": MEMORY.name, "super_panel": 0}  # what a config that says nothing of it means
 SLACK = 4_000_000  # Python objects, threads, and the small arrays of the diagnostics
 PLANNED = 4  # vectors of all weights: w, w* and the gradient, taken before a run is planned, and one of the sampler's
 STRIPE = 4096  # columns that statistics take in at a time, which bounds their float64 temporaries
@@ -86,10 +86,10 @@ def log_columns(num_samples: int, tile: int) -> int:
 class Layout:
     """Where tiles live, and the bytes expected of each part of a run beyond what the process held at the call.
 
-    What bears on the last bit of the result (`tiles`, `super_panel`) is saved with a run and kept on resuming.
+    What bears on the last bit of the result (`place`, `super_panel`) is saved with a run and kept on resuming.
     """
 
-    tiles: str  # "memory", "store", "device" (a CUDA device's memory); "traces" (held) or "factor" (stored) for none
+    place: Place
     tile_bytes: int
     panel_bytes: int
     weight_bytes: int
@@ -109,7 +109,16 @@ class Layout:
 
     def to_dict(self) -> dict[str, Any]:
         """What a resumed run must keep."""
-        return {"tiles": self.tiles, "super_panel": self.super_panel}
+        return {"tiles": self.place.name, "super_panel": self.super_panel}
+
+    def told(self) -> dict[str, Any]:
+        """All of it as plain data, for other ranks."""
+        return {**vars(self), "place": self.place.name}
+
+    @classmethod
+    def heard(cls, plain: Mapping[str, Any]) -> Layout:
+        """The inverse of `told`."""
+        return cls(**{**plain, "place": BY_NAME[plain["place"]]})
 
 
 def panel_bytes(size: Size) -> int:
@@ -130,7 +139,7 @@ def in_memory(size: Size, taken: int, *, on_disk: bool) -> Layout:
     writing = 3 * BYTES[size.dtype] * size.side**2 if on_disk else 0
     gathered = 0 if on_disk or size.mesh.ranks == 1 else BYTES[size.dtype] * size.entries
     tiles = 4 * size.own_entries + writing
-    return Layout("memory", tiles, panel_bytes(size), weight_bytes(size), taken, gathered_bytes=gathered)
+    return Layout(MEMORY, tiles, panel_bytes(size), weight_bytes(size), taken, gathered_bytes=gathered)
 
 
 def in_store(size: Size, taken: int, *, super_panel: int, stripes: int) -> Layout:
@@ -140,7 +149,7 @@ def in_store(size: Size, taken: int, *, super_panel: int, stripes: int) -> Layou
     rows = 4 * size.side * (super_panel + size.num_chains) * (stripes + 1)
     reading = 36 * size.panel * log_columns(size.num_samples, size.tile)
     return Layout(
-        "store",
+        STORE,
         copies * one,
         panel_bytes(size),
         weight_bytes(size),
@@ -191,10 +200,10 @@ def choose_layout(
     """
     limit = budget.limit(taken)
     memory = in_memory(size, taken, on_disk=on_disk)
-    where, super_panel = (None, None) if saved is None else (saved["tiles"], saved["super_panel"] or None)
-    if where != "store" and memory.peak_bytes <= limit:
+    where, super_panel = (None, None) if saved is None else (BY_NAME[saved["tiles"]], saved["super_panel"] or None)
+    if where != STORE and memory.peak_bytes <= limit:
         return memory
-    if where != "memory" and on_disk:
+    if where != MEMORY and on_disk:
         store = widest_in_store(size, taken, limit, super_panel)
         if store.peak_bytes <= limit:
             return store
@@ -204,7 +213,7 @@ def choose_layout(
 
 def _refusal(size: Size, layout: Layout, budget: Budget, limit: int, *, on_disk: bool, saved: bool) -> str:
     """Why a run does not fit, and what would."""
-    least, taken, place = layout.peak_bytes, layout.taken_bytes, PLACES[layout.tiles]
+    least, taken, where = layout.peak_bytes, layout.taken_bytes, layout.place.where
     asked = budget.asked is not None and limit == budget.asked
     free = available()
     allowed = f"memory={as_setting(limit)!r} is all it may use" if asked else free.in_words()
@@ -217,7 +226,7 @@ def _refusal(size: Size, layout: Layout, budget: Budget, limit: int, *, on_disk:
     if size.mesh.ranks > 1:
         needs = f"a rank of {size.mesh.ranks} needs {gigabytes(least)} for {whole}"
     return (
-        f"{needs} with its tiles in {place}{begun}{already}, and {allowed}; about {count} samples would fit, or {hints}"
+        f"{needs} with its tiles in {where}{begun}{already}, and {allowed}; about {count} samples would fit, or {hints}"
     )
 
 
@@ -242,7 +251,7 @@ def _fitting_samples(size: Size, layout: Layout, limit: int, on_disk: bool) -> i
 
     def least(num_samples: int) -> int:
         smaller = replace(size, num_samples=num_samples)
-        if layout.tiles == "store":
+        if layout.place == STORE:
             return smallest_in_store(smaller, layout.taken_bytes).peak_bytes
         return in_memory(smaller, layout.taken_bytes, on_disk=on_disk).peak_bytes
 

@@ -126,7 +126,7 @@ def fit_passes(
                 batch //= 2
             found[name] = batch
             reasons.append(f"passes = {name} {batch}: a pass takes {gigabytes(_at(line, batch))} of {gigabytes(left)}")
-    task.passes = dataclasses.replace(task.passes, **found)
+    task.use_passes(dataclasses.replace(task.passes, **found))
     return reasons
 
 
@@ -142,7 +142,7 @@ def fit_together(task: Task, world: World, fit: Callable[[], list[str]]) -> list
     reasons = world.together(fit)
     every = world.gather_json([task.passes.probe_batch, task.passes.gradient_batch])
     probe, gradient = (min(batches) for batches in zip(*every, strict=True))
-    task.passes = dataclasses.replace(task.passes, probe_batch=probe, gradient_batch=gradient)
+    task.use_passes(dataclasses.replace(task.passes, probe_batch=probe, gradient_batch=gradient))
     return reasons
 
 
@@ -164,7 +164,7 @@ def _slopes(task: Task, probe: Samples, train: Samples) -> tuple[Line, Line]:
 
 def _some(samples: Samples) -> Samples:
     count = min(MORE, len(samples))
-    return Samples(samples[:count], count, copied=samples.copied)
+    return samples.cut(slice(0, count))
 
 
 def _line(measure: Callable[[int], int], most: int) -> Line:

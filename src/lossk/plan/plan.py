@@ -13,6 +13,7 @@ from lossk.forms.centering import BLOCK
 from lossk.forms.watched import WATCHED, watched_bytes
 from lossk.kernel.trace_factor import making_bytes
 from lossk.plan.layout import BYTES, STRIPE, Layout, Size, log_columns, panel_bytes, weight_bytes
+from lossk.plan.places import FACTOR, STORE, TRACES
 from lossk.probe.probe import Probe
 from lossk.ranks.mesh import ONE_RANK, Mesh
 from lossk.timings import duration
@@ -39,22 +40,15 @@ class Plan:
 def describe(layout: Layout) -> str:
     """The memory of a run, in words."""
     parts = [
-        f"{gigabytes(layout.tile_bytes)} {'tiles' if has_tiles(layout) else layout.tiles}",
+        f"{gigabytes(layout.tile_bytes)} {layout.place.makes}",
         f"{gigabytes(layout.panel_bytes)} panel",
         f"{gigabytes(layout.weight_bytes)} weights and a pass",
         f"{gigabytes(layout.taken_bytes)} taken already",
     ]
-    if layout.tiles == "store":
+    if layout.place == STORE:
         held = f"{layout.super_panel} draws of {layout.stripes + 1} tile rows"
         parts.insert(1, f"{gigabytes(layout.rows_bytes)} for {held}")
-    places = {
-        "memory": "tiles in memory",
-        "store": "tiles in the store",
-        "traces": "traces in memory",
-        "factor": "factor in the store",
-    }
-    where = places.get(layout.tiles, "tiles on the device")
-    return f"{where}, at most {gigabytes(layout.peak_bytes)} of memory ({', '.join(parts)})"
+    return f"{layout.place}, at most {gigabytes(layout.peak_bytes)} of memory ({', '.join(parts)})"
 
 
 def make_plan(
@@ -77,7 +71,7 @@ def make_plan(
     """
     mesh, chains_each = size.mesh, -(-size.num_chains // size.mesh.rows)
     sampling = chains_each * (num_steps * step_seconds + size.num_draws * probe_seconds / mesh.shards)
-    update = size.entries * size.draws / update_rate / mesh.ranks if has_tiles(layout) else 0.0
+    update = size.entries * size.draws / update_rate / mesh.ranks if layout.place.has_tiles else 0.0
     stored = stored_bytes(size, layout) + 16 * mesh.rows * size.num_weights
     return Plan(
         seconds=sampling + update,
@@ -88,15 +82,10 @@ def make_plan(
     )
 
 
-def has_tiles(layout: Layout) -> bool:
-    """Whether the run ends in tiles, and not in traces or their factor."""
-    return layout.tiles not in ("traces", "factor")
-
-
 def stored_bytes(size: Size, layout: Layout) -> int:
     """Of a store: the log of draws, what is made of them, and the watched traces beside tiles."""
-    made = size.entries if has_tiles(layout) else size.draws * size.num_samples
-    kept = watched_bytes(size.num_samples, size.draws) if has_tiles(layout) else 0
+    made = size.entries if layout.place.has_tiles else size.draws * size.num_samples
+    kept = watched_bytes(size.num_samples, size.draws) if layout.place.has_tiles else 0
     return 4 * size.draws * size.num_samples + BYTES[size.dtype] * made + kept
 
 
@@ -108,7 +97,7 @@ def trace_layout(size: Size, taken: int) -> Layout:
     few = min(size.num_samples, WATCHED)
     kept += 36 * few * few + 216 * min(few, 128) * few  # of chance: nulls in float32, those of a law in float64
     panel = max(4 * (size.panel + 1) * size.num_samples, making) + kept + size.travelling_bytes
-    return Layout("traces", 4 * size.draws * size.num_samples, panel, weight_bytes(size), taken)
+    return Layout(TRACES, 4 * size.draws * size.num_samples, panel, weight_bytes(size), taken)
 
 
 def factor_layout(size: Size, taken: int, *, on_disk: bool) -> Layout:
@@ -117,10 +106,10 @@ def factor_layout(size: Size, taken: int, *, on_disk: bool) -> Layout:
     if on_disk:
         chunk = 20 * size.draws * size.side  # losses, deviations of a chain in float64, scaled, cast, encoded
         reading = 36 * size.panel * log_columns(size.num_samples, size.tile)
-        return Layout("factor", chunk, running, weight_bytes(size), taken, rows_bytes=reading)
+        return Layout(FACTOR, chunk, running, weight_bytes(size), taken, rows_bytes=reading)
     each = 4 if size.dtype == "float32" else 6
     stripe = 16 * size.draws * min(size.num_samples, STRIPE)
-    return Layout("traces", each * size.draws * size.num_samples + stripe, running, weight_bytes(size), taken)
+    return Layout(TRACES, each * size.draws * size.num_samples + stripe, running, weight_bytes(size), taken)
 
 
 def check_traces(layout: Layout, size: Size, limit: int) -> None:
@@ -133,7 +122,7 @@ def check_traces(layout: Layout, size: Size, limit: int) -> None:
         per_sample = (layout.tile_bytes + layout.panel_bytes) / size.num_samples
         fitting = max(int(size.num_samples - (layout.peak_bytes - limit) / per_sample), 0)
         raise MemoryError(
-            f"the {layout.tiles} of {size.num_samples} samples need {gigabytes(layout.peak_bytes)} and "
+            f"the {layout.place.makes} of {size.num_samples} samples need {gigabytes(layout.peak_bytes)} and "
             f"{gigabytes(max(limit - layout.taken_bytes, 0))} are free; about {fitting} samples would fit"
         )
 

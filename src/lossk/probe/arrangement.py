@@ -47,8 +47,14 @@ class Arrangement:
 
     def set(self, task: Task) -> None:
         """Have the task (not entered) run so."""
-        task.passes, task.suffix, task.arguments, task.head = self.passes, self.suffix, self.arguments, self.head
-        task.loss, task.rewritable = self.loss, self.frozen is None
+        task.arrange(
+            passes=self.passes,
+            loss=self.loss,
+            suffix=self.suffix,
+            head=self.head,
+            arguments=self.arguments,
+            rewritable=self.frozen is None,
+        )
 
     def holding(self, change: Callable[[Samples], Samples]) -> Arrangement:
         """With all data held in another way; what is shared stays shared."""

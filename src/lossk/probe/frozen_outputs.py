@@ -35,6 +35,8 @@ def keep_outputs(
     Raises:
         NoCut: there are no such calls, or what they give is too much.
     """
+    if any(samples.tree is None for samples in every):
+        raise NoCut("what they give is kept by sample")
     if task.passes.compile:
         raise NoCut("the passes are compiled")
     if is_compiled(task.model):

@@ -33,7 +33,7 @@ def fuse_head(
     try:
         if task.loss.name not in NAMES:
             raise NoHead(f"the loss is not one of {', '.join(NAMES)}")
-        task.head = None
+        task.use_head(None)
         with task:
             few = samples[few_of(samples)]
             with torch.no_grad(), task.autocast():

@@ -47,7 +47,8 @@ def predicted_labels(
     inputs, _ = split_batch(samples.tree)
     predictions = []
     task = Task(model, resolve_loss("cross_entropy"))
-    task.switch, task.passes = "eval", Passes(memory_format="contiguous")  # as its user calls it
+    task.switch = "eval"  # as its user calls it
+    task.use_passes(Passes(memory_format="contiguous"))
     with task, torch.no_grad():
         placed = task.place(samples)
         for _, batch in placed.batches(BATCH):

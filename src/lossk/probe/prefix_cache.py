@@ -28,6 +28,8 @@ def cut_prefix(task: Task, probe: Probe, train: Samples) -> tuple[nn.Module | No
     if asked is False or (asked is True and not frozen):
         return None, None, []
     try:
+        if train.tree is None or any(part.samples.tree is None for part in probe.parts):
+            raise NoCut("data are streamed")
         if not task.loss.takes_outputs:
             raise NoCut("a loss of your own may read the inputs itself")
         with task:

@@ -149,7 +149,7 @@ def prepare_probe(task: Task, sets: Mapping[str, Samples], train: Samples) -> tu
         raise ValueError(f"loss must be of one kind for all data, per sample or per token, got per {kinds}")
     own = parts[id(train)]
     if own.positions is not None:
-        task.loss = task.loss.over_tokens(len(own), len(own.samples), own.positions)
+        task.use_loss(task.loss.over_tokens(len(own), len(own.samples), own.positions))
     rows, start = {}, 0
     for name, samples in sets.items():
         rows[name] = slice(start, start + len(parts[id(samples)]))

@@ -22,11 +22,16 @@ def describe(kernel: LossKernel) -> str:
     seconds = kernel.meta.get("timings", {})
     if seconds:
         stages = ("anchor", "fit", "pilot", "gradient", "step", "probe", "update", "store", "wait")
-        split = ", ".join(f"{stage} {seconds[stage]:.1f} s" for stage in stages if stage in seconds)
+        split = ", ".join(f"{stage} {_span(seconds[stage])}" for stage in stages if stage in seconds)
         lines.append(f"time         {duration(seconds['total'])}: {split}")
     if "peak_rss_bytes" in kernel.meta:
         lines.append(f"peak memory  {gigabytes(kernel.meta['peak_rss_bytes'])} (whole process)")
     return "\n".join(lines)
+
+
+def _span(seconds: float) -> str:
+    """Of a stage: tenths below 10 s, else as people say it."""
+    return f"{seconds:.1f} s" if seconds < 10 else duration(seconds)
 
 
 def describe_neighbors(kernel: LossKernel, task: RecipeTask, neighbors: Neighbors) -> str:

@@ -30,11 +30,15 @@ class Planned:
     overlap: bool | None = None  # whether the probe runs beside the chain's next steps; None: as the passes say
     reasons: tuple[str, ...] = ()
 
+    def told(self) -> dict[str, Any]:
+        """As plain data, for other ranks."""
+        return {**vars(self), "layout": self.layout.told(), "mesh": dataclasses.asdict(self.mesh)}
+
     @classmethod
-    def of(cls, plain: Mapping[str, Any]) -> Planned:
-        """From `dataclasses.asdict`, as rank 0 tells the others."""
+    def heard(cls, plain: Mapping[str, Any]) -> Planned:
+        """The inverse of `told`."""
         return cls(
-            layout=Layout(**plain["layout"]),
+            layout=Layout.heard(plain["layout"]),
             mesh=Mesh(**plain["mesh"]),
             overlap=plain["overlap"],
             reasons=tuple(plain["reasons"]),

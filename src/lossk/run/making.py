@@ -6,7 +6,7 @@ all are durable, rank 0 the commit of all of them. So a kill costs two panels at
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -23,12 +23,13 @@ from lossk.errors import DistributedError
 from lossk.forms.blocks import TileBlocks
 from lossk.kernel.from_store import open_kernel
 from lossk.kernel.kernel import LossKernel
+from lossk.plan.places import DEVICE, FACTOR, MEMORY, STORE, TRACES, Place
 from lossk.ranks.distributed import gather_tiles
 from lossk.run.run_diagnostics import diagnosed_kernel
 from lossk.run.work import Work, meta, rounds
 from lossk.store.stored_tiles import CACHE_BYTES, StoredTiles, begin_tiles, write_own_tiles
 
-SETTINGS = ("num_chains", "num_draws", "centering", "dtype")  # of a request, that all sums have
+SETTINGS = ("num_samples", "tile", "num_chains", "num_draws", "centering", "dtype")  # of a request, that all sums have
 Key = tuple[int, int]
 Sums = TileAccumulator | OutOfCore | HeldFactor | LoggedFactor
 
@@ -59,7 +60,7 @@ def make_kernel(work: Work) -> LossKernel:
         DivergedError: a chain left the neighborhood of the trained weights, on some rank.
         DistributedError: one of the ranks has stopped.
     """
-    sums, log = _sums(work), work.log
+    sums, log = SUMS[work.layout.place](work), work.log
     if log is not None:
         log.replay(sums, work.run.watch)
         if log.commits:
@@ -69,35 +70,49 @@ def make_kernel(work: Work) -> LossKernel:
     return _finish(work, sums)
 
 
-def _sums(work: Work) -> Sums:
-    """Where panels go: into this rank's tiles, a factor that every rank has, or by way of the log into the store."""
-    num_samples, tile, world = work.request["num_samples"], work.request["tile"], work.world
-    settings = {key: work.request[key] for key in SETTINGS}
-    if work.layout.tiles in ("memory", "device"):
-        return _held_tiles(work)
-    if work.layout.tiles == "traces":
-        return HeldFactor(num_samples, tile, **settings)
+def _settings(work: Work) -> dict[str, Any]:
+    """What sums in any place are told."""
+    return {key: work.request[key] for key in SETTINGS}
+
+
+def _factor_in_memory(work: Work) -> HeldFactor:
+    return HeldFactor(**_settings(work))
+
+
+def _factor_in_store(work: Work) -> LoggedFactor:
     assert work.log is not None
-    if work.layout.tiles == "factor":
-        return LoggedFactor(work.log, num_samples, tile, **settings, share=(world.rank, world.size))
-    asked, share = work.budget.asked, Share()
+    return LoggedFactor(work.log, **_settings(work), share=(work.world.rank, work.world.size))
+
+
+def _tiles_in_store(work: Work) -> OutOfCore:
+    """Those of this rank, by way of the log; a process alone makes all."""
+    assert work.log is not None
+    asked, share, rank = work.budget.asked, Share(), work.world.rank
     cache = CACHE_BYTES if asked is None else min(CACHE_BYTES, asked // 4)
-    if world.size > 1:
-        share = Share(f"tiles-{world.rank}.jsonl", frozenset(work.shapes) - frozenset(work.owners[world.rank]))
-    return OutOfCore(work.log, num_samples, tile, **settings, layout=work.layout, cache_bytes=cache, share=share)
+    if work.world.size > 1:
+        share = Share(f"tiles-{rank}.jsonl", frozenset(work.shapes) - frozenset(work.owners[rank]))
+    return OutOfCore(work.log, **_settings(work), layout=work.layout, cache_bytes=cache, share=share)
 
 
 def _held_tiles(work: Work) -> TileAccumulator:
     """This rank's tiles: on the device of a process alone that has the room, else in host memory."""
     run, layout = work.run, work.layout
-    settings = {key: work.request[key] for key in (*SETTINGS, "num_samples", "tile")}
-    settings |= {"keys": work.owners[work.world.rank], "precision": run.task.passes.update_precision}
+    settings = _settings(work) | {"keys": work.owners[work.world.rank], "precision": run.task.passes.update_precision}
     on_device: dict[str, Any] = {"backend": run.ops["rank_update"], "device": run.task.device}
-    if layout.tiles == "device" or run.task.device.type == "cpu":
+    if layout.place == DEVICE or run.task.device.type == "cpu":
         return TileAccumulator(**settings, **on_device)
     if layout.super_panel:
         return HostTiles(**settings, **on_device, waiting=layout.super_panel)
     return TileAccumulator(**settings)
+
+
+SUMS: dict[Place, Callable[[Work], Sums]] = {  # what takes panels in, for each place: this rank's share of it
+    MEMORY: _held_tiles,
+    DEVICE: _held_tiles,
+    STORE: _tiles_in_store,
+    TRACES: _factor_in_memory,
+    FACTOR: _factor_in_store,
+}
 
 
 def _take(work: Work, sums: Sums, received: list[Received], own: Panel | None) -> None:
@@ -141,7 +156,7 @@ def _finish(work: Work, sums: Sums) -> LossKernel:
         if world.first:
             sums.prepare()
         world.barrier()
-    with timings.measure({"store": "tiles", "factor": "store"}.get(work.layout.tiles, "update")):
+    with timings.measure(work.layout.place.stage):
         blocks, moments = sums.finalize()
     if isinstance(blocks, TileBlocks) and log is None:
         blocks = _gathered(work, blocks)
@@ -169,7 +184,7 @@ def _gathered(work: Work, blocks: TileBlocks) -> TileBlocks:
 def _written(work: Work, log: RunLog, blocks: TileBlocks) -> TileBlocks:
     """The tiles of all ranks, in the store: each has written its own, durably, into the array that rank 0 made."""
     world = work.world
-    if work.layout.tiles != "store":
+    if not work.layout.place.of_log:
         with work.run.timings.measure("store"):
             if world.first:
                 begin_tiles(log.path, blocks, work.request["dtype"], log.known)

@@ -98,7 +98,7 @@ def prepare(
     timings = Timings(bar)
     task = Task(model, resolve_loss(loss), params=sampler.params, device=world.own_device(device), precision=precision)
     chosen = choose_ops(backend, task.device)
-    task.loss = resolve_loss(loss, chosen.ops["sample_loss"])
+    task.use_loss(resolve_loss(loss, chosen.ops["sample_loss"]))
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         sets, train_samples = read_sources(loader, train, transform, bar=bar, room=room, pads=True)
@@ -194,4 +194,4 @@ def _settled(run: Prepared, arranged: Arrangement, plain: Arrangement, world: Wo
 def take_turns(task: Task) -> None:
     """Have probe and steps take turns where nobody has asked for anything else."""
     if task.passes.overlap == "auto":
-        task.passes = dataclasses.replace(task.passes, overlap=False)
+        task.set_overlap(False)

@@ -108,13 +108,13 @@ def chosen_by_first(
                 step = run.time_a_step()
                 mesh = _mesh(run, world, log, step)
                 saved = None if before is None else before.get("layout", TILES_IN_MEMORY)
-                return dataclasses.asdict(plan(run, request, mesh, budget, bar, step, path, saved))
+                return plan(run, request, mesh, budget, bar, step, path, saved).told()
 
-        planned = Planned.of(world.decide(settled))
+        planned = Planned.heard(world.decide(settled))
         budget.plan(planned.layout.peak_bytes)
         world.together(lambda: None if world.first else _check_share(planned.layout, budget))
         if planned.overlap is not None:
-            run.task.passes = dataclasses.replace(run.task.passes, overlap=planned.overlap)
+            run.task.set_overlap(planned.overlap)
         yield dataclasses.replace(run, passes_reasons=(*run.passes_reasons, *planned.reasons)), planned
 
 

@@ -62,7 +62,7 @@ def prove(task: Task, named: Mapping[str, Samples]) -> tuple[dict[str, Samples],
     named = {name: dataclasses.replace(samples, copied=called[name].writes) for name, samples in named.items()}
     attempts = list(_attempts(task))
     for number, (task.switch, memory_format) in enumerate(attempts):
-        task.passes = dataclasses.replace(task.passes, memory_format=memory_format)
+        task.use_passes(dataclasses.replace(task.passes, memory_format=memory_format))
         try:
             with task:
                 placed = {name: task.place(samples) for name, samples in named.items()}

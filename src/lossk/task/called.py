@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -14,8 +15,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lossk.ambient import usual_modes
 from lossk.data.data import Samples, few_of, widen
+from lossk.data.stream import Stream
 from lossk.data.streams import Streams
-from lossk.data.trees import leaves, map_tensors
+from lossk.data.trees import Collated, leaves, map_tensors
 from lossk.task.attributes import address
 from lossk.task.losses import forward, split_batch
 from lossk.task.parameters import is_compiled
@@ -93,6 +95,8 @@ def _call(task: Task, samples: Samples, name: str, index: Tensor, *, in_own_dtyp
 
 def check_data(task: Task, samples: Samples, outputs: Tensor | None) -> None:
     """Raise a ValueError for samples that the loss cannot take, given what the model makes of the first."""
+    if not task.loss.takes_outputs:  # it has nothing to check
+        return
     for start, tree in samples.pieces():
         try:
             task.loss.check(tree, outputs)
@@ -122,6 +126,8 @@ def _listening(model: nn.Module) -> Iterator[list[Arguments]]:
 
 def _held(task: Task, samples: Samples, index: Tensor, *, widened: bool) -> Any:
     """Copies of the samples as they are held, where the model is."""
+    if isinstance(samples, Stream) and not samples.plain:
+        return dataclasses.replace(samples, device=task.sampled[0].device)[index]
     parts = map_tensors(lambda t: t.to(task.sampled[0].device), samples.held(index))
     return map_tensors(widen, parts) if widened else parts
 
@@ -129,7 +135,7 @@ def _held(task: Task, samples: Samples, index: Tensor, *, widened: bool) -> Any:
 def _given(task: Task, samples: Samples, held: Any, *, in_own_dtype: bool) -> Any:
     """What the model and the loss are called with."""
     batch = held if samples.transform is None else (samples.transform(held[0]), held[1])
-    if not in_own_dtype:
+    if not in_own_dtype or isinstance(batch, Collated):
         return batch
     dtype = task.sampled[0].dtype
     return map_tensors(lambda t: t.to(dtype) if t.is_floating_point() else t, batch)

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lossk.data.trees import Collated
 from lossk.ops.sample_loss import IGNORED, cross_entropy, cross_entropy_slopes
 from lossk.task.criteria import Criterion, class_rows, recognize
 from lossk.task.own_loss import Evaluated, name_of, per_sample_losses
@@ -191,6 +192,7 @@ def forward(model: nn.Module, inputs: Any) -> Tensor:
 
 def split_batch(batch: Any) -> tuple[Any, Tensor]:
     """The (inputs, targets) of a batch for the named losses."""
+    batch = batch.batch if isinstance(batch, Collated) else batch
     if isinstance(batch, Sequence) and len(batch) == 2 and isinstance(batch[1], Tensor):
         return batch[0], batch[1]
     found = f"keys {sorted(batch)}" if isinstance(batch, Mapping) else f"{type(batch).__name__}"

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lossk.data.trees import leaves, map_tensors
+from lossk.data.trees import Collated, leaves, map_tensors
 from lossk.task.criteria import WRITE, spell
 
 Evaluated = tuple[Tensor, Tensor | None]  # losses [B] and None, or losses [B, T] and mask [B, T] bool; float32, nats
@@ -25,8 +25,11 @@ def per_sample_losses(function: Callable[..., Any]) -> Callable[[nn.Module, Any]
     _check_signature(function)
 
     def evaluate(model: nn.Module, batch: Any) -> Evaluated:
-        size = batch_length(batch)
-        given = batch if isinstance(batch, Tensor) else map_tensors(lambda t: t, batch)  # a loss may take it apart
+        if isinstance(batch, Collated):
+            size, given = batch.size, batch.batch
+        else:
+            size = batch_length(batch)
+            given = batch if isinstance(batch, Tensor) else map_tensors(lambda t: t, batch)  # a loss may take it apart
         losses = _call(function, model, given)
         if isinstance(losses, tuple):
             return _checked_tokens(losses, size)

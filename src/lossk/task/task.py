@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from functools import partial
@@ -17,22 +16,21 @@ from lossk.ambient import usual_modes
 from lossk.checks import check_choice
 from lossk.data.data import Samples
 from lossk.data.streams import streams_kept
-from lossk.data.trees import map_tensors
 from lossk.device import SideStream, pinned
 from lossk.float32 import float32_products
 from lossk.settings import PRECISIONS
+from lossk.task.configured import Configured
 from lossk.task.fold import fold_norms
-from lossk.task.head import FusedHead, heads_at_a_time
+from lossk.task.head import heads_at_a_time
 from lossk.task.losses import Loss, Weights
 from lossk.task.parameters import check_model, select_parameters
-from lossk.task.passes import Passes
 from lossk.task.snapshot import Switch, in_eval_mode
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 TOKENS_AT_A_TIME = 4096  # positions per pass of a loss per token
 
 
-class Task:
+class Task(Configured):
     """A model prepared for sampling, as a context manager.
 
     Inside the `with` block every module is in eval mode (batch norm on its running statistics, no dropout), only the
@@ -48,7 +46,7 @@ class Task:
         anchor: [P] float32, w*, the weights on entry; or u*.
         grad: [P] float32, where `gradient` leaves the gradient of the minibatch loss.
         scales: D, a number for each sampled parameter, or None where w = u.
-        passes: how the passes are run; to be changed outside the `with` block only (`overlap` aside).
+        passes: how the passes are run; `use_passes` changes it, outside the `with` block.
     """
 
     flat: Tensor
@@ -65,8 +63,8 @@ class Task:
         device: str | torch.device | None = None,
         precision: str | None = None,
     ) -> None:
+        super().__init__(loss)
         self.model = model
-        self.loss = loss
         self.scales = None
         check_model(model)
         self.names, self.sampled = select_parameters(model, params)
@@ -81,16 +79,10 @@ class Task:
         self.draws = True  # whether a pass moves a global random stream, which others may be using at the same time
         self.called: dict[str, Any] = {}  # of each data set, what `lossk.task.agreement` compares the passes with
         self.folded = False  # whether any norm is, in the passes of the block
-        self.arguments: tuple[int, frozenset[str]] | None = None  # what calls give the network's forward, if known
-        self._entered: ExitStack | None = None  # what puts everything back
         self.notes: list[str] = []  # why a way of running the model is not used
         self.precision = precision
-        self.passes = Passes()
-        self.suffix: nn.Module | None = None  # what the passes run in the model's place, on activations at a cut
-        self.rewritable = True  # whether norms may be folded
         self._copies: SideStream | None = None  # of all streamed data
         self.streams = False  # data stay in pinned host memory, and batches come to the device one by one
-        self.head: FusedHead | None = None  # what forms the losses of the probe without logits, if anything
         self._has_convolutions = any(isinstance(module, nn.Conv2d) for module in model.modules())
         check_choice("precision", precision, PRECISIONS)
         if precision == "tf32" and self.device.type != "cuda":
@@ -227,9 +219,8 @@ class Task:
                 return pinned(self.lay_out(tensor.to(dtype=dtype)))
             return self.lay_out(tensor.to(self.device, dtype))
 
-        device = self.device if self.streams else None
         self._copies = self._copies or (SideStream(self.device) if self.streams else None)
-        return dataclasses.replace(samples, tree=map_tensors(placed, samples.tree), device=device, side=self._copies)
+        return samples.placed(placed, self.device, self._copies)
 
     def lay_out(self, tensor: Tensor) -> Tensor:
         """A tensor in the memory format the passes run fastest in; values and shape stay."""

@@ -32,6 +32,7 @@ from lossk.accumulate.tile_pass import OutOfCore, TileWriter
 from lossk.accumulate.tiles import TileAccumulator
 from lossk.kernel.kernel import LossKernel
 from lossk.plan.layout import Layout, in_store, log_columns
+from lossk.plan.places import STORE
 from lossk.samplers.chain import ChainState, Draw
 from lossk.store.stored_tiles import StoredTiles
 
@@ -46,7 +47,7 @@ def make(
     """The kernel of traces [C, T, N] by way of a log, with the given layout; and the totals for the criteria."""
     chains, draws, n = losses.shape
     settings: dict[str, Any] = {"num_chains": chains, "num_draws": draws, "centering": centering, "dtype": dtype}
-    layout = Layout("store", 0, 0, 0, super_panel=super_panel or chains * draws, stripes=stripes)
+    layout = Layout(STORE, 0, 0, 0, super_panel=super_panel or chains * draws, stripes=stripes)
     request = {"panel": panel, "num_samples": n, **settings}
     log = RunLog.create(path, request, {}, log_columns(n, tile))
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import json
 import subprocess
 import sys
@@ -232,7 +233,7 @@ def test_debug_shows_the_traceback(run: Run) -> None:
 
 
 def test_missing_plotting_is_said_before_the_work(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cli.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     demo = error_of(run("demo"))
     assert 'needs scikit-learn and matplotlib: pip install "lossk[demo]"' in demo
     error_of(run("run", "mine.yaml", picture="tiny.png", task_args={"mark": "started"}))

@@ -54,7 +54,7 @@ def test_data_come_first() -> None:
 def test_tiles_on_a_device_that_has_the_room(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lossk.memory.psutil.virtual_memory", lambda: type("M", (), {"available": 100 * GB}))
     layout, told = plan(60 * GB)
-    assert layout.tiles == "device"
+    assert layout.place.name == "device"
     assert layout.device_bytes == 4 * IMAGENET.entries + panel_bytes(IMAGENET)
     assert layout.device_bytes > 5 * GB
     assert layout.peak_bytes < GB  # the host holds a panel and two tiles
@@ -66,7 +66,7 @@ def test_tiles_in_host_memory_where_it_has_not(monkeypatch: pytest.MonkeyPatch) 
     """7 GB free, 4 of them for the passes: all 804 rows of draws wait, each tile makes one journey."""
     monkeypatch.setattr("lossk.memory.psutil.virtual_memory", lambda: type("M", (), {"available": 100 * GB}))
     layout, told = plan(7 * GB)
-    assert layout.tiles == "memory"
+    assert layout.place.name == "memory"
     assert layout.super_panel == 800 + 4
     assert "once per 804 rows of draws" in told
     tight, _ = plan(4.7 * GB)
@@ -79,7 +79,7 @@ def test_tiles_in_host_memory_where_it_has_not(monkeypatch: pytest.MonkeyPatch) 
 def test_tiles_in_the_store_where_the_host_has_no_room_either(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lossk.memory.psutil.virtual_memory", lambda: type("M", (), {"available": 100 * GB}))
     layout, told = plan(7 * GB, budget=Budget(3 * GB, 0), on_disk=True)
-    assert layout.tiles == "store"
+    assert layout.place.name == "store"
     assert "no tiles" in told
     with pytest.raises(MemoryError, match="the kernel of 50000 samples needs"):
         plan(7 * GB, budget=Budget(3 * GB, 0))

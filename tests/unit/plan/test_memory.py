@@ -59,7 +59,7 @@ def test_bad_values(build: Build, problem: Any, bad: Any, error: type[Exception]
 def test_in_memory_where_it_fits() -> None:
     """13 x 14 / 2 tiles of 4096^2 float32, less what the last column lacks: 5.4 GB."""
     layout = choose_layout(SIZE, asked(None), 0, on_disk=True)
-    assert layout.tiles == "memory"
+    assert layout.place.name == "memory"
     assert 5.0e9 < layout.tile_bytes < 5.7e9
     assert choose_layout(SIZE, asked(layout.peak_bytes), 0, on_disk=True) == layout
 
@@ -71,16 +71,16 @@ def test_the_nearest_budget_is_enough_and_no_more() -> None:
     assert least < 0.6e9
     for budget in (least, 2 * least, needed - 1):
         layout = choose_layout(SIZE, asked(budget), 0, on_disk=True)
-        assert layout.tiles == "store"
+        assert layout.place.name == "store"
         assert layout.peak_bytes <= budget
     assert choose_layout(SIZE, asked(needed - 1), 0, on_disk=True).stripes == SIZE.tile_rows
     with pytest.raises(MemoryError, match=r"tile=2048; or memory='\d+MB'") as caught:
         choose_layout(SIZE, asked(least - 1), 0, on_disk=True)
     named = parse_memory(re.search(r"memory='(\d+MB)'; or for", str(caught.value))[1])
     assert least <= named < least + 10**6
-    assert choose_layout(SIZE, asked(named), 0, on_disk=True).tiles == "store"
+    assert choose_layout(SIZE, asked(named), 0, on_disk=True).place.name == "store"
     smaller = dataclasses.replace(SIZE, tile=2048)
-    assert choose_layout(smaller, asked(least - 1), 0, on_disk=True).tiles == "store"
+    assert choose_layout(smaller, asked(least - 1), 0, on_disk=True).place.name == "store"
 
 
 def test_without_a_store() -> None:

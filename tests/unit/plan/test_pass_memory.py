@@ -139,6 +139,10 @@ def test_ranks_run_the_batches_that_fit_on_each_of_them() -> None:
     class Two:
         passes = lossk.Passes(probe_batch=64, gradient_batch=8)
 
+        @classmethod
+        def use_passes(cls, passes: lossk.Passes) -> None:
+            cls.passes = passes
+
     found = fit_together(Two, TwoRanks([32, 16], None), lambda: ["why"])
     assert found == ["why"]
     assert (Two.passes.probe_batch, Two.passes.gradient_batch) == (32, 8)

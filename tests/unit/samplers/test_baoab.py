@@ -195,6 +195,7 @@ def test_a_step_too_long_is_refused_or_named(problem: Any, build: Any) -> None:
         build(problem.model(), problem.data, sampler=lossk.BAOAB(localization=0.0))
 
 
+@pytest.mark.long("its error needs four chains, and their trial and burn-in take a minute")
 def test_noise_that_a_control_variate_leaves_holds_the_step_back() -> None:
     """Curvatures over four decades, a weak pull: at h^2 a_max = 1 the samples' own curvatures heat stiff modes by 70 %.
 
