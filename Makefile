@@ -8,7 +8,7 @@ OUT ?= out
 READY := $(VENV)/.ready
 SOURCES := pyproject.toml CMakeLists.txt constraints.txt $(wildcard csrc/*)
 
-.PHONY: wheels demo fashion test test-slow test-gpu first-gpu aot aot-with lint bench docs test-kills fuzz test-peers test-network doctor clean
+.PHONY: wheels demo fashion test test-unit test-slow test-gpu first-gpu aot aot-with lint bench docs test-kills fuzz test-peers test-network doctor clean
 
 demo: $(READY)  ## the loss kernel of a network trained on real digits
 	$(BIN)/lossk demo --out $(OUT) --overwrite
@@ -26,6 +26,11 @@ wheels: $(READY)  ## the wheel of this Python, and that it works by itself, in O
 
 test: $(READY) lint  ## everything CI runs
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --durations 20
+
+# The packages whose tests need no long chain.
+UNIT := $(addprefix tests/unit/,diagnostics forms kernel plan ranks store)
+test-unit: $(READY)  ## the inner loop: a minute of unit tests
+	$(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile -m "not slow and not long" $(UNIT)
 
 test-slow: $(READY)  ## the minutes-long tests too
 	$(BIN)/python -m pytest -m "slow or not slow"
