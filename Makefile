@@ -8,7 +8,7 @@ OUT ?= out
 READY := $(VENV)/.ready
 SOURCES := pyproject.toml CMakeLists.txt constraints.txt $(wildcard csrc/*)
 
-.PHONY: demo fashion test test-slow test-gpu first-gpu aot aot-with lint bench docs test-kills fuzz test-peers test-network doctor clean
+.PHONY: wheels demo fashion test test-unit test-slow test-gpu first-gpu aot aot-with lint bench docs test-kills fuzz test-peers test-network doctor clean
 
 demo: $(READY)  ## the loss kernel of a network trained on real digits
 	$(BIN)/lossk demo --out $(OUT) --overwrite
@@ -16,8 +16,21 @@ demo: $(READY)  ## the loss kernel of a network trained on real digits
 fashion: $(READY)  ## Fashion-MNIST, 10,000 test images (Debian package dataset-fashion-mnist)
 	$(BIN)/lossk run fashion --out $(OUT)/fashion.lossk --overwrite
 
+wheels: $(READY)  ## the wheel of this Python, and that it works by itself, in OUT=
+	$(PIP) wheel -q --no-deps --wheel-dir $(OUT)/wheels .
+	rm -rf $(OUT)/bare && $(BIN)/python -m venv $(OUT)/bare
+	$(OUT)/bare/bin/python -m pip --disable-pip-version-check install -q --no-deps --force-reinstall $(OUT)/wheels/lossk-*.whl
+	$(OUT)/bare/bin/lossk --version
+	$(OUT)/bare/bin/lossk completion bash >/dev/null
+	@ls $(OUT)/wheels
+
 test: $(READY) lint  ## everything CI runs
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --durations 20
+
+# The packages whose tests need no long chain.
+UNIT := $(addprefix tests/unit/,diagnostics forms kernel plan ranks store)
+test-unit: $(READY)  ## the inner loop: a minute of unit tests
+	$(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile -m "not slow and not long" $(UNIT)
 
 test-slow: $(READY)  ## the minutes-long tests too
 	$(BIN)/python -m pytest -m "slow or not slow"

@@ -85,7 +85,7 @@ def measure(made: Pass, folder: Path) -> Found:
         dtype="float32", layout=layout, cache_bytes=0,
     )  # fmt: skip
     for commit in log.commits:
-        sums.update(commit["chain"], log.read_panel(commit))
+        sums.update(commit.chain, log.read_panel(commit))
     seconds = timed(lambda: sums.finalize())
     log.close()
     chunks = [file for file in (folder / "pass.lossk" / "tiles" / "c").rglob("*") if file.is_file()]

@@ -10,7 +10,7 @@ from collections.abc import Generator
 
 import pytest
 
-BUDGET = 30.0  # seconds of CPU a test; what is marked `slow`, or `long` with its reason, may take more
+BUDGET = 20.0  # seconds of CPU a test; what is marked `slow`, or `long` with its reason, may take more
 WORTH_PRINTING = 5.0  # seconds of CPU
 START = pytest.StashKey[float]()
 

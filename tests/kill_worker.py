@@ -28,6 +28,7 @@ import lossk.run.cost
 from lossk.accumulate.runlog import RunLog
 from lossk.disk.files import part_of
 from lossk.plan.layout import in_store
+from lossk.store.commits import Commit
 
 
 def die() -> None:
@@ -89,8 +90,8 @@ def arm(kind: str, at: int) -> None:
         )
     elif kind == "commit":
 
-        def torn_line(log: RunLog, new: list[dict[str, Any]], **_: Any) -> None:
-            tear(log.path / "commits.jsonl", json.dumps(new[0]).encode())
+        def torn_line(log: RunLog, new: list[Commit], **_: Any) -> None:
+            tear(log.path / "commits.jsonl", json.dumps(new[0].line()).encode())
 
         commit = Nth(RunLog.commit, at, torn_line)
         RunLog.commit = lambda self, new, **more: commit(self, new, **more)

@@ -83,8 +83,7 @@ class LoggedFactor(MomentsFirst):
         shape = self.running.num_chains, self.running.num_draws, columns.stop - columns.start
         losses = torch.empty(shape, dtype=torch.float32, device="cpu")
         for commit in self.log.commits:
-            first = commit["first_draw"]
-            losses[commit["chain"], first : first + len(commit["excess"])] = self.log.read_panel(commit, columns)
+            losses[commit.chain, commit.first_draw : commit.end] = self.log.read_panel(commit, columns)
         return losses
 
 

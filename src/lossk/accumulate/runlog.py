@@ -6,6 +6,7 @@ import io
 import math
 import zipfile
 from collections.abc import Sequence
+from dataclasses import replace
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, Protocol
@@ -22,7 +23,7 @@ from lossk.disk.sealed import MARK, LineLog, read_sealed, write_sealed
 from lossk.disk.swap import Parts
 from lossk.errors import StoreError
 from lossk.samplers.chain import ChainState, Draw, numbers_of
-from lossk.store.commits import COMMITS, CUT_OFF, DRAWS, clear_cut_off, clear_transient, read_commits
+from lossk.store.commits import COMMITS, CUT_OFF, DRAWS, Commit, clear_cut_off, clear_transient, read_commits
 from lossk.store.contents import Contents
 from lossk.store.manifest import describe_group, digest_of, is_complete
 from lossk.store.store import refuse_other_run, write_contents
@@ -48,7 +49,7 @@ class RunLog:
 
     def __init__(self, path: Path, panel: int, *, lock: bool = True) -> None:
         self.path, self.panel = path, panel
-        self.commits: list[dict[str, Any]] = []
+        self.commits: list[Commit] = []
         self.chosen: dict[str, Any] | None = None  # the pilot's choices of the run so far
         self.losses: Chunks
         self.known: dict[str, Digest] = {}  # of files that were written
@@ -126,7 +127,7 @@ class RunLog:
         for commit in read_commits(self.path, saved)[0]:
             self._note(commit)
         if trim:
-            self._lines = LineLog.begin(self.path / COMMITS, self.commits)
+            self._lines = LineLog.begin(self.path / COMMITS, [commit.line() for commit in self.commits])
             kept = {self._state_path(number) for number in self._states.values() if number is not None}
             for state in set(self.path.glob("state-*.npz")) - kept:
                 remove(state)
@@ -167,29 +168,31 @@ class RunLog:
         np.savez(content, **arrays)  # type: ignore[arg-type]
         replace_file(self._state_path(number), content.getbuffer())
 
-    def commit(self, new: list[dict[str, Any]], *, durable: bool = True) -> None:
+    def commit(self, new: list[Commit], *, durable: bool = True) -> None:
         """Commit panels whose losses and states are durable, all or none of them.
 
         Args:
             durable: False where another process of the run writes the log of commits, and this one only follows it.
         """
         if len(new) > 1:
-            new = [{**commit, "part": i, "parts": len(new)} for i, commit in enumerate(new)]
+            new = [replace(commit, part=i, parts=len(new)) for i, commit in enumerate(new)]
         if durable:
-            for number, commit in enumerate(new, len(self.commits)):
-                if commit["first_draw"] + len(commit["excess"]) < self.num_draws:
-                    commit["state"] = list(digest_of(self._state_path(number)))
-            self._lines.append(new)
+            new = [self._with_state(commit, number) for number, commit in enumerate(new, len(self.commits))]
+            self._lines.append([commit.line() for commit in new])
         for commit in new:
             outdated = self._note(commit)
             if durable and outdated is not None:
                 self._state_path(outdated).unlink(missing_ok=True)
 
-    def _note(self, commit: dict[str, Any]) -> int | None:
+    def _with_state(self, commit: Commit, number: int) -> Commit:
+        """With the digest of the chain's state, which one that ends has not."""
+        return commit if commit.end == self.num_draws else replace(commit, state=digest_of(self._state_path(number)))
+
+    def _note(self, commit: Commit) -> int | None:
         """Take in a commit; returns the number of the chain's state that it outdates."""
-        chain, draws = commit["chain"], commit["first_draw"] + len(commit["excess"])
-        chunks = self._chunks(chain, commit["first_draw"], slice(None))
-        for (at, _), crc in zip(chunks, commit.get("chunks", []), strict=False):
+        chain, draws = commit.chain, commit.end
+        chunks = self._chunks(chain, commit.first_draw, slice(None))
+        for (at, _), crc in zip(chunks, commit.chunks or (), strict=False):
             self.known[self.losses.key(at)] = self.losses.spec.chunk_bytes, crc
         outdated = self._states.get(chain)
         self._states[chain] = len(self.commits) if draws < self.num_draws else None
@@ -199,7 +202,7 @@ class RunLog:
     def unfinished(self) -> dict[int, int]:
         """The chains that have not all their draws, and how many they have."""
         draws = dict.fromkeys(range(self.losses.shape[0]), 0)
-        draws |= {commit["chain"]: commit["first_draw"] + len(commit["excess"]) for commit in self.commits}
+        draws |= {commit.chain: commit.end for commit in self.commits}
         return {chain: count for chain, count in draws.items() if count < self.num_draws}
 
     @property
@@ -227,7 +230,7 @@ class RunLog:
             return None
         commit = self.commits[number]
         try:
-            arrays = _read_state(self._state_path(number), commit.get("state"))
+            arrays = _read_state(self._state_path(number), commit.state)
             weights = arrays.pop("weights")
         except (OSError, ValueError, EOFError, KeyError, MemoryError, zipfile.BadZipFile, StoreError) as error:
             raise StoreError(
@@ -235,8 +238,8 @@ class RunLog:
             ) from error
         return ChainState(
             chain,
-            commit["step"],
-            commit["first_draw"] + len(commit["excess"]),
+            commit.step,
+            commit.end,
             weights,
             {name.removeprefix("memory."): tensor for name, tensor in arrays.items()},
         )
@@ -245,20 +248,19 @@ class RunLog:
         """Give the committed panels, in order, to what adds up losses and to what watches them."""
         for commit in self.commits:
             losses = self.read_panel(commit)
-            sums.update(commit["chain"], losses)
+            sums.update(commit.chain, losses)
             watch.note(losses, self.read_draws(commit))
 
-    def read_draws(self, commit: dict[str, Any]) -> list[Draw]:
+    def read_draws(self, commit: Commit) -> list[Draw]:
         """What the chain said of a committed panel's draws."""
-        first = commit["first_draw"]
-        unknown = [math.nan] * len(commit["excess"])  # a run begun by an earlier version
+        unknown = [math.nan] * commit.draws  # a run begun by an earlier version
         names = ("excess", *DRAWS)
-        columns = zip(*(commit.get(name, unknown) for name in names), strict=True)
-        return [Draw(commit["chain"], first + i, *numbers) for i, numbers in enumerate(columns)]
+        columns = zip(*(commit.series.get(name, unknown) for name in names), strict=True)
+        return [Draw(commit.chain, commit.first_draw + i, *numbers) for i, numbers in enumerate(columns)]
 
-    def read_panel(self, commit: dict[str, Any], columns: slice = slice(None)) -> Tensor:
+    def read_panel(self, commit: Commit, columns: slice = slice(None)) -> Tensor:
         """The losses of a committed panel, or of some samples of it: [k, N] float32."""
-        chain, first, count = commit["chain"], commit["first_draw"], len(commit["excess"])
+        chain, first, count = commit.chain, commit.first_draw, commit.draws
         start, stop, _ = columns.indices(self.losses.shape[2])
         out = np.empty((count, stop - start), dtype=np.float32)
         for at, span in self._chunks(chain, first, columns):
@@ -314,13 +316,13 @@ def _read_state(path: Path, written: Sequence[int] | None) -> dict[str, Tensor]:
         return {name: torch.from_numpy(saved[name]) for name in saved.files}
 
 
-def commit_of(chain: int, first_draw: int, step: int, draws: Sequence[Draw], chunks: list[int]) -> dict[str, Any]:
+def commit_of(chain: int, first_draw: int, step: int, draws: Sequence[Draw], chunks: list[int]) -> Commit:
     """The line of the commit log for a panel; `chunks` are the checksums of its losses."""
     series = zip(("excess", *DRAWS), zip(*map(numbers_of, draws), strict=True), strict=True)
-    return {
-        "chain": chain,
-        "first_draw": first_draw,
-        "step": step,
-        **{name: list(numbers) for name, numbers in series},
-        "chunks": chunks,
-    }
+    return Commit(
+        chain=chain,
+        first_draw=first_draw,
+        step=step,
+        series={name: list(numbers) for name, numbers in series},
+        chunks=tuple(chunks),
+    )

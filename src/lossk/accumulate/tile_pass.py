@@ -34,6 +34,7 @@ from lossk.disk.sealed import LineLog, read_log
 from lossk.errors import StoreError
 from lossk.forms.blocks import Moments, TileBlocks, tile_spans
 from lossk.plan.layout import Layout
+from lossk.store.commits import Commit
 from lossk.store.manifest import digest_of_chunk
 from lossk.store.stored_tiles import StoredTiles, chunk_path, create_tiles
 
@@ -89,10 +90,10 @@ class LoggedRows:
         self.inverse = torch.where(moments.variance > 0, 1.0 / moments.scale, 0.0)  # [N]
         pooled = moments.centering == "pooled"
         self.between = running.between() if pooled else self.inverse.new_zeros(0, len(self.inverse))
-        self.parts: list[list[dict[str, Any]]] = []
+        self.parts: list[list[Commit]] = []
         room = 0
-        for commit in sorted(log.commits, key=lambda commit: (commit["chain"], commit["first_draw"])):
-            draws = len(commit["excess"])
+        for commit in sorted(log.commits, key=lambda commit: (commit.chain, commit.first_draw)):
+            draws = commit.draws
             if draws > room:
                 self.parts.append([])
                 room = super_panel
@@ -103,12 +104,12 @@ class LoggedRows:
         """Some samples' rows of one super-panel: [d, s] float32; the last has the pooled centering's rows as well."""
         commits, inverse = self.parts[part], self.inverse[columns]
         between = self.between[:, columns] * inverse if part + 1 == len(self.parts) else self.between[:0, columns]
-        count = sum(len(commit["excess"]) for commit in commits)
+        count = sum(commit.draws for commit in commits)
         rows = torch.empty(count + len(between), len(inverse), dtype=torch.float32, device="cpu")
         first = 0
         for commit in commits:
             losses = self.log.read_panel(commit, columns).double()
-            losses -= self.moments.chain_mean[commit["chain"], columns]
+            losses -= self.moments.chain_mean[commit.chain, columns]
             losses *= inverse
             rows[first : first + len(losses)] = losses
             first += len(losses)

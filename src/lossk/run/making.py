@@ -64,7 +64,7 @@ def make_kernel(work: Work) -> LossKernel:
     if log is not None:
         log.replay(sums, work.run.watch)
         if log.commits:
-            work.bar.say(f"resuming after {sum(len(commit['excess']) for commit in log.commits)} draws")
+            work.bar.say(f"resuming after {sum(commit.draws for commit in log.commits)} draws")
     for received, own in rounds(work):
         _take(work, sums, received, own)
     return _finish(work, sums)

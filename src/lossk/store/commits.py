@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,57 @@ DRAWS = ("distance", "acceptance", "curvature", "variance", "glance")  # what el
 TRANSIENT = ("state-*.npz", "tiles*.jsonl", LOCK)  # what only a run in progress has
 CUT_OFF = (".*.part", "*.partial")  # what a kill leaves of a write: this version's, and an earlier one's
 
-Commit = dict[str, Any]
+
+@dataclass(frozen=True, kw_only=True)
+class Commit:
+    """One line of the log: a panel of a chain that is durable."""
+
+    chain: int
+    first_draw: int
+    step: int  # of the chain, after the panel's last draw
+    series: dict[str, list[float]]  # "excess" and DRAWS: a number of each draw; an earlier version's may lack some
+    chunks: tuple[int, ...] | None  # checksums of its losses; None of an earlier version
+    part: int = 0  # of the panels that were committed together
+    parts: int = 1
+    state: tuple[int, int] | None = None  # length and checksum of the chain's state after it, while it is needed
+
+    @property
+    def draws(self) -> int:
+        """Of the panel."""
+        return len(self.series["excess"])
+
+    @property
+    def end(self) -> int:
+        """The chain's draws up to its last one."""
+        return self.first_draw + self.draws
+
+    @classmethod
+    def of(cls, line: Mapping[str, Any]) -> Commit:
+        """From a line that has been checked."""
+        state, chunks = line.get("state"), line.get("chunks")
+        return cls(
+            chain=line["chain"],
+            first_draw=line["first_draw"],
+            step=line["step"],
+            series={name: line[name] for name in ("excess", *DRAWS) if name in line},
+            chunks=None if chunks is None else tuple(chunks),
+            part=line.get("part", 0),
+            parts=line.get("parts", 1),
+            state=None if state is None else (state[0], state[1]),
+        )
+
+    def line(self) -> dict[str, Any]:
+        """As the log has it."""
+        together = {"part": self.part, "parts": self.parts} if self.parts > 1 else {}
+        return {
+            "chain": self.chain,
+            "first_draw": self.first_draw,
+            "step": self.step,
+            **self.series,
+            **({} if self.chunks is None else {"chunks": list(self.chunks)}),
+            **together,
+            **({} if self.state is None else {"state": list(self.state)}),
+        }
 
 
 def read_commits(path: Path, config: Mapping[str, Any] | None = None) -> tuple[list[Commit], str | None]:
@@ -32,15 +83,16 @@ def read_commits(path: Path, config: Mapping[str, Any] | None = None) -> tuple[l
     """
     if config is None:
         config = read_sealed(path / "config.json") if (path / "config.json").exists() else {}
-    commits, wrong = read_log(path / COMMITS, sealed=MARK in config)
+    lines, wrong = read_log(path / COMMITS, sealed=MARK in config)
     made: dict[int, int] = {}
-    for number, commit in enumerate(commits, 1):
-        if not _follows(commit, made, config):
+    for number, line in enumerate(lines, 1):
+        if not _follows(line, made, config):
             raise StoreError(
                 f"{COMMITS} of {str(path)!r}, line {number}, is no commit that could follow those before it"
             )
-    if commits and commits[-1].get("part", 0) + 1 < commits[-1].get("parts", 1):
-        del commits[-1 - commits[-1]["part"] :]
+    commits = [Commit.of(line) for line in lines]
+    if commits and commits[-1].part + 1 < commits[-1].parts:
+        del commits[-1 - commits[-1].part :]
     return commits, wrong
 
 
@@ -82,7 +134,7 @@ def progress_of(path: Path) -> str:
     commits, _ = read_commits(path, request)
     if not commits or "num_chains" not in request:
         return "no draws are saved yet"
-    done = sum(len(commit["excess"]) for commit in commits)
+    done = sum(commit.draws for commit in commits)
     tiles = sum(len(read_log(file, sealed=False)[0]) for file in sorted(path.glob("tiles*.jsonl")))
     return f"{done} of {request['num_chains'] * request['num_draws']} draws are saved" + (
         f", and {tiles} tiles" if tiles else ""

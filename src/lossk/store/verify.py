@@ -20,7 +20,7 @@ from lossk.disk.chunks import At, ChunkError, Chunks, Region
 from lossk.disk.files import read_json
 from lossk.disk.sealed import MARK, read_sealed
 from lossk.errors import StoreError
-from lossk.store.commits import progress_of, read_commits
+from lossk.store.commits import Commit, progress_of, read_commits
 from lossk.store.description import check_description, check_group, check_spec
 from lossk.store.earlier import ZeroChunks, dead_chunks, find_zeros
 from lossk.store.manifest import (
@@ -280,10 +280,10 @@ def _check_unfinished(path: Path, arrays: dict[str, Chunks], config: dict[str, A
     _check_log(path, arrays["losses"], commits, found)
 
 
-def _check_log(path: Path, losses: Chunks, commits: list[dict[str, Any]], found: Verification) -> None:
+def _check_log(path: Path, losses: Chunks, commits: list[Commit], found: Verification) -> None:
     """Every committed panel's losses, and the states that a resume goes on from."""
     panel = losses.chunks[1]
-    sums = {(commit["chain"], commit["first_draw"] // panel): commit.get("chunks", []) for commit in commits}
+    sums = {(commit.chain, commit.first_draw // panel): commit.chunks or () for commit in commits}
     known = {
         losses.key((*row, column)): (losses.spec.chunk_bytes, crc)
         for row, chunks in sums.items()
@@ -295,7 +295,7 @@ def _check_log(path: Path, losses: Chunks, commits: list[dict[str, Any]], found:
             _read(log, at, found)
     if commits and len(found.problems) == before:
         found.checks.append("losses: every committed chunk's checksum, finite numbers")
-    last = {commit["chain"]: (number, commit.get("state")) for number, commit in enumerate(commits)}
+    last = {commit.chain: (number, commit.state) for number, commit in enumerate(commits)}
     for number, state in last.values():
         if state is not None:
             name = f"state-{number}.npz"
