@@ -68,7 +68,8 @@ def number(value: float | None, digits: int = 3) -> str:
         return f"{value:.{max(digits - 1, 0)}e}"
     if 0 < abs(value) < 1:
         return f"{value:.{max(digits, 1)}g}".replace("-", "\N{MINUS SIGN}")
-    return f"{value:.{min(digits, 1) if abs(value) >= 100 else digits}f}".replace("-", "\N{MINUS SIGN}")
+    most = 1 if abs(value) >= 100 else 2 if abs(value) >= 10 else digits
+    return f"{value:.{min(digits, most)}f}".replace("-", "\N{MINUS SIGN}")
 
 
 def _subtitle(kernel: LossKernel, samples: Samples) -> str:

@@ -12,10 +12,18 @@ function drawSpectrum() {
   return Plotly.newPlot("spectrum-plot", [bars, sum], layout({
     showlegend: true, legend: { orientation: "h", y: 1.14, x: 0 }, margin: { l: 64, r: 56, t: 30, b: 44 },
     xaxis: { title: title("rank of the eigenvalue") },
-    yaxis: { title: title("eigenvalue, nats\u00b2"), type: "log", exponentformat: "power", dtick: 1 },
+    yaxis: { title: title("eigenvalue, nats\u00b2"), type: "log", ...logTicks(values) },
     yaxis2: { title: title("share of the trace"), overlaying: "y", side: "right", range: [0, 1.02], tickformat: ".0%",
       tickmode: "array", tickvals: [0, 0.25, 0.5, 0.75, 1], showgrid: false, automargin: true },
   }), CONFIG);
+}
+
+/** Ticks of a logarithmic axis: at powers of ten over many decades, at 1, 2, 5 over a few, at all digits within one. */
+function logTicks(values) {
+  const shown = values.filter((value) => value > 0);
+  const decades = Math.log10(Math.max(...shown) / Math.min(...shown));
+  if (decades > 3) return { dtick: 1, exponentformat: "power" };
+  return { dtick: decades > 0.8 ? "D2" : "D1", tickformat: ".3~g" };
 }
 
 function drawDendrogram() {
@@ -26,9 +34,17 @@ function drawDendrogram() {
     ? { tickmode: "array", tickvals: names.map((_, i) => 10 * i + 5), ticktext: names.map(plain) } : { showticklabels: false };
   return Plotly.newPlot("dendrogram-plot", lines, layout({
     hovermode: false, margin: { l: 8, r: 12, t: 8, b: 44 },
-    xaxis: { title: title(distance), rangemode: "tozero", autorange: "reversed", zeroline: false },
+    xaxis: { title: title(distance), range: heightRange(segments), zeroline: false },
     yaxis: { ...ticks, side: "right", range: [10 * names.length, 0], showgrid: false, zeroline: false },
   }), CONFIG);
+}
+
+/** From the highest join to a little beneath the lowest: classes that differ little are told apart, too. */
+function heightRange(segments) {
+  const heights = segments.flatMap(({ x }) => x).filter((height) => height > 0);
+  const high = Math.max(...heights), low = Math.min(...heights);
+  const span = Math.max(high - low, 0.02 * high);
+  return [high + 0.05 * span, Math.max(low - 0.25 * span, 0)];
 }
 
 function drawClassMeans() {
