@@ -217,7 +217,8 @@ def test_a_sampler_of_its_own_gives_the_rows_in_its_order() -> None:
         drawn = kernel_from_weights(
             states, model, DataLoader(Items(), sampler=SubsetRandomSampler(order)), progress=False
         )
-    assert sorted(drawn.mean_loss.tolist()) == sorted(kernel.mean_loss.tolist())
+    # In another order within a batch a sample's loss is rounded otherwise.
+    np.testing.assert_allclose(sorted(drawn.mean_loss.tolist()), sorted(kernel.mean_loss.tolist()), atol=KIND.bound)
 
 
 def test_several_probe_sets() -> None:
