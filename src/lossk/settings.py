@@ -122,6 +122,11 @@ def minibatch_of(batch_size: int | str | None, num_train: int) -> int:
     return min(FEWEST_BATCH if isinstance(batch_size, str) else batch_size, num_train)
 
 
+def check_share(name: str, share: Any) -> float:
+    """A number greater than 0."""
+    return check_number(name, share, "a number or None", above=0.0)
+
+
 def check_pull(localization: Any, metric: Any) -> dict[str, Any]:
     """`localization` and `metric`, where "fisher" for the first is short for "auto" and "fisher"."""
     if isinstance(localization, str) and localization in METRICS:
@@ -158,8 +163,9 @@ class SamplerSettings:
         """A plain, JSON-ready form; the class gives it back from these as keywords."""
         plain = dataclasses.asdict(self)
         plain["params"] = None if self.params is None else list(self.params)
-        if plain.get("metric") is None:
-            plain.pop("metric", None)
+        for name in ("metric", "pilot_budget"):  # younger than stores that have neither
+            if plain.get(name) is None:
+                plain.pop(name, None)
         return plain
 
 
@@ -173,6 +179,7 @@ class SteppingSettings(SamplerSettings):
     batch_size: int | Literal["auto"] | None = "auto"
     num_burnin_steps: int | Literal["auto"] = "auto"
     num_steps_bw_draws: int | Literal["auto"] = "auto"
+    pilot_budget: float | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -183,6 +190,7 @@ class SteppingSettings(SamplerSettings):
             batch_size=check_batch_size(self.batch_size),
             num_burnin_steps=check_steps("num_burnin_steps", self.num_burnin_steps, 0),
             num_steps_bw_draws=check_steps("num_steps_bw_draws", self.num_steps_bw_draws, 1),
+            pilot_budget=check_optional(check_share, "pilot_budget", self.pilot_budget),
         )
 
     @property

@@ -3,29 +3,43 @@
 from __future__ import annotations
 
 import sys
+import threading
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from types import TracebackType
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from tqdm import tqdm
 
+PATIENCE, AGAIN = 1.5, 15.0  # seconds of silence before a stage says what it does, and before it does so again
+STAGES = {
+    "anchor": "losses at w*",
+    "check": "proving that the passes give the losses of the model's own call",
+    "diagnostics": "what the run is worth",
+    "fit": "what the sampler needs at w*",
+    "pilot": "measuring how passes and steps are best made",
+    "plan": "timing a step",
+    "prefix": "looking for layers before the sampled ones",
+}
+
 
 class Timings:
     """Seconds spent per stage; of a stage within another, in the inner one only, so that they add up."""
 
-    def __init__(self) -> None:
+    def __init__(self, progress: Progress | None = None) -> None:
         self.seconds: dict[str, float] = defaultdict(float)
         self._within = 0.0  # seconds that stages within the present one have taken
+        self._progress = progress or Progress(False)
 
     @contextmanager
     def measure(self, stage: str) -> Iterator[None]:
         before, self._within, start = self._within, 0.0, time.perf_counter()
         try:
-            yield
+            with self._progress.waiting(STAGES.get(stage)):
+                yield
         finally:
             elapsed = time.perf_counter() - start
             self.seconds[stage] += elapsed - self._within
@@ -68,6 +82,29 @@ class Progress:
             if note:
                 self._bar.set_postfix_str(note, refresh=False)
             self._bar.update(count)
+
+    def waiting(self, what: str | None) -> AbstractContextManager[None]:
+        """Say what is being done where it takes longer than that and no bar shows it; nothing of None."""
+        return nullcontext() if what is None or not self.enabled else self._waiting(what)
+
+    @contextmanager
+    def _waiting(self, what: str) -> Iterator[None]:
+        done, start = threading.Event(), time.perf_counter()
+
+        def tell() -> None:
+            wait = PATIENCE
+            while not done.wait(wait):
+                if self._bar is None:
+                    self.say(f"{what} ({duration(time.perf_counter() - start)})")
+                wait = AGAIN
+
+        thread = threading.Thread(target=tell, name="lossk waiting", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            done.set()
+            thread.join()
 
     def __enter__(self) -> Progress:
         return self

@@ -48,7 +48,7 @@ def test_killed_before_some_changes(tmp_path: Path) -> None:
     check_kills(run(kill_sweep, tmp_path, 61))
 
 
-@pytest.mark.long("as above")
+@pytest.mark.long("the disk of every kind of run is made again from its changes, and the run goes on from there")
 def test_power_lost_after_some_changes(tmp_path: Path) -> None:
     check_losses(run(power_loss, tmp_path, 97))
 

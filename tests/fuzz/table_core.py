@@ -104,6 +104,7 @@ def _samplers(table: Table) -> None:
         "n_beta": r.optional(positive),
         "localization": r.either(AUTO, r.number(least=0.0)),
         "metric": r.choice(None, "fisher"),
+        "pilot_budget": r.optional(positive),
         "batch_size": r.optional(r.integer(1)),
         "num_burnin_steps": r.either(AUTO, r.integer(0)),
         "num_steps_bw_draws": r.either(AUTO, r.integer(1)),

@@ -14,16 +14,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lossk.curvature.curvature import ITERATIONS, MOST_SAMPLES, Sample, gradient_variance, largest_curvature, steepness
+from lossk.curvature.curvature import gradient_variance, largest_curvature, steepness
 from lossk.data.data import Samples
 from lossk.diagnostics.bias import foreseen_bias
+from lossk.pilot.effort import Effort
+from lossk.pilot.vectors import chooses
 from lossk.samplers.sgld import SGLD
 from lossk.settings import minibatch_of
 from lossk.task.task import Task
 
-FEWER_SAMPLES, FEWER_ITERATIONS = 64, 6  # where nothing is chosen by what they say, and as many others
-FEWEST_SAMPLES, FEWEST_ITERATIONS = 32, 4  # where that would be more than a share of the run's own passes
-SHARE = 0.02
+FEWEST_SAMPLES = 32  # that a chain measures at its last draw
 PASSES_PER_ITERATION = 11  # forward passes' worth: three gradients for 3 each, and two of losses
 
 
@@ -200,26 +200,16 @@ def default_n_beta(num_train: int) -> float:
     return num_train / math.log(max(num_train, 3))
 
 
-def run_pilot(task: Task, train: Samples, sampler: SGLD, *, seed: int, run_passes: float = math.inf) -> Pilot:
-    """Measure the largest curvature and the largest gradient variance on up to 512 training samples.
-
-    On 64 where every setting is a number, and only the verdict reads them; on 32, with fewer iterations, where the run
-    itself is short (`run_passes`, in forward passes of one sample).
-    """
+def run_pilot(task: Task, train: Samples, sampler: SGLD, effort: Effort | None = None, *, seed: int) -> Pilot:
+    """Measure the largest curvature and the largest gradient variance, on as many training samples as are paid for."""
     n = len(train)
-    m = minibatch_of(sampler.batch_size, n)
-    settings = (sampler.lr, sampler.localization, sampler.num_burnin_steps, sampler.num_steps_bw_draws)
-    most, iterations = (MOST_SAMPLES, ITERATIONS) if "auto" in settings else (FEWER_SAMPLES, FEWER_ITERATIONS)
-    if "auto" not in settings and most * iterations * PASSES_PER_ITERATION > SHARE * run_passes:
-        most, iterations = FEWEST_SAMPLES, FEWEST_ITERATIONS
-    held_out = "auto" not in settings
-    asked: Sample = {"most": most, "iterations": iterations, "held_out": held_out}
+    asked = (effort or Effort(automatic=chooses(sampler))).at_w_star(n)
     return Pilot(
         curvature=largest_curvature(task, train, seed=seed, **asked),
         gradient_variance=gradient_variance(task, train, seed=seed, **asked),
         n_beta=sampler.n_beta if sampler.n_beta is not None else default_n_beta(task.loss.num_terms(n)),
-        batch_factor=batch_factor(n, m),
-        num_samples=min(2 * most if held_out else most, n),
+        batch_factor=batch_factor(n, minibatch_of(sampler.batch_size, n)),
+        num_samples=min(2 * asked["most"] if asked["held_out"] else asked["most"], n),
     )
 
 

@@ -21,9 +21,10 @@ from lossk.errors import DivergedError
 from lossk.forms.watched import watched_samples
 from lossk.ops.philox import normals
 from lossk.pilot.automatic import STEPS_CAP, Limits, choose_settings, to_half_octave
+from lossk.pilot.effort import Effort
 from lossk.pilot.pilot import Pilot, batch_factor
 from lossk.pilot.step_choice import GRADIENT_PASSES, step_budget, way_of
-from lossk.pilot.trial_chain import Autocorrelation, Trial, run_trial, steps_after_burnin
+from lossk.pilot.trial_chain import LONGEST, WINDOW, Autocorrelation, Trial, run_trial, steps_after_burnin
 from lossk.samplers.chain import Surroundings
 from lossk.samplers.force import FULL_GRADIENT, full_gradient
 from lossk.samplers.sgld import SGLD
@@ -36,6 +37,7 @@ RISE_SHARE = 0.05  # of an uninformed predictor's loss
 RISE_NATS = 0.1  # where no such predictor is known: a loss of the caller's own
 TRIES = 12
 ANOTHER, MOST_QUARTERS = 220.0, 40  # n_beta L_n may rise by half of it a weight; steps of a factor 4 until it does
+FEWEST_STEPS = 2 * WINDOW  # of a trial
 MOST_STEPS = 4000  # of all tries; whatever the number of draws, which must not change the law
 NEAR = 2.0  # times the localization of a trial: so far its noise and autocorrelation can be foreseen
 UNSTABLE = 1.5  # times the budget of the step: so long a step may itself have raised the loss
@@ -85,18 +87,25 @@ def rise_bound(name: str, train: Samples) -> tuple[float, str]:
 
 
 def settle(
-    sampler: SGLD, pilot: Pilot, around: Surroundings, *, num_probe: int, bar: Progress | None = None
+    sampler: SGLD,
+    pilot: Pilot,
+    around: Surroundings,
+    *,
+    num_probe: int,
+    effort: Effort | None = None,
+    bar: Progress | None = None,
 ) -> tuple[SGLD, Pilot, list[str]]:
     """Choose every "auto" by the pilot, then by trial chains until one passes. Returns what is resolved, and why.
 
-    The full gradient at w*, where trial chains need it, is kept in `around.fitted`.
+    The full gradient at w*, where trial chains need it, is kept in `around.fitted`. Where `effort` pays for no further
+    trial, the choice is that of what is known by then.
     """
-    train, task, bar = around.train, around.task, bar or Progress(False)
+    train, task, bar, effort = around.train, around.task, bar or Progress(False), effort or Effort()
     law = SGLD(n_beta=sampler.n_beta, params=sampler.params, metric=sampler.metric)
     if sampler.localization == "auto" and sampler != law:  # nothing else that was asked for moves the law
-        found, pilot, whys = settle(law, pilot, around, num_probe=num_probe, bar=bar)
+        found, pilot, whys = settle(law, pilot, around, num_probe=num_probe, effort=effort, bar=bar)
         sampler = dataclasses.replace(sampler, localization=found.localization)
-        chosen, pilot, reasons = settle(sampler, pilot, around, num_probe=num_probe, bar=bar)
+        chosen, pilot, reasons = settle(sampler, pilot, around, num_probe=num_probe, effort=effort, bar=bar)
         return chosen, pilot, [*(why for why in whys if why.startswith("localization")), *reasons]
     bound, why_bound = rise_bound(task.loss.name, train)
     limits, trial, left = _begin(sampler, pilot, around), None, MOST_STEPS
@@ -104,16 +113,22 @@ def settle(
         chosen, reasons = choose_settings(sampler, pilot, task, num_train=len(train), limits=limits)
         if "auto" not in (sampler.lr, sampler.localization, sampler.num_burnin_steps, sampler.num_steps_bw_draws):
             return chosen, pilot, reasons
+        size, step = effort.trial(), step_passes(chosen, len(train))
+        most = effort.steps(step, left)
+        if size is None or most < FEWEST_STEPS:
+            effort.rough, trial = True, None
+            break
         if chosen.control_variate and FULL_GRADIENT not in around.fitted:
             around.fitted[FULL_GRADIENT] = full_gradient(task, train)
         if attempt == 0:
-            _announce(chosen, around, bar)
+            _announce(chosen, around, bar, most)
         try:
             trial = run_trial(
                 chosen,
                 around,
                 bound=bound if sampler.localization == "auto" else math.inf,
-                most=left,
+                most=most,
+                size=size,
                 of_use=partial(_near, sampler, chosen, pilot, limits, around) if sampler.lr == "auto" else None,
                 bar=bar,
             )
@@ -126,6 +141,8 @@ def settle(
         finally:
             task.reset()
         left -= trial.steps
+        effort.spend(trial.steps * step)
+        effort.rough |= not trial.whole and not trial.cut and most < left + trial.steps
         pilot = _informed(pilot, trial, chosen)
         if sampler.localization == "auto" and trial.rise > bound:
             limits = _closer(sampler, chosen, pilot, limits, trial.rise / bound)
@@ -259,8 +276,13 @@ def _pull(sampler: SGLD) -> float:
     return float(sampler.lr) * sampler.gain * float(sampler.localization)
 
 
-def _announce(chosen: SGLD, around: Surroundings, bar: Progress) -> None:
-    """Say how long all trials may take, by the time of one gradient, and show their progress."""
+def step_passes(sampler: SGLD, num_train: int) -> float:
+    """Forward passes of one sample that a step costs."""
+    return way_of(sampler, num_train).passes(num_train)
+
+
+def _announce(chosen: SGLD, around: Surroundings, bar: Progress, most: int) -> None:
+    """Say how long a trial will take, by the time of one gradient, and show its progress."""
     if not bar.enabled:
         return
     way = way_of(chosen, len(around.train))
@@ -268,10 +290,11 @@ def _announce(chosen: SGLD, around: Surroundings, bar: Progress) -> None:
     start = time.perf_counter()
     around.task.gradient(around.train, few)
     gradient = time.perf_counter() - start
-    seconds = MOST_STEPS * gradient * way.passes(len(around.train)) / (GRADIENT_PASSES * way.batch)
+    expected = int(min(int(chosen.num_burnin_steps) + steps_after_burnin(chosen), LONGEST, most))
+    seconds = expected * gradient * way.passes(len(around.train)) / (GRADIENT_PASSES * way.batch)
     if seconds > SLOW:
-        bar.say(f"pilot: trial chains of at most {MOST_STEPS:,} steps together, at most about {duration(seconds)}")
-        bar.start(MOST_STEPS, what="trial chains")
+        bar.say(f"pilot: a trial chain of about {expected:,} steps, about {duration(seconds)}")
+        bar.start(expected, what="trial chain")
 
 
 def _space(

@@ -13,8 +13,8 @@ from scipy.special import ndtri, stdtr
 from torch import Tensor
 
 from lossk.curvature.curvature import (
-    GLANCE,
     PILOT_CHAIN,
+    Sample,
     control_variance,
     gradient_variance,
     largest_curvature,
@@ -22,6 +22,7 @@ from lossk.curvature.curvature import (
 )
 from lossk.diagnostics.bias import UNEVEN
 from lossk.forms.watched import watched_samples
+from lossk.pilot.effort import FULL, TrialSize
 from lossk.samplers.chain import Surroundings
 from lossk.samplers.sgld import SGLD, SGLDChain
 from lossk.task.task import fitting_batch
@@ -30,9 +31,6 @@ from lossk.timings import Progress
 MEMORIES = 10  # length of a trial after its burn-in, in decorrelation times of flat directions
 LONGER = 4  # times that, where the curvature is uneven: so few draws do not show how steep the steepest are
 LONGEST = 2000  # steps of a trial
-RECORDS = 200
-MEASURED = 3  # draws at which the curvature is measured, the first right after burn-in
-GLANCES = 33  # draws at which it is glanced at, for how much it varies: these draws among them
 LONG = 100  # steps after burn-in: so many are worth asking first whether they are of use
 WINDOW, FAR = 20, 2.0  # a rise this many times too high over so many steps is no news to wait for
 PLATEAU_Z = 4.0
@@ -96,6 +94,7 @@ def run_trial(
     *,
     bound: float = math.inf,
     most: int = LONGEST,
+    size: TrialSize = FULL,
     of_use: Callable[[Trial], bool] | None = None,
     bar: Progress | None = None,
 ) -> Trial:
@@ -106,6 +105,7 @@ def run_trial(
     Args:
         bound: of the rise; where the chain is far beyond it, it ends early, and only `rise` says something.
         most: steps.
+        size: what it measures, and on how many samples.
         of_use: asked right after the burn-in of a long trial with what it has shown by then; False ends it.
 
     Raises:
@@ -117,11 +117,13 @@ def run_trial(
     burnin = min(int(sampler.num_burnin_steps), most // 2)
     wanted = steps_after_burnin(sampler)
     after = int(min(wanted, most - burnin))
-    every = max(1, -(-after // RECORDS))
-    marks = {after * part // (MEASURED - 1) for part in range(MEASURED)}
+    every = max(1, -(-after // size.records))
+    marks = {after * part // (size.measured - 1) for part in range(size.measured)}
     last, longest = after, int(min(LONGER * wanted, most - burnin))
-    glances = {after * part // (GLANCES - 1) for part in range(LONGER * GLANCES)} | marks
-    few = watched_samples(len(train)).split(fitting_batch(min(256, task.passes.probe_batch), task.loss.positions))
+    glances = {after * part // (size.glances - 1) for part in range(LONGER * size.glances)} | marks
+    few = watched_samples(len(train))[: size.watched].split(
+        fitting_batch(min(256, task.passes.probe_batch), task.loss.positions)
+    )
 
     def measure(what: Callable[..., float], **sample: Any) -> float:
         try:
@@ -129,6 +131,7 @@ def run_trial(
         except ValueError as error:
             raise chain.diverged(str(error)) from error
 
+    controlled: Sample = {} if size == FULL else size.sample  # 512 samples where nobody counts
     task.reset()
     chain.begin()
     excess: list[float] = []
@@ -137,9 +140,9 @@ def run_trial(
     glanced: dict[int, float] = {}
 
     def shown(rise: float, *, whole: bool, cut: bool = False) -> Trial:
-        noise = measure(control_variance, held_out=True) if chain.force.control is not None else None
+        noise = measure(control_variance, held_out=True, **controlled) if chain.force.control is not None else None
         curvature, steepest = _over_draws(curvatures, glanced)
-        variance = measure(gradient_variance, held_out=True)
+        variance = measure(gradient_variance, held_out=True, **size.sample)
         return Trial(
             rise, len(excess), whole, cut,
             curvature=curvature, steepest=steepest, measured=len(curvatures), variance=variance, noise=noise,
@@ -151,13 +154,13 @@ def run_trial(
         bar.update()
         recent = sum(excess[-WINDOW:]) / min(len(excess), WINDOW)
         if len(excess) >= WINDOW and recent > FAR * bound:
-            return Trial(recent, step, whole=False, curvature=measure(largest_curvature))
+            return Trial(recent, step, whole=False, curvature=measure(largest_curvature, **size.sample))
         if step > burnin and (step - burnin) % every == 0:
             rows.append(torch.cat([task.losses(train[part]) for part in few]).double())
         if step - burnin in glances:
-            glanced[step] = measure(largest_curvature, across=chain.reach / 2, **GLANCE)
+            glanced[step] = measure(largest_curvature, across=chain.reach / 2, **size.glance)
         if step - burnin in marks:
-            curvatures[step] = measure(largest_curvature)
+            curvatures[step] = measure(largest_curvature, **size.sample)
         if step == burnin and after >= LONG and of_use is not None:
             so_far = shown(recent, whole=False, cut=True)
             if not of_use(so_far):

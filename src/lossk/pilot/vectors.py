@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from lossk.curvature.curvature import DRAWN_ITERATIONS
-from lossk.pilot.pilot import FEWER_ITERATIONS
+from lossk.pilot.effort import FEWER
 from lossk.samplers.baoab import BAOAB
 from lossk.samplers.hmc import HMC
 from lossk.samplers.samplers import Sampler
@@ -38,10 +38,10 @@ def judging_vectors(sampler: Sampler) -> float:
 def most_vectors(sampler: Sampler, *, judged: bool, piloted: bool) -> float:
     """The most of the pilot, its trial chains, the gradient of a control variate, the chains and their judging."""
     found: list[float] = [chain_vectors(sampler)]
-    if piloted and _to_choose(sampler):
+    if piloted and chooses(sampler):
         found.append(chain_vectors(sampler) + LANCZOS)  # measured at draws of a trial chain
     elif piloted and isinstance(sampler, SGLD):
-        found.append(WEIGHTS + LANCZOS + FEWER_ITERATIONS / HELD_OUT)
+        found.append(WEIGHTS + LANCZOS + FEWER[1] / HELD_OUT)
     if _may_control(sampler):
         found.append(WEIGHTS + FULL)
     if judged:
@@ -49,7 +49,7 @@ def most_vectors(sampler: Sampler, *, judged: bool, piloted: bool) -> float:
     return max(found)
 
 
-def _to_choose(sampler: Sampler) -> bool:
+def chooses(sampler: Sampler) -> bool:
     """Whether a pilot has settings to choose, for which it runs trial chains."""
     names = ("lr", "step_size", "friction", "localization", "num_burnin_steps", "num_steps_bw_draws")
     return any(getattr(sampler, name, None) == "auto" for name in names)

@@ -8,15 +8,17 @@ import math
 from lossk.diagnostics.bias import BIAS_BUDGET
 from lossk.pilot import modes
 from lossk.pilot.automatic_baoab import choose_baoab, kick_noise, steps_to_forget
+from lossk.pilot.effort import Effort, effort_of
 from lossk.pilot.pilot import Pilot, default_n_beta, run_pilot
 from lossk.pilot.step_choice import STABILITY_BUDGET
 from lossk.pilot.trial import settle
+from lossk.pilot.vectors import chooses
 from lossk.samplers.baoab import BAOAB
 from lossk.samplers.chain import Surroundings
 from lossk.samplers.gaussian import Gaussian
 from lossk.samplers.samplers import Sampler
 from lossk.samplers.sgld import SGLD
-from lossk.settings import minibatch_of
+from lossk.settings import SteppingSettings, minibatch_of
 from lossk.timings import Progress
 
 PILOT_SEED = 0x105  # of all that the pilot draws
@@ -41,12 +43,14 @@ def choose(
     if isinstance(sampler, Gaussian):
         return sampler, None, []
     reasons: list[str] = []
+    share = sampler.pilot_budget if isinstance(sampler, SteppingSettings) else None
+    effort = effort_of(task, train, run_passes, automatic=chooses(sampler), share=share)
     if isinstance(sampler, SGLD):
-        pilot = run_pilot(task, train, sampler, seed=seed, run_passes=run_passes)
-        resolved, pilot, reasons = settle(sampler, pilot, around, num_probe=num_probe, bar=bar)
+        pilot = run_pilot(task, train, sampler, effort, seed=seed)
+        resolved, pilot, reasons = settle(sampler, pilot, around, num_probe=num_probe, effort=effort, bar=bar)
         if sampler.lr == "auto":
             reasons += _praise_of_averaging(resolved, pilot) + _praise_of_momentum(resolved, pilot)
-        return resolved, pilot, reasons
+        return resolved, pilot, reasons + _roughness(effort)
     if sampler.n_beta is None:
         terms = task.loss.num_terms(len(train))
         n_beta = default_n_beta(terms)
@@ -57,9 +61,9 @@ def choose(
     # The law is that of SGLD's default, whatever the sampler.
     metric = getattr(sampler, "metric", None)
     alike = SGLD(n_beta=sampler.n_beta, localization=sampler.localization, metric=metric, params=sampler.params)
-    pilot = run_pilot(task, train, alike, seed=seed)
+    pilot = run_pilot(task, train, alike, effort, seed=seed)
     if sampler.localization == "auto":
-        sgld, pilot, whys = settle(alike, pilot, around, num_probe=num_probe, bar=bar)
+        sgld, pilot, whys = settle(alike, pilot, around, num_probe=num_probe, effort=effort, bar=bar)
         sampler = dataclasses.replace(sampler, localization=float(sgld.localization))
         reasons += [why for why in whys if why.startswith("localization")]
     if isinstance(sampler, BAOAB) and sampler.step_size == "auto" and float(sampler.localization) > 0:
@@ -69,11 +73,15 @@ def choose(
             batch = minibatch_of(sampler.batch_size, len(train))
             alike = dataclasses.replace(alike, control_variate=True, batch_size=batch)
         if pilot.drawn_curvature is None or sampler.control_variate:
-            _, pilot, _ = settle(alike, pilot, around, num_probe=num_probe, bar=bar)
+            _, pilot, _ = settle(alike, pilot, around, num_probe=num_probe, effort=effort, bar=bar)
     if isinstance(sampler, BAOAB):
         sampler, pilot, more = choose_baoab(sampler, pilot, len(train), task.num_weights)
         reasons += more
-    return sampler, pilot, reasons
+    return sampler, pilot, reasons + _roughness(effort)
+
+
+def _roughness(effort: Effort) -> list[str]:
+    return [effort.describe()] if effort.rough else []
 
 
 def _praise_of_averaging(sampler: SGLD, pilot: Pilot) -> list[str]:

@@ -94,7 +94,8 @@ def prepare(
     world: World = ALONE,
 ) -> Prepared:
     """Read the data, and check that the model gives each sample a loss at w*."""
-    started = time.perf_counter()
+    started, bar = time.perf_counter(), bar or Progress(False)
+    timings = Timings(bar)
     task = Task(model, resolve_loss(loss), params=sampler.params, device=world.own_device(device), precision=precision)
     chosen = choose_ops(backend, task.device)
     task.use_loss(resolve_loss(loss, chosen.ops["sample_loss"]))
@@ -103,18 +104,19 @@ def prepare(
         sets, train_samples = read_sources(loader, train, transform, bar=bar, room=room, pads=True)
     for warning in caught:  # shown all the same; kept with the result
         warnings.warn(warning.message, warning.category, stacklevel=3)
-    fingerprints = {"model": provenance.model_fingerprint(model), "probe": rows_fingerprint(sets)}
-    lone = sets.get("") is train_samples
-    fingerprints["train"] = fingerprints["probe"] if lone else train_samples.fingerprint()
+    with bar.waiting("fingerprints of model and data"):
+        fingerprints = {"model": provenance.model_fingerprint(model), "probe": rows_fingerprint(sets)}
+        lone = sets.get("") is train_samples
+        fingerprints["train"] = fingerprints["probe"] if lone else train_samples.fingerprint()
     notes = [*chosen.reasons, *place_data(task, [*sets.values(), train_samples])]
     read = time.perf_counter()
-    probe, train_samples = prepare_probe(task, sets, train_samples)
-    named = {part.name: part.samples for part in probe.parts}
-    witness = witness_of(task, named if probe.holds(train_samples) else {**named, "train": train_samples})
+    with bar.waiting("checking that the model gives each sample a loss of its own"):
+        probe, train_samples = prepare_probe(task, sets, train_samples)
+        named = {part.name: part.samples for part in probe.parts}
+        witness = witness_of(task, named if probe.holds(train_samples) else {**named, "train": train_samples})
     checked = time.perf_counter()
     if probe.tokens is not None:
         fingerprints["tokens"] = token_fingerprint(probe.tokens)
-    timings = Timings()
     timings.seconds |= {"check": checked - read, "prepare": time.perf_counter() - started - (checked - read)}
     return Prepared(
         task=task,

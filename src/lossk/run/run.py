@@ -14,6 +14,7 @@ from lossk.accumulate.trace_watch import TraceWatch
 from lossk.curvature.metric import describe_metric, set_metric
 from lossk.memory import Budget
 from lossk.pilot.effective_dimension import count_directions
+from lossk.pilot.effort import ROUGH
 from lossk.pilot.pilot import Pilot
 from lossk.plan.pass_memory import pass_bytes
 from lossk.probe.anchor import evaluate_anchor
@@ -163,7 +164,9 @@ def _measured(run: Run, bar: Progress | None) -> Run:
         )
         pilot, beaten = count_directions(pilot, sampler, run.task, run.train, run.passes_of(sampler))
     reasons = [*reasons, *describe_metric(run.scales), *beaten]
-    return dataclasses.replace(run, sampler=sampler, pilot=pilot, reasons=tuple(reasons))
+    rough = [f"settings are rough: {why.partition(': ')[2]}" for why in reasons if why.startswith(ROUGH)]
+    warned = (*run.warnings, *rough)
+    return dataclasses.replace(run, sampler=sampler, pilot=pilot, reasons=tuple(reasons), warnings=warned)
 
 
 def announce(run: Run, bar: Progress) -> None:

@@ -75,6 +75,9 @@ class SGLD(SteppingSettings):
         measure_acceptance: also measure, at each draw, the acceptance that a Metropolis test would give a fresh
             full-batch step of this lr: near 1 where the step is short enough. Two full gradients more per draw.
         params: shell-style patterns of the parameter names to sample; None is every parameter that requires grad.
+        pilot_budget: what pilot and trial chains may cost, as a share of the run's own foreseen passes; None is 0.25,
+            and 0.03 where every setting is a number. Some seconds are always allowed. Where that does not pay for
+            everything, settings are rough, and the reasons say so (`lossk.pilot.effort`).
 
     Raises:
         ValueError, TypeError: naming the argument, the rule and the value.

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lossk.curvature.curvature import steepness
-from lossk.pilot.trial_chain import GLANCES
+from lossk.pilot.effort import FULL
 
 LAW = 200_000
 
@@ -35,7 +35,7 @@ def test_the_steepest_draw_is_foreseen_from_few(law: str) -> None:
 
     every = drawn(LAW)
     truth = float(every.quantile(0.999) / every.mean())
-    found = sorted(steepness(each) for each in drawn(400 * GLANCES).view(400, GLANCES))
+    found = sorted(steepness(each) for each in drawn(400 * FULL.glances).view(400, FULL.glances))
     assert 0.9 * truth < found[200] < 1.5 * truth
     assert found[40] > 0.5 * truth
 

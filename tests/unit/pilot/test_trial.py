@@ -15,6 +15,7 @@ import oracles
 from lossk.data.reading import read_samples
 from lossk.diagnostics.bias import BIAS_BUDGET
 from lossk.pilot import automatic, trial, trial_chain
+from lossk.pilot.effort import FULL
 from lossk.pilot.step_choice import STABILITY_BUDGET
 from lossk.samplers.chain import Surroundings
 from lossk.samplers.force import FULL_GRADIENT, full_gradient
@@ -157,7 +158,7 @@ def test_a_step_is_stable_where_the_draws_are_and_not_only_at_the_trained_weight
     pilot = traces.meta["pilot"]
     assert pilot["drawn_curvature"] > 5 * pilot["curvature"]
     # The step was chosen by the trial's three draws; those of the run's own may differ by a few percent.
-    assert pilot["drawn_times"] > trial_chain.MEASURED
+    assert pilot["drawn_times"] > FULL.measured
     assert traces.meta["sampler"]["lr"] * n_beta * pilot["drawn_curvature"] / 4 < 1.1 * STABILITY_BUDGET
     w = np.linspace(-3, 3, 20_001)
     density = np.exp(-n_beta * (0.5 * w**2 + 5 * w**4) - localization / 2 * w**2)
