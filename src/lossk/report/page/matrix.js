@@ -36,7 +36,7 @@ function matrixLayout(marks) {
   const ticks = few
     ? { tickmode: "array", tickvals: middles, ticktext: groups.map(plain), tickangle: groups.length > 6 ? -40 : 0 }
     : { showticklabels: false };
-  const axis = { range: [0, BINS], showgrid: false, zeroline: false, ticks: "", constrain: "domain", constraintoward: "left", ...ticks };
+  const axis = { range: [0, BINS], showgrid: false, zeroline: false, ticks: "", constrain: "domain", constraintoward: "right", ...ticks };
   const line = (more) => ({ type: "line", line: { color: css("muted"), width: 0.6 }, ...more });
   const inner = few ? edges.slice(1, -1).map((edge) => edge * scale) : [];
   const shapes = inner.flatMap((at) => [
