@@ -98,10 +98,15 @@ def page(rows: list[dict[str, Any]]) -> str:
     head = ["network", "weights", "sampled", "settings", "first line", "preparation", "run", "share", "peak",
             "planned", "peak / weights", "rough"]  # fmt: skip
     machine = environment(torch.get_num_threads())
+    said = (
+        "`python -m bench.preparation --out docs/preparation.md`: 2 chains of few draws; weights are random.",
+        "*Preparation* is everything before the first step of the run. *Peak* is what the call added to the process's",
+        "memory, *peak / weights* that over the bytes of all weights in float32.",
+    )
     return (
-        "# What preparation costs\n\n`python -m bench.preparation --out docs/preparation.md`: 2 chains of few draws, of\n"
-        "networks with random weights. *Preparation* is everything before the first step of the run. *Peak* is what the\n"
-        "call added to the process's memory, *peak / weights* that over the bytes of all weights in float32.\n\n"
+        "# What preparation costs\n\n"
+        + "\n".join(said)
+        + "\n\n"
         + table(head, lines)
         + f"\n\n{machine['device']}, {machine['threads']} thread(s), load {machine['load_average']}; git "
         f"{machine['git_sha']}.\n"
