@@ -63,7 +63,7 @@ def _count(name: str, value: Any) -> None:
 
 def _texts(name: str, value: Any) -> None:
     """No list at all is a list without names."""
-    if isinstance(value, str) or not isinstance(value, Sequence):
+    if isinstance(value, str | bytes | bytearray) or not isinstance(value, Sequence):
         raise wrong_kind(name, "a list of texts", value)
     for text in value:
         if not isinstance(text, str):
