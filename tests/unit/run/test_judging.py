@@ -262,8 +262,8 @@ def test_what_cannot_be_measured_stays_unknown(monkeypatch: pytest.MonkeyPatch, 
 
 
 def test_a_log_of_an_earlier_version_is_read() -> None:
-    commit = {"chain": 1, "first_draw": 4, "step": 60, "excess": [0.1, 0.2], "distance": [1.0, 2.0], "acceptance": [math.nan] * 2,
-              "curvature": [math.nan, 3.0]}  # fmt: skip
+    commit = {"chain": 1, "first_draw": 4, "step": 60, "excess": [0.1, 0.2], "distance": [1.0, 2.0],
+              "acceptance": [math.nan] * 2, "curvature": [math.nan, 3.0]}  # fmt: skip
     draws = RunLog.read_draws(None, Commit.of(commit))  # type: ignore[arg-type]
     assert [draw.draw for draw in draws] == [4, 5]
     assert draws[1].curvature == 3.0
