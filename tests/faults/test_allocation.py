@@ -146,7 +146,7 @@ def test_other_errors_stay_as_they_are(error: Exception) -> None:
 
 
 def test_a_command_says_it_in_a_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(cli, "run_doctor", lambda options: WAYS["torch"][0]())
+    monkeypatch.setattr("lossk.cli.doctor.run_doctor", lambda options: WAYS["torch"][0]())
     assert cli.main(["doctor"]) == 2
     said = capsys.readouterr().err
     assert said.startswith("lossk: memory ran out: ")

@@ -38,6 +38,7 @@ def test_defaults() -> None:
         "noise_correction": "auto",
         "measure_acceptance": False,
         "params": None,
+        "pilot_budget": None,
     }
 
 
