@@ -8,7 +8,7 @@ import os
 os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,13 +26,14 @@ def pytest_configure(config: pytest.Config) -> None:
     config.pluginmanager.register(budget)
 
 
-@pytest.fixture(scope="session", autouse=True)
-def one_thread() -> Iterator[None]:
-    """The problems here are tiny: threads only add time, and the order of summation is then the same everywhere."""
-    before = torch.get_num_threads()
+@pytest.fixture(autouse=True)
+def one_thread() -> None:
+    """The problems here are tiny: threads only add time, and the order of summation is then the same everywhere.
+
+    Before each test: benchmarks leave the number that they found best, and two processes with two threads each on two
+    cores wait for one another at every operation.
+    """
     torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(autouse=True)
