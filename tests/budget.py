@@ -11,6 +11,7 @@ from collections.abc import Generator
 import pytest
 
 BUDGET = 20.0  # seconds of CPU a test; what is marked `slow`, or `long` with its reason, may take more
+SLACK = 2.0  # times as much before it fails: so much do seconds of CPU vary from one machine to the next, and with load
 WORTH_PRINTING = 5.0  # seconds of CPU
 START = pytest.StashKey[float]()
 
@@ -31,7 +32,7 @@ def pytest_runtest_call(item: pytest.Item) -> Generator[None]:
     result = yield
     used = cpu_seconds() - item.stash[START]
     item.user_properties.append(("cpu_seconds", used))
-    if used > BUDGET and not any(item.iter_markers("slow")) and not any(item.iter_markers("long")):
+    if used > SLACK * BUDGET and not any(item.iter_markers("slow")) and not any(item.iter_markers("long")):
         pytest.fail(f"took {used:.0f} s of CPU, of {BUDGET:.0f} that a test may take", pytrace=False)
     return result
 

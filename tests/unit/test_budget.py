@@ -9,7 +9,7 @@ from pathlib import Path
 CONFTEST = """
 import sys; sys.path.insert(0, {folder!r})
 import budget
-budget.BUDGET, budget.WORTH_PRINTING = 0.5, 0.2
+budget.BUDGET, budget.SLACK, budget.WORTH_PRINTING = 0.5, 1.0, 0.2
 def pytest_configure(config):
     config.addinivalue_line("markers", "long(why): ...")
     config.pluginmanager.register(budget)
