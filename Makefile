@@ -20,8 +20,7 @@ wheels: $(READY)  ## the wheel of this Python, and that it works by itself, in O
 	$(PIP) wheel -q --no-deps --wheel-dir $(OUT)/wheels .
 	rm -rf $(OUT)/bare && $(BIN)/python -m venv $(OUT)/bare
 	$(OUT)/bare/bin/python -m pip --disable-pip-version-check install -q --no-deps --force-reinstall $(OUT)/wheels/lossk-*.whl
-	$(OUT)/bare/bin/lossk --version
-	$(OUT)/bare/bin/lossk completion bash >/dev/null
+	$(OUT)/bare/bin/lossk --version && $(OUT)/bare/bin/lossk --help >/dev/null
 	@ls $(OUT)/wheels
 
 test: $(READY) lint  ## everything CI runs
