@@ -80,7 +80,8 @@ def _largest(
 # less, the kinks of a ReLU network make the curvature over few samples vary ninefold where that of a step's varies by
 # 1.7, and automatic runs without bias were told that their step was too large.
 GLANCE: Sample = {"most": 64, "iterations": 4}  # one subset: how curvature varies over draws, not how large it is
-GLANCE_PASSES = 64 * 4 * 11  # forward passes of one sample
+PASSES_PER_ITERATION = 11  # forward passes of a sample, of both products: three gradients for 3 each, two of losses
+GLANCE_PASSES = GLANCE["most"] * GLANCE["iterations"] * PASSES_PER_ITERATION
 
 
 FAR = 3.09  # normal deviate of the 99.9 % quantile

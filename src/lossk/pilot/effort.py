@@ -14,7 +14,15 @@ from dataclasses import dataclass
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from lossk.curvature.curvature import DRAWN_ITERATIONS, DRAWN_SAMPLES, GLANCE, ITERATIONS, MOST_SAMPLES, Sample
+from lossk.curvature.curvature import (
+    DRAWN_ITERATIONS,
+    DRAWN_SAMPLES,
+    GLANCE,
+    ITERATIONS,
+    MOST_SAMPLES,
+    PASSES_PER_ITERATION,
+    Sample,
+)
 from lossk.data.data import Samples
 from lossk.task.task import Task
 
@@ -23,7 +31,8 @@ SHARE_OF_NUMBERS = 0.03  # where every setting is a number, and only the verdict
 FLOOR = 3e11  # floating-point operations: 3 to 10 s of a core
 AT_W_STAR = 0.25  # of preparation: the measurements at w*
 AT_DRAWS = 0.4  # of what is left then: those at the draws of a trial
-CURVATURE, VARIANCE = 6, 5  # forward passes of an iteration on one sample: two gradients; one, and two of losses
+CURVATURE = 6  # forward passes of an iteration on one sample: two gradients
+VARIANCE = PASSES_PER_ITERATION - CURVATURE  # one gradient, and two of losses
 SIZES = ((512, 10), (256, 10), (128, 10), (64, 8), (64, 6), (32, 6), (32, 4), (16, 4), (16, 3), (8, 2))
 FEWER = (64, 6)  # samples and iterations, where every setting is a number
 ROUGH = "pilot = rough"  # how the line of the reasons begins
@@ -38,8 +47,8 @@ class TrialSize:
     iterations: int = DRAWN_ITERATIONS
     measured: int = 3  # draws at which the curvature is measured, the first right after burn-in
     glances: int = 33  # draws at which it is glanced at, for how much it varies: these draws among them
-    glance_samples: int = 64
-    glance_iterations: int = 4
+    glance_samples: int = GLANCE["most"]
+    glance_iterations: int = GLANCE["iterations"]
     watched: int = 256  # training samples whose losses are recorded
     records: int = 200
 
@@ -92,7 +101,7 @@ class Effort:
         held = 1 if self.automatic else 2  # as many samples again are held out
 
         def cost(size: tuple[int, int]) -> float:
-            return held * min(size[0], num_train) * size[1] * (CURVATURE + VARIANCE)
+            return held * min(size[0], num_train) * size[1] * PASSES_PER_ITERATION
 
         allowed = self.passes * (AT_W_STAR if self.automatic else 1.0)
         chosen = next((size for size in sizes if cost(size) <= allowed), sizes[-1])

@@ -23,9 +23,6 @@ from lossk.samplers.sgld import SGLD
 from lossk.settings import minibatch_of
 from lossk.task.task import Task
 
-FEWEST_SAMPLES = 32  # that a chain measures at its last draw
-PASSES_PER_ITERATION = 11  # forward passes' worth: three gradients for 3 each, and two of losses
-
 
 @dataclass(frozen=True, kw_only=True)
 class Pilot:

@@ -303,7 +303,7 @@ def _space(
     """The spacing of the draws, and what else the trial has to say."""
     # A trial cut short has not seen the slowest memories: the spacing that flat directions need then stays.
     if sampler.num_steps_bw_draws == "auto" and trial.whole and trial.autocorrelation is not None:
-        step_cost, rho = way_of(chosen, len(around.train)).passes(len(around.train)), trial.autocorrelation
+        step_cost, rho = step_passes(chosen, len(around.train)), trial.autocorrelation
         spacing = worth_spacing(rho, step_cost, num_probe)
         chosen = dataclasses.replace(chosen, num_steps_bw_draws=spacing)
         reasons = [reason for reason in reasons if not reason.startswith("num_steps_bw_draws")]

@@ -43,9 +43,8 @@ def choose(
     if isinstance(sampler, Gaussian):
         return sampler, None, []
     reasons: list[str] = []
-    share = sampler.pilot_budget if isinstance(sampler, SteppingSettings) else None
-    effort = effort_of(task, train, run_passes, automatic=chooses(sampler), share=share)
     if isinstance(sampler, SGLD):
+        effort = _effort(sampler, around, run_passes)
         pilot = run_pilot(task, train, sampler, effort, seed=seed)
         resolved, pilot, reasons = settle(sampler, pilot, around, num_probe=num_probe, effort=effort, bar=bar)
         if sampler.lr == "auto":
@@ -58,6 +57,7 @@ def choose(
         reasons.append(f"n_beta = {n_beta:.4g}: n / ln n of the {terms} training {task.loss.unit}")
     if not sampler.has_auto:
         return sampler, None, reasons
+    effort = _effort(sampler, around, run_passes)
     # The law is that of SGLD's default, whatever the sampler.
     metric = getattr(sampler, "metric", None)
     alike = SGLD(n_beta=sampler.n_beta, localization=sampler.localization, metric=metric, params=sampler.params)
@@ -78,6 +78,11 @@ def choose(
         sampler, pilot, more = choose_baoab(sampler, pilot, len(train), task.num_weights)
         reasons += more
     return sampler, pilot, reasons + _roughness(effort)
+
+
+def _effort(sampler: Sampler, around: Surroundings, run_passes: float) -> Effort:
+    share = sampler.pilot_budget if isinstance(sampler, SteppingSettings) else None
+    return effort_of(around.task, around.train, run_passes, automatic=chooses(sampler), share=share)
 
 
 def _roughness(effort: Effort) -> list[str]:

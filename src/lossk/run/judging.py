@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from lossk.accumulate.trace_watch import TraceWatch
-from lossk.curvature.curvature import DRAWN_SAMPLES, GLANCE_PASSES
+from lossk.curvature.curvature import DRAWN_SAMPLES, GLANCE_PASSES, PASSES_PER_ITERATION
 from lossk.memory import Budget
-from lossk.pilot.pilot import FEWEST_SAMPLES, PASSES_PER_ITERATION, Pilot
+from lossk.pilot.pilot import Pilot
 from lossk.pilot.vectors import WEIGHTS, chain_vectors, judging_vectors, most_vectors
 from lossk.plan.layout import PLANNED
 from lossk.samplers.baoab import BAOAB
@@ -18,6 +18,7 @@ from lossk.task.task import Task
 
 SHARE = 0.03  # of a run's passes
 GLANCING, MOST_GLANCES = 0.01, 16  # likewise; of a chain
+FEWEST_SAMPLES = 32  # that a chain measures at its last draw
 ITERATIONS = 7  # as a rule, with the one of the samples held out; of 10 at most
 CONTROLLED = 2.0  # times as dear with a control variate
 
