@@ -28,9 +28,7 @@ def open_named(options: argparse.Namespace) -> LossKernel:
 def labeled(kernel: LossKernel, options: argparse.Namespace) -> LossKernel:
     """With the classes of `--labels`; else those of the store, or of the samples that `lossk run` saved beside it."""
     if options.labels is not None:
-        read = partial(read_labels, trusted=options.trust)
-        labels, names = named("--labels", read, options.labels, options.store, len(kernel))
-        return with_classes(kernel, labels, names)
+        return with_classes(kernel, *read_asked(options, len(kernel)))
     beside = samples_path(Path(options.store))
     if kernel.labels is not None or not beside.exists():
         return kernel
@@ -39,6 +37,12 @@ def labeled(kernel: LossKernel, options: argparse.Namespace) -> LossKernel:
         return kernel
     numbers = torch.from_numpy(saved.labels)
     return with_classes(kernel, numbers, [saved.name_of(i) for i in range(int(numbers.max()) + 1)])
+
+
+def read_asked(options: argparse.Namespace, num_samples: int) -> tuple[Tensor, list[str]]:
+    """What `--labels` says of a command's store."""
+    read = partial(read_labels, trusted=options.trust)
+    return named("--labels", read, options.labels, options.store, num_samples)
 
 
 def with_classes(kernel: LossKernel, labels: Tensor, names: list[str]) -> LossKernel:

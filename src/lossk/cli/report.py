@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import argparse
-from functools import partial
 from pathlib import Path
 
 from lossk.available import gigabytes
-from lossk.cli.class_labels import read_labels
+from lossk.cli.class_labels import read_asked
 from lossk.cli.label_files import read_array, read_lines
 from lossk.cli.options import named
 from lossk.kernel.from_store import open_kernel
@@ -20,8 +19,7 @@ def run_report(options: argparse.Namespace) -> None:
     out = store.with_suffix(".html") if options.out is None else Path(options.out)
     labels, class_names = None, list[str]()
     if options.labels is not None:
-        read = partial(read_labels, trusted=options.trust)
-        labels, class_names = named("--labels", read, options.labels, store, len(open_kernel(store)))
+        labels, class_names = read_asked(options, len(open_kernel(store)))
     images = None if options.images is None else named("--images", read_array, Path(options.images))
     texts = None if options.texts is None else named("--texts", read_lines, Path(options.texts))
     write_report(

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from lossk.data.trees import Path, flat, map_tensors
+from lossk.ops.sample_loss import IGNORED
 
-IGNORED = -100  # as a label: torch's and Hugging Face's mark of a position that does not count
 HOLDERS = ("tokenizer", "processor", "feature_extractor")  # attributes of a collator that know how it pads
 LABELS = ("label", "labels", "label_ids", "target", "targets", "decoder_labels")
 Sizes = tuple[int, ...]  # of a tensor beyond its first dimension

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from html import escape
 from typing import TYPE_CHECKING, Any
 
@@ -71,15 +70,11 @@ def as_text(diagnostics: Diagnostics) -> str:
     return "\n".join(f"{name:{first}}  {value:{second}}  {says}".rstrip() for name, value, says in rows)
 
 
-def as_html(diagnostics: Diagnostics, keep: Callable[[Row], bool] = lambda row: True) -> str:
-    """A table; its colors are those of the page that it stands in.
-
-    Args:
-        keep: which rows.
-    """
+def as_html(diagnostics: Diagnostics) -> str:
+    """A table; its colors are those of the page that it stands in."""
     lines = [
         f"<tr><th style='text-align:left'>{escape(name)}</th><td style='text-align:left'>{escape(value)}</td>"
         f"<td style='text-align:left;opacity:.7'>{escape(says)}</td></tr>"
-        for name, value, says in filter(keep, rows_of(diagnostics))
+        for name, value, says in rows_of(diagnostics)
     ]
     return f"<table>{''.join(lines)}</table>"

@@ -68,8 +68,7 @@ def _picture(kernel: LossKernel) -> str:
         block = kernel.correlation(torch.from_numpy(rows), torch.from_numpy(rows)).numpy()
     except (DistributedError, StoreError, MemoryError):
         return ""
-    off = np.abs(block[~np.eye(len(block), dtype=bool)])
-    limit = max(float(np.quantile(off, 0.98)) if off.size else 1.0, 0.05)
+    limit = color_limit(block)
     uri = base64.b64encode(png(colored(block / limit))).decode()
     said = (
         f"R of {len(rows)} of {kernel.num_samples:,} {kernel.unit}, {ordered}; "
@@ -79,6 +78,12 @@ def _picture(kernel: LossKernel) -> str:
         f"<div><img alt='{escape(said)}' src='data:image/png;base64,{uri}'><br>"
         f"<small style='display:block;max-width:160px'>{escape(said)}</small></div>"
     )
+
+
+def color_limit(block: np.ndarray) -> float:
+    """|R| at which the colors end: that of 98 % of the entries off the diagonal, and at least 0.05."""
+    off = block[~np.eye(len(block), dtype=bool)]
+    return max(float(np.quantile(np.abs(off), 0.98)) if off.size else 1.0, 0.05)
 
 
 def colored(shares: np.ndarray) -> np.ndarray:

@@ -63,9 +63,3 @@ def edges_of(groups: np.ndarray) -> tuple[list[int], list[int]]:
         return [0], []
     starts = np.concatenate([[0], np.flatnonzero(np.diff(groups)) + 1])
     return [*starts.tolist(), len(groups)], groups[starts].tolist()
-
-
-def color_limit(mean: np.ndarray) -> float:
-    """|R| at which the colors end: that of 98 % of the entries off the diagonal, and at least 0.05."""
-    off = mean[~np.eye(len(mean), dtype=bool)]
-    return max(float(np.quantile(np.abs(off), 0.98)) if off.size else 1.0, 0.05)

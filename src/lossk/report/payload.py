@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 
 from lossk.analysis.neighbors import SignificantNeighbors
+from lossk.kernel.card import color_limit
 from lossk.kernel.kernel import LossKernel
 from lossk.report.findings import NEAR, Findings
-from lossk.report.matrix import color_limit, edges_of
+from lossk.report.matrix import edges_of
 from lossk.report.samples import Samples
 from lossk.report.sprites import Sprites
 

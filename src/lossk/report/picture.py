@@ -15,6 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lossk.kernel.card import color_limit
+
 if TYPE_CHECKING:
     from lossk.kernel.kernel import LossKernel
     from lossk.kernel.neighbors import Neighbors
@@ -176,8 +178,7 @@ def draw(data: PictureData, path: Path) -> None:
 
 def _matrix(figure: Any, data: PictureData, thinned: str) -> None:
     axes = figure.add_axes((0.06, 0.165, 0.325, 0.6667))
-    off_diagonal = data.correlation[~np.eye(len(data.correlation), dtype=bool)]
-    limit = max(float(np.quantile(np.abs(off_diagonal), 0.98)) if off_diagonal.size else 1.0, 0.05)
+    limit = color_limit(data.correlation)
     image = axes.imshow(data.correlation, cmap="RdBu_r", vmin=-limit, vmax=limit, interpolation="antialiased")
     edges = np.flatnonzero(np.diff(data.labels)) + 0.5
     for edge in edges:

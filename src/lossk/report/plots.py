@@ -11,6 +11,7 @@ import torch
 from lossk.checks import wrong_kind
 from lossk.errors import LosskError
 from lossk.forms.names import Names, read_names
+from lossk.kernel.card import color_limit
 from lossk.kernel.indexing import resolve
 from lossk.optional import require
 from lossk.report.picture import COLORS
@@ -31,8 +32,7 @@ def plot_matrix(kernel: LossKernel, rows: Any = None, *, labels: Any = None, ax:
         shown, ordered = shown[np.argsort(names.labels[shown], kind="stable")], ", sorted by class"
     at = torch.from_numpy(shown)
     block = kernel.correlation(at, at).numpy()
-    off = np.abs(block[~np.eye(len(block), dtype=bool)])
-    limit = max(float(np.quantile(off, 0.98)) if off.size else 1.0, 0.05)
+    limit = color_limit(block)
     image = axes.imshow(block, cmap="RdBu_r", vmin=-limit, vmax=limit, interpolation="nearest")
     figure.colorbar(image, ax=axes, extend="both", label="correlation R", fraction=0.046, pad=0.03)
     if names.labels is None:
